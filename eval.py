@@ -1,0 +1,189 @@
+"""Evaluate a finished run, show its mask, classify a sentence of one's own.
+
+What it is: metrics, evaluate(), and the command that looks at a run folder. What it is not: it trains nothing and
+writes nothing. Sources: Wang et al., GLUE (ICLR 2019) for the metric of each task.
+
+    python eval.py RUN_DIR [--text "a warm and funny film"]
+"""
+
+import argparse
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.func import functional_call
+from tqdm import tqdm
+
+from data import TASKS, batch_rows, collate, encode, label_word_ids, load_split, load_tokenizer, model_folder
+from mask import apply_masks, load_masks
+from model import load_model
+
+EVAL_BATCH = 64  # one size everywhere: another would round differently
+
+# --- metrics: (predicted classes [N], true classes [N]) -> number --------------------------------------------
+
+
+def accuracy(predicted, true):
+    return float((predicted == true).mean())
+
+
+def f1(predicted, true):
+    """F1 of class 1; 0 when there is no true positive."""
+    hits = ((predicted == 1) & (true == 1)).sum()
+    return float(2 * hits / max((predicted == 1).sum() + (true == 1).sum(), 1))
+
+
+def matthews(predicted, true):
+    """Matthews correlation coefficient of two classes; 0 when all predictions, or all labels, are one class."""
+    p, t = predicted - predicted.mean(), true - true.mean()
+    spread = np.sqrt((p * p).sum() * (t * t).sum())
+    return float((p * t).sum() / spread) if spread else 0.0
+
+
+METRICS = {"accuracy": accuracy, "f1": f1, "mcc": matthews}
+
+
+@torch.inference_mode()
+def predict(model, weights, examples, device, progress=False):
+    """Logits [N, C] in the order of the examples, without dropout; `weights` replace the model's own by name."""
+    training = model.training
+    model.eval()
+    batches = batch_rows(examples, EVAL_BATCH)
+    logits = torch.cat(
+        [
+            functional_call(model, weights, collate(examples, rows, device)[0]).float()
+            for rows in tqdm(batches, desc="evaluating", leave=False, disable=not progress)
+        ]
+    )
+    model.train(training)
+    return logits.cpu()[np.concatenate(batches).argsort()]
+
+
+def evaluate(model, weights, examples, metrics, device, progress=False):
+    """{metric: value} of a model, with `weights` in place of its own, on labelled examples."""
+    predicted = predict(model, weights, examples, device, progress).argmax(dim=1).numpy()
+    return {name: METRICS[name](predicted, np.array(examples.labels)) for name in metrics}
+
+
+# --- shared by the commands ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def one_line_errors(*kinds):
+    """Turn errors of these kinds, which name what to change, into one line on stderr and exit status 2."""
+    try:
+        yield
+    except kinds as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted; no result was saved", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def choose_device(device=None, dtype=None):
+    """-> (torch.device, torch.dtype, why) from --device and --dtype, or by what the machine has."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    why = "as asked"
+    if device is None:
+        device = next(name for name, there in present.items() if there)
+        why = {"cuda": "a CUDA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[device]
+    elif not present[device]:
+        raise ValueError(f"--device {device}: torch {torch.__version__} finds no such device here")
+    if dtype is None:
+        bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if bf16 else "float32"
+        why += f"; {dtype} is the default on it"
+    return torch.device(device), getattr(torch, dtype), why
+
+
+def add_common_arguments(parser):
+    """The flags that train.py and eval.py share."""
+    parser.add_argument("--model", metavar="NAME|FOLDER", help="minilm, bert-base-uncased, or a folder")
+    parser.add_argument("--data-dir", metavar="FOLDER", help="a folder in GLUE's layout; default: download")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
+
+
+def show(metrics):
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def density_table(groups, masks):
+    """Lines of a table: density of each group (columns) in each layer (rows), and of all."""
+    kept = np.array([[masks[name].float().mean().item() for name in names] for names in groups.values()])  # [G, L]
+    lines = ["density  " + "".join(f"{group:>13}" for group in groups)]
+    lines += [f"layer {i:<3}" + "".join(f"{v:13.4f}" for v in row) for i, row in enumerate(kept.T)]
+    return lines + ["all      " + "".join(f"{v:13.4f}" for v in kept.mean(axis=1))]
+
+
+# --- the command ---------------------------------------------------------------------------------------------
+
+
+def load_run(run, model_name=None):
+    """A finished run's folder -> (result dict, folder of model files, Bert, masks {name: bool} or {}).
+
+    Raises ValueError that says what is missing or does not fit.
+    """
+    path = run / "result.json"
+    if not path.exists():
+        raise ValueError(f"{run} holds no finished run: there is no {path}")
+    try:
+        result = json.loads(path.read_text("utf-8"))
+        task, method, name = TASKS[result["task"]], result["method"], model_name or result["model"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not the result of a run of train.py") from None
+    folder = run if method == "finetune" else model_folder(name)
+    model = load_model(folder, label_word_ids(task, load_tokenizer(folder, task.length)))
+    if method == "finetune":
+        return result, folder, model, {}
+    if model.fingerprint() != result["backbone_sha256"]:
+        raise ValueError(f"--model: the weights in {folder} are not those that {run} was trained on")
+    shapes = {n: w.shape for weights in model.prunable().values() for n, w in weights.items()}
+    return result, folder, model, load_masks(run / "mask.safetensors", shapes)[0]
+
+
+def classify(model, weights, tokenizer, task, text, device):
+    """Lines: each label word of the task and its probability for a tuple of one sentence or a pair."""
+    if len(text) != len(task.text):
+        need = "--text and --pair" if len(task.text) == 2 else "--text without --pair"
+        raise ValueError(f"this task takes {need}")
+    probabilities = predict(model, weights, encode([text], [0], tokenizer), device)[0].softmax(0)
+    rows = zip(task.words.items(), probabilities.tolist(), strict=True)
+    return [f"{p:7.4f}  {word} ({label})" for (label, word), p in sorted(rows, key=lambda row: -row[1])]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Evaluate a finished run and show its mask.")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--text", help="classify this sentence instead")
+    parser.add_argument("--pair", help="second sentence, for tasks on pairs")
+    add_common_arguments(parser)
+    args = parser.parse_args(argv)
+    with one_line_errors(ValueError, OSError):
+        result, folder, model, masks = load_run(args.run, args.model)
+        task = TASKS[result["task"]]
+        device, dtype, why = choose_device(args.device, args.dtype)
+        if args.dtype is None and device.type == result["device"]:
+            dtype, why = getattr(torch, result["dtype"]), "as in training"
+        model.to(device, dtype)
+        masks = {name: mask.to(device) for name, mask in masks.items()}
+        weights = apply_masks(model.state_dict(), masks)
+        tokenizer = load_tokenizer(folder, result["length"])
+        if args.text is not None:
+            text = (args.text,) if args.pair is None else (args.text, args.pair)
+            print("\n".join(classify(model, weights, tokenizer, task, text, device)))
+            return
+        dev = load_split(result["task"], "dev", args.data_dir or result["data_dir"], tokenizer)
+        print(f"{result['task']}, {result['method']}, {result['model']} on {device} in {dtype} ({why})")
+        metrics = evaluate(model, weights, dev, task.metrics, device, progress=True)
+    if masks:
+        print("\n".join(density_table({g: list(ws) for g, ws in model.prunable().items()}, masks)))
+    print(f"dev ({len(dev)} examples): {show(metrics)}; training reported {show(result['final'])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Static Model Pruning: learn which frozen weights to switch off, and nothing else.
+
+What it is: scores, masking functions, schedules, the regularizer, and mask files (one bit a weight).
+What it is not: it knows no BERT and no loop; it is given groups of weights and gives masked ones back.
+Sources: Jiang et al., ACL 2023 (arXiv 2210.06210) for the equations; "reference code" is the authors'
+implementation, followed where the two differ.
+
+    masks = Masks(model.prunable(), "smp-s", density=0.5)
+    weights, regularizer = masks(density_at(step, total=600, ramp=480, final=0.5))
+    logits = torch.func.functional_call(model, weights, batch)  # then (loss + penalty * regularizer).backward()
+"""
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import nn
+
+# --- schedules -----------------------------------------------------------------------------------------------
+
+
+def density_at(step, ramp, final, power=3):
+    """Share of weights kept at a step: from 1 down to `final` in `ramp` steps, then constant (section 3.2).
+
+    v_t = v + (1 - v)(1 - t/N)^power; the default power 3 is the cubic schedule, 1 is linear.
+    """
+    return final + (1 - final) * (1 - min(step / ramp, 1.0)) ** power if ramp else final
+
+
+def penalty_at(step, total, final=400.0):
+    """Weight of the regularizer at a step: lambda_t = lambda (1 - (1 - t/T)^3) (eq. 6, ramp as reference code)."""
+    return final * (1 - (1 - step / total) ** 3)
+
+
+# --- choosing weights ----------------------------------------------------------------------------------------
+
+
+def kth_largest(scores, k):
+    """scores [L, n], k [L] whole numbers in 0..n -> the k-th largest score of each row [L]; +inf where k is 0."""
+    index = (k - 1).clamp(min=0)
+    if scores.device.type == "cpu":  # numpy's partition is 40 times faster than torch.sort on a CPU
+        n = scores.shape[1]
+        pairs = zip(scores.detach().numpy(), (n - 1 - index).tolist(), strict=True)
+        values = torch.tensor([np.partition(row, i)[i].item() for row, i in pairs], dtype=scores.dtype)
+    else:
+        values = scores.detach().sort(dim=1, descending=True).values.gather(1, index[:, None])[:, 0]
+    return values.masked_fill(k == 0, math.inf)
+
+
+def top_k(scores, k, exact):
+    """Keep the k highest scores of each matrix: scores [L, out, in], k [L] -> bool [L, out, in].
+
+    exact: break ties by index, so that precisely k are kept. Otherwise all scores that equal the k-th are kept,
+    which is cheaper and enough in training.
+    """
+    flat = scores.detach().flatten(1)  # [L, out, in] -> [L, out * in]
+    threshold = kth_largest(flat, k)[:, None]
+    if not exact:
+        return (flat >= threshold).view_as(scores)
+    above, ties = flat > threshold, flat == threshold
+    room = k[:, None] - above.sum(1, keepdim=True)
+    return (above | (ties & (ties.cumsum(1) <= room))).view_as(scores)
+
+
+def mean_sigmoid(scores, temperature=1.0):
+    """R(S / p): scores {group: [L, out, in]} -> mean of sigmoid(S / p) over each matrix [G, L]."""
+    scaled = (s if temperature == 1 else s / temperature for s in scores.values())
+    return torch.stack([torch.sigmoid(s).mean((1, 2)) for s in scaled])
+
+
+def proportional_densities(importance, density):
+    """SMP-S (eq. 4): layer densities proportional to importance [G, L], at most 1, with mean `density` in each group.
+
+    What a layer cannot take goes to the others of its group; the reference code cuts it, and ends sparser than
+    asked. With j layers full, the others share density * L - j; j is the smallest for which none overflows.
+    """
+    layers = importance.shape[1]
+    sorted_, order = importance.sort(dim=1, descending=True)
+    others = sorted_.flip(1).cumsum(1).flip(1)  # at j: importance of the layers that are not among the j largest
+    full = torch.arange(layers, device=importance.device)
+    scale = (density * layers - full) / others
+    overflowing = (scale * sorted_ > 1).sum(1, keepdim=True).clamp(max=layers - 1)
+    return (scale.gather(1, overflowing) * importance).clamp(max=1.0)
+
+
+def whole_counts(densities, n):
+    """Densities [L] in float64 of matrices of n weights -> whole numbers [L]: their sum is the group's, rounded down.
+
+    Each is rounded down, and the weights still missing go to the largest fractions.
+    """
+    wanted = densities * n
+    counts = (wanted + ROUNDING).floor()
+    missing = int((wanted.sum() + ROUNDING).floor() - counts.sum())
+    counts[(wanted - counts).argsort(descending=True, stable=True)[:missing]] += 1
+    return counts.long().clamp(max=n)
+
+
+ROUNDING = 1e-3  # 1 - 0.9 is 0.09999999999999998 in binary: 1000 weights at sparsity 0.9 still keep 100
+
+
+def smp_l(scores, density, exact, temperature=1.0):
+    """SMP-L: the int(v * n) highest scores of each matrix. scores {group: [L, out, in]} -> bool, likewise."""
+    counts = {g: torch.full((len(s),), int(density * s[0].numel() + ROUNDING)) for g, s in scores.items()}
+    return {g: top_k(s, counts[g].to(s.device), exact) for g, s in scores.items()}
+
+
+def smp_s(scores, density, exact, temperature=1.0):
+    """SMP-S: each group keeps the share v, its layers in proportion to R(S / p), p = temperature (eq. 4)."""
+    importance = mean_sigmoid(scores, temperature)
+    if exact:
+        importance = importance.cpu().double()  # in float32 the counts of a large matrix are off by one
+    densities = proportional_densities(importance, density)
+    counts = {}
+    for (group, s), d in zip(scores.items(), densities, strict=True):
+        n = s[0].numel()
+        counts[group] = whole_counts(d, n).to(s.device) if exact else (d * n).long()
+    return {g: top_k(s, counts[g], exact) for g, s in scores.items()}
+
+
+MASKING = {"smp-s": smp_s, "smp-l": smp_l}
+
+# --- scores and masked weights -------------------------------------------------------------------------------
+
+
+class StraightThrough(torch.autograd.Function):
+    """W' = W * M(S); backward dL/dS = dL/dW' * W for kept and removed weights alike (eq. 3)."""
+
+    @staticmethod
+    def forward(ctx, weight, scores, mask):
+        ctx.save_for_backward(weight)
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return None, (grad * weight).float(), None
+
+
+class Masks(nn.Module):
+    """One score for every weight of the groups, all zero at the start; the weights themselves stay as they are.
+
+    groups: {group: {name: weight [out, in]}}, the matrices of a group all of one shape.
+    method: a key of MASKING; density: the share of weights kept at the end, in (0, 1].
+    """
+
+    def __init__(self, groups, method, density):
+        super().__init__()
+        self.names = {group: list(weights) for group, weights in groups.items()}
+        self.weights = {group: torch.stack([w.detach() for w in ws.values()]) for group, ws in groups.items()}
+        zeros = [(group, torch.zeros_like(w, dtype=torch.float32)) for group, w in self.weights.items()]
+        self.scores = nn.ParameterDict(zeros)  # pairs, because ParameterDict sorts a plain dict
+        # p = 4 evens the layers out while most weights stay (reference code; not in the paper).
+        self.select = partial(MASKING[method], temperature=4.0 if density >= 0.7 else 1.0)
+
+    def by_name(self, stacks):
+        """{group: [L, out, in]} -> {name: [out, in]}, views."""
+        return {n: t for group, stack in stacks.items() for n, t in zip(self.names[group], stack, strict=True)}
+
+    def forward(self, density):
+        """-> masked weights {name: [out, in]} for one training step, and the regularizer R, both differentiable.
+
+        R is the mean over all matrices of mean(sigmoid(S)) (eq. 6 with means, as reference code).
+        """
+        with torch.no_grad():
+            masks = self.select(self.scores, density, exact=False)
+        masked = {g: StraightThrough.apply(w, self.scores[g], masks[g]) for g, w in self.weights.items()}
+        return self.by_name(masked), mean_sigmoid(self.scores).mean()
+
+    @torch.no_grad()
+    def exact(self, density):
+        """-> masks {name: bool [out, in]} that keep exactly the share asked for, ties broken by index."""
+        return self.by_name(self.select(self.scores, density, exact=True))
+
+    def baked(self, density):
+        """-> weights {name: [out, in]} under the exact masks, for evaluation."""
+        return apply_masks(self.by_name(self.weights), self.exact(density))
+
+
+def apply_masks(weights, masks):
+    """{name: weight}, {name: bool} -> {name: weight with the removed entries zero}."""
+    return {name: weights[name] * mask for name, mask in masks.items()}
+
+
+# --- mask files ----------------------------------------------------------------------------------------------
+
+FORMAT = "smp-mask-1"
+
+
+def pack_masks(masks, metadata):
+    """{name: bool [out, in]} and a dict for people and checks -> bytes of a safetensors file, one bit a weight."""
+    bits = {name: np.packbits(mask.cpu().numpy()) for name, mask in masks.items()}
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    header = {"format": FORMAT, "shapes": json.dumps(shapes), "run": json.dumps(metadata)}
+    return save(bits, header)
+
+
+def load_masks(path, shapes):
+    """Read a mask file -> ({name: bool [out, in]}, metadata dict).
+
+    shapes: {name: (out, in)} of the backbone's prunable weights; the file must hold exactly these.
+    Raises ValueError that says why the file cannot be used.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            header = file.metadata() or {}
+            bits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a mask file of format {FORMAT}")
+    stored = {name: tuple(shape) for name, shape in json.loads(header["shapes"]).items()}
+    if stored != {name: tuple(shape) for name, shape in shapes.items()} or stored.keys() != bits.keys():
+        raise ValueError(f"{path} was made for a backbone of another shape")
+    masks = {}
+    for name, shape in stored.items():
+        if bits[name].dtype != np.uint8 or bits[name].size != -(-math.prod(shape) // 8):
+            raise ValueError(f"{path}: {name} has {bits[name].size} bytes, not one bit a weight")
+        unpacked = np.unpackbits(bits[name], count=math.prod(shape)).reshape(shape)
+        masks[name] = torch.from_numpy(unpacked.astype(bool))
+    return masks, json.loads(header["run"])

@@ -1,0 +1,296 @@
+"""BERT as an ordinary nn.Module whose state-dict names are the checkpoint's own.
+
+What it is: embeddings, post-norm encoder, optional masked-LM head, and a classifier that reads the logits
+of label words at [CLS]. Loading is strict: every tensor of the file is used once or known to be unused.
+What it is not: it does not train, prune, download or tokenise, and it does not know RoBERTa or a decoder.
+Sources: Devlin et al. 2019 (arXiv 1810.04805); tensor names as in published BERT checkpoints.
+
+    model = load_model("folder/with/config.json and model.safetensors", words=[2053, 2748])
+    logits = model(input_ids, token_type_ids, attention_mask)  # [B, 2]
+"""
+
+import hashlib
+import json
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+# The six groups of prunable matrices and where each stands inside a layer.
+GROUPS = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attn_output": "attention.output.dense",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+}
+
+# Tensors that BERT checkpoints carry and this model has no use for.
+UNUSED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")
+
+# Stored copies of tied tensors: name in the file -> the tensor that must hold the same numbers.
+TIED = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The part of a checkpoint's config.json that decides the computation."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    hidden_act: str = "gelu"
+    position_embedding_type: str = "absolute"
+    model_type: str = "bert"
+
+
+def load_config(folder):
+    """Read FOLDER/config.json. Raises ValueError that names the key when it is no BERT we can compute."""
+    path = Path(folder) / "config.json"
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    for field in fields(Config):
+        if field.name not in stored and field.default is MISSING:
+            raise ValueError(f"{path} lacks {field.name}")
+        value = stored.get(field.name, field.default)
+        if field.type is str:
+            if value != field.default:
+                raise ValueError(f"{path}: {field.name} is {value!r}; only {field.default!r} is supported")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise ValueError(f"{path}: {field.name} is {value!r}, not a number of at least 0")
+        elif field.type is int and (value < 1 or value != int(value)):
+            raise ValueError(f"{path}: {field.name} is {value!r}, not a whole number of at least 1")
+    config = Config(**{f.name: stored.get(f.name, f.default) for f in fields(Config)})
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(f"{path}: hidden_size {config.hidden_size} is not divisible by num_attention_heads")
+    return config
+
+
+class Embeddings(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.position_embeddings = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        self.token_type_embeddings = nn.Embedding(c.type_vocab_size, c.hidden_size)
+        self.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.dropout = nn.Dropout(c.hidden_dropout_prob)
+
+    def forward(self, input_ids, token_type_ids):
+        positions = self.position_embeddings.weight[: input_ids.shape[1]]
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids) + positions
+        return self.dropout(self.LayerNorm(x))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.query = nn.Linear(c.hidden_size, c.hidden_size)
+        self.key = nn.Linear(c.hidden_size, c.hidden_size)
+        self.value = nn.Linear(c.hidden_size, c.hidden_size)
+        self.heads, self.dropout = c.num_attention_heads, c.attention_probs_dropout_prob
+
+    def forward(self, x, attend):
+        split = [
+            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, S, H] -> [B, heads, S, H/heads]
+            for linear in (self.query, self.key, self.value)
+        ]
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(*split, attn_mask=attend, dropout_p=dropout)
+        return mixed.transpose(1, 2).flatten(2)  # [B, heads, S, H/heads] -> [B, S, H]
+
+
+class AddNorm(nn.Module):
+    """A projection, dropout, the residual, LayerNorm: how both halves of a BERT layer end."""
+
+    def __init__(self, c, inputs):
+        super().__init__()
+        self.dense = nn.Linear(inputs, c.hidden_size)
+        self.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.dropout = nn.Dropout(c.hidden_dropout_prob)
+
+    def forward(self, x, residual):
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.self = SelfAttention(c)
+        self.output = AddNorm(c, c.hidden_size)
+
+    def forward(self, x, attend):
+        return self.output(self.self(x, attend), x)
+
+
+class DenseGelu(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.dense = nn.Linear(inputs, outputs)
+
+    def forward(self, x):
+        return F.gelu(self.dense(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.attention = Attention(c)
+        self.intermediate = DenseGelu(c.hidden_size, c.intermediate_size)
+        self.output = AddNorm(c, c.intermediate_size)
+
+    def forward(self, x, attend):
+        x = self.attention(x, attend)
+        return self.output(self.intermediate(x), x)
+
+
+class Encoder(nn.Module):
+    """Embeddings and layers: what checkpoints call `bert`."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.embeddings = Embeddings(c)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))})
+
+    def forward(self, input_ids, token_type_ids, attention_mask):
+        x = self.embeddings(input_ids, token_type_ids)
+        attend = attention_mask.bool()[:, None, None, :]  # [B, S] -> [B, heads, queries, S]
+        for layer in self.encoder["layer"]:
+            x = layer(x, attend)
+        return x
+
+
+class Transform(DenseGelu):
+    def __init__(self, c):
+        super().__init__(c.hidden_size, c.hidden_size)
+        self.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+    def forward(self, x):
+        return self.LayerNorm(super().forward(x))
+
+
+class Predictions(nn.Module):
+    """The masked-LM head. Its decoder is the word embedding, so only the bias is stored here."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.transform = Transform(c)
+        self.bias = nn.Parameter(torch.zeros(c.vocab_size))
+
+
+class Bert(nn.Module):
+    """An encoder that classifies by label words.
+
+    config: Config; words: one token id a class; masked_lm: whether the checkpoint has a masked-LM head.
+    """
+
+    def __init__(self, config, words, masked_lm):
+        super().__init__()
+        self.config = config
+        self.words = list(words)
+        self.bert = Encoder(config)
+        if masked_lm:
+            self.cls = nn.ModuleDict({"predictions": Predictions(config)})
+
+    def forward(self, input_ids, token_type_ids, attention_mask):
+        """Token ids, segment ids and 0/1 mask, each [B, S] -> logits of the classes [B, C]."""
+        hidden = self.bert(input_ids, token_type_ids, attention_mask)
+        return self.word_logits(hidden[:, 0], self.words)
+
+    def word_logits(self, hidden, words=slice(None)):
+        """Hidden states [..., H] -> logits of the given words (default: the whole vocabulary) [..., words].
+
+        With a masked-LM head: dense, GELU, LayerNorm, tied decoder row, bias row. Without: h . e_word.
+        """
+        rows, bias = self.bert.embeddings.word_embeddings.weight[words], None
+        if "cls" in self._modules:
+            head = self.cls["predictions"]
+            hidden, bias = head.transform(hidden), head.bias[words]
+        return F.linear(hidden, rows, bias)
+
+    def prunable(self):
+        """{group: {parameter name: weight [out, in]}}, six groups of one matrix a layer."""
+        return {
+            group: {
+                f"bert.encoder.layer.{i}.{path}.weight": layer.get_submodule(path).weight
+                for i, layer in enumerate(self.bert.encoder["layer"])
+            }
+            for group, path in GROUPS.items()
+        }
+
+    def fingerprint(self):
+        """sha256 of all weights, by name: what ties a mask to its backbone."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def canonical(name):
+    """A checkpoint's tensor name -> this model's: LayerNorm.gamma/beta, and encoders saved without `bert.`."""
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    return name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
+
+
+def read_weights(path):
+    """Tensors of a safetensors file in float32 under canonical names, without the unused and the tied ones.
+
+    Raises ValueError for an unreadable file, a tensor stored twice, or a decoder that is not tied.
+    """
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    tensors = {}
+    for name, tensor in stored.items():
+        if canonical(name) in tensors:
+            raise ValueError(f"{path} holds {canonical(name)} twice, once as {name}")
+        if not canonical(name).startswith(UNUSED):
+            tensors[canonical(name)] = tensor.float()
+    for copy, original in TIED.items():
+        if copy in tensors and not torch.equal(tensors.pop(copy), tensors.get(original, torch.empty(0))):
+            raise ValueError(f"{path}: {copy} differs from {original}; only tied decoders are supported")
+    return tensors
+
+
+def load_model(folder, words):
+    """A folder with config.json and model.safetensors -> Bert in float32 on the CPU, in training mode.
+
+    Raises ValueError that names the tensor when one is missing, unknown or misshapen, and when a word id lies
+    outside the vocabulary; OSError when a file is missing.
+    """
+    path = Path(folder) / "model.safetensors"
+    config, tensors = load_config(folder), read_weights(path)
+    if max(words) >= config.vocab_size:
+        raise ValueError(f"{folder}: tokenizer.json has more words than the vocab_size of config.json")
+    with torch.device("meta"):  # no memory and no random numbers for weights that the file replaces
+        model = Bert(config, words, any(name.startswith("cls.") for name in tensors))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise ValueError(f"{path} lacks {missing[0]} ({len(missing)} missing in all)")
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"{path}: {unknown[0]} is not part of this BERT ({len(unknown)} such tensors)")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, config.json says {shape}")
+    model.load_state_dict(tensors, assign=True)
+    return model

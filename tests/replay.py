@@ -1,0 +1,106 @@
+"""Replay recorded reference numbers: the dense model, then every step of smp-l and smp-s.
+
+    python tests/replay.py FOLDER
+
+FOLDER holds a tiny BERT (config.json, model.safetensors), batches.safetensors, scores_start.safetensors,
+dense_first_batch.safetensors and, for each method, trajectory_METHOD.json and mask_end_METHOD.safetensors.
+Prints the largest deviation of each quantity as one JSON line; exit status 1 if one is beyond its bound.
+
+The recording cuts layer densities above 1 (it keeps 0.9999 of a layer at step 0, where the target is 1), this project
+hands the excess on. So smp-s is replayed twice: with the cut put in place of our rule, where everything must agree,
+and as it is, where a few weights more in the first step lead to another, equally good mask.
+"""
+
+import json
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import load_file
+from torch.func import functional_call
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import mask
+from mask import Masks, density_at, penalty_at
+from model import load_model
+from train import make_optimizer, train_step
+
+BOUNDS = {
+    "dense_logits": 1e-4, "density": 1e-6, "penalty": 1e-6, "ce": 1e-3, "regularizer": 1e-3,
+    "layer_density": 1e-3, "mask_entries_differing": 1e-3, "logits_end": 1e-3,
+}  # fmt: skip
+HANDED_ON = "smp-s, excess handed on"
+PATH_DEPENDENT = {"ce", "mask_entries_differing", "logits_end"}  # not bounded for HANDED_ON
+
+
+def cut_densities(importance, density):
+    """The recording's rule in place of mask.proportional_densities."""
+    return (density * importance.shape[1] * importance / importance.sum(1, keepdim=True)).clamp(max=1.0)
+
+
+def replay_dense(folder, batches):
+    expected = load_file(folder / "dense_first_batch.safetensors")
+    model = load_model(folder, words=[0]).eval()
+    with torch.inference_mode():
+        logits = model.word_logits(model.bert(*(b[:8] for b in batches)))
+    return {"dense_logits": (logits - expected["mlm_logits"]).abs().max().item()}
+
+
+def replay_method(folder, batches, labels, method):
+    """Train as the recording did (no dropout, batches in order) -> {quantity: largest deviation}."""
+    recorded = json.loads((folder / f"trajectory_{method}.json").read_text())
+    total, ramp, final = recorded["total_steps"], recorded["prune_steps"], recorded["final_density"]
+    model = load_model(folder, words=recorded["label_word_ids"]).eval().requires_grad_(False)
+    masks = Masks(model.prunable(), method, final)
+    start = load_file(folder / "scores_start.safetensors")
+    for group, scores in masks.scores.items():
+        scores.data.copy_(torch.stack([start[name] for name in masks.names[group]]))
+    adam = make_optimizer(masks, recorded["lr"])
+    worst = dict.fromkeys(("density", "penalty", "regularizer", "ce", "layer_density"), 0.0)
+
+    for t, expected in enumerate(recorded["steps"]):
+        rows = slice(t * recorded["batch"], (t + 1) * recorded["batch"])
+        density, penalty = density_at(t, ramp, final), penalty_at(t, total, recorded["final_penalty"])
+        measured = {"density": density, "penalty": penalty}
+        if "layer_density" in expected:  # recorded before the cut at 1, as [layer][group]
+            layers = mask.proportional_densities(mask.mean_sigmoid(masks.scores), density).T  # [G, L] -> [L, G]
+            gap = layers - torch.tensor(expected["layer_density"]).clamp(max=1.0)
+            worst["layer_density"] = max(worst["layer_density"], gap.abs().max().item())
+        inputs = tuple(b[rows] for b in batches)
+        ce, regularizer = train_step(model, masks, adam, inputs, labels[rows], t, total, density, penalty)
+        measured |= {"regularizer": regularizer.item(), "ce": ce.item()}
+        for quantity, value in measured.items():
+            worst[quantity] = max(worst[quantity], abs(value - expected[quantity]))
+
+    ours, theirs = masks.exact(final), load_file(folder / f"mask_end_{method}.safetensors")
+    differing = sum((ours[name] != theirs[name].bool()).sum().item() for name in theirs)
+    with torch.inference_mode():
+        # The recording rounds each count down; our exact masks hand out the remainder as well.
+        logits = functional_call(model, masks(final)[0], tuple(b[:8] for b in batches))
+    return worst | {
+        "mask_entries_differing": differing / sum(t.numel() for t in theirs.values()),
+        "logits_end": (logits - torch.tensor(recorded["logits_end_first_batch"])).abs().max().item(),
+    }
+
+
+def main(folder):
+    folder = Path(folder)
+    stored = load_file(folder / "batches.safetensors")
+    batches = [stored[name] for name in ("input_ids", "token_type_ids", "attention_mask")]
+    worst = {"dense": replay_dense(folder, batches)}
+    for path in sorted(folder.glob("trajectory_*.json")):
+        method = path.stem.removeprefix("trajectory_")
+        with patch.object(mask, "proportional_densities", cut_densities):
+            worst[method] = replay_method(folder, batches, stored["labels"], method)
+        if method == "smp-s":
+            worst[HANDED_ON] = replay_method(folder, batches, stored["labels"], method)
+    print(json.dumps(worst))
+    bounded = [(q, v) for part in worst for q, v in worst[part].items() if part != HANDED_ON or q not in PATH_DEPENDENT]
+    return int(not all(value <= BOUNDS[quantity] for quantity, value in bounded))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,255 @@
+"""Learn a task by switching off weights of a frozen BERT, or fine-tune it as the dense reference.
+
+What it is: arguments, the loop, and the run folder (mask.safetensors, log.jsonl, result.json). What it is not: the
+method, which is mask.py. Sources: Jiang et al., ACL 2023 (arXiv 2210.06210), and its authors' code for the recipe.
+
+    python train.py                               # MiniLM on movie reviews: nothing to prepare, minutes on a laptop
+    python train.py --task rte --sparsity 0.5     # the paper's setting: bert-base-uncased on GLUE
+"""
+
+import argparse
+import json
+import math
+import platform
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch.func import functional_call
+from tqdm import tqdm
+
+import data
+from data import TASKS
+from eval import add_common_arguments, choose_device, evaluate, one_line_errors, show
+from mask import MASKING, Masks, density_at, pack_masks, penalty_at
+from model import load_config, load_model
+
+LOG_EVERY = 10  # steps between log lines; the only steps at which the host waits for the device
+
+
+def parse_args(argv=None):
+    """Arguments with the task's defaults filled in. Exits with status 2 and one line when they make no sense."""
+    parser = argparse.ArgumentParser(
+        description="Learn a task by switching off weights of a frozen BERT.",
+        epilog="Defaults of --model to --evals come with the task: see TASKS in data.py.",
+    )
+    parser.add_argument("--task", choices=TASKS, default="movies")
+    parser.add_argument("--method", choices=(*MASKING, "finetune"), default="smp-s", help="default: smp-s")
+    parser.add_argument("--sparsity", type=float, help="share of the prunable weights removed, in [0, 1); default 0.5")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/ and the settings")
+    parser.add_argument("--lr", type=float, help="highest learning rate; default: 2e-2 for scores, 3e-5 for weights")
+    parser.add_argument("--penalty", type=float, default=400.0, help="lambda of the regularizer at the end (400)")
+    add_common_arguments(parser)
+    parser.add_argument("--epochs", type=float, help="passes over the training set")
+    parser.add_argument("--steps", type=int, help="train for so many steps instead")
+    parser.add_argument("--batch", type=int, help="examples a step")
+    parser.add_argument("--length", type=int, help="longest input in tokens; longer ones are cut")
+    parser.add_argument("--ramp", type=float, help="share of the steps in which the density falls to its target")
+    parser.add_argument("--evals", type=int, help="evaluations in a run")
+    args = parser.parse_args(argv)
+    for name in ("model", "epochs", "batch", "length", "ramp", "evals"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(TASKS[args.task], name))
+    dense = args.method == "finetune"
+    if dense and args.sparsity:
+        parser.error("--sparsity: finetune removes nothing; leave it away, or choose another --method")
+    if args.sparsity is None:
+        args.sparsity = 0.0 if dense else 0.5
+    if args.lr is None:
+        args.lr = 3e-5 if dense else 2e-2
+    if not 0 <= args.sparsity < 1:
+        parser.error(f"--sparsity is the share of weights removed, in [0, 1); got {args.sparsity}")
+    if not 0 <= args.ramp <= 1:
+        parser.error(f"--ramp is a share of the steps, in [0, 1]; got {args.ramp}")
+    for name in ("lr", "epochs", "steps", "batch", "evals"):
+        value = getattr(args, name)
+        if value is not None and not (0 < value < math.inf):
+            parser.error(f"--{name} must be greater than 0; got {value}")
+    if args.out is None:
+        model = Path(args.model).name
+        args.out = Path("runs") / f"{args.task}-{model}-{args.method}-{args.sparsity:g}-seed{args.seed}"
+    return args
+
+
+class Dense:
+    """All weights trained and nothing masked: stands where Masks does. Weights are kept in float32, used in dtype."""
+
+    def __init__(self, model, dtype):
+        self.dtype = dtype
+        self.weights = {n: p.detach().float().clone().requires_grad_() for n, p in model.named_parameters()}
+
+    def parameters(self):
+        return list(self.weights.values())
+
+    def __call__(self, density):
+        return {name: weight.to(self.dtype) for name, weight in self.weights.items()}, torch.zeros(())
+
+    def baked(self, density):
+        return {name: weight.detach().to(self.dtype) for name, weight in self.weights.items()}
+
+
+def make_optimizer(learner, lr):
+    """Adam on scores; AdamW on weights, with decay for matrices only."""
+    if isinstance(learner, Masks):
+        return torch.optim.Adam(learner.parameters(), lr, fused=True)
+    matrices = [p for p in learner.parameters() if p.ndim > 1]
+    vectors = [p for p in learner.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr, fused=True)
+
+
+def train_step(model, learner, optimizer, inputs, labels, step, total, density, penalty):
+    """One step at learning rate lr (1 - step/total) -> (cross-entropy, regularizer), detached, on the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = optimizer.defaults["lr"] * (1 - step / total)
+        # The reference code's Adam adds eps to the uncorrected second moment; torch's to the corrected one.
+        group["eps"] = 1e-8 / math.sqrt(1 - group["betas"][1] ** (step + 1))
+    weights, regularizer = learner(density)
+    cross_entropy = F.cross_entropy(functional_call(model, weights, inputs).float(), labels)
+    optimizer.zero_grad()
+    (cross_entropy + penalty * regularizer).backward()
+    torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+    optimizer.step()
+    return cross_entropy.detach(), regularizer.detach()
+
+
+def new_run_folder(folder):
+    """Make the run folder, or empty it of what an unfinished run left. Raises ValueError if it holds a finished run."""
+    if (folder / "result.json").exists():
+        raise ValueError(f"--out: {folder} holds a finished run; name another folder or seed, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("log.jsonl", "mask.safetensors", "model.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def prepare(args, device, dtype):
+    """Everything that reads files -> (model on the device, its sha256 in float32, tokenised train and dev sets)."""
+    task, folder = TASKS[args.task], data.model_folder(args.model)
+    positions = load_config(folder).max_position_embeddings
+    if not 4 <= args.length <= positions:
+        raise ValueError(f"--length {args.length}: {args.model} takes 4 to {positions} tokens")
+    tokenizer = data.load_tokenizer(folder, args.length)
+    model = load_model(folder, data.label_word_ids(task, tokenizer))
+    sets = [data.load_split(args.task, split, args.data_dir, tokenizer) for split in ("train", "dev")]
+    return model.to(device, dtype), model.fingerprint(), *sets
+
+
+def loop(args, model, learner, train, dev, device, total, log):
+    """Train and evaluate -> list of evaluations, dicts with step, density and dev metrics; the last is the final one.
+
+    Raises FloatingPointError when the loss is not finite.
+    """
+    final, ramp = 1 - args.sparsity, round(args.ramp * total)
+    optimizer, metrics = make_optimizer(learner, args.lr), TASKS[args.task].metrics
+    eval_steps = {math.ceil(total * i / args.evals) for i in range(1, args.evals + 1)}
+    losses, evaluations = [], []
+    bar = tqdm(total=total, desc=f"{args.task} {args.method}", dynamic_ncols=True)
+    for step, (inputs, labels) in enumerate(data.training_batches(train, args.batch, total, args.seed, device)):
+        density, penalty = density_at(step, ramp, final), penalty_at(step, total, args.penalty)
+        ce, regularizer = train_step(model, learner, optimizer, inputs, labels, step, total, density, penalty)
+        losses.append(ce)
+        done = step + 1
+        bar.update()
+        if done % LOG_EVERY == 0 or done == total:
+            loss = torch.stack(losses).mean().item()
+            losses.clear()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {done}: try a smaller --lr, or --dtype float32")
+            bar.set_postfix(loss=f"{loss:.3f}", density=f"{density:.3f}")
+            log(step=done, loss=loss, density=density, penalty=penalty, regularizer=regularizer.item())
+        if done in eval_steps:
+            density = density_at(done, ramp, final)
+            scores = evaluate(model, learner.baked(density), dev, metrics, device)
+            evaluations.append({"step": done, "density": density, "dev": scores})
+            log(**evaluations[-1])
+            bar.write(f"step {done:5}  density {density:.3f}  dev {show(scores)}")
+    bar.close()
+    return evaluations
+
+
+def frozen_unchanged(model, masks, folder):
+    """Whether every weight in memory, stacked ones included, still equals the file's bit for bit."""
+    file, now = load_model(folder, model.words), model.state_dict() | masks.by_name(masks.weights)
+    return all(torch.equal(t.to(now[n].dtype), now[n].cpu()) for n, t in file.state_dict().items())
+
+
+def save_learnt(args, learner, folder, metadata):
+    """Write mask.safetensors, or the fine-tuned model.safetensors and what loads it -> (path, kept, prunable)."""
+    if isinstance(learner, Dense):
+        path = args.out / "model.safetensors"
+        data.write_whole(path, save({name: weight.detach().cpu() for name, weight in learner.weights.items()}))
+        for name in set(data.MODEL_FILES) - {path.name}:
+            shutil.copyfile(folder / name, args.out / name)
+        return path, None, None
+    masks = learner.exact(1 - args.sparsity)
+    path = args.out / "mask.safetensors"
+    data.write_whole(path, pack_masks(masks, metadata))
+    return path, sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
+
+
+def summarize(args, result, path):
+    """What a finished run says last."""
+    print(f"final  dev {show(result['final'])}")
+    if best := result["best"]:
+        print(f"best   dev {show(best['dev'])} at step {best['step']}, chosen on dev (how papers report)")
+    if result["prunable"]:
+        print(f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}")
+        print(f"frozen {args.model} is bit-identical to its file (sha256 {result['backbone_sha256'][:12]}...)")
+    print(f"saved  {path} ({path.stat().st_size / 1e6:.1f} MB) after {result['seconds']:.0f} s")
+    words = ' --pair "..."' if len(TASKS[args.task].text) == 2 else ""
+    print(f'next   python eval.py {args.out}\n       python eval.py {args.out} --text "..."{words}')
+    if args.method != "finetune":
+        print(f"       python train.py --task {args.task} --method finetune")
+
+
+def main(argv=None):
+    args, started = parse_args(argv), time.time()
+    torch.manual_seed(args.seed)
+    with one_line_errors(ValueError, OSError):
+        new_run_folder(args.out)
+        device, dtype, why = choose_device(args.device, args.dtype)
+        model, sha256, train, dev = prepare(args, device, dtype)
+    total = args.steps or math.ceil(args.epochs * math.ceil(len(train) / args.batch))
+    if args.method == "finetune":
+        learner = Dense(model, dtype)
+    else:
+        learner = Masks(model.requires_grad_(False).prunable(), args.method, 1 - args.sparsity)
+        learner.to(device)
+        model.load_state_dict(learner.by_name(learner.weights), strict=False, assign=True)  # views: held once
+    print(f"{args.task}: {len(train)} train and {len(dev)} dev examples; {total} steps of {args.batch}")
+    print(f"{args.model} on {device} in {dtype} ({why}); sparsity {args.sparsity:g}, density {1 - args.sparsity:g}")
+
+    with one_line_errors(OSError, FloatingPointError), open(args.out / "log.jsonl", "w") as file:
+
+        def log(**line):
+            print(json.dumps(line), file=file, flush=True)
+
+        evaluations = loop(args, model, learner, train, dev, device, total, log)
+        on_target = [e for e in evaluations if e["density"] == evaluations[-1]["density"]]
+        metric = TASKS[args.task].metrics[0]
+        result = {
+            "task": args.task, "model": args.model, "method": args.method, "sparsity": args.sparsity,
+            "seed": args.seed, "steps": total, "batch": args.batch, "length": args.length, "lr": args.lr,
+            "data_dir": args.data_dir, "backbone_sha256": sha256, "device": device.type, "dtype": str(dtype)[6:],
+            "final": evaluations[-1]["dev"], "best": max(on_target, key=lambda e: e["dev"][metric]),
+            "seconds": round(time.time() - started, 1),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "command": shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)]),
+        }  # fmt: skip
+        folder = data.model_folder(args.model)
+        if args.method != "finetune" and not frozen_unchanged(model, learner, folder):
+            raise OSError(f"the frozen weights no longer equal those of {folder}; nothing was saved")
+        path, result["kept"], result["prunable"] = save_learnt(args, learner, folder, result)
+        result["density"] = result["kept"] / result["prunable"] if result["prunable"] else 1.0
+        data.write_whole(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+        summarize(args, result, path)
+
+
+if __name__ == "__main__":
+    main()
