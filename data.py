@@ -221,8 +221,10 @@ def fetch_glue(task):
         with fetched(f"{base}/{task.archive}", folder, remedy) as part:
             files = unzip_splits(part, task.folder)
     for name, digest in zip(SPLITS, task.md5, strict=True):
-        check_digest(files.get(name, b""), "md5", digest, f"{task.folder}/{name}")
-        write_whole(folder / name, files[name])
+        check_digest(files[name], "md5", digest, f"{task.folder}/{name}")
+    for name in SPLITS:
+        if not (folder / name).exists():
+            write_whole(folder / name, files[name])
 
 
 def unzip_splits(path, folder):

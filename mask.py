@@ -81,7 +81,7 @@ def proportional_densities(importance, density):
     layers = importance.shape[1]
     sorted_, order = importance.sort(dim=1, descending=True)
     others = sorted_.flip(1).cumsum(1).flip(1)  # at j: importance of the layers that are not among the j largest
-    full = torch.arange(layers, device=importance.device)
+    full = torch.arange(layers, device=importance.device, dtype=importance.dtype)
     scale = (density * layers - full) / others
     overflowing = (scale * sorted_ > 1).sum(1, keepdim=True).clamp(max=layers - 1)
     return (scale.gather(1, overflowing) * importance).clamp(max=1.0)

@@ -23,7 +23,7 @@ from torch.func import functional_call
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import mask
 from mask import Masks, density_at, penalty_at
-from model import load_model
+from model import Encoder, load_model
 from train import make_optimizer, train_step
 
 BOUNDS = {
@@ -52,6 +52,9 @@ def replay_method(folder, batches, labels, method):
     recorded = json.loads((folder / f"trajectory_{method}.json").read_text())
     total, ramp, final = recorded["total_steps"], recorded["prune_steps"], recorded["final_density"]
     model = load_model(folder, words=recorded["label_word_ids"]).eval().requires_grad_(False)
+    # All tokens of the last layer, as recorded. Its gradients of 1e-8 depend on the order of summation, and Adam's
+    # first step makes whole steps of them; so another order leads to another path within 20 steps.
+    model.bert.forward = lambda *batch, tokens: Encoder.forward(model.bert, *batch)
     masks = Masks(model.prunable(), method, final)
     start = load_file(folder / "scores_start.safetensors")
     for group, scores in masks.scores.items():

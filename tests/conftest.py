@@ -1,0 +1,107 @@
+"""Tiny models, tokenizers and data, made here: no test needs a network, a GPU or a file from elsewhere."""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+WORDS = "no yes terrible great incorrect correct the a film is was good bad and very it fun dull un ##happ ##y".split()
+CONFIG = {
+    "model_type": "bert", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 24, "max_position_embeddings": 32, "type_vocab_size": 2,
+}  # fmt: skip
+
+
+def bert_tensors(config, head=True, prefix="bert.", seed=0):
+    """Random weights under the names of a BertForMaskedLM checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+    h, i, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    shapes = {"embeddings.word_embeddings.weight": (v, h), "embeddings.token_type_embeddings.weight": (2, h)}
+    shapes |= {"embeddings.position_embeddings.weight": (config["max_position_embeddings"], h)}
+    norms = ["embeddings.LayerNorm"]
+    for n in range(config["num_hidden_layers"]):
+        at = f"encoder.layer.{n}."
+        linears = {f"attention.self.{x}": (h, h) for x in ("query", "key", "value")}
+        linears |= {"attention.output.dense": (h, h), "intermediate.dense": (i, h), "output.dense": (h, i)}
+        for name, shape in linears.items():
+            shapes |= {f"{at}{name}.weight": shape, f"{at}{name}.bias": shape[:1]}
+        norms += [f"{at}attention.output.LayerNorm", f"{at}output.LayerNorm"]
+    shapes = {prefix + name: shape for name, shape in shapes.items()}
+    norms = [prefix + name for name in norms]
+    if head:
+        shapes |= {"cls.predictions.transform.dense.weight": (h, h), "cls.predictions.transform.dense.bias": (h,)}
+        shapes |= {"cls.predictions.bias": (v,)}
+        norms.append("cls.predictions.transform.LayerNorm")
+    tensors = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name in norms:
+        tensors[f"{name}.weight"] = 1 + 0.1 * torch.randn(h, generator=generator)
+        tensors[f"{name}.bias"] = 0.1 * torch.randn(h, generator=generator)
+    return tensors
+
+
+def write_tokenizer(path):
+    vocab = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.enable_padding(length=20)  # published files carry settings that the loader must undo
+    tokenizer.enable_truncation(8)
+    tokenizer.save(str(path))
+
+
+@pytest.fixture
+def make_model(tmp_path):
+    """make_model(name, tensors=None, **config) -> a model folder."""
+
+    def make(name="model", tensors=None, **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = CONFIG | changes
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(bert_tensors(config) if tensors is None else tensors, folder / "model.safetensors")
+        write_tokenizer(folder / "tokenizer.json")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def glue(tmp_path):
+    """A folder in GLUE's layout: `movies` (separable: good or fun against bad or dull) and RTE."""
+    rng = random.Random(0)
+    folder = tmp_path / "glue"
+    for task in ("movies", "RTE"):
+        (folder / task).mkdir(parents=True)
+    for split, size in (("train", 96), ("dev", 40)):
+        rows = []
+        for n in range(size):
+            filler = [rng.choice("the a film is was and very it".split()) for _ in range(rng.randint(1, 6))]
+            rows.append((" ".join([*filler, rng.choice([["bad", "dull"], ["good", "fun"]][n % 2])]), n % 2))
+        lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in rows)]
+        (folder / "movies" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+        names = ("not_entailment", "entailment")
+        lines = ["index\tsentence1\tsentence2\tlabel"]
+        lines += [f'{n}\t{text}\tit "is good\t{names[label]}' for n, (text, label) in enumerate(rows)]
+        (folder / "RTE" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails(main, argv) -> stderr of a command that must end with status 2 and one line of error, no traceback."""
+
+    def run(main, argv):
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in argv])
+        error = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert sum("error:" in line for line in error.splitlines()) == 1 and "Traceback" not in error
+        return error
+
+    return run

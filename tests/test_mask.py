@@ -1,0 +1,193 @@
+"""mask.py against hand-computed cases, recorded reference values and invariants."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+import mask
+from mask import Masks, density_at, load_masks, pack_masks, penalty_at, proportional_densities, top_k, whole_counts
+
+
+def groups(layers=3, out=5, inp=7, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    make = lambda name: {f"{name}{i}": torch.randn(out, inp, generator=g) for i in range(layers)}  # noqa: E731
+    return {"query": make("q"), "key": make("k")}
+
+
+def with_scores(masks, seed=1, spread=1.0):
+    g = torch.Generator().manual_seed(seed)
+    for i, s in enumerate(masks.scores.values()):
+        scale = spread * torch.linspace(0.2, 2, len(s))[:, None, None] * (i + 1)
+        s.data = torch.randn(s.shape, generator=g) + scale
+    return masks
+
+
+@pytest.mark.parametrize(
+    ("step", "density", "penalty"),  # recorded from the reference code: v = 0.3, N = 40, lambda = 400, T = 60
+    [
+        (0, 1.0, 0.0), (1, 0.9488015625, 19.668518518518585), (5, 0.7689453125, 91.89814814814815),
+        (20, 0.3875, 281.4814814814814), (39, 0.3000109375, 382.85), (40, 0.3, 385.18518518518516),
+        (59, 0.3, 399.9981481481482),
+    ],
+)  # fmt: skip
+def test_schedules_equal_the_reference(step, density, penalty):
+    assert density_at(step, 40, 0.3) == pytest.approx(density, abs=1e-9)
+    assert penalty_at(step, 60) == pytest.approx(penalty, abs=1e-9)
+
+
+def test_density_schedule_ends():
+    assert density_at(0, 0, 0.4) == density_at(7, 0, 0.4) == 0.4  # no ramp
+    assert density_at(5, 10, 0.5, power=1) == 0.75  # linear
+
+
+def test_proportional_densities_hand_computed():
+    share = torch.tensor([[0.3, 0.1, 0.6], [0.2, 0.2, 0.2]], dtype=torch.float64)
+    # 0.5 * 3 * share, nothing overflows
+    assert proportional_densities(share, 0.5).tolist() == [
+        pytest.approx([0.45, 0.15, 0.9]), pytest.approx([0.5, 0.5, 0.5])]  # fmt: skip
+    # 2.4 * share = .72 .24 1.44; full, the others share 1.4 as 3:1 = 1.05 .35; full again, the last takes .4
+    assert proportional_densities(share, 0.8)[0].tolist() == pytest.approx([1.0, 0.4, 1.0])
+    assert proportional_densities(share, 1.0).tolist() == [pytest.approx([1.0] * 3)] * 2
+
+
+@pytest.mark.parametrize("density", [0.03, 0.1, 0.5, 0.779, 0.8, 0.95, 1.0])
+def test_proportional_densities_keep_the_mean_and_the_order(density):
+    share = torch.rand(6, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64) ** 3
+    d = proportional_densities(share, density)
+    assert d.mean(1).tolist() == pytest.approx([density] * 6, abs=1e-12)
+    assert d.max() <= 1 and d.min() > 0
+    assert (d.gather(1, share.argsort(1)).diff(dim=1) >= -1e-12).all()
+
+
+def test_whole_counts_give_the_remainder_to_the_largest_fractions():
+    d = torch.tensor([0.29, 0.57, 0.64], dtype=torch.float64)
+    assert whole_counts(d, 10).tolist() == [3, 6, 6]  # 2.9 5.7 6.4: sum 15
+    assert whole_counts(torch.full((2,), 1 - 0.9, dtype=torch.float64), 1000).tolist() == [100, 100]
+
+
+def test_top_k_by_hand_and_with_ties():
+    s = torch.tensor([[[3.0, 1.0], [2.0, 4.0]], [[1.0, 1.0], [1.0, 0.0]]])
+    assert top_k(s, torch.tensor([2, 2]), exact=True).tolist() == [
+        [[True, False], [False, True]], [[True, True], [False, False]]]  # fmt: skip
+    assert top_k(s, torch.tensor([2, 2]), exact=False)[1].tolist() == [[True, True], [True, False]]
+    assert top_k(s, torch.tensor([0, 4]), exact=True).sum((1, 2)).tolist() == [0, 4]
+
+
+def test_top_k_equals_a_stable_sort():
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randint(-3, 4, (4, 9, 11), generator=g).float()  # many ties
+    for k in ([0, 1, 50, 99], [98, 33, 7, 60]):
+        keep = top_k(scores, torch.tensor(k), exact=True)
+        for s, kept, n in zip(scores.flatten(1), keep.flatten(1), k, strict=True):
+            expected = torch.zeros(99, dtype=torch.bool)
+            expected[s.sort(descending=True, stable=True).indices[:n]] = True
+            assert kept.equal(expected)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.2, 0.5, 0.9, 0.97])
+@pytest.mark.parametrize("method", ["smp-l", "smp-s"])
+def test_saved_masks_keep_exactly_what_was_asked(method, sparsity):
+    density = 1 - sparsity
+    masks = with_scores(Masks(groups(4, 20, 50), method, density), spread=3)
+    exact = masks.exact(density)
+    for names in masks.names.values():
+        counts = [int(exact[n].sum()) for n in names]
+        assert sum(counts) == round(density * 4000)
+        if method == "smp-l":
+            assert counts == [round(density * 1000)] * 4
+        elif 0.1 <= sparsity <= 0.9:
+            assert counts == sorted(counts) and counts[0] < counts[-1]  # layers with higher scores keep more
+
+
+def test_reference_would_lose_what_is_handed_on():
+    masks = with_scores(Masks(groups(4, 20, 50), "smp-s", 0.8), spread=3)
+    masks.select.keywords["temperature"] = 1.0
+    masks.scores["key"].data[0] = masks.scores["query"].data[0] = -9.0  # a layer that matters little
+    importance = mask.mean_sigmoid(masks.scores).detach()
+    cut = 3.2 * importance / importance.sum(1, keepdim=True)  # v * L * share
+    assert cut.max() > 1 and cut.clamp(max=1).mean() < 0.79
+    assert sum(int(m.sum()) for m in masks.exact(0.8).values()) == 6400
+
+
+def test_temperature_follows_the_target_density():
+    assert Masks(groups(), "smp-s", 0.7).select.keywords["temperature"] == 4
+    assert Masks(groups(), "smp-s", 0.69).select.keywords["temperature"] == 1
+
+
+def test_straight_through_gradient():
+    """dL/dS is dL/dW' * W for kept and removed entries, with dL/dW' from finite differences of the loss."""
+    masks = with_scores(Masks(groups(), "smp-l", 0.4))
+    x = torch.randn(6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    loss = lambda weights: sum((x @ w.double().T).tanh().sum() for w in weights.values())  # noqa: E731
+    weights, _ = masks(0.4)
+    loss(weights).backward()
+    detached = {n: w.detach().double() for n, w in weights.items()}
+    for group, names in masks.names.items():
+        for i, name in enumerate(names):
+            numeric = torch.zeros(5, 7, dtype=torch.float64)
+            for at in np.ndindex(5, 7):
+                up, down = ({n: w.clone() for n, w in detached.items()} for _ in range(2))
+                up[name][at] += 1e-5
+                down[name][at] -= 1e-5
+                numeric[at] = (loss(up) - loss(down)) / 2e-5
+            expected = numeric * masks.weights[group][i]
+            assert torch.allclose(masks.scores[group].grad[i].double(), expected, atol=1e-5)
+            assert ((weights[name] == 0) & (masks.scores[group].grad[i] != 0)).any()  # removed ones learn too
+
+
+def test_regularizer_is_the_mean_of_means():
+    masks = with_scores(Masks(groups(), "smp-s", 0.5))
+    _, r = masks(0.9)
+    every = [torch.sigmoid(s[i]).mean() for s in masks.scores.values() for i in range(3)]
+    assert r.item() == pytest.approx(sum(every).item() / 6, abs=1e-6)
+    r.backward()
+    s = masks.scores["query"]
+    assert torch.allclose(s.grad, torch.sigmoid(s) * (1 - torch.sigmoid(s)) / s.numel() / 2, atol=1e-8)
+
+
+def test_start_keeps_everything_and_changes_nothing():
+    given = groups()
+    masks = Masks(given, "smp-s", 0.5)
+    weights, r = masks(density_at(0, 10, 0.5))
+    assert all(weights[n].equal(w) for ws in given.values() for n, w in ws.items())
+    assert r.item() == 0.5
+
+
+def make_file(path):
+    masks = with_scores(Masks(groups(), "smp-s", 0.5)).exact(0.5)
+    path.write_bytes(pack_masks(masks, {"task": "movies", "sparsity": 0.5}))
+    return masks, {n: m.shape for n, m in masks.items()}
+
+
+def test_mask_file_round_trip_at_one_bit_a_weight(tmp_path):
+    masks, shapes = make_file(tmp_path / "m")
+    loaded, run = load_masks(tmp_path / "m", shapes)
+    assert run == {"task": "movies", "sparsity": 0.5}
+    assert loaded.keys() == masks.keys() and all(loaded[n].equal(m) for n, m in masks.items())
+    big = {"w": torch.ones(1000, 800, dtype=torch.bool)}
+    assert len(pack_masks(big, {})) < 100_000 + 300
+
+
+def test_mask_file_refused(tmp_path):
+    path = tmp_path / "m"
+    _, shapes = make_file(path)
+    whole = path.read_bytes()
+    for cut in (0, 4, 100, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            load_masks(path, shapes)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="another shape"):
+        load_masks(path, shapes | {"q0": (7, 5)})
+    with pytest.raises(ValueError, match="another shape"):
+        load_masks(path, {n: s for n, s in shapes.items() if n != "q0"})
+    save_file({"a": np.zeros(3, np.uint8)}, path)
+    with pytest.raises(ValueError, match="not a mask file"):
+        load_masks(path, shapes)
+
+
+def test_kth_largest_of_nothing_is_infinite():
+    assert mask.kth_largest(torch.zeros(2, 3), torch.tensor([0, 3])).tolist() == [math.inf, 0.0]

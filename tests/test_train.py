@@ -1,0 +1,243 @@
+"""train.py and eval.py end to end on tiny models, and what happens to bad input."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import eval as eval_
+import mask
+import train
+from eval import accuracy, f1, matthews
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(make_model, glue, tmp_path):
+    """run(*flags) -> (run folder, its result) of a short training on the tiny `movies`."""
+    model = make_model()
+
+    def go(*flags, out="run", steps=12):
+        argv = ["--model", model, "--data-dir", glue, "--out", tmp_path / out, "--steps", steps, "--batch", 8]
+        argv += ["--length", 16, "--device", "cpu", *flags]
+        train.main([str(a) for a in argv])
+        return tmp_path / out, json.loads((tmp_path / out / "result.json").read_text())
+
+    go.model = model
+    return go
+
+
+@pytest.mark.parametrize("method", ["smp-s", "smp-l"])
+def test_a_run_from_end_to_end(run, capsys, method):
+    before = {p: p.read_bytes() for p in run.model.iterdir()}
+    folder, result = run("--method", method, "--sparsity", 0.3, "--evals", 3)
+    out = capsys.readouterr().out
+    assert {p: p.read_bytes() for p in run.model.iterdir()} == before
+    assert sorted(p.name for p in folder.iterdir()) == ["log.jsonl", "mask.safetensors", "result.json"]
+    assert "bit-identical" in out and f"python eval.py {folder}" in out
+
+    prunable = 2 * (4 * 16 * 16 + 2 * 16 * 24)
+    assert result["prunable"] == prunable and result["density"] == result["kept"] / prunable
+    per_group = {"smp-s": lambda n: int(0.7 * 2 * n + 1e-6), "smp-l": lambda n: 2 * int(0.7 * n + 1e-6)}[method]
+    assert result["kept"] == 4 * per_group(256) + 2 * per_group(384)
+    assert result["sparsity"] == 0.3 and result["seed"] == 0 and result["steps"] == 12 and result["device"] == "cpu"
+    assert result["best"]["step"] == 12  # the only evaluation at the target density
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "dev" in line] == [4, 8, 12]
+    assert log[-1]["dev"] == result["final"]
+    assert [line["step"] for line in log if "loss" in line] == [10, 12]
+
+    eval_.main([str(folder)])
+    out = capsys.readouterr().out
+    reported = f"accuracy {result['final']['accuracy']:.4f}"
+    assert f"{reported}; training reported {reported}" in out
+    table = [line.split() for line in out.splitlines() if line.startswith(("density", "layer", "all"))]
+    masks = load_masks(folder, result)
+    assert table[0] == ["density", *mask_groups(run.model)] and len(table) == 4
+    assert table[1][2] == f"{masks['bert.encoder.layer.0.attention.self.query.weight'].float().mean():.4f}"
+    assert table[3][1] == f"{int(0.7 * 512 + 1e-6) / 512 if method == 'smp-s' else 179 / 256:.4f}"
+
+    eval_.main([str(folder), "--text", "a good film"])
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[1] for line in lines} == {"terrible", "great"}
+    assert sum(float(line.split()[0]) for line in lines) == pytest.approx(1, abs=2e-4)
+
+
+def load_masks(folder, result):
+    model = train.load_model(result["model"], [5, 6])
+    shapes = {n: w.shape for ws in model.prunable().values() for n, w in ws.items()}
+    masks, metadata = mask.load_masks(folder / "mask.safetensors", shapes)
+    assert metadata["backbone_sha256"] == model.fingerprint() == result["backbone_sha256"]
+    return masks
+
+
+def mask_groups(folder):
+    return train.load_model(folder, [5, 6]).prunable()
+
+
+def test_finetune_learns_and_stands_on_its_own(run, capsys, tmp_path):
+    folder, result = run("--method", "finetune", "--lr", 3e-3, "--seed", 1, steps=60)
+    assert result["final"]["accuracy"] == 1.0 and result["density"] == 1.0
+    files = ["config.json", "log.jsonl", "model.safetensors", "result.json", "tokenizer.json"]
+    assert sorted(p.name for p in folder.iterdir()) == files
+    old, new = load_file(run.model / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert old.keys() == new.keys() and not any(old[n].equal(new[n]) for n in old if "query.weight" in n)
+    shutil.rmtree(run.model)
+    capsys.readouterr()
+    eval_.main([str(folder)])
+    assert "accuracy 1.0000; training reported accuracy 1.0000" in capsys.readouterr().out
+    eval_.main([str(folder), "--text", "it was dull"])
+    assert capsys.readouterr().out.splitlines()[0].endswith("terrible (0)")
+
+
+def test_a_mask_alone_learns(run):
+    _, result = run("--sparsity", 0.3, "--lr", 0.1, "--penalty", 1, "--ramp", 0.5, steps=200)
+    assert result["final"]["accuracy"] >= 0.9
+
+
+def test_same_seed_same_mask_other_seed_other_mask(run):
+    masks = [(run("--seed", s, out=f"run{i}")[0] / "mask.safetensors").read_bytes() for i, s in enumerate((3, 3, 4))]
+    body = [m[8 + int.from_bytes(m[:8], "little") :] for m in masks]  # behind the header, which names the folder
+    assert body[0] == body[1] != body[2]
+
+
+def test_bfloat16_and_pairs(run, capsys):
+    folder, result = run("--task", "rte", "--dtype", "bfloat16", steps=4)
+    assert result["dtype"] == "bfloat16" and math.isfinite(result["final"]["accuracy"])
+    capsys.readouterr()
+    eval_.main([str(folder), "--text", "it is good", "--pair", "a film is good"])
+    assert "yes (entailment)" in capsys.readouterr().out
+    _, dense = run("--task", "rte", "--dtype", "bfloat16", "--method", "finetune", out="dense", steps=4)
+    assert load_file(run.model.parent / "dense" / "model.safetensors")["cls.predictions.bias"].dtype == torch.float32
+
+
+def test_adam_of_the_reference_code_by_hand():
+    """Its eps stands outside the bias correction: lr sqrt(1 - b2) / (1 - b1) * m / (sqrt(v) + eps), with g = 3e-8."""
+    masks = mask.Masks({"g": {"w": torch.ones(1, 1)}}, "smp-l", 1.0)
+    adam = train.make_optimizer(masks, 0.02)
+    logits = lambda weights, x: torch.cat([weights["w"] * x, torch.zeros(1, 1)], 1)  # noqa: E731
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.ones(1, 1), requires_grad=False)
+    model.forward = lambda x: logits({"w": model.w}, x)
+    p = 1 / (1 + math.exp(-1e-7))  # dL/dw of cross-entropy with logits (w x, 0) and class 1 is p x, x = 1e-7
+    g = p * 1e-7
+    train.train_step(model, masks, adam, (torch.tensor([[1e-7]]),), torch.tensor([1]), 0, 10, 1.0, 0.0)
+    expected = 0.02 * math.sqrt(0.001) / 0.1 * 0.1 * g / (math.sqrt(0.001) * g + 1e-8)
+    assert masks.scores["g"].item() == pytest.approx(-expected, rel=1e-3)
+    train.train_step(model, masks, adam, (torch.tensor([[1e-7]]),), torch.tensor([1]), 9, 10, 1.0, 0.0)
+    assert adam.param_groups[0]["lr"] == pytest.approx(0.002)
+
+
+def test_metrics_by_hand():
+    p, t = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 0, 1, 1, 0])
+    assert accuracy(p, t) == pytest.approx(4 / 6)
+    assert f1(p, t) == pytest.approx(2 * (2 / 3) * (2 / 3) / (4 / 3))
+    assert matthews(p, t) == pytest.approx((2 * 2 - 1 * 1) / 9)  # (TP TN - FP FN) / sqrt(3 * 3 * 3 * 3)
+    assert matthews(p * 0, t) == f1(p * 0, t) == 0.0
+
+
+def test_predictions_come_in_the_order_of_the_examples(run, glue):
+    tokenizer = data.load_tokenizer(run.model, 16)
+    dev = data.load_split("movies", "dev", glue, tokenizer)
+    model = train.load_model(run.model, [7, 8])
+    together = eval_.predict(model, {}, dev, "cpu")
+    for i in (0, 7, 39):
+        one = data.Examples([dev.ids[i]], [dev.types[i]], [0])
+        assert torch.allclose(eval_.predict(model, {}, one, "cpu")[0], together[i], atol=1e-5)
+    assert model.training  # as it was
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sparsity", 1], "--sparsity"),
+        (["--sparsity", -0.1], "--sparsity"),
+        (["--sparsity", "nan"], "--sparsity"),
+        (["--task", "rtee"], "--task"),
+        (["--method", "smp"], "--method"),
+        (["--method", "finetune", "--sparsity", 0.5], "--sparsity"),
+        (["--batch", 0], "--batch"),
+        (["--lr", "inf"], "--lr"),
+        (["--ramp", 2], "--ramp"),
+        (["--length", 33], "--length 33.*4 to 32"),
+        (["--model", "nowhere"], "--model.*'nowhere'.*minilm, bert-base-uncased"),
+        (["--data-dir", "nowhere"], "--data-dir: there is no nowhere/movies/train.tsv"),
+        (["--lr", 1e30, "--penalty", 1e30], "the loss is nan.*--lr"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(run, tmp_path, fails, glue, flags, message):
+    argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--steps", 10, "--batch", 8]
+    error = fails(train.main, [*argv, "--length", 16, "--device", "cpu", *flags])
+    assert __import__("re").search(message, error)
+    assert not (tmp_path / "r" / "result.json").exists() and not (tmp_path / "r" / "mask.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_model_folder_without_a_file(run, tmp_path, fails, glue, name):
+    (run.model / name).unlink()
+    error = fails(train.main, ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r"])
+    assert f"{run.model} has no {name}" in error
+
+
+def test_bad_data_ends_in_one_line(run, tmp_path, fails, glue):
+    argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--length", 16]
+    with open(glue / "movies" / "dev.tsv", "a") as file:
+        file.write("good\t2\n")
+    assert "dev.tsv:42: unknown label '2'" in fails(train.main, argv)
+    (glue / "movies" / "dev.tsv").write_text("sentence\tlabel\n")
+    assert "dev.tsv holds no examples" in fails(train.main, argv)
+    (run.model / "tokenizer.json").write_text("{")
+    assert "tokenizer.json is not a tokenizer" in fails(train.main, argv)
+
+
+def test_a_finished_run_is_not_overwritten_an_unfinished_one_is(run, fails, capsys):
+    folder, result = run()
+    mask_file = (folder / "mask.safetensors").read_bytes()
+    argv = ["--model", run.model, "--out", folder]
+    assert "holds a finished run" in fails(train.main, argv)
+    assert (folder / "mask.safetensors").read_bytes() == mask_file
+    (folder / "result.json").unlink()
+    run()
+
+
+def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
+    folder, result = run()
+    other = make_model("other", tensors=__import__("conftest").bert_tensors(__import__("conftest").CONFIG, seed=9))
+    assert "are not those that" in fails(eval_.main, [folder, "--model", other])
+    assert "holds no finished run" in fails(eval_.main, [tmp_path])
+    assert "--text without --pair" in fails(eval_.main, [folder, "--text", "a", "--pair", "b"])
+    (folder / "mask.safetensors").write_bytes((folder / "mask.safetensors").read_bytes()[:-1])
+    assert "not a whole safetensors file" in fails(eval_.main, [folder])
+    (folder / "result.json").write_text("{}")
+    assert "is not the result of a run" in fails(eval_.main, [folder])
+
+
+def test_a_weight_that_moved_is_noticed(run, fails, monkeypatch, tmp_path, glue):
+    step = train.train_step
+
+    def nudging(model, masks, *args):
+        masks.weights["query"][0, 0, 0] += 1e-6
+        return step(model, masks, *args)
+
+    monkeypatch.setattr(train, "train_step", nudging)
+    argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--steps", 2, "--length", 16]
+    assert "no longer equal" in fails(train.main, [*argv, "--device", "cpu"])
+    assert not (tmp_path / "r" / "result.json").exists()
+
+
+def test_the_commands_run_as_commands(run, glue, tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--sparsity", "2"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2 and "--sparsity" in ended.stderr and "Traceback" not in ended.stderr
