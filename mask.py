@@ -117,7 +117,8 @@ def smp_s(scores, density, exact, temperature=1.0):
     counts = {}
     for (group, s), d in zip(scores.items(), densities, strict=True):
         n = s[0].numel()
-        counts[group] = whole_counts(d, n).to(s.device) if exact else (d * n).long()
+        # The clamp: scores that are not finite end in the loop's error about the loss, not in an index out of range.
+        counts[group] = whole_counts(d, n).to(s.device) if exact else (d * n).long().clamp(0, n)
     return {g: top_k(s, counts[g], exact) for g, s in scores.items()}
 
 

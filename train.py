@@ -137,7 +137,8 @@ def prepare(args, device, dtype):
     tokenizer = data.load_tokenizer(folder, args.length)
     model = load_model(folder, data.label_word_ids(task, tokenizer))
     sets = [data.load_split(args.task, split, args.data_dir, tokenizer) for split in ("train", "dev")]
-    return model.to(device, dtype), model.fingerprint(), *sets
+    sha256 = model.fingerprint()
+    return model.to(device, dtype), sha256, *sets
 
 
 def loop(args, model, learner, train, dev, device, total, log):
