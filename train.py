@@ -29,7 +29,7 @@ from eval import add_common_arguments, choose_device, evaluate, one_line_errors,
 from mask import MASKING, Masks, density_at, pack_masks, penalty_at
 from model import load_config, load_model
 
-LOG_EVERY = 10  # steps between log lines; the only steps at which the host waits for the device
+LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
 
 
 def parse_args(argv=None):
@@ -157,7 +157,7 @@ def loop(args, model, learner, train, dev, device, total, log):
         losses.append(ce)
         done = step + 1
         bar.update()
-        if done % LOG_EVERY == 0 or done == total:
+        if done % LOG_EVERY == 0 or done in eval_steps:
             loss = torch.stack(losses).mean().item()
             losses.clear()
             if not math.isfinite(loss):
