@@ -62,7 +62,7 @@ class Task:
 SENTIMENT = {"0": "terrible", "1": "great"}
 TASKS = {
     "movies": Task(
-        "movies", ("sentence",), "label", SENTIMENT, ("accuracy",), epochs=2, length=64, ramp=0.8, evals=4,
+        "movies", ("sentence",), "label", SENTIMENT, ("accuracy",), epochs=2, length=64, ramp=0.9, evals=4,
         model="minilm", md5=("", ""),
     ),
     "rte": Task(
