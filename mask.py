@@ -148,6 +148,8 @@ class Masks(nn.Module):
     method: a key of MASKING; density: the share of weights kept at the end, in (0, 1].
     """
 
+    file = "mask.safetensors"
+
     def __init__(self, groups, method, density):
         super().__init__()
         self.names = {group: list(weights) for group, weights in groups.items()}
@@ -156,6 +158,10 @@ class Masks(nn.Module):
         self.scores = nn.ParameterDict(zeros)  # pairs, because ParameterDict sorts a plain dict
         # p = 4 evens the layers out while most weights stay (reference code; not in the paper).
         self.select = partial(MASKING[method], temperature=4.0 if density >= 0.7 else 1.0)
+
+    def optimizer(self, lr):
+        """Adam on the scores, nothing else: no weight decay, no warm-up."""
+        return torch.optim.Adam(self.parameters(), lr, fused=True)
 
     def by_name(self, stacks):
         """{group: [L, out, in]} -> {name: [out, in]}, views."""
@@ -179,6 +185,10 @@ class Masks(nn.Module):
     def baked(self, density):
         """-> weights {name: [out, in]} under the exact masks, for evaluation."""
         return apply_masks(self.by_name(self.weights), self.exact(density))
+
+    def pack(self, density, metadata):
+        """-> bytes of the mask file, see pack_masks."""
+        return pack_masks(self.exact(density), metadata)
 
 
 def apply_masks(weights, masks):

@@ -7,12 +7,10 @@ method, which is mask.py. Sources: Jiang et al., ACL 2023 (arXiv 2210.06210), an
     python train.py --task rte --sparsity 0.5     # the paper's setting: bert-base-uncased on GLUE
 """
 
-import argparse
 import json
 import math
 import platform
 import shlex
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -25,8 +23,8 @@ from tqdm import tqdm
 
 import data
 from data import TASKS
-from eval import add_common_arguments, choose_device, evaluate, one_line_errors, show
-from mask import MASKING, Masks, density_at, pack_masks, penalty_at
+from eval import Parser, add_common_arguments, choose_device, evaluate, one_line_errors, show
+from mask import MASKING, Masks, density_at, penalty_at
 from model import load_config, load_model
 
 LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
@@ -34,7 +32,7 @@ LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the
 
 def parse_args(argv=None):
     """Arguments with the task's defaults filled in. Exits with status 2 and one line when they make no sense."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Learn a task by switching off weights of a frozen BERT.",
         epilog="Defaults of --model to --evals come with the task: see TASKS in data.py.",
     )
@@ -78,7 +76,9 @@ def parse_args(argv=None):
 
 
 class Dense:
-    """All weights trained and nothing masked: stands where Masks does. Weights are kept in float32, used in dtype."""
+    """All weights trained and none masked: stands where Masks does. Weights are kept in float32 and used in dtype."""
+
+    file = "model.safetensors"
 
     def __init__(self, model, dtype):
         self.dtype = dtype
@@ -87,21 +87,21 @@ class Dense:
     def parameters(self):
         return list(self.weights.values())
 
+    def optimizer(self, lr):
+        """AdamW that decays matrices only, as BERT was fine-tuned by its authors."""
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        vectors = [p for p in self.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr, fused=True)
+
     def __call__(self, density):
         return {name: weight.to(self.dtype) for name, weight in self.weights.items()}, torch.zeros(())
 
     def baked(self, density):
         return {name: weight.detach().to(self.dtype) for name, weight in self.weights.items()}
 
-
-def make_optimizer(learner, lr):
-    """Adam on scores; AdamW on weights, with decay for matrices only."""
-    if isinstance(learner, Masks):
-        return torch.optim.Adam(learner.parameters(), lr, fused=True)
-    matrices = [p for p in learner.parameters() if p.ndim > 1]
-    vectors = [p for p in learner.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr, fused=True)
+    def pack(self, density, metadata):
+        return save({name: weight.detach().cpu() for name, weight in self.weights.items()})
 
 
 def train_step(model, learner, optimizer, inputs, labels, step, total, density, penalty):
@@ -147,7 +147,7 @@ def loop(args, model, learner, train, dev, device, total, log):
     Raises FloatingPointError when the loss is not finite.
     """
     final, ramp = 1 - args.sparsity, round(args.ramp * total)
-    optimizer, metrics = make_optimizer(learner, args.lr), TASKS[args.task].metrics
+    optimizer, metrics = learner.optimizer(args.lr), TASKS[args.task].metrics
     eval_steps = {math.ceil(total * i / args.evals) for i in range(1, args.evals + 1)}
     losses, evaluations = [], []
     bar = tqdm(total=total, desc=f"{args.task} {args.method}", dynamic_ncols=True)
@@ -180,76 +180,74 @@ def frozen_unchanged(model, masks, folder):
     return all(torch.equal(t.to(now[n].dtype), now[n].cpu()) for n, t in file.state_dict().items())
 
 
-def save_learnt(args, learner, folder, metadata):
-    """Write mask.safetensors, or the fine-tuned model.safetensors and what loads it -> (path, kept, prunable)."""
-    if isinstance(learner, Dense):
-        path = args.out / "model.safetensors"
-        data.write_whole(path, save({name: weight.detach().cpu() for name, weight in learner.weights.items()}))
-        for name in set(data.MODEL_FILES) - {path.name}:
-            shutil.copyfile(folder / name, args.out / name)
-        return path, None, None
-    masks = learner.exact(1 - args.sparsity)
-    path = args.out / "mask.safetensors"
-    data.write_whole(path, pack_masks(masks, metadata))
-    return path, sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
-
-
 def summarize(args, result, path):
     """What a finished run says last."""
     print(f"final  dev {show(result['final'])}")
     if best := result["best"]:
         print(f"best   dev {show(best['dev'])} at step {best['step']}, chosen on dev (how papers report)")
-    if result["prunable"]:
+    if args.method != "finetune":
         print(f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}")
         print(f"frozen {args.model} is bit-identical to its file (sha256 {result['backbone_sha256'][:12]}...)")
     print(f"saved  {path} ({path.stat().st_size / 1e6:.1f} MB) after {result['seconds']:.0f} s")
-    words = ' --pair "..."' if len(TASKS[args.task].text) == 2 else ""
-    print(f'next   python eval.py {args.out}\n       python eval.py {args.out} --text "..."{words}')
+    pair = ' --pair "..."' if len(TASKS[args.task].text) == 2 else ""
+    print(f'next   python eval.py {args.out}\n       python eval.py {args.out} --text "..."{pair}')
     if args.method != "finetune":
         print(f"       python train.py --task {args.task} --method finetune")
 
 
+def finish(args, learner, model, sha256, evaluations, seconds, command):
+    """Check that the frozen weights did not move, then write what was learnt and result.json -> (result, path)."""
+    folder, density = data.model_folder(args.model), 1 - args.sparsity
+    on_target = [e for e in evaluations if e["density"] == evaluations[-1]["density"]]
+    parameter = next(model.parameters())
+    result = {
+        "task": args.task, "model": args.model, "method": args.method, "sparsity": args.sparsity, "seed": args.seed,
+        "steps": evaluations[-1]["step"], "batch": args.batch, "length": args.length, "lr": args.lr, "ramp": args.ramp,
+        "penalty": args.penalty, "data_dir": args.data_dir, "backbone_sha256": sha256,
+        "device": parameter.device.type, "dtype": str(parameter.dtype).removeprefix("torch."),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}, "command": command,
+        "final": evaluations[-1]["dev"],
+        "best": max(on_target, key=lambda e: e["dev"][TASKS[args.task].metrics[0]]),
+        "seconds": round(seconds, 1), "density": 1.0,
+    }  # fmt: skip
+    if isinstance(learner, Masks):
+        if not frozen_unchanged(model, learner, folder):
+            raise OSError(f"the frozen weights no longer equal those of {folder}; nothing was saved")
+        masks = learner.exact(density).values()
+        kept, prunable = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+        result |= {"density": kept / prunable, "kept": kept, "prunable": prunable}
+    else:
+        for name in ("config.json", "tokenizer.json"):
+            data.write_whole(args.out / name, (folder / name).read_bytes())
+    data.write_whole(args.out / learner.file, learner.pack(density, result))
+    data.write_whole(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    return result, args.out / learner.file
+
+
 def main(argv=None):
     args, started = parse_args(argv), time.time()
+    command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     torch.manual_seed(args.seed)
     with one_line_errors(ValueError, OSError):
         new_run_folder(args.out)
         device, dtype, why = choose_device(args.device, args.dtype)
         model, sha256, train, dev = prepare(args, device, dtype)
-    total = args.steps or math.ceil(args.epochs * math.ceil(len(train) / args.batch))
     if args.method == "finetune":
         learner = Dense(model, dtype)
     else:
         learner = Masks(model.requires_grad_(False).prunable(), args.method, 1 - args.sparsity)
-        learner.to(device)
         model.load_state_dict(learner.by_name(learner.weights), strict=False, assign=True)  # views: held once
+    total = args.steps or math.ceil(args.epochs * math.ceil(len(train) / args.batch))
     print(f"{args.task}: {len(train)} train and {len(dev)} dev examples; {total} steps of {args.batch}")
-    print(f"{args.model} on {device} in {dtype} ({why}); sparsity {args.sparsity:g}, density {1 - args.sparsity:g}")
+    print(f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {1 - args.sparsity:g}) -> {args.out}")
+    print(f"on {device} in {str(dtype).removeprefix('torch.')}: {why}")
 
-    with one_line_errors(OSError, FloatingPointError), open(args.out / "log.jsonl", "w") as file:
-
-        def log(**line):
-            print(json.dumps(line), file=file, flush=True)
-
-        evaluations = loop(args, model, learner, train, dev, device, total, log)
-        on_target = [e for e in evaluations if e["density"] == evaluations[-1]["density"]]
-        metric = TASKS[args.task].metrics[0]
-        result = {
-            "task": args.task, "model": args.model, "method": args.method, "sparsity": args.sparsity,
-            "seed": args.seed, "steps": total, "batch": args.batch, "length": args.length, "lr": args.lr,
-            "data_dir": args.data_dir, "backbone_sha256": sha256, "device": device.type, "dtype": str(dtype)[6:],
-            "final": evaluations[-1]["dev"], "best": max(on_target, key=lambda e: e["dev"][metric]),
-            "seconds": round(time.time() - started, 1),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "command": shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)]),
-        }  # fmt: skip
-        folder = data.model_folder(args.model)
-        if args.method != "finetune" and not frozen_unchanged(model, learner, folder):
-            raise OSError(f"the frozen weights no longer equal those of {folder}; nothing was saved")
-        path, result["kept"], result["prunable"] = save_learnt(args, learner, folder, result)
-        result["density"] = result["kept"] / result["prunable"] if result["prunable"] else 1.0
-        data.write_whole(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-        summarize(args, result, path)
+    with one_line_errors(OSError, FloatingPointError):
+        with open(args.out / "log.jsonl", "w") as file:
+            log = lambda **line: print(json.dumps(line), file=file, flush=True)  # noqa: E731
+            evaluations = loop(args, model, learner, train, dev, device, total, log)
+        result, path = finish(args, learner, model, sha256, evaluations, time.time() - started, command)
+    summarize(args, result, path)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 WORDS = "no yes terrible great incorrect correct the a film is was good bad and very it fun dull un ##happ ##y".split()
 CONFIG = {
     "model_type": "bert", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import mask
 from mask import Masks, density_at, penalty_at
 from model import Encoder, load_model
-from train import make_optimizer, train_step
+from train import train_step
 
 BOUNDS = {
     "dense_logits": 1e-4, "density": 1e-6, "penalty": 1e-6, "ce": 1e-3, "regularizer": 1e-3,
@@ -59,7 +59,7 @@ def replay_method(folder, batches, labels, method):
     start = load_file(folder / "scores_start.safetensors")
     for group, scores in masks.scores.items():
         scores.data.copy_(torch.stack([start[name] for name in masks.names[group]]))
-    adam = make_optimizer(masks, recorded["lr"])
+    adam = masks.optimizer(recorded["lr"])
     worst = dict.fromkeys(("density", "penalty", "regularizer", "ce", "layer_density"), 0.0)
 
     for t, expected in enumerate(recorded["steps"]):

@@ -89,7 +89,7 @@ def test_label_words_must_be_one_token(tokenizer):
     assert label_word_ids(RTE, tokenizer) == [5, 6]
     for word in ("unhappy", "nowhere"):
         with pytest.raises(ValueError, match=f"label word '{word}'"):
-            label_word_ids(data.Task("x", ("a",), "b", {"0": "no", "1": word}, (), 1, ()), tokenizer)
+            label_word_ids(data.Task("x", ("a",), "b", {"0": "no", "1": word}, (), 1), tokenizer)
 
 
 def examples(n=203, seed=0):
@@ -109,7 +109,7 @@ def test_every_example_comes_once_an_epoch_in_batches_of_like_length():
 
 def test_training_order_follows_the_seed_and_changes_with_the_epoch():
     def labels(seed, steps=104):
-        return [y.tolist() for _, y in training_batches(examples(), 4, steps, seed, "cpu")]
+        return [y.tolist() for _, y in training_batches(examples(), 4, steps, seed)]
 
     assert labels(1) == labels(1) != labels(2)
     assert len(labels(1)) == 104
@@ -154,7 +154,6 @@ def server(monkeypatch, tmp_path):
     url = f"http://127.0.0.1:{httpd.server_port}"
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setenv("GLUE_URL", f"{url}/glue/")
-    monkeypatch.setattr(data, "MRPC_URL", f"{url}/senteval")
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     yield files, cut
     httpd.shutdown()
@@ -243,6 +242,14 @@ def test_glue_zip_gives_its_two_splits_and_nothing_else(rte, tokenizer):
     assert left_in(folder.parent.parent / "cache") == ["glue/RTE/dev.tsv", "glue/RTE/train.tsv"]
 
 
+def test_a_file_put_in_place_by_hand_stays(rte, tokenizer):
+    _, _, folder = rte
+    (folder / "RTE").mkdir(parents=True)
+    write(folder / "RTE" / "dev.tsv", ROWS + "1\tour\town\tentailment\n")
+    assert len(data.load_split("rte", "train", None, tokenizer)) == 1
+    assert "our\town" in (folder / "RTE" / "dev.tsv").read_text()
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -267,7 +274,8 @@ def test_mrpc_is_put_together(server, monkeypatch, tokenizer):
     md5 = tuple(hashlib.md5(text.encode()).hexdigest() for text in made)
     monkeypatch.setitem(TASKS, "mrpc", dataclasses.replace(TASKS["mrpc"], md5=md5))
     files, _ = server
-    files["/senteval/msr_paraphrase_train.txt"] = (head.strip("\n") + "\r\n" + "\r\n".join(rows) + " \r\n").encode()
+    sent = "\r\n".join([head.strip("\n"), *rows]) + " \r\n"
+    files["/senteval/senteval_data/msr_paraphrase_train.txt"] = sent.encode()
     files["/glue/mrpc_dev_ids.tsv"] = b"7\t8\n"
     assert data.load_split("mrpc", "dev", None, tokenizer).labels == [0]
     folder = data.CACHE / "glue" / "MRPC"

@@ -125,7 +125,7 @@ def test_bfloat16_and_pairs(run, capsys):
 def test_adam_of_the_reference_code_by_hand():
     """Its eps stands outside the bias correction: lr sqrt(1 - b2) / (1 - b1) * m / (sqrt(v) + eps), with g = 3e-8."""
     masks = mask.Masks({"g": {"w": torch.ones(1, 1)}}, "smp-l", 1.0)
-    adam = train.make_optimizer(masks, 0.02)
+    adam = masks.optimizer(0.02)
     logits = lambda weights, x: torch.cat([weights["w"] * x, torch.zeros(1, 1)], 1)  # noqa: E731
     model = torch.nn.Module()
     model.w = torch.nn.Parameter(torch.ones(1, 1), requires_grad=False)

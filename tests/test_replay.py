@@ -1,0 +1,110 @@
+"""The replay, against a recording made by a second, plain implementation: one matrix at a time, Adam by hand."""
+
+import json
+import math
+
+import pytest
+import replay
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch.func import functional_call
+
+from model import Encoder, load_model
+
+TOTAL, RAMP, FINAL, LR, WORDS = 12, 8, 0.4, 0.02, [5, 6]
+
+
+def plain_densities(method, scores, v):
+    """Group by group; above 1 is cut, as the reference code does."""
+    if method == "smp-l":
+        return dict.fromkeys(scores, v)
+    densities = {}
+    kind = {name: name.split(".layer.")[1].split(".", 1)[1] for name in scores}  # behind the layer's number
+    for group in set(kind.values()):
+        names = [name for name in scores if kind[name] == group]
+        share = torch.stack([torch.sigmoid(scores[name]).mean() for name in names]).detach()
+        cut = (v * len(names) * share / share.sum()).clamp(max=1.0)
+        densities |= dict(zip(names, cut, strict=True))
+    return densities
+
+
+def plain_mask(score, density):
+    keep = torch.zeros(score.numel())
+    keep[score.flatten().topk(int(density * score.numel())).indices] = 1
+    return keep.view_as(score)
+
+
+def plain_training(folder, batches, labels, method, start):
+    """-> trajectory dict and final masks. HF's old AdamW: lr sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)."""
+    model = load_model(folder, WORDS).eval().requires_grad_(False)
+    model.bert.forward = lambda *batch, tokens: Encoder.forward(model.bert, *batch)
+    frozen, scores = model.state_dict(), {n: s.clone().requires_grad_() for n, s in start.items()}
+    m, v = ({n: torch.zeros_like(s) for n, s in start.items()} for _ in range(2))
+    steps = []
+    for t in range(TOTAL):
+        rows = slice(8 * t, 8 * t + 8)
+        density = FINAL + (1 - FINAL) * max(0.0, 1 - t / RAMP) ** 3
+        penalty = 400 * (1 - (1 - t / TOTAL) ** 3)
+        densities = plain_densities(method, scores, density)
+        weights = {
+            n: frozen[n] * (plain_mask(s.detach(), densities[n]) + s - s.detach()) for n, s in scores.items()
+        }
+        ce = F.cross_entropy(functional_call(model, weights, tuple(b[rows] for b in batches)), labels[rows])
+        r = torch.stack([torch.sigmoid(s).mean() for s in scores.values()]).mean()
+        grads = torch.autograd.grad(ce + penalty * r, list(scores.values()))
+        norm = math.sqrt(sum(float((g**2).sum()) for g in grads))
+        for (name, s), g in zip(scores.items(), grads, strict=True):
+            g = g * min(1.0, 1 / (norm + 1e-6))
+            m[name], v[name] = 0.9 * m[name] + 0.1 * g, 0.999 * v[name] + 0.001 * g * g
+            step = LR * (1 - t / TOTAL) * math.sqrt(1 - 0.999 ** (t + 1)) / (1 - 0.9 ** (t + 1))
+            s.data -= step * m[name] / (v[name].sqrt() + 1e-8)
+        steps.append({"density": density, "penalty": penalty, "ce": ce.item(), "regularizer": r.item()})
+    densities = plain_densities(method, scores, FINAL)
+    masks = {n: plain_mask(s.detach(), densities[n]) for n, s in scores.items()}
+    logits = functional_call(model, {n: frozen[n] * k for n, k in masks.items()}, tuple(b[:8] for b in batches))
+    recorded = {"total_steps": TOTAL, "prune_steps": RAMP, "final_density": FINAL, "final_penalty": 400.0, "lr": LR}
+    recorded |= {"clip_norm": 1.0, "batch": 8, "label_word_ids": WORDS, "steps": steps}
+    return recorded | {"logits_end_first_batch": logits.tolist()}, masks
+
+
+@pytest.fixture
+def recording(make_model):
+    folder = make_model("recording")
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 26, (8 * TOTAL, 9), generator=g)
+    mask = (torch.arange(9) < torch.randint(4, 10, (8 * TOTAL, 1), generator=g)).long()
+    batches = [ids * mask, (torch.arange(9) > 4).long() * mask, mask]
+    labels = (ids[:, 1] > 15).long()
+    names = ("input_ids", "token_type_ids", "attention_mask", "labels")
+    save_file(dict(zip(names, [*batches, labels], strict=True)), folder / "batches.safetensors")
+    model = load_model(folder, WORDS).eval()
+    with torch.no_grad():
+        logits = model.word_logits(model.bert(*(b[:8] for b in batches)))
+    save_file({"mlm_logits": logits}, folder / "dense_first_batch.safetensors")
+    weights = {n: w for ws in model.prunable().values() for n, w in ws.items()}
+    start = {n: 0.01 * torch.randn(w.shape, generator=g) for n, w in weights.items()}
+    save_file(start, folder / "scores_start.safetensors")
+    for method in ("smp-l", "smp-s"):
+        trajectory, masks = plain_training(folder, batches, labels, method, start)
+        (folder / f"trajectory_{method}.json").write_text(json.dumps(trajectory))
+        save_file({n: k.byte() for n, k in masks.items()}, folder / f"mask_end_{method}.safetensors")
+    return folder
+
+
+def test_stacked_training_equals_the_plain_one(recording, capsys):
+    assert replay.main(recording) == 0
+    worst = json.loads(capsys.readouterr().out)
+    assert worst.keys() == {"dense", "smp-l", "smp-s", replay.HANDED_ON}
+    assert worst["smp-l"]["ce"] < 1e-4 and worst["smp-l"]["mask_entries_differing"] == 0
+
+
+@pytest.mark.parametrize("quantity", ["density", "penalty", "ce", "regularizer"])
+def test_replay_notices_a_deviation(recording, capsys, quantity):
+    path = recording / "trajectory_smp-l.json"
+    trajectory = json.loads(path.read_text())
+    trajectory["steps"][7][quantity] += 2 * replay.BOUNDS[quantity]
+    path.write_text(json.dumps(trajectory))
+    assert replay.main(recording) == 1
+    worst = json.loads(capsys.readouterr().out)["smp-l"]
+    assert worst[quantity] > replay.BOUNDS[quantity]
