@@ -94,7 +94,7 @@ def test_label_words_must_be_one_token(tokenizer):
 
 def examples(n=203, seed=0):
     lengths = np.random.default_rng(seed).integers(3, 30, n)
-    return data.Examples([[i + 1] * k for i, k in enumerate(lengths)], [[0] * k for k in lengths], list(range(n)))
+    return data.Examples([[i + 1] * k for i, k in enumerate(lengths)], [[0] * k for k in lengths], list(range(n)), 0, 30)
 
 
 def test_every_example_comes_once_an_epoch_in_batches_of_like_length():
@@ -116,11 +116,14 @@ def test_training_order_follows_the_seed_and_changes_with_the_epoch():
     assert labels(1)[:51] != labels(1)[51:102] and sorted(sum(labels(1)[51:102], [])) == list(range(203))
 
 
-def test_collate_pads_to_the_longest_of_the_batch():
-    e = data.Examples([[7, 8], [5, 6, 7, 8], [9]], [[0, 1], [0, 0, 1, 1], [1]], [0, 1, 0], pad=3)
-    (ids, types, mask), labels = collate(e, [0, 2])
-    assert ids.tolist() == [[7, 8], [9, 3]] and types.tolist() == [[0, 1], [1, 0]]
-    assert mask.tolist() == [[1, 1], [1, 0]] and labels.tolist() == [0, 0]
+@pytest.mark.parametrize(("limit", "width"), [(9, 8), (7, 7)])
+def test_collate_pads_to_a_multiple_of_four_within_the_limit(limit, width):
+    e = data.Examples([[7, 8], [5] * 6, [9]], [[0, 1], [1] * 6, [1]], [0, 1, 0], 3, limit)
+    (ids, types, mask), labels = collate(e, [0, 1])
+    assert ids.tolist() == [[7, 8] + [3] * (width - 2), [5] * 6 + [3] * (width - 6)]
+    assert types.tolist() == [[0, 1] + [0] * (width - 2), [1] * 6 + [0] * (width - 6)]
+    assert mask.tolist() == [[1] * 2 + [0] * (width - 2), [1] * 6 + [0] * (width - 6)] and labels.tolist() == [0, 1]
+    assert collate(e, [2])[0][0].shape == (1, 4)
 
 
 # --- downloads ---
