@@ -34,7 +34,7 @@ def parse_args(argv=None):
     """Arguments with the task's defaults filled in. Exits with status 2 and one line when they make no sense."""
     parser = Parser(
         description="Learn a task by switching off weights of a frozen BERT.",
-        epilog="Defaults of --model to --evals come with the task: see TASKS in data.py.",
+        epilog="The defaults of --model, --epochs, --batch, --length, --ramp and --evals are the task's: data.TASKS.",
     )
     parser.add_argument("--task", choices=TASKS, default="movies")
     parser.add_argument("--method", choices=(*MASKING, "finetune"), default="smp-s", help="default: smp-s")
@@ -119,13 +119,10 @@ def train_step(model, learner, optimizer, inputs, labels, step, total, density, 
     return cross_entropy.detach(), regularizer.detach()
 
 
-def new_run_folder(folder):
-    """Make the run folder, or empty it of what an unfinished run left. Raises ValueError if it holds a finished run."""
+def refuse_finished_run(folder):
+    """Raise ValueError if the run folder holds a finished run; an unfinished one is replaced."""
     if (folder / "result.json").exists():
         raise ValueError(f"--out: {folder} holds a finished run; name another folder or seed, or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("log.jsonl", "mask.safetensors", "model.safetensors"):
-        (folder / name).unlink(missing_ok=True)
 
 
 def prepare(args, device, dtype):
@@ -229,9 +226,10 @@ def main(argv=None):
     command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     torch.manual_seed(args.seed)
     with one_line_errors(ValueError, OSError):
-        new_run_folder(args.out)
+        refuse_finished_run(args.out)
         device, dtype, why = choose_device(args.device, args.dtype)
         model, sha256, train, dev = prepare(args, device, dtype)
+        args.out.mkdir(parents=True, exist_ok=True)
     if args.method == "finetune":
         learner = Dense(model, dtype)
     else:

@@ -94,7 +94,8 @@ def test_label_words_must_be_one_token(tokenizer):
 
 def examples(n=203, seed=0):
     lengths = np.random.default_rng(seed).integers(3, 30, n)
-    return data.Examples([[i + 1] * k for i, k in enumerate(lengths)], [[0] * k for k in lengths], list(range(n)), 0, 30)
+    ids = [[i + 1] * k for i, k in enumerate(lengths)]
+    return data.Examples(ids, [[0] * k for k in lengths], list(range(n)), 0, 30)
 
 
 def test_every_example_comes_once_an_epoch_in_batches_of_like_length():
