@@ -115,6 +115,10 @@ def add_common_arguments(parser):
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
 
 
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
 def show(metrics):
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
@@ -185,7 +189,7 @@ def main(argv=None):
             print("\n".join(classify(model, weights, tokenizer, task, text, device)))
             return
         dev = load_split(result["task"], "dev", args.data_dir or result["data_dir"], tokenizer)
-        print(f"{result['task']}, {result['method']}, {result['model']} on {device} in {dtype} ({why})")
+        print(f"{result['task']}, {result['method']}, {result['model']} on {device} in {dtype_name(dtype)} ({why})")
         metrics = evaluate(model, weights, dev, task.metrics, device, progress=True)
     if masks:
         print("\n".join(density_table({g: list(ws) for g, ws in model.prunable().items()}, masks)))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import data
 from data import TASKS
-from eval import Parser, add_common_arguments, choose_device, evaluate, one_line_errors, show
+from eval import Parser, add_common_arguments, choose_device, dtype_name, evaluate, one_line_errors, show
 from mask import MASKING, Masks, density_at, penalty_at
 from model import load_config, load_model
 
@@ -201,7 +201,7 @@ def finish(args, learner, model, sha256, evaluations, seconds, command):
         "task": args.task, "model": args.model, "method": args.method, "sparsity": args.sparsity, "seed": args.seed,
         "steps": evaluations[-1]["step"], "batch": args.batch, "length": args.length, "lr": args.lr, "ramp": args.ramp,
         "penalty": args.penalty, "data_dir": args.data_dir, "backbone_sha256": sha256,
-        "device": parameter.device.type, "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": parameter.device.type, "dtype": dtype_name(parameter.dtype),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "command": command,
         "final": evaluations[-1]["dev"],
         "best": max(on_target, key=lambda e: e["dev"][TASKS[args.task].metrics[0]]),
@@ -238,7 +238,7 @@ def main(argv=None):
     total = args.steps or math.ceil(args.epochs * math.ceil(len(train) / args.batch))
     print(f"{args.task}: {len(train)} train and {len(dev)} dev examples; {total} steps of {args.batch}")
     print(f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {1 - args.sparsity:g}) -> {args.out}")
-    print(f"on {device} in {str(dtype).removeprefix('torch.')}: {why}")
+    print(f"on {device} in {dtype_name(dtype)}: {why}")
 
     with one_line_errors(OSError, FloatingPointError):
         with open(args.out / "log.jsonl", "w") as file:
