@@ -293,12 +293,15 @@ def load_tokenizer(folder, length):
 
 
 def label_word_ids(task, tokenizer):
-    """Token id of each class's label word, in class order. Raises ValueError for a word of more than one token."""
-    encoded = [tokenizer.encode(word, add_special_tokens=False) for word in task.words.values()]
-    for word, tokens in zip(task.words.values(), encoded, strict=True):
-        if tokens.tokens != [word]:
-            raise ValueError(f"label word {word!r} is {tokens.tokens} in tokenizer.json, not one token: change TASKS")
-    return [tokens.ids[0] for tokens in encoded]
+    """Token id of each class's label word, in class order. Raises ValueError for a word of more than one token.
+
+    Words follow a space, as in running text: RoBERTa's vocabulary knows "Ġyes"; BERT's does not see the space.
+    """
+    encoded = {word: tokenizer.encode(f" {word}", add_special_tokens=False) for word in task.words.values()}
+    for word, e in encoded.items():
+        if len(e.ids) != 1 or e.tokens[0].removeprefix("Ġ") != word:
+            raise ValueError(f"label word {word!r} is {e.tokens} in tokenizer.json, not one token: change TASKS")
+    return [e.ids[0] for e in encoded.values()]
 
 
 def read_rows(path, task):
@@ -339,7 +342,8 @@ def read_rows(path, task):
 def encode(texts, labels, tokenizer):
     """Tokenise texts (tuples of one sentence or a pair) once -> Examples."""
     encoded = tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
-    pad, limit = tokenizer.token_to_id("[PAD]") or 0, tokenizer.truncation["max_length"]
+    pad = tokenizer.token_to_id("[PAD]") or tokenizer.token_to_id("<pad>") or 0
+    limit = tokenizer.truncation["max_length"]
     return Examples([e.ids for e in encoded], [e.type_ids for e in encoded], labels, pad, limit)
 
 

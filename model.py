@@ -1,9 +1,9 @@
-"""BERT as an ordinary nn.Module whose state-dict names are the checkpoint's own.
+"""BERT and RoBERTa as an ordinary nn.Module whose state-dict names are those of BERT checkpoints.
 
 What it is: embeddings, post-norm encoder, optional masked-LM head, and a classifier that reads the logits
 of label words at [CLS]. Loading is strict: every tensor of the file is used once or known to be unused.
-What it is not: it does not train, prune, download or tokenise, and it does not know RoBERTa or a decoder.
-Sources: Devlin et al. 2019 (arXiv 1810.04805); tensor names as in published BERT checkpoints.
+What it is not: it does not train, prune, download or tokenise, and it has no decoder.
+Sources: Devlin et al. 2019 (arXiv 1810.04805), Liu et al. 2019 (arXiv 1907.11692); names as published.
 
     model = load_model("folder/with/config.json and model.safetensors", words=[2053, 2748])
     logits = model(input_ids, token_type_ids, attention_mask)  # [B, 2]
@@ -30,7 +30,7 @@ GROUPS = {
     "output": "output.dense",
 }
 
-# Tensors that BERT checkpoints carry and this model has no use for.
+# Tensors that checkpoints carry and this model has no use for.
 UNUSED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")
 
 # Stored copies of tied tensors: name in the file -> the tensor that must hold the same numbers.
@@ -38,6 +38,16 @@ TIED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
+
+# RoBERTa's names for the same tensors.
+ROBERTA = {
+    "roberta.": "bert.",
+    "lm_head.dense.": "cls.predictions.transform.dense.",
+    "lm_head.layer_norm.": "cls.predictions.transform.LayerNorm.",
+    "lm_head.": "cls.predictions.",
+}
+
+SUPPORTED = {"hidden_act": ["gelu"], "position_embedding_type": ["absolute"], "model_type": ["bert", "roberta"]}
 
 
 @dataclass(frozen=True)
@@ -57,32 +67,41 @@ class Config:
     hidden_act: str = "gelu"
     position_embedding_type: str = "absolute"
     model_type: str = "bert"
+    pad_token_id: int = 0
+
+    @property
+    def first_position(self):
+        """RoBERTa counts positions from behind its padding id; the rows before are not used."""
+        return self.pad_token_id + 1 if self.model_type == "roberta" else 0
+
+    @property
+    def longest_input(self):
+        return self.max_position_embeddings - self.first_position
+
+
+FIELDS = fields(Config)
 
 
 def load_config(folder):
-    """Read FOLDER/config.json. Raises ValueError that names the key when it is no BERT we can compute."""
+    """Read FOLDER/config.json. Raises ValueError that names the key when it is no model we can compute."""
     path = Path(folder) / "config.json"
     try:
         stored = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(stored, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    for field in fields(Config):
-        if field.name not in stored and field.default is MISSING:
-            raise ValueError(f"{path} lacks {field.name}")
-        value = stored.get(field.name, field.default)
-        if field.type is str:
-            if value != field.default:
-                raise ValueError(f"{path}: {field.name} is {value!r}; only {field.default!r} is supported")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise ValueError(f"{path}: {field.name} is {value!r}, not a number of at least 0")
-        elif field.type is int and (value < 1 or value != int(value)):
-            raise ValueError(f"{path}: {field.name} is {value!r}, not a whole number of at least 1")
-    config = Config(**{f.name: stored.get(f.name, f.default) for f in fields(Config)})
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(f"{path}: hidden_size {config.hidden_size} is not divisible by num_attention_heads")
-    return config
+        values = {f.name: stored[f.name] if f.default is MISSING else stored.get(f.name, f.default) for f in FIELDS}
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error.args[0]}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a JSON object: {error}") from None
+    for field in FIELDS:
+        value, lowest = values[field.name], int(field.default is MISSING)
+        if field.name in SUPPORTED:
+            if value not in SUPPORTED[field.name]:
+                raise ValueError(f"{path}: {field.name} is {value!r}, not {' or '.join(SUPPORTED[field.name])}")
+        elif type(value) not in (int, field.type) or value < lowest:
+            raise ValueError(f"{path}: {field.name} is {value!r}, not {field.type.__name__} of at least {lowest}")
+    if values["hidden_size"] % values["num_attention_heads"]:
+        raise ValueError(f"{path}: hidden_size is not divisible by num_attention_heads")
+    return Config(**values)
 
 
 class Embeddings(nn.Module):
@@ -93,9 +112,10 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(c.type_vocab_size, c.hidden_size)
         self.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
+        self.first = c.first_position
 
     def forward(self, input_ids, token_type_ids):
-        positions = self.position_embeddings.weight[: input_ids.shape[1]]
+        positions = self.position_embeddings.weight[self.first : self.first + input_ids.shape[1]]
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids) + positions
         return self.dropout(self.LayerNorm(x))
 
@@ -249,8 +269,11 @@ class Bert(nn.Module):
 
 
 def canonical(name):
-    """A checkpoint's tensor name -> this model's: LayerNorm.gamma/beta, and encoders saved without `bert.`."""
+    """A checkpoint's tensor name -> this model's: RoBERTa's, LayerNorm.gamma/beta, encoders saved without `bert.`."""
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    for theirs, ours in ROBERTA.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
     return name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
 
 

@@ -128,9 +128,9 @@ def refuse_finished_run(folder):
 def prepare(args, device, dtype):
     """Everything that reads files -> (model on the device, its sha256 in float32, tokenised train and dev sets)."""
     task, folder = TASKS[args.task], data.model_folder(args.model)
-    positions = load_config(folder).max_position_embeddings
-    if not 4 <= args.length <= positions:
-        raise ValueError(f"--length {args.length}: {args.model} takes 4 to {positions} tokens")
+    longest = load_config(folder).longest_input
+    if not 4 <= args.length <= longest:
+        raise ValueError(f"--length {args.length}: {args.model} takes 4 to {longest} tokens")
     tokenizer = data.load_tokenizer(folder, args.length)
     model = load_model(folder, data.label_word_ids(task, tokenizer))
     sets = [data.load_split(args.task, split, args.data_dir, tokenizer) for split in ("train", "dev")]

@@ -2,8 +2,8 @@
 
     python tests/replay.py FOLDER
 
-FOLDER holds a tiny BERT (config.json, model.safetensors), batches.safetensors, scores_start.safetensors,
-dense_first_batch.safetensors and, for each method, trajectory_METHOD.json and mask_end_METHOD.safetensors.
+FOLDER holds a tiny BERT or RoBERTa (config.json, model.safetensors) and dense_first_batch.safetensors; for training
+batches.safetensors, scores_start.safetensors and, a method, trajectory_METHOD.json and mask_end_METHOD.safetensors.
 Prints the largest deviation of each quantity as one JSON line; exit status 1 if one is beyond its bound.
 
 The recording cuts layer densities above 1 (it keeps 0.9999 of a layer at step 0, where the target is 1), this project
@@ -40,11 +40,13 @@ def cut_densities(importance, density):
 
 
 def replay_dense(folder, batches):
-    expected = load_file(folder / "dense_first_batch.safetensors")
+    expected = load_file(folder / "dense_first_batch.safetensors")["mlm_logits"]
     model = load_model(folder, words=[0]).eval()
+    batch = [b[: len(expected)] for b in batches]
     with torch.inference_mode():
-        logits = model.word_logits(model.bert(*(b[:8] for b in batches)))
-    return {"dense_logits": (logits - expected["mlm_logits"]).abs().max().item()}
+        gap = model.word_logits(model.bert(*batch)) - expected
+    # Not at padding: RoBERTa's authors give it a position of its own, which no other token sees.
+    return {"dense_logits": gap[batch[2].bool()].abs().max().item()}
 
 
 def replay_method(folder, batches, labels, method):
@@ -89,8 +91,10 @@ def replay_method(folder, batches, labels, method):
 
 def main(folder):
     folder = Path(folder)
-    stored = load_file(folder / "batches.safetensors")
-    batches = [stored[name] for name in ("input_ids", "token_type_ids", "attention_mask")]
+    path = folder / "batches.safetensors"
+    stored = load_file(path if path.exists() else folder / "dense_first_batch.safetensors")
+    types = stored.get("token_type_ids", torch.zeros_like(stored["input_ids"]))
+    batches = [stored["input_ids"], types, stored["attention_mask"]]
     worst = {"dense": replay_dense(folder, batches)}
     for path in sorted(folder.glob("trajectory_*.json")):
         method = path.stem.removeprefix("trajectory_")

@@ -1,6 +1,7 @@
 """model.py against torch's own encoder layer, and strict loading."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -82,6 +83,25 @@ def test_names_of_published_checkpoints_are_understood(make_model):
             assert all(torch.allclose(loaded[n], v, atol=2e-3 if name == "half" else 0) for n, v in exact.items())
 
 
+def roberta_name(name):
+    name = name.replace("bert.", "roberta.", 1).replace("cls.predictions.transform.", "lm_head.")
+    return name.replace("cls.predictions.", "lm_head.").replace("lm_head.LayerNorm", "lm_head.layer_norm")
+
+
+def test_roberta_is_bert_under_other_names_with_positions_behind_the_padding_id(make_model):
+    t = bert_tensors(CONFIG)
+    plain = load_model(make_model("bert", t), words=[5, 6]).eval()
+    names = {roberta_name(n): v for n, v in t.items()}
+    assert "lm_head.dense.weight" in names and "lm_head.bias" in names and "lm_head.layer_norm.bias" in names
+    positions = "roberta.embeddings.position_embeddings.weight"
+    names[positions] = torch.cat([torch.full((2, 16), math.nan), names[positions]])  # the first two rows are not used
+    changes = {"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 34}
+    roberta = load_model(make_model("roberta", names, **changes), words=[5, 6]).eval()
+    assert roberta.config.longest_input == plain.config.longest_input == 32
+    assert roberta(IDS, TYPES, MASK).equal(plain(IDS, TYPES, MASK))
+    assert roberta.state_dict().keys() == plain.state_dict().keys()
+
+
 def broken(change):
     t = bert_tensors(CONFIG)
     change(t)
@@ -112,11 +132,14 @@ def test_every_tensor_is_used_once_or_named(make_model, change, message):
     ("changes", "message"),
     [
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2', not bert or roberta"),
         ({"hidden_size": "16"}, "hidden_size is '16'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_attention_heads": 3}, "not divisible"),
         ({"vocab_size": None}, "vocab_size is None"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"layer_norm_eps": -1e-5}, "layer_norm_eps is -1e-05"),
+        ({"model_type": "roberta", "pad_token_id": -1}, "pad_token_id is -1"),
     ],
 )
 def test_config_is_checked(make_model, changes, message):
@@ -134,7 +157,7 @@ def test_unreadable_files(make_model):
     (folder / "model.safetensors").write_bytes(content[:-10])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         load_model(folder, words=[5, 6])
-    for text, message in (("{", "is not JSON"), ("[]", "JSON object"), ("{}", "lacks vocab_size")):
+    for text, message in (("{", "not a JSON object"), ("[]", "not a JSON object"), ("{}", "lacks vocab_size")):
         (folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_model(folder, words=[5, 6])
