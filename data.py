@@ -1,8 +1,8 @@
 """Tasks, downloads, TSV readers, tokenising and batches of like length.
 
 What it is: the one table of tasks with every default that a task brings, and all that turns a task's name into
-batches of token ids. What it is not: it does not read GLUE's test splits, and replaces no file put in place by hand.
-Sources: Wang et al., GLUE (ICLR 2019); Hutto & Gilbert, ICWSM 2014 (`movies`).
+batches of token ids. What it is not: it replaces no file put in place by hand, and it does not
+answer questions on a paragraph. Sources: Wang et al., GLUE (ICLR 2019); Hutto & Gilbert, ICWSM 2014 (`movies`).
 
     tokenizer = load_tokenizer(model_folder("minilm"), length=64)
     train = load_split("movies", "train", None, tokenizer)
@@ -46,10 +46,15 @@ class Task:
     folder: str  # below --data-dir, as GLUE names it
     text: tuple  # columns of the sentence (and of its pair), by header name; by number where there is no header
     label: str | int
-    words: dict  # label as it stands in the file -> label word; the order is that of the classes
+    words: dict  # label as it stands in the file -> label word, in the order of the classes; one alone: regression
     metrics: tuple  # of eval.METRICS; the first decides which checkpoint was best
     epochs: int
-    md5: tuple = ()  # of train.tsv and dev.tsv as GLUE's server has them
+    md5: tuple = ()  # of the files of train and dev as GLUE's server has them
+    dev: tuple = ("dev",)  # file names without .tsv
+    test: tuple = ("test",)
+    test_text: tuple = ()  # columns of the text in the test files, where they have other names
+    archive: str = ""  # on GLUE's server, where it is not FOLDER.zip
+    skip_broken: bool = False  # rows with the wrong number of columns
     batch: int = 32
     length: int = 128  # longest input in tokens
     ramp: float = 0.6  # share of the steps in which the density falls to its target
@@ -58,26 +63,52 @@ class Task:
 
 
 SENTIMENT = {"0": "terrible", "1": "great"}
+NO_YES = {"0": "no", "1": "yes"}
+ENTAILMENT = {"not_entailment": "no", "entailment": "yes"}
 TASKS = {
     "movies": Task(
         "movies", ("sentence",), "label", SENTIMENT, ("accuracy",), epochs=2, length=64, ramp=0.9, evals=4,
-        model="minilm",
+        model="minilm", test=(),
     ),
     "rte": Task(
-        "RTE", ("sentence1", "sentence2"), "label", {"not_entailment": "no", "entailment": "yes"}, ("accuracy",),
-        epochs=100, md5=("d2844f558d111a16503144bb37a8165f", "973cb4178d4534cf745a01c309d4a66c"),
+        "RTE", ("sentence1", "sentence2"), "label", ENTAILMENT, ("accuracy",), epochs=100,
+        md5=("d2844f558d111a16503144bb37a8165f", "973cb4178d4534cf745a01c309d4a66c"),
     ),
     "mrpc": Task(
-        "MRPC", ("#1 String", "#2 String"), "Quality", {"0": "no", "1": "yes"}, ("accuracy", "f1"),
-        epochs=60, md5=("dc2dac669a113866a6480a0b10cd50bf", "185958e46ba556b38c6a7cc63f3a2135"),
+        "MRPC", ("#1 String", "#2 String"), "Quality", NO_YES, ("accuracy", "f1"), epochs=60,
+        md5=("dc2dac669a113866a6480a0b10cd50bf", "185958e46ba556b38c6a7cc63f3a2135"),
     ),
     "cola": Task(
-        "CoLA", (3,), 1, {"0": "incorrect", "1": "correct"}, ("mcc",),
-        epochs=60, md5=("c79d4693b8681800338aa044bf9e797b", "c5475ccefc9e7ca0917294b8bbda783c"),
+        "CoLA", (3,), 1, {"0": "incorrect", "1": "correct"}, ("mcc",), epochs=60, test_text=("sentence",),
+        md5=("c79d4693b8681800338aa044bf9e797b", "c5475ccefc9e7ca0917294b8bbda783c"),
+    ),
+    "stsb": Task(
+        "STS-B", ("sentence1", "sentence2"), "score", {"score": "yes"}, ("pearson", "spearman"), epochs=60,
+        md5=("4f7a86dde15fe4832c18e5b970998672", "5f4d6b0d2a5f268b1b56db773ab2f1fe"),
     ),
     "sst2": Task(
-        "SST-2", ("sentence",), "label", SENTIMENT, ("accuracy",), batch=64,
-        epochs=12, md5=("da409a0a939379ed32a470bc0f7fe99a", "268856b487b2a31a28c0a93daaff7288"),
+        "SST-2", ("sentence",), "label", SENTIMENT, ("accuracy",), epochs=12, batch=64,
+        md5=("da409a0a939379ed32a470bc0f7fe99a", "268856b487b2a31a28c0a93daaff7288"),
+    ),
+    "qnli": Task(
+        "QNLI", ("question", "sentence"), "label", ENTAILMENT, ("accuracy",), epochs=12, batch=64,
+        archive="QNLIv2.zip", md5=("5e6063f407b08d1f7c7074d049ace94a", "1e81e211959605f144ba6c0ad7dc948b"),
+    ),
+    "qqp": Task(
+        "QQP", ("question1", "question2"), "is_duplicate", NO_YES, ("accuracy", "f1"), epochs=12, batch=64,
+        archive="QQP-clean.zip", skip_broken=True,
+        md5=("e003db73d277d38bbd83a2ef15beb442", "cff6a448d1580132367c22fc449ec214"),
+    ),
+    "mnli": Task(
+        "MNLI", ("sentence1", "sentence2"), "gold_label",
+        {"contradiction": "no", "neutral": "maybe", "entailment": "yes"}, ("accuracy",), epochs=12, batch=64,
+        dev=("dev_matched", "dev_mismatched"), test=("test_matched", "test_mismatched"),
+        md5=("220192295e23b6705f3545168272c740", "c3fa2817007f4cdf1a03663611a8ad23",
+             "b219e6fe74e4aa779e2f417ffe713053"),
+    ),
+    "wnli": Task(
+        "WNLI", ("sentence1", "sentence2"), "label", NO_YES, ("accuracy",), epochs=60,
+        md5=("5cdc5a87b7be0c87a6363fa6a5481fc1", "a79a6dd5d71287bcad6824c892e517ee"),
     ),
 }  # fmt: skip
 
@@ -95,7 +126,6 @@ HUB_MODELS = {
 }
 MODELS = ("minilm", *HUB_MODELS)
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-SPLITS = ("train.tsv", "dev.tsv")
 
 # --- downloads -----------------------------------------------------------------------------------------------
 
@@ -215,38 +245,47 @@ def split_movies(rated):
 def fetch_glue(task):
     """Download a GLUE task into the cache, its train and dev files checked by MD5."""
     folder = CACHE / "glue" / task.folder
-    remedy = f"put GLUE's train.tsv and dev.tsv into {folder} by hand, or name your copy of GLUE with --data-dir"
+    remedy = f"put GLUE's train.tsv and dev files into {folder} by hand, or name your copy of GLUE with --data-dir"
     base = (os.environ.get("GLUE_URL") or GLUE_URL).rstrip("/")
     if task.folder == "MRPC":
         files = assemble_mrpc(base, folder, remedy)
     else:
-        with fetched(f"{base}/{task.folder}.zip", folder / f"{task.folder}.zip", remedy) as part:
-            files = unzip_splits(part, task.folder)
-    for name, digest in zip(SPLITS, task.md5, strict=True):
-        check_digest(files[name], "md5", digest, f"{task.folder}/{name}")
+        archive = task.archive or f"{task.folder}.zip"
+        with fetched(f"{base}/{archive}", folder / archive, remedy) as part:
+            files = unzip_splits(part, task)
+    for split, digest in zip(("train", *task.dev), task.md5, strict=True):
+        check_digest(files[f"{split}.tsv"], "md5", digest, f"{task.folder}/{split}.tsv")
     add_files(folder, files)
 
 
-def unzip_splits(path, folder):
-    """-> {"train.tsv": bytes, "dev.tsv": bytes} from a zip's FOLDER/; nothing else of the archive is touched."""
+def unzip_splits(path, task):
+    """-> {file name: bytes} of the task's files in a zip's FOLDER/; nothing else of the archive is touched."""
+    needed, tests = [[f"{split}.tsv" for split in part] for part in (("train", *task.dev), task.test)]
     try:
         with zipfile.ZipFile(path) as archive:
-            return {name: archive.read(f"{folder}/{name}") for name in SPLITS}
+            there = [name for name in tests if f"{task.folder}/{name}" in archive.namelist()]
+            return {name: archive.read(f"{task.folder}/{name}") for name in needed + there}
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        raise ValueError(f"what the server sent for {folder} is not its zip archive ({error}); not kept") from None
+        raise ValueError(f"the server did not send the zip archive of {task.folder} ({error}); not kept") from None
 
 
 def assemble_mrpc(base, folder, remedy):
-    """MRPC comes as one training file; the rows whose id pair is in mrpc_dev_ids.tsv are GLUE's dev set."""
-    sent_eval = urllib.parse.urljoin(f"{base}/", "../../senteval/senteval_data/msr_paraphrase_train.txt")
-    with fetched(sent_eval, folder / "msr_paraphrase_train.txt", remedy) as part:
-        header, *rows = part.read_text("utf-8").splitlines()
-    with fetched(f"{base}/mrpc_dev_ids.tsv", folder / "mrpc_dev_ids.tsv", remedy) as part:
-        dev_ids = {tuple(line.split()) for line in part.read_text("utf-8").splitlines()}
-    parts = {"train.tsv": [header], "dev.tsv": [header]}
+    """MRPC as GLUE has it, from three downloads -> {file name: bytes}.
+
+    The rows of the training file whose id pair is in mrpc_dev_ids.tsv are the dev set; the test file loses its labels.
+    """
+    lines = {}
+    for name in ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt", "mrpc_dev_ids.tsv"):
+        place = name if name.endswith(".tsv") else f"../../senteval/senteval_data/{name}"
+        with fetched(urllib.parse.urljoin(f"{base}/", place), folder / name, remedy) as part:
+            lines[name] = [line.strip() for line in part.read_text("utf-8").splitlines()]
+    (header, *rows), (_, *test), dev_ids = lines.values()
+    dev_ids = {tuple(line.split("\t")) for line in dev_ids}
+    parts = {"train": [header], "dev": [header], "test": [header.replace("Quality", "index").removeprefix("\ufeff")]}
     for row in rows:
-        parts["dev.tsv" if tuple(row.split("\t")[1:3]) in dev_ids else "train.tsv"].append(row.strip())
-    return {name: "".join(f"{row}\n" for row in part).encode() for name, part in parts.items()}
+        parts["dev" if tuple(row.split("\t")[1:3]) in dev_ids else "train"].append(row)
+    parts["test"] += ["\t".join([str(n), *row.split("\t")[1:]]) for n, row in enumerate(test)]
+    return {f"{name}.tsv": "".join(f"{row}\n" for row in part).encode() for name, part in parts.items()}
 
 
 def model_folder(model):
@@ -267,8 +306,8 @@ def model_folder(model):
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised rows of a file: token ids and segment ids as lists, class numbers, the id that fills up, the longest
-    input allowed."""
+    """Tokenised rows of a file: token ids and segment ids as lists, labels, the id that fills up, the longest input
+    allowed."""
 
     ids: list
     types: list
@@ -304,12 +343,12 @@ def label_word_ids(task, tokenizer):
     return [e.ids[0] for e in encoded.values()]
 
 
-def read_rows(path, task):
-    """Rows of a TSV file of the task -> (list of text tuples, list of class numbers).
+def read_rows(path, task, labelled=True):
+    """Rows of a TSV file of the task -> (list of text tuples, list of labels: class numbers, or scores).
 
-    No quoting: a quote is an ordinary character. Lines end at \\n alone (a text may hold other separators), a
-    byte-order mark is skipped. Raises ValueError with file and line for a row of the wrong width, an unknown label,
-    or a file without rows.
+    Without labels (GLUE's test files) every label is 0. No quoting: a quote is an ordinary character. Lines end at \\n
+    alone, as a text may hold other separators. Raises ValueError with file and line for a row of the wrong width, an
+    unknown label, or a file without rows.
     """
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
@@ -318,25 +357,40 @@ def read_rows(path, task):
     rows = [line.removesuffix("\r").split("\t") for line in lines]
     if rows[-1] == [""]:
         rows.pop()
-    columns, start, width = (*task.text, task.label), 0, 4  # CoLA: four columns, no header
-    if isinstance(task.label, str):
+    start, width = 0, 4  # CoLA: four columns, no header
+    columns = [*task.text, task.label] if labelled else [*(task.test_text or task.text)]
+    if isinstance(columns[-1], str):
         header, start = rows[0] if rows else [], 1
         if absent := [name for name in columns if name not in header]:
             raise ValueError(f"{path}:1: no column {absent[0]!r} in the header {header}")
         columns, width = [header.index(name) for name in columns], len(header)
-    classes = list(task.words)
     texts, labels = [], []
     for number, row in enumerate(rows[start:], start + 1):
         if len(row) != width:
+            if task.skip_broken:
+                continue
             raise ValueError(f"{path}:{number}: {len(row)} columns instead of {width}")
-        *text, label = (row[column] for column in columns)
-        if label not in classes:
-            raise ValueError(f"{path}:{number}: unknown label {label!r}; the task has {', '.join(classes)}")
-        texts.append(tuple(text))
-        labels.append(classes.index(label))
+        cells = [row[column] for column in columns]
+        labels.append(read_label(task, cells.pop(), f"{path}:{number}") if labelled else 0)
+        texts.append(tuple(cells))
     if not texts:
         raise ValueError(f"{path} holds no examples")
     return texts, labels
+
+
+def read_label(task, cell, place):
+    """A cell -> class number, or for regression a score from 0 to 5. Raises ValueError that names the place."""
+    if len(task.words) == 1:
+        try:
+            score = float(cell)
+        except ValueError:
+            score = -1.0
+        if not 0 <= score <= 5:
+            raise ValueError(f"{place}: {cell!r} is not a score from 0 to 5")
+        return score
+    if cell not in task.words:
+        raise ValueError(f"{place}: unknown label {cell!r}; the task has {', '.join(task.words)}")
+    return list(task.words).index(cell)
 
 
 def encode(texts, labels, tokenizer):
@@ -348,21 +402,24 @@ def encode(texts, labels, tokenizer):
 
 
 def load_split(name, split, data_dir, tokenizer):
-    """Examples of "train" or "dev" of a task, from data_dir/FOLDER (None: the cache, filled on first use)."""
+    """Examples of a split ("train", or one of the task's dev and test) from data_dir/FOLDER/SPLIT.tsv.
+
+    data_dir None: the cache, filled on first use.
+    """
     task = TASKS[name]
     path = Path(data_dir or CACHE / "glue") / task.folder / f"{split}.tsv"
     if not path.exists():
         if data_dir:
             raise ValueError(f"--data-dir: there is no {path}")
         fetch_assets() if name == "movies" else fetch_glue(task)
-    return encode(*read_rows(path, task), tokenizer)
+    return encode(*read_rows(path, task, labelled=split not in task.test), tokenizer)
 
 
 # --- batches -------------------------------------------------------------------------------------------------
 
 
 def collate(examples, rows, device="cpu"):
-    """Rows of Examples -> ((input_ids, token_type_ids, attention_mask) each [B, S], labels [B]).
+    """Rows of Examples -> ((input_ids, token_type_ids, attention_mask) each [B, S], labels [B], float32 for scores).
 
     S is the longest of the batch, rounded up to a multiple of 4: with a new shape in every batch the C library's heap
     breaks into pieces, and a run on `movies` takes 2.2 GiB instead of 1.4.
@@ -375,6 +432,7 @@ def collate(examples, rows, device="cpu"):
         ids[i, : lengths[i]], types[i, : lengths[i]] = examples.ids[r], examples.types[r]
     mask = (np.arange(width) < lengths[:, None]).astype(ids.dtype)
     labels = np.array([examples.labels[r] for r in rows])
+    labels = labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64)
     ids, types, mask, labels = (torch.from_numpy(a).to(device, non_blocking=True) for a in (ids, types, mask, labels))
     return (ids, types, mask), labels
 

@@ -17,13 +17,14 @@ import torch
 from torch.func import functional_call
 from tqdm import tqdm
 
-from data import TASKS, batch_rows, collate, encode, label_word_ids, load_split, load_tokenizer, model_folder
+import data
+from data import TASKS, encode, load_split, load_tokenizer, write_whole
 from mask import apply_masks, load_masks
 from model import load_model
 
 EVAL_BATCH = 64  # one size everywhere: another would round differently
 
-# --- metrics: (predicted classes [N], true classes [N]) -> number --------------------------------------------
+# --- metrics: (predicted classes or scores [N], true ones [N]) -> number -------------------------------------
 
 
 def accuracy(predicted, true):
@@ -36,14 +37,24 @@ def f1(predicted, true):
     return float(2 * hits / max((predicted == 1).sum() + (true == 1).sum(), 1))
 
 
-def matthews(predicted, true):
-    """Matthews correlation coefficient of two classes; 0 when all predictions, or all labels, are one class."""
+def correlation(predicted, true):
+    """Pearson's r, which for two classes is Matthews' coefficient; 0 when one side is constant."""
     p, t = predicted - predicted.mean(), true - true.mean()
     spread = np.sqrt((p * p).sum() * (t * t).sum())
     return float((p * t).sum() / spread) if spread else 0.0
 
 
-METRICS = {"accuracy": accuracy, "f1": f1, "mcc": matthews}
+def ranks(values):
+    """Ranks from 1; equal values share their mean rank."""
+    _, at, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[at]
+
+
+def spearman(predicted, true):
+    return correlation(ranks(predicted), ranks(true))
+
+
+METRICS = {"accuracy": accuracy, "f1": f1, "mcc": correlation, "pearson": correlation, "spearman": spearman}
 
 
 @torch.inference_mode()
@@ -51,10 +62,10 @@ def predict(model, weights, examples, device, progress=False):
     """Logits [N, C] in the order of the examples, without dropout; `weights` replace the model's own by name."""
     training = model.training
     model.eval()
-    batches = batch_rows(examples, EVAL_BATCH)
+    batches = data.batch_rows(examples, EVAL_BATCH)
     logits = torch.cat(
         [
-            functional_call(model, weights, collate(examples, rows, device)[0]).float()
+            functional_call(model, weights, data.collate(examples, rows, device)[0]).float()
             for rows in tqdm(batches, desc="evaluating", leave=False, disable=not progress)
         ]
     )
@@ -62,10 +73,23 @@ def predict(model, weights, examples, device, progress=False):
     return logits.cpu()[np.concatenate(batches).argsort()]
 
 
-def evaluate(model, weights, examples, metrics, device, progress=False):
-    """{metric: value} of a model, with `weights` in place of its own, on labelled examples."""
-    predicted = predict(model, weights, examples, device, progress).argmax(dim=1).numpy()
-    return {name: METRICS[name](predicted, np.array(examples.labels)) for name in metrics}
+def decide(logits):
+    """Logits [N, C] -> predicted classes [N], or for one logit (regression) the scores themselves."""
+    return (logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0]).numpy()
+
+
+def evaluate(model, weights, sets, metrics, device, progress=False):
+    """{metric: value} of a model, with `weights` in place of its own, on sets {name: labelled Examples}.
+
+    The first set gives the metrics their plain names; those of another (MNLI's dev_mismatched) get its name behind.
+    """
+    values = {}
+    for number, (name, examples) in enumerate(sets.items()):
+        predicted = decide(predict(model, weights, examples, device, progress))
+        for metric in metrics:
+            key = f"{metric} {name}" if number else metric
+            values[key] = METRICS[metric](predicted, np.array(examples.labels))
+    return values
 
 
 # --- shared by the commands ----------------------------------------------------------------------------------
@@ -147,8 +171,8 @@ def load_run(run, model_name=None):
         task, method, name = TASKS[result["task"]], result["method"], model_name or result["model"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not the result of a run of train.py") from None
-    folder = run if method == "finetune" else model_folder(name)
-    model = load_model(folder, label_word_ids(task, load_tokenizer(folder, task.length)))
+    folder = run if method == "finetune" else data.model_folder(name)
+    model = load_model(folder, data.label_word_ids(task, load_tokenizer(folder, task.length)))
     if method == "finetune":
         return result, folder, model, {}
     if model.fingerprint() != result["backbone_sha256"]:
@@ -158,13 +182,29 @@ def load_run(run, model_name=None):
 
 
 def classify(model, weights, tokenizer, task, text, device):
-    """Lines: each label word of the task and its probability for a tuple of one sentence or a pair."""
+    """Lines: each label word of the task and its probability (or the score) for a tuple of a sentence or a pair."""
     if len(text) != len(task.text):
         need = "--text and --pair" if len(task.text) == 2 else "--text without --pair"
         raise ValueError(f"this task takes {need}")
-    probabilities = predict(model, weights, encode([text], [0], tokenizer), device)[0].softmax(0)
-    rows = zip(task.words.items(), probabilities.tolist(), strict=True)
+    logits = predict(model, weights, encode([text], [0], tokenizer), device)[0]
+    if len(task.words) == 1:
+        return [f"{logits.item():7.4f}  score"]
+    rows = zip(task.words.items(), logits.softmax(0).tolist(), strict=True)
     return [f"{p:7.4f}  {word} ({label})" for (label, word), p in sorted(rows, key=lambda row: -row[1])]
+
+
+SUBMISSION = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}  # GLUE's server wants MNLI-m and MNLI-mm
+
+
+def write_predictions(model, weights, task, split, examples, path, device):
+    """A test split's answers in the format of the GLUE server: index and label as in the training file, or score."""
+    predicted = decide(predict(model, weights, examples, device, progress=True))
+    if len(task.words) == 1:
+        answers = [f"{score:.3f}" for score in predicted.clip(0, 5)]
+    else:
+        answers = [list(task.words)[c] for c in predicted]
+    rows = "".join(f"{n}\t{answer}\n" for n, answer in enumerate(answers))
+    write_whole(path, f"index\tprediction\n{rows}".encode())
 
 
 def main(argv=None):
@@ -172,6 +212,7 @@ def main(argv=None):
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("--text", help="classify this sentence instead")
     parser.add_argument("--pair", help="second sentence, for tasks on pairs")
+    parser.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
     add_common_arguments(parser)
     args = parser.parse_args(argv)
     with one_line_errors(ValueError, OSError):
@@ -188,12 +229,23 @@ def main(argv=None):
             text = (args.text,) if args.pair is None else (args.text, args.pair)
             print("\n".join(classify(model, weights, tokenizer, task, text, device)))
             return
-        dev = load_split(result["task"], "dev", args.data_dir or result["data_dir"], tokenizer)
+        data_dir = args.data_dir or result["data_dir"]
+        if args.predict:
+            if not task.test:
+                raise ValueError(f"--predict: {result['task']} has no test split")
+            for split in task.test:
+                path = args.run / f"{task.folder}{SUBMISSION[split]}.tsv"
+                examples = load_split(result["task"], split, data_dir, tokenizer)
+                write_predictions(model, weights, task, split, examples, path, device)
+                print(f"{path}: {len(examples)} predictions")
+            return
+        sets = {split: load_split(result["task"], split, data_dir, tokenizer) for split in task.dev}
         print(f"{result['task']}, {result['method']}, {result['model']} on {device} in {dtype_name(dtype)} ({why})")
-        metrics = evaluate(model, weights, dev, task.metrics, device, progress=True)
+        metrics = evaluate(model, weights, sets, task.metrics, device, progress=True)
     if masks:
         print("\n".join(density_table({g: list(ws) for g, ws in model.prunable().items()}, masks)))
-    print(f"dev ({len(dev)} examples): {show(metrics)}; training reported {show(result['final'])}")
+    examples = sum(map(len, sets.values()))
+    print(f"dev ({examples} examples): {show(metrics)}; training reported {show(result['final'])}")
 
 
 if __name__ == "__main__":

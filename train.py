@@ -105,18 +105,23 @@ class Dense:
 
 
 def train_step(model, learner, optimizer, inputs, labels, step, total, density, penalty):
-    """One step at learning rate lr (1 - step/total) -> (cross-entropy, regularizer), detached, on the device."""
+    """One step at learning rate lr (1 - step/total) -> (loss on the task, regularizer), detached, on the device."""
     for group in optimizer.param_groups:
         group["lr"] = optimizer.defaults["lr"] * (1 - step / total)
         # The reference code's Adam adds eps to the uncorrected second moment; torch's to the corrected one.
         group["eps"] = 1e-8 / math.sqrt(1 - group["betas"][1] ** (step + 1))
     weights, regularizer = learner(density)
-    cross_entropy = F.cross_entropy(functional_call(model, weights, inputs).float(), labels)
+    loss = task_loss(functional_call(model, weights, inputs).float(), labels)
     optimizer.zero_grad()
-    (cross_entropy + penalty * regularizer).backward()
+    (loss + penalty * regularizer).backward()
     torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
     optimizer.step()
-    return cross_entropy.detach(), regularizer.detach()
+    return loss.detach(), regularizer.detach()
+
+
+def task_loss(logits, labels):
+    """Cross-entropy of logits [B, C] with classes [B], or mean squared error of the one logit with scores [B]."""
+    return F.mse_loss(logits[:, 0], labels) if labels.is_floating_point() else F.cross_entropy(logits, labels)
 
 
 def refuse_finished_run(folder):
@@ -126,16 +131,16 @@ def refuse_finished_run(folder):
 
 
 def prepare(args, device, dtype):
-    """Everything that reads files -> (model on the device, its sha256 in float32, tokenised train and dev sets)."""
+    """Everything that reads files -> (model on the device, its sha256 in float32, train set, {name: dev set})."""
     task, folder = TASKS[args.task], data.model_folder(args.model)
     longest = load_config(folder).longest_input
     if not 4 <= args.length <= longest:
         raise ValueError(f"--length {args.length}: {args.model} takes 4 to {longest} tokens")
     tokenizer = data.load_tokenizer(folder, args.length)
     model = load_model(folder, data.label_word_ids(task, tokenizer))
-    sets = [data.load_split(args.task, split, args.data_dir, tokenizer) for split in ("train", "dev")]
+    train, *dev = (data.load_split(args.task, split, args.data_dir, tokenizer) for split in ("train", *task.dev))
     sha256 = model.fingerprint()
-    return model.to(device, dtype), sha256, *sets
+    return model.to(device, dtype), sha256, train, dict(zip(task.dev, dev, strict=True))
 
 
 def loop(args, model, learner, train, dev, device, total, log):
@@ -150,8 +155,8 @@ def loop(args, model, learner, train, dev, device, total, log):
     bar = tqdm(total=total, desc=f"{args.task} {args.method}", dynamic_ncols=True)
     for step, (inputs, labels) in enumerate(data.training_batches(train, args.batch, total, args.seed, device)):
         density, penalty = density_at(step, ramp, final), penalty_at(step, total, args.penalty)
-        ce, regularizer = train_step(model, learner, optimizer, inputs, labels, step, total, density, penalty)
-        losses.append(ce)
+        loss, regularizer = train_step(model, learner, optimizer, inputs, labels, step, total, density, penalty)
+        losses.append(loss)
         done = step + 1
         bar.update()
         if done % LOG_EVERY == 0 or done in eval_steps:
@@ -236,7 +241,8 @@ def main(argv=None):
         learner = Masks(model.requires_grad_(False).prunable(), args.method, 1 - args.sparsity)
         model.load_state_dict(learner.by_name(learner.weights), strict=False, assign=True)  # views: held once
     total = args.steps or math.ceil(args.epochs * math.ceil(len(train) / args.batch))
-    print(f"{args.task}: {len(train)} train and {len(dev)} dev examples; {total} steps of {args.batch}")
+    sizes = " + ".join(str(len(examples)) for examples in dev.values())
+    print(f"{args.task}: {len(train)} train and {sizes} dev examples; {total} steps of {args.batch}")
     print(f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {1 - args.sparsity:g}) -> {args.out}")
     print(f"on {device} in {dtype_name(dtype)}: {why}")
 

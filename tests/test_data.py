@@ -42,6 +42,30 @@ def test_cola_has_no_header(tmp_path):
         [("The",), ("He",)], [1, 0])  # fmt: skip
 
 
+def test_headers_of_the_other_tasks(tmp_path):
+    parses = "sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse".split()
+    head = ["index", "promptID", "pairID", "genre", *parses, "sentence1", "sentence2", "label1", "gold_label"]
+    row = [*"0123", *["(x)"] * 4, "A man", 'a "woman', "neutral", "contradiction"]
+    rows = "\t".join(head) + "\n" + "\t".join(row) + "\n"
+    assert read_rows(write(tmp_path / "f", rows), TASKS["mnli"]) == ([("A man", 'a "woman')], [0])
+    rows = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\ta?\tb?\t1\n4\t5\t6\tbroken\n7\t8\t9\tc\td\t0\n"
+    assert read_rows(write(tmp_path / "f", rows), TASKS["qqp"]) == ([("a?", "b?"), ("c", "d")], [1, 0])
+    rows = "index\tquestion\tsentence\tlabel\n0\tWho\tHe\tentailment\n"
+    assert read_rows(write(tmp_path / "f", rows), TASKS["qnli"]) == ([("Who", "He")], [1])
+    head = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"
+    rows = head + "\n0\tg\tf\t2012\t1\tnone\tnone\ta\tb\t4.750\n"
+    assert read_rows(write(tmp_path / "f", rows), TASKS["stsb"]) == ([("a", "b")], [4.75])
+    for score in ("5.1", "-1", "nan", "x"):
+        with pytest.raises(ValueError, match=f":2: '{score}' is not a score"):
+            read_rows(write(tmp_path / "f", rows.replace("4.750", score)), TASKS["stsb"])
+
+
+def test_test_files_have_no_labels_and_their_header_is_no_example(tmp_path):
+    assert read_rows(write(tmp_path / "f", "index\tsentence\n0\tHe\n"), TASKS["cola"], False) == ([("He",)], [0])
+    rows = "index\tsentence1\tsentence2\n0\ta\tb\n"
+    assert read_rows(write(tmp_path / "f", rows), RTE, labelled=False) == ([("a", "b")], [0])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -238,12 +262,12 @@ def rte(server, monkeypatch):
     return files, cut, data.CACHE / "glue"
 
 
-def test_glue_zip_gives_its_two_splits_and_nothing_else(rte, tokenizer):
+def test_glue_zip_gives_its_splits_and_nothing_else(rte, tokenizer):
     files, _, folder = rte
     assert len(data.load_split("rte", "train", None, tokenizer)) == 1
     files.clear()
     assert len(data.load_split("rte", "dev", None, tokenizer)) == 2
-    assert left_in(folder.parent.parent / "cache") == ["glue/RTE/dev.tsv", "glue/RTE/train.tsv"]
+    assert left_in(folder.parent.parent / "cache") == ["glue/RTE/dev.tsv", "glue/RTE/test.tsv", "glue/RTE/train.tsv"]
 
 
 def test_a_file_put_in_place_by_hand_stays(rte, tokenizer):
@@ -258,10 +282,10 @@ def test_a_file_put_in_place_by_hand_stays(rte, tokenizer):
     ("fault", "message"),
     [
         (lambda files, cut: cut.add("/glue/RTE.zip"), "cannot fetch .*RTE.zip.*the connection ended"),
-        (lambda files, cut: files.update({"/glue/RTE.zip": b"<html>"}), "not its zip archive"),
-        (lambda files, cut: files.update({"/glue/RTE.zip": zipped(train=ROWS, dev="no")}), "dev.tsv: md5"),
-        (lambda files, cut: files.update({"/glue/RTE.zip": zipped(train=ROWS)}), "not its zip archive"),
-        (lambda files, cut: files.clear(), "404.*put GLUE's train.tsv and dev.tsv into .*RTE by hand.*--data-dir"),
+        (lambda files, cut: files.update({"/glue/RTE.zip": b"<html>"}), "did not send the zip archive"),
+        (lambda files, cut: files.update({"/glue/RTE.zip": zipped(train=ROWS, dev="no", test="x")}), "dev.tsv: md5"),
+        (lambda files, cut: files.update({"/glue/RTE.zip": zipped(train=ROWS)}), "did not send the zip archive"),
+        (lambda files, cut: files.clear(), "404.*put GLUE's train.tsv and dev files into .*RTE by hand.*--data-dir"),
     ],
 )
 def test_glue_faults_leave_nothing(rte, tokenizer, fault, message):
@@ -280,11 +304,14 @@ def test_mrpc_is_put_together(server, monkeypatch, tokenizer):
     files, _ = server
     sent = "\r\n".join([head.strip("\n"), *rows]) + " \r\n"
     files["/senteval/senteval_data/msr_paraphrase_train.txt"] = sent.encode()
+    test = f"{head.strip()}\r\n1\t9\t10\te\tf\r\n"
+    files["/senteval/senteval_data/msr_paraphrase_test.txt"] = test.encode()
     files["/glue/mrpc_dev_ids.tsv"] = b"7\t8\n"
     assert data.load_split("mrpc", "dev", None, tokenizer).labels == [0]
     folder = data.CACHE / "glue" / "MRPC"
     assert [(folder / f"{n}.tsv").read_text() for n in ("train", "dev")] == list(made)
-    assert left_in(folder) == ["dev.tsv", "train.tsv"]
+    assert (folder / "test.tsv").read_text() == "index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t9\t10\te\tf\n"
+    assert left_in(folder) == ["dev.tsv", "test.tsv", "train.tsv"]
 
 
 def test_no_server_at_all(monkeypatch, tmp_path, tokenizer):

@@ -1,5 +1,6 @@
 """train.py and eval.py end to end on tiny models, and what happens to bad input."""
 
+import dataclasses
 import json
 import math
 import re
@@ -18,7 +19,7 @@ import data
 import eval as eval_
 import mask
 import train
-from eval import accuracy, f1, matthews
+from eval import accuracy, correlation, f1, spearman
 
 ROOT = Path(__file__).parent.parent
 
@@ -143,8 +144,71 @@ def test_metrics_by_hand():
     p, t = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 0, 1, 1, 0])
     assert accuracy(p, t) == pytest.approx(4 / 6)
     assert f1(p, t) == pytest.approx(2 * (2 / 3) * (2 / 3) / (4 / 3))
-    assert matthews(p, t) == pytest.approx((2 * 2 - 1 * 1) / 9)  # (TP TN - FP FN) / sqrt(3 * 3 * 3 * 3)
-    assert matthews(p * 0, t) == f1(p * 0, t) == 0.0
+    assert correlation(p, t) == pytest.approx((2 * 2 - 1 * 1) / 9)  # (TP TN - FP FN) / sqrt(3 * 3 * 3 * 3)
+    assert correlation(p * 0, t) == f1(p * 0, t) == 0.0
+    x, y = np.array([1.0, 2.0, 4.0]), np.array([0.0, 3.0, 3.0])
+    assert correlation(x, y) == pytest.approx(4 / math.sqrt(42 / 9 * 6))  # sums of (dx dy), dx^2, dy^2: 4, 42/9, 6
+    assert eval_.ranks(np.array([5.0, 1.0, 5.0, 0.0])).tolist() == [3.5, 2.0, 3.5, 1.0]
+    assert spearman(np.array([1.0, 10.0, 100.0]), np.array([-3.0, 0.0, 9.0])) == pytest.approx(1)
+    assert spearman(np.array([1, 2, 3]), np.array([2, 2, 1])) == pytest.approx(-1.5 / math.sqrt(2 * 1.5))
+
+
+def test_regression_and_predictions_for_the_server(run, glue, tmp_path, capsys):
+    (glue / "STS-B").mkdir()
+    for split, n in (("train", 24), ("dev", 9)):
+        rows = [f"{i}\ta film\t{'good' if i % 2 else 'bad'}\t{i % 6 * 0.8:.3f}" for i in range(n)]
+        content = "\n".join(["index\tsentence1\tsentence2\tscore", *rows])
+        (glue / "STS-B" / f"{split}.tsv").write_text(content)
+    (glue / "STS-B" / "test.tsv").write_text("index\tsentence1\tsentence2\n0\ta film\tgood\n1\ta film\tbad\n")
+    folder, result = run("--task", "stsb", "--method", "finetune", "--lr", 0.01, steps=30)
+    assert result["final"].keys() == {"pearson", "spearman"} and result["final"]["pearson"] > 0.2
+    eval_.main([str(folder), "--predict"])
+    assert "STS-B.tsv: 2 predictions" in capsys.readouterr().out
+    header, *rows = (folder / "STS-B.tsv").read_text().splitlines()
+    assert header == "index\tprediction" and [row.split("\t")[0] for row in rows] == ["0", "1"]
+    assert all(0 <= float(row.split("\t")[1]) <= 5 for row in rows)
+    eval_.main([str(folder), "--text", "a film", "--pair", "good"])
+    assert capsys.readouterr().out.endswith("score\n")
+
+
+def test_predictions_are_label_strings_in_order_and_clipped(run, glue, tmp_path):
+    model = train.load_model(run.model, [5, 6])
+    tokenizer = data.load_tokenizer(run.model, 16)
+    examples = data.load_split("rte", "dev", glue, tokenizer)
+    eval_.write_predictions(model, {}, data.TASKS["rte"], "test", examples, tmp_path / "p.tsv", "cpu")
+    logits = eval_.predict(model, {}, examples, "cpu")
+    names = [["not_entailment", "entailment"][c] for c in logits.argmax(1)]
+    expected = "".join(f"{n}\t{name}\n" for n, name in enumerate(names))
+    assert (tmp_path / "p.tsv").read_text() == "index\tprediction\n" + expected
+    far = {"cls.predictions.bias": torch.full((40,), 99.0)}
+    one = train.load_model(run.model, [6])
+    eval_.write_predictions(one, far, data.TASKS["stsb"], "test", examples, tmp_path / "q.tsv", "cpu")
+    assert {line.split("\t")[1] for line in (tmp_path / "q.tsv").read_text().splitlines()[1:]} == {"5.000"}
+
+
+def test_mnli_reports_both_dev_sets_and_writes_both_test_files(run, glue, capsys):
+    (glue / "MNLI").mkdir()
+    names = ["train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched"]
+    for n, split in enumerate(names):
+        rows = [f"a film\tgood\tneutral{chr(9)}{['neutral', 'entailment'][i % 2]}" for i in range(4 + n)]
+        head = "sentence1\tsentence2\tlabel1\tgold_label"
+        if split.startswith("test"):
+            head, rows = "sentence1\tsentence2", ["a film\tgood"] * (4 + n)
+        (glue / "MNLI" / f"{split}.tsv").write_text("\n".join([head, *rows]))
+    with pytest.MonkeyPatch.context() as patch:  # the tiny vocabulary has no "maybe"
+        words = {"contradiction": "no", "neutral": "very", "entailment": "yes"}
+        patch.setitem(data.TASKS, "mnli", dataclasses.replace(data.TASKS["mnli"], words=words))
+        folder, result = run("--task", "mnli", steps=2)
+        assert result["final"].keys() == {"accuracy", "accuracy dev_mismatched"}
+        eval_.main([str(folder), "--predict"])
+    assert len((folder / "MNLI-m.tsv").read_text().splitlines()) == 8
+    assert len((folder / "MNLI-mm.tsv").read_text().splitlines()) == 9
+
+
+def test_predictions_without_a_test_file(run, glue, fails):
+    assert "--predict: movies has no test split" in fails(eval_.main, [run()[0], "--predict"])
+    folder, _ = run("--task", "rte", out="rte", steps=2)
+    assert f"--data-dir: there is no {glue}/RTE/test.tsv" in fails(eval_.main, [folder, "--predict"])
 
 
 def test_predictions_come_in_the_order_of_the_examples(run, glue):
