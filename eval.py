@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 from data import TASKS, encode, load_split, load_tokenizer, write_whole
 from mask import apply_masks, load_masks
-from model import load_model
+from model import load_config, load_model
 
 EVAL_BATCH = 64  # one size everywhere: another would round differently
 
@@ -158,8 +158,25 @@ def density_table(groups, masks):
 # --- the command ---------------------------------------------------------------------------------------------
 
 
+def load_backbone(folder, task, length):
+    """-> (Bert with the task's label words, tokenizer) of a model folder.
+
+    Raises ValueError when they do not fit each other, the task or the length.
+    """
+    config = load_config(folder)
+    if not 4 <= length <= config.longest_input:
+        raise ValueError(f"--length {length}: the model in {folder} takes 4 to {config.longest_input} tokens")
+    tokenizer = load_tokenizer(folder, length)
+    model = load_model(folder, data.label_word_ids(task, tokenizer))
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(f"{folder}: tokenizer.json has more words than the vocab_size of config.json")
+    if max(tokenizer.encode("a", "b").type_ids) >= config.type_vocab_size:
+        raise ValueError(f"{folder}: tokenizer.json tells more segments apart than type_vocab_size in config.json")
+    return model, tokenizer
+
+
 def load_run(run, model_name=None):
-    """A finished run's folder -> (result dict, folder of model files, Bert, masks {name: bool} or {}).
+    """A finished run's folder -> (result dict, Bert, tokenizer, masks {name: bool}, or {} for a fine-tuned run).
 
     Raises ValueError that says what is missing or does not fit.
     """
@@ -168,17 +185,25 @@ def load_run(run, model_name=None):
         raise ValueError(f"{run} holds no finished run: there is no {path}")
     try:
         result = json.loads(path.read_text("utf-8"))
-        task, method, name = TASKS[result["task"]], result["method"], model_name or result["model"]
+        task, length, _ = TASKS[result["task"]], int(result["length"]), [result[key] for key in NEEDED]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not the result of a run of train.py") from None
-    folder = run if method == "finetune" else data.model_folder(name)
-    model = load_model(folder, data.label_word_ids(task, load_tokenizer(folder, task.length)))
-    if method == "finetune":
-        return result, folder, model, {}
-    if model.fingerprint() != result["backbone_sha256"]:
+    if result["method"] == "finetune":
+        if model_name:
+            raise ValueError(f"--model: {run} is fine-tuned and holds its own weights; leave the flag away")
+        return result, *load_backbone(run, task, length), {}
+    folder = data.model_folder(model_name or result["model"])
+    model, tokenizer = load_backbone(folder, task, length)
+    if model.fingerprint() != result["fingerprint"]:
         raise ValueError(f"--model: the weights in {folder} are not those that {run} was trained on")
     shapes = {n: w.shape for weights in model.prunable().values() for n, w in weights.items()}
-    return result, folder, model, load_masks(run / "mask.safetensors", shapes)[0]
+    masks, described = load_masks(run / "mask.safetensors", shapes)
+    if described != result:
+        raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
+    return result, model, tokenizer, masks
+
+
+NEEDED = ("method", "model", "data_dir", "device", "dtype", "final", "fingerprint")  # of result.json, to evaluate
 
 
 def classify(model, weights, tokenizer, task, text, device):
@@ -215,8 +240,10 @@ def main(argv=None):
     parser.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
     add_common_arguments(parser)
     args = parser.parse_args(argv)
+    if args.pair is not None and args.text is None:
+        parser.error("--pair needs --text")
     with one_line_errors(ValueError, OSError):
-        result, folder, model, masks = load_run(args.run, args.model)
+        result, model, tokenizer, masks = load_run(args.run, args.model)
         task = TASKS[result["task"]]
         device, dtype, why = choose_device(args.device, args.dtype)
         if args.dtype is None and device.type == result["device"]:
@@ -224,7 +251,6 @@ def main(argv=None):
         model.to(device, dtype)
         masks = {name: mask.to(device) for name, mask in masks.items()}
         weights = apply_masks(model.state_dict(), masks)
-        tokenizer = load_tokenizer(folder, result["length"])
         if args.text is not None:
             text = (args.text,) if args.pair is None else (args.text, args.pair)
             print("\n".join(classify(model, weights, tokenizer, task, text, device)))

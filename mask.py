@@ -87,19 +87,19 @@ def proportional_densities(importance, density):
     return (scale.gather(1, overflowing) * importance).clamp(max=1.0)
 
 
+ROUNDING = 1e-3  # 1 - 0.9 is 0.09999999999999998 in binary: 1000 weights at sparsity 0.9 still keep 100
+
+
 def whole_counts(densities, n):
     """Densities [L] in float64 of matrices of n weights -> whole numbers [L]: their sum is the group's, rounded down.
 
     Each is rounded down, and the weights still missing go to the largest fractions.
     """
     wanted = densities * n
-    counts = (wanted + ROUNDING).floor()
+    counts = wanted.floor()
     missing = int((wanted.sum() + ROUNDING).floor() - counts.sum())
     counts[(wanted - counts).argsort(descending=True, stable=True)[:missing]] += 1
-    return counts.long().clamp(max=n)
-
-
-ROUNDING = 1e-3  # 1 - 0.9 is 0.09999999999999998 in binary: 1000 weights at sparsity 0.9 still keep 100
+    return counts.long()
 
 
 def smp_l(scores, density, exact, temperature=1.0):
@@ -148,8 +148,6 @@ class Masks(nn.Module):
     method: a key of MASKING; density: the share of weights kept at the end, in (0, 1].
     """
 
-    file = "mask.safetensors"
-
     def __init__(self, groups, method, density):
         super().__init__()
         self.names = {group: list(weights) for group, weights in groups.items()}
@@ -185,10 +183,6 @@ class Masks(nn.Module):
     def baked(self, density):
         """-> weights {name: [out, in]} under the exact masks, for evaluation."""
         return apply_masks(self.by_name(self.weights), self.exact(density))
-
-    def pack(self, density, metadata):
-        """-> bytes of the mask file, see pack_masks."""
-        return pack_masks(self.exact(density), metadata)
 
 
 def apply_masks(weights, masks):

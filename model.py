@@ -11,6 +11,7 @@ Sources: Devlin et al. 2019 (arXiv 1810.04805), Liu et al. 2019 (arXiv 1907.1169
 
 import hashlib
 import json
+import math
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def load_config(folder):
         if field.name in SUPPORTED:
             if value not in SUPPORTED[field.name]:
                 raise ValueError(f"{path}: {field.name} is {value!r}, not {' or '.join(SUPPORTED[field.name])}")
-        elif type(value) not in (int, field.type) or value < lowest:
+        elif type(value) not in (int, field.type) or not lowest <= value < math.inf:
             raise ValueError(f"{path}: {field.name} is {value!r}, not {field.type.__name__} of at least {lowest}")
     if values["hidden_size"] % values["num_attention_heads"]:
         raise ValueError(f"{path}: hidden_size is not divisible by num_attention_heads")

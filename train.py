@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import data
 from data import TASKS
-from eval import Parser, add_common_arguments, choose_device, dtype_name, evaluate, one_line_errors, show
-from mask import MASKING, Masks, density_at, penalty_at
-from model import load_config, load_model
+from eval import Parser, add_common_arguments, choose_device, dtype_name, evaluate, load_backbone, one_line_errors, show
+from mask import MASKING, Masks, density_at, pack_masks, penalty_at
+from model import load_model
 
 LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
 
@@ -65,6 +65,10 @@ def parse_args(argv=None):
         parser.error(f"--sparsity is the share of weights removed, in [0, 1); got {args.sparsity}")
     if not 0 <= args.ramp <= 1:
         parser.error(f"--ramp is a share of the steps, in [0, 1]; got {args.ramp}")
+    if not 0 <= args.penalty < math.inf:
+        parser.error(f"--penalty must be at least 0; got {args.penalty}")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed must be at least 0 and less than 2^63; got {args.seed}")
     for name in ("lr", "epochs", "steps", "batch", "evals"):
         value = getattr(args, name)
         if value is not None and not (0 < value < math.inf):
@@ -77,8 +81,6 @@ def parse_args(argv=None):
 
 class Dense:
     """All weights trained and none masked: stands where Masks does. Weights are kept in float32 and used in dtype."""
-
-    file = "model.safetensors"
 
     def __init__(self, model, dtype):
         self.dtype = dtype
@@ -99,9 +101,6 @@ class Dense:
 
     def baked(self, density):
         return {name: weight.detach().to(self.dtype) for name, weight in self.weights.items()}
-
-    def pack(self, density, metadata):
-        return save({name: weight.detach().cpu() for name, weight in self.weights.items()})
 
 
 def train_step(model, learner, optimizer, inputs, labels, step, total, density, penalty):
@@ -124,23 +123,20 @@ def task_loss(logits, labels):
     return F.mse_loss(logits[:, 0], labels) if labels.is_floating_point() else F.cross_entropy(logits, labels)
 
 
-def refuse_finished_run(folder):
-    """Raise ValueError if the run folder holds a finished run; an unfinished one is replaced."""
+def check_run_folder(folder):
+    """Raise ValueError unless the folder is new, empty, or holds an unfinished run, which the new one replaces."""
     if (folder / "result.json").exists():
         raise ValueError(f"--out: {folder} holds a finished run; name another folder or seed, or delete it")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "log.jsonl").exists():
+        raise ValueError(f"--out: {folder} holds files that are not of a run; name another folder")
 
 
-def prepare(args, device, dtype):
-    """Everything that reads files -> (model on the device, its sha256 in float32, train set, {name: dev set})."""
-    task, folder = TASKS[args.task], data.model_folder(args.model)
-    longest = load_config(folder).longest_input
-    if not 4 <= args.length <= longest:
-        raise ValueError(f"--length {args.length}: {args.model} takes 4 to {longest} tokens")
-    tokenizer = data.load_tokenizer(folder, args.length)
-    model = load_model(folder, data.label_word_ids(task, tokenizer))
+def prepare(args):
+    """Everything that reads files -> (model in float32, train set, {name: dev set})."""
+    task = TASKS[args.task]
+    model, tokenizer = load_backbone(data.model_folder(args.model), task, args.length)
     train, *dev = (data.load_split(args.task, split, args.data_dir, tokenizer) for split in ("train", *task.dev))
-    sha256 = model.fingerprint()
-    return model.to(device, dtype), sha256, train, dict(zip(task.dev, dev, strict=True))
+    return model, train, dict(zip(task.dev, dev, strict=True))
 
 
 def loop(args, model, learner, train, dev, device, total, log):
@@ -152,60 +148,70 @@ def loop(args, model, learner, train, dev, device, total, log):
     optimizer, metrics = learner.optimizer(args.lr), TASKS[args.task].metrics
     eval_steps = {math.ceil(total * i / args.evals) for i in range(1, args.evals + 1)}
     losses, evaluations = [], []
-    bar = tqdm(total=total, desc=f"{args.task} {args.method}", dynamic_ncols=True)
-    for step, (inputs, labels) in enumerate(data.training_batches(train, args.batch, total, args.seed, device)):
+    batches = data.training_batches(train, args.batch, total, args.seed, device)
+    bar = tqdm(batches, f"{args.task} {args.method}", total, dynamic_ncols=True)
+    for step, (inputs, labels) in enumerate(bar):
         density, penalty = density_at(step, ramp, final), penalty_at(step, total, args.penalty)
         loss, regularizer = train_step(model, learner, optimizer, inputs, labels, step, total, density, penalty)
         losses.append(loss)
         done = step + 1
-        bar.update()
         if done % LOG_EVERY == 0 or done in eval_steps:
-            loss = torch.stack(losses).mean().item()
+            loss, regularizer = torch.stack(losses).mean().item(), regularizer.item()
             losses.clear()
-            if not math.isfinite(loss):
+            if not math.isfinite(loss + penalty * regularizer):
+                bar.close()
                 raise FloatingPointError(f"the loss is {loss} at step {done}: try a smaller --lr, or --dtype float32")
             bar.set_postfix(loss=f"{loss:.3f}", density=f"{density:.3f}")
-            log(step=done, loss=loss, density=density, penalty=penalty, regularizer=regularizer.item())
+            log(step=done, loss=loss, density=density, penalty=penalty, regularizer=regularizer)
         if done in eval_steps:
             density = density_at(done, ramp, final)
             scores = evaluate(model, learner.baked(density), dev, metrics, device)
             evaluations.append({"step": done, "density": density, "dev": scores})
             log(**evaluations[-1])
             bar.write(f"step {done:5}  density {density:.3f}  dev {show(scores)}")
-    bar.close()
     return evaluations
 
 
 def frozen_unchanged(model, masks, folder):
-    """Whether every weight in memory, stacked ones included, still equals the file's bit for bit."""
+    """Whether every weight in memory, stacked ones included, still equals the file's (cast to the run's dtype)."""
     file, now = load_model(folder, model.words), model.state_dict() | masks.by_name(masks.weights)
     return all(torch.equal(t.to(now[n].dtype), now[n].cpu()) for n, t in file.state_dict().items())
 
 
 def summarize(args, result, path):
     """What a finished run says last."""
+    best = result["best"]
     print(f"final  dev {show(result['final'])}")
-    if best := result["best"]:
-        print(f"best   dev {show(best['dev'])} at step {best['step']}, chosen on dev (how papers report)")
-    if args.method != "finetune":
+    print(f"best   dev {show(best['dev'])} at step {best['step']}, chosen on dev (as papers report)")
+    if "kept" in result:
         print(f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}")
-        print(f"frozen {args.model} is bit-identical to its file (sha256 {result['backbone_sha256'][:12]}...)")
+        print(f"frozen all weights are bit-identical to those of {args.model} (fingerprint {result['fingerprint'][:12]})")
     print(f"saved  {path} ({path.stat().st_size / 1e6:.1f} MB) after {result['seconds']:.0f} s")
+    look = shlex.join(["python", "eval.py", str(args.out)])
     pair = ' --pair "..."' if len(TASKS[args.task].text) == 2 else ""
-    print(f'next   python eval.py {args.out}\n       python eval.py {args.out} --text "..."{pair}')
+    print(f'next   {look}\n       {look} --text "..."{pair}')
     if args.method != "finetune":
-        print(f"       python train.py --task {args.task} --method finetune")
+        print(f"       {dense_command(args)}")
 
 
-def finish(args, learner, model, sha256, evaluations, seconds, command):
-    """Check that the frozen weights did not move, then write what was learnt and result.json -> (result, path)."""
+def dense_command(args):
+    """The command of the dense reference point of a run: the same but for the method."""
+    words = ["python", "train.py", "--task", args.task, "--method", "finetune"]
+    for name in ("model", "data_dir", "seed", "epochs", "steps", "batch", "length", "device", "dtype"):
+        if getattr(args, name) not in (None, 0, getattr(TASKS[args.task], name, None)):
+            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    return shlex.join(words)
+
+
+def finish(args, learner, model, fingerprint, evaluations, seconds, command):
+    """Write what was learnt, check that the frozen weights did not move, write result.json -> (result, path)."""
     folder, density = data.model_folder(args.model), 1 - args.sparsity
     on_target = [e for e in evaluations if e["density"] == evaluations[-1]["density"]]
     parameter = next(model.parameters())
     result = {
         "task": args.task, "model": args.model, "method": args.method, "sparsity": args.sparsity, "seed": args.seed,
         "steps": evaluations[-1]["step"], "batch": args.batch, "length": args.length, "lr": args.lr, "ramp": args.ramp,
-        "penalty": args.penalty, "data_dir": args.data_dir, "backbone_sha256": sha256,
+        "penalty": args.penalty, "data_dir": args.data_dir, "fingerprint": fingerprint,
         "device": parameter.device.type, "dtype": dtype_name(parameter.dtype),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "command": command,
         "final": evaluations[-1]["dev"],
@@ -213,17 +219,19 @@ def finish(args, learner, model, sha256, evaluations, seconds, command):
         "seconds": round(seconds, 1), "density": 1.0,
     }  # fmt: skip
     if isinstance(learner, Masks):
-        if not frozen_unchanged(model, learner, folder):
-            raise OSError(f"the frozen weights no longer equal those of {folder}; nothing was saved")
-        masks = learner.exact(density).values()
-        kept, prunable = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+        masks, path = learner.exact(density), args.out / "mask.safetensors"
+        kept, prunable = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
         result |= {"density": kept / prunable, "kept": kept, "prunable": prunable}
+        data.write_whole(path, pack_masks(masks, result))
+        if not frozen_unchanged(model, learner, folder):
+            raise ValueError(f"the frozen weights no longer equal those of {folder}; the run counts as unfinished")
     else:
+        path = args.out / "model.safetensors"
+        data.write_whole(path, save({name: weight.detach().cpu() for name, weight in learner.weights.items()}))
         for name in ("config.json", "tokenizer.json"):
             data.write_whole(args.out / name, (folder / name).read_bytes())
-    data.write_whole(args.out / learner.file, learner.pack(density, result))
     data.write_whole(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-    return result, args.out / learner.file
+    return result, path
 
 
 def main(argv=None):
@@ -231,14 +239,16 @@ def main(argv=None):
     command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     torch.manual_seed(args.seed)
     with one_line_errors(ValueError, OSError):
-        refuse_finished_run(args.out)
+        check_run_folder(args.out)
         device, dtype, why = choose_device(args.device, args.dtype)
-        model, sha256, train, dev = prepare(args, device, dtype)
+        model, train, dev = prepare(args)
         args.out.mkdir(parents=True, exist_ok=True)
+    fingerprint = model.fingerprint()
     if args.method == "finetune":
-        learner = Dense(model, dtype)
+        learner = Dense(model.to(device), dtype)
+        model.to(dtype)
     else:
-        learner = Masks(model.requires_grad_(False).prunable(), args.method, 1 - args.sparsity)
+        learner = Masks(model.to(device, dtype).requires_grad_(False).prunable(), args.method, 1 - args.sparsity)
         model.load_state_dict(learner.by_name(learner.weights), strict=False, assign=True)  # views: held once
     total = args.steps or math.ceil(args.epochs * math.ceil(len(train) / args.batch))
     sizes = " + ".join(str(len(examples)) for examples in dev.values())
@@ -246,11 +256,11 @@ def main(argv=None):
     print(f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {1 - args.sparsity:g}) -> {args.out}")
     print(f"on {device} in {dtype_name(dtype)}: {why}")
 
-    with one_line_errors(OSError, FloatingPointError):
-        with open(args.out / "log.jsonl", "w") as file:
-            log = lambda **line: print(json.dumps(line), file=file, flush=True)  # noqa: E731
-            evaluations = loop(args, model, learner, train, dev, device, total, log)
-        result, path = finish(args, learner, model, sha256, evaluations, time.time() - started, command)
+    with one_line_errors(OSError, FloatingPointError), open(args.out / "log.jsonl", "w") as file:
+        log = lambda **line: print(json.dumps(line), file=file, flush=True)  # noqa: E731
+        evaluations = loop(args, model, learner, train, dev, device, total, log)
+    with one_line_errors(ValueError, OSError):
+        result, path = finish(args, learner, model, fingerprint, evaluations, time.time() - started, command)
     summarize(args, result, path)
 
 

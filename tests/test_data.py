@@ -192,7 +192,7 @@ def left_in(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-CONTENT = {"config.json": b"{}", "tokenizer.json": b"[1]" * 999, "model.safetensors": bytes(3_000_000)}
+CONTENT = {"config.json": b'{"model_type": "bert"}', "tokenizer.json": b"[1]" * 999, "model.safetensors": bytes(3_000_000)}
 
 
 @pytest.fixture
@@ -232,10 +232,11 @@ def test_hub_faults_leave_nothing_to_trust_and_are_mended_by_a_second_try(hub, f
     assert data.model_folder("bert-base-uncased") == folder and len(left_in(folder)) == 3
 
 
-def test_an_error_page_is_not_a_config(hub):
+@pytest.mark.parametrize("page", [b"<html>busy</html>", b'{"error": "busy"}'])
+def test_an_error_page_is_not_a_config(hub, page):
     files, _, folder = hub
-    files["/some/bert/resolve/rev1/config.json"] = b"<html>busy</html>"
-    with pytest.raises(ValueError, match="config.json is not JSON"):
+    files["/some/bert/resolve/rev1/config.json"] = page
+    with pytest.raises(ValueError, match="config.json did not answer with a model's configuration"):
         data.model_folder("bert-base-uncased")
     assert left_in(folder) == []
 
@@ -312,6 +313,16 @@ def test_mrpc_is_put_together(server, monkeypatch, tokenizer):
     assert [(folder / f"{n}.tsv").read_text() for n in ("train", "dev")] == list(made)
     assert (folder / "test.tsv").read_text() == "index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t9\t10\te\tf\n"
     assert left_in(folder) == ["dev.tsv", "test.tsv", "train.tsv"]
+
+
+def test_an_empty_answer_for_mrpc_is_not_kept(server, tokenizer):
+    files, _ = server
+    for name in ("senteval/senteval_data/msr_paraphrase_train.txt", "senteval/senteval_data/msr_paraphrase_test.txt"):
+        files[f"/{name}"] = b" "
+    files["/glue/mrpc_dev_ids.tsv"] = b" "
+    with pytest.raises(ValueError, match="MRPC/train.tsv: md5"):
+        data.load_split("mrpc", "dev", None, tokenizer)
+    assert left_in(data.CACHE) == []
 
 
 def test_no_server_at_all(monkeypatch, tmp_path, tokenizer):

@@ -66,6 +66,7 @@ def test_whole_counts_give_the_remainder_to_the_largest_fractions():
     d = torch.tensor([0.29, 0.57, 0.64], dtype=torch.float64)
     assert whole_counts(d, 10).tolist() == [3, 6, 6]  # 2.9 5.7 6.4: sum 15
     assert whole_counts(torch.full((2,), 1 - 0.9, dtype=torch.float64), 1000).tolist() == [100, 100]
+    assert whole_counts(torch.full((3,), 0.29995, dtype=torch.float64), 10).tolist() == [3, 3, 2]  # sum 8.9985
 
 
 def test_top_k_by_hand_and_with_ties():

@@ -7,7 +7,8 @@ import pytest
 import replay
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_model import oracle
 from torch.func import functional_call
 
 from model import Encoder, load_model
@@ -26,7 +27,7 @@ def plain_densities(method, scores, v):
         share = torch.stack([torch.sigmoid(scores[name]).mean() for name in names]).detach()
         cut = (v * len(names) * share / share.sum()).clamp(max=1.0)
         densities |= dict(zip(names, cut, strict=True))
-    return densities
+    return {name: densities[name] for name in scores}
 
 
 def plain_mask(score, density):
@@ -60,6 +61,9 @@ def plain_training(folder, batches, labels, method, start):
             step = LR * (1 - t / TOTAL) * math.sqrt(1 - 0.999 ** (t + 1)) / (1 - 0.9 ** (t + 1))
             s.data -= step * m[name] / (v[name].sqrt() + 1e-8)
         steps.append({"density": density, "penalty": penalty, "ce": ce.item(), "regularizer": r.item()})
+        if method == "smp-s":  # [layer][group], as the reference code's recording
+            per_layer = [[d for n, d in densities.items() if f".layer.{i}." in n] for i in range(2)]
+            steps[-1]["layer_density"] = [[float(d) for d in row] for row in per_layer]
     densities = plain_densities(method, scores, FINAL)
     masks = {n: plain_mask(s.detach(), densities[n]) for n, s in scores.items()}
     logits = functional_call(model, {n: frozen[n] * k for n, k in masks.items()}, tuple(b[:8] for b in batches))
@@ -79,9 +83,8 @@ def recording(make_model):
     names = ("input_ids", "token_type_ids", "attention_mask", "labels")
     save_file(dict(zip(names, [*batches, labels], strict=True)), folder / "batches.safetensors")
     model = load_model(folder, WORDS).eval()
-    with torch.no_grad():
-        logits = model.word_logits(model.bert(*(b[:8] for b in batches)))
-    save_file({"mlm_logits": logits}, folder / "dense_first_batch.safetensors")
+    _, logits = oracle(load_file(folder / "model.safetensors"), *(b[:8] for b in batches))
+    save_file({"mlm_logits": logits.detach()}, folder / "dense_first_batch.safetensors")
     weights = {n: w for ws in model.prunable().values() for n, w in ws.items()}
     start = {n: 0.01 * torch.randn(w.shape, generator=g) for n, w in weights.items()}
     save_file(start, folder / "scores_start.safetensors")
@@ -99,12 +102,32 @@ def test_stacked_training_equals_the_plain_one(recording, capsys):
     assert worst["smp-l"]["ce"] < 1e-4 and worst["smp-l"]["mask_entries_differing"] == 0
 
 
-@pytest.mark.parametrize("quantity", ["density", "penalty", "ce", "regularizer"])
-def test_replay_notices_a_deviation(recording, capsys, quantity):
-    path = recording / "trajectory_smp-l.json"
+def nudge_step(folder, quantity):
+    path = folder / "trajectory_smp-s.json"
     trajectory = json.loads(path.read_text())
-    trajectory["steps"][7][quantity] += 2 * replay.BOUNDS[quantity]
+    place = trajectory["steps"][7]
+    if quantity == "layer_density":
+        place, quantity = place["layer_density"][1], 3
+    place[quantity] += 2e-3
     path.write_text(json.dumps(trajectory))
+
+
+def nudge_file(folder, name, key):
+    tensors = load_file(folder / name)
+    key = key or next(iter(tensors))
+    tensors[key].view(-1)[:8] = 1 - tensors[key].view(-1)[:8]
+    save_file(tensors, folder / name)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "nudge"),
+    [(q, lambda folder, q=q: nudge_step(folder, q)) for q in ("density", "penalty", "ce", "regularizer", "layer_density")]
+    + [("dense_logits", lambda folder: nudge_file(folder, "dense_first_batch.safetensors", "mlm_logits")),
+       ("mask_entries_differing", lambda folder: nudge_file(folder, "mask_end_smp-s.safetensors", None))],
+)  # fmt: skip
+def test_replay_notices_a_deviation(recording, capsys, quantity, nudge):
+    nudge(recording)
     assert replay.main(recording) == 1
-    worst = json.loads(capsys.readouterr().out)["smp-l"]
-    assert worst[quantity] > replay.BOUNDS[quantity]
+    worst = json.loads(capsys.readouterr().out)
+    part = worst["dense" if quantity == "dense_logits" else "smp-s"]
+    assert {q for q, v in part.items() if v > replay.BOUNDS[q]} == {quantity}

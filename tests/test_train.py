@@ -79,7 +79,7 @@ def load_masks(folder, result):
     model = train.load_model(result["model"], [5, 6])
     shapes = {n: w.shape for ws in model.prunable().values() for n, w in ws.items()}
     masks, metadata = mask.load_masks(folder / "mask.safetensors", shapes)
-    assert metadata["backbone_sha256"] == model.fingerprint() == result["backbone_sha256"]
+    assert metadata == result and result["fingerprint"] == model.fingerprint()
     return masks
 
 
@@ -237,6 +237,8 @@ def test_predictions_come_in_the_order_of_the_examples(run, glue):
         (["--batch", 0], "--batch"),
         (["--lr", "inf"], "--lr"),
         (["--ramp", 2], "--ramp"),
+        (["--penalty", "nan"], "--penalty"),
+        (["--seed", -1], "--seed"),
         (["--length", 33], "--length 33.*4 to 32"),
         (["--model", "nowhere"], "--model.*'nowhere'.*minilm, bert-base-uncased"),
         (["--data-dir", "nowhere"], "--data-dir: there is no nowhere/movies/train.tsv"),
@@ -276,6 +278,40 @@ def test_a_loss_that_is_not_finite(make_model, tmp_path, fails, glue):
     assert [p.name for p in out.iterdir()] == ["log.jsonl"]
 
 
+def test_an_infinite_regularizer_is_noticed(run, tmp_path, fails, glue, monkeypatch):
+    step = train.train_step
+
+    def spoilt(*args):
+        loss, regularizer = step(*args)
+        return loss, regularizer * math.nan
+
+    monkeypatch.setattr(train, "train_step", spoilt)
+    argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--steps", 2, "--length", 16]
+    assert "the loss is" in fails(train.main, argv)
+
+
+def test_a_folder_of_other_files_is_not_touched(run, fails, glue):
+    before = {p: p.read_bytes() for p in run.model.iterdir()}
+    argv = ["--method", "finetune", "--model", run.model, "--data-dir", glue, "--out", run.model, "--length", 16]
+    assert "--out" in fails(train.main, argv) and {p: p.read_bytes() for p in run.model.iterdir()} == before
+
+
+def test_a_model_folder_that_vanishes_during_the_run(run, fails, glue, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "loop", lambda *_: [shutil.rmtree(run.model), {"step": 1, "density": 1, "dev": {}}][1:])
+    monkeypatch.setattr(train, "max", lambda *_, key: {}, raising=False)
+    argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--length", 16, "--device", "cpu"]
+    assert "--model" in fails(train.main, argv)
+
+
+def test_a_tokenizer_for_another_model(make_model, tmp_path, fails, glue):
+    argv = ["--data-dir", glue, "--out", tmp_path / "r", "--length", 16]
+    model = make_model("small", vocab_size=25)
+    assert "tokenizer.json has more words than" in fails(train.main, [*argv, "--model", model])
+    model = make_model("one", type_vocab_size=1, tensors=bert_tensors(CONFIG) | {
+        "bert.embeddings.token_type_embeddings.weight": torch.ones(1, 16)})  # fmt: skip
+    assert "more segments" in fails(train.main, [*argv, "--model", model])
+
+
 def test_a_finished_run_is_not_overwritten_an_unfinished_one_is(run, fails, capsys):
     folder, result = run()
     mask_file = (folder / "mask.safetensors").read_bytes()
@@ -291,24 +327,65 @@ def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
     other = make_model("other", tensors=bert_tensors(CONFIG, seed=9))
     assert "are not those that" in fails(eval_.main, [folder, "--model", other])
     assert "holds no finished run" in fails(eval_.main, [tmp_path])
+    assert "--pair needs --text" in fails(eval_.main, [folder, "--pair", "b"])
     assert "--text without --pair" in fails(eval_.main, [folder, "--text", "a", "--pair", "b"])
-    (folder / "mask.safetensors").write_bytes((folder / "mask.safetensors").read_bytes()[:-1])
+    twin, _ = run("--seed", 1, out="twin")
+    ours = (folder / "mask.safetensors").read_bytes()
+    shutil.copy(twin / "mask.safetensors", folder)
+    assert "are of different runs" in fails(eval_.main, [folder])
+    (folder / "mask.safetensors").write_bytes(ours[:-1])
     assert "not a whole safetensors file" in fails(eval_.main, [folder])
-    (folder / "result.json").write_text("{}")
-    assert "is not the result of a run" in fails(eval_.main, [folder])
+    for broken in ({}, {k: result[k] for k in ("task", "method", "model")}, result | {"task": "x"}, []):
+        (folder / "result.json").write_text(json.dumps(broken))
+        assert "is not the result of a run" in fails(eval_.main, [folder])
+    dense, _ = run("--method", "finetune", out="dense", steps=2)
+    assert "holds its own weights" in fails(eval_.main, [dense, "--model", other])
 
 
-def test_a_weight_that_moved_is_noticed(run, fails, monkeypatch, tmp_path, glue):
+@pytest.mark.parametrize("where", ["stack", "bias"])
+def test_a_weight_that_moved_is_noticed(run, fails, monkeypatch, tmp_path, glue, where):
     step = train.train_step
 
     def nudging(model, masks, *args):
-        masks.weights["query"][0, 0, 0] += 1e-6
+        if where == "stack":
+            masks.weights["query"][0, 0, 0] += 1e-6
+        else:
+            model.bert.encoder["layer"][1].output.LayerNorm.bias += 1e-6
         return step(model, masks, *args)
 
     monkeypatch.setattr(train, "train_step", nudging)
     argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--steps", 2, "--length", 16]
     assert "no longer equal" in fails(train.main, [*argv, "--device", "cpu"])
     assert not (tmp_path / "r" / "result.json").exists()
+
+
+def test_device_and_dtype_choose_themselves(monkeypatch):
+    has = {"cuda": False, "mps": False}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has["cuda"])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has["mps"])
+    assert eval_.choose_device()[:2] == (torch.device("cpu"), torch.float32) and "no GPU" in eval_.choose_device()[2]
+    with pytest.raises(ValueError, match="--device cuda: torch .* finds no such device"):
+        eval_.choose_device("cuda")
+    has["mps"] = True
+    assert eval_.choose_device()[:2] == (torch.device("mps"), torch.float32)
+    has["cuda"] = True
+    assert eval_.choose_device()[:2] == (torch.device("cuda"), torch.bfloat16)
+    assert eval_.choose_device("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16, "as asked")
+    assert eval_.choose_device(dtype="float32")[1] == torch.float32
+
+
+def test_the_dense_reference_is_named_with_the_flags_of_the_run():
+    args = train.parse_args(["--task", "rte", "--model", "my model", "--seed", "3", "--batch", "32", "--steps", "9"])
+    named = "python train.py --task rte --method finetune --model 'my model' --seed 3 --steps 9"
+    assert train.dense_command(args) == named
+    assert train.dense_command(train.parse_args([])) == "python train.py --task movies --method finetune"
+
+
+def test_dense_training_starts_from_unrounded_weights(run):
+    folder, _ = run("--method", "finetune", "--dtype", "bfloat16", "--lr", 1e-12, steps=1)
+    old, new = load_file(run.model / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert all(torch.allclose(old[n], new[n], atol=1e-7) for n in old)
 
 
 def test_the_commands_run_as_commands(run, glue, tmp_path):
