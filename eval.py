@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 from data import TASKS, encode, load_split, load_tokenizer, write_whole
 from mask import apply_masks, load_masks
-from model import load_config, load_model
+from model import load_config, load_model, read_weights
 
 EVAL_BATCH = 64  # one size everywhere: another would round differently
 
@@ -158,8 +158,8 @@ def density_table(groups, masks):
 # --- the command ---------------------------------------------------------------------------------------------
 
 
-def load_backbone(folder, task, length):
-    """-> (Bert with the task's label words, tokenizer) of a model folder.
+def load_backbone(folder, task, length, head):
+    """-> (Bert with the task's label words and this head, tokenizer) of a model folder.
 
     Raises ValueError when they do not fit each other, the task or the length.
     """
@@ -167,7 +167,7 @@ def load_backbone(folder, task, length):
     if not 4 <= length <= config.longest_input:
         raise ValueError(f"--length {length}: the model in {folder} takes 4 to {config.longest_input} tokens")
     tokenizer = load_tokenizer(folder, length)
-    model = load_model(folder, data.label_word_ids(task, tokenizer))
+    model = load_model(folder, data.label_word_ids(task, tokenizer), head)
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has more words than the vocab_size of config.json")
     if max(tokenizer.encode("a", "b").type_ids) >= config.type_vocab_size:
@@ -191,19 +191,21 @@ def load_run(run, model_name=None):
     if result["method"] == "finetune":
         if model_name:
             raise ValueError(f"--model: {run} is fine-tuned and holds its own weights; leave the flag away")
-        return result, *load_backbone(run, task, length), {}
+        return result, *load_backbone(run, task, length, result["head"]), {}
     folder = data.model_folder(model_name or result["model"])
-    model, tokenizer = load_backbone(folder, task, length)
+    model, tokenizer = load_backbone(folder, task, length, result["head"])
     if model.fingerprint() != result["fingerprint"]:
         raise ValueError(f"--model: the weights in {folder} are not those that {run} was trained on")
     shapes = {n: w.shape for weights in model.prunable().values() for n, w in weights.items()}
     masks, described = load_masks(run / "mask.safetensors", shapes)
     if described != result:
         raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
+    if result["head"] == "classifier":
+        model.load_state_dict(read_weights(run / "head.safetensors"), strict=False)
     return result, model, tokenizer, masks
 
 
-NEEDED = ("method", "model", "data_dir", "device", "dtype", "final", "fingerprint")  # of result.json, to evaluate
+NEEDED = ("method", "model", "head", "data_dir", "device", "dtype", "final", "fingerprint")  # of result.json
 
 
 def classify(model, weights, tokenizer, task, text, device):

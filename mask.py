@@ -157,10 +157,6 @@ class Masks(nn.Module):
         # p = 4 evens the layers out while most weights stay (reference code; not in the paper).
         self.select = partial(MASKING[method], temperature=4.0 if density >= 0.7 else 1.0)
 
-    def optimizer(self, lr):
-        """Adam on the scores, nothing else: no weight decay, no warm-up."""
-        return torch.optim.Adam(self.parameters(), lr, fused=True)
-
     def by_name(self, stacks):
         """{group: [L, out, in]} -> {name: [out, in]}, views."""
         return {n: t for group, stack in stacks.items() for n, t in zip(self.names[group], stack, strict=True)}

@@ -31,8 +31,9 @@ GROUPS = {
     "output": "output.dense",
 }
 
-# Tensors that checkpoints carry and this model has no use for.
-UNUSED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")
+# Tensors that checkpoints carry and that no model here uses, or none with that head.
+UNUSED = ("cls.seq_relationship.", "bert.embeddings.position_ids")
+UNUSED_BY_HEAD = {"words": ("bert.pooler.", "classifier."), "classifier": ("cls.",)}
 
 # Stored copies of tied tensors: name in the file -> the tensor that must hold the same numbers.
 TIED = {
@@ -221,23 +222,32 @@ class Predictions(nn.Module):
 
 
 class Bert(nn.Module):
-    """An encoder that classifies by label words.
+    """An encoder that classifies by label words, or by a classifier of its own.
 
-    config: Config; words: one token id a class; masked_lm: whether the checkpoint has a masked-LM head.
+    config: Config; words: one token id a class; parts: which of "cls" (masked-LM head), "pooler" and "classifier"
+    there are.
     """
 
-    def __init__(self, config, words, masked_lm):
+    def __init__(self, config, words, parts=()):
         super().__init__()
         self.config = config
         self.words = list(words)
         self.bert = Encoder(config)
-        if masked_lm:
+        if "cls" in parts:
             self.cls = nn.ModuleDict({"predictions": Predictions(config)})
+        if "pooler" in parts:
+            self.bert.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+        if "classifier" in parts:
+            self.classifier = nn.Linear(config.hidden_size, len(self.words))
 
     def forward(self, input_ids, token_type_ids, attention_mask):
         """Token ids, segment ids and 0/1 mask, each [B, S] -> logits of the classes [B, C]."""
-        hidden = self.bert(input_ids, token_type_ids, attention_mask, tokens=1)
-        return self.word_logits(hidden[:, 0], self.words)
+        hidden = self.bert(input_ids, token_type_ids, attention_mask, tokens=1)[:, 0]
+        if not hasattr(self, "classifier"):
+            return self.word_logits(hidden, self.words)
+        if hasattr(self.bert, "pooler"):
+            hidden = torch.tanh(self.bert.pooler["dense"](hidden))
+        return self.classifier(F.dropout(hidden, self.config.hidden_dropout_prob, self.training))
 
     def word_logits(self, hidden, words=slice(None)):
         """Hidden states [..., H] -> logits of the given words (default: the whole vocabulary) [..., words].
@@ -245,7 +255,7 @@ class Bert(nn.Module):
         With a masked-LM head: dense, GELU, LayerNorm, tied decoder row, bias row. Without: h . e_word.
         """
         rows, bias = self.bert.embeddings.word_embeddings.weight[words], None
-        if "cls" in self._modules:
+        if hasattr(self, "cls"):
             head = self.cls["predictions"]
             hidden, bias = head.transform(hidden), head.bias[words]
         return F.linear(hidden, rows, bias)
@@ -261,9 +271,11 @@ class Bert(nn.Module):
         }
 
     def fingerprint(self):
-        """sha256 of all weights, by name: what ties a mask to its backbone."""
+        """sha256 of all pretrained weights, by name: what ties a mask to its backbone."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
+            if name.startswith("classifier."):
+                continue
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -275,7 +287,15 @@ def canonical(name):
     for theirs, ours in ROBERTA.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
-    return name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
+    return name if name.startswith(("bert.", "cls.", "classifier.")) else f"bert.{name}"
+
+
+def published(name, model_type):
+    """The inverse of canonical: the name under which checkpoints of this model_type store a tensor."""
+    for theirs, ours in ROBERTA.items() if model_type == "roberta" else ():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
 
 
 def read_weights(path):
@@ -299,9 +319,10 @@ def read_weights(path):
     return tensors
 
 
-def load_model(folder, words):
+def load_model(folder, words, head="words"):
     """A folder with config.json and model.safetensors -> Bert in float32 on the CPU, in training mode.
 
+    head: "words", or "classifier": the file's, else a fresh one, on the file's pooler where there is one.
     Raises ValueError that names the tensor when one is missing, unknown or misshapen, and when a word id lies
     outside the vocabulary; OSError when a file is missing.
     """
@@ -309,13 +330,18 @@ def load_model(folder, words):
     config, tensors = load_config(folder), read_weights(path)
     if max(words) >= config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has more words than the vocab_size of config.json")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(UNUSED_BY_HEAD[head])}
+    if head == "classifier" and "classifier.weight" not in tensors:
+        tensors["classifier.weight"] = 0.02 * torch.randn(len(words), config.hidden_size)
+        tensors["classifier.bias"] = torch.zeros(len(words))
+    parts = [part for part in ("cls", "pooler", "classifier") if any(f"{part}." in name for name in tensors)]
     with torch.device("meta"):  # no memory and no random numbers for weights that the file replaces
-        model = Bert(config, words, any(name.startswith("cls.") for name in tensors))
+        model = Bert(config, words, parts)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(f"{path} lacks {missing[0]} ({len(missing)} missing in all)")
     if unknown := sorted(tensors.keys() - expected.keys()):
-        raise ValueError(f"{path}: {unknown[0]} is not part of this BERT ({len(unknown)} such tensors)")
+        raise ValueError(f"{path}: {unknown[0]} is not part of this model ({len(unknown)} such tensors)")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, config.json says {shape}")

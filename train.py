@@ -23,10 +23,21 @@ from tqdm import tqdm
 
 import data
 from data import TASKS
-from eval import Parser, add_common_arguments, choose_device, dtype_name, evaluate, load_backbone, one_line_errors, show
+from eval import (
+    Parser,
+    add_common_arguments,
+    choose_device,
+    dtype_name,
+    evaluate,
+    load_backbone,
+    load_run,
+    one_line_errors,
+    show,
+)
 from mask import MASKING, Masks, density_at, pack_masks, penalty_at
-from model import load_model
+from model import load_model, published
 
+WEIGHT_LR = 3e-5  # of trained weights: all of them in fine-tuning, those of --head classifier beside scores
 LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
 
 
@@ -42,6 +53,9 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/ and the settings")
     parser.add_argument("--lr", type=float, help="highest learning rate; default: 2e-2 for scores, 3e-5 for weights")
+    parser.add_argument("--schedule", choices=("cubic", "linear"), help="of the density; default: linear for RoBERTa")
+    parser.add_argument("--head", choices=("words", "classifier"), default="words", help="default: label words")
+    parser.add_argument("--teacher", type=Path, metavar="RUN_DIR", help="a finished --method finetune to learn from")
     parser.add_argument("--penalty", type=float, default=400.0, help="lambda of the regularizer at the end (400)")
     add_common_arguments(parser)
     parser.add_argument("--epochs", type=float, help="passes over the training set")
@@ -60,7 +74,7 @@ def parse_args(argv=None):
     if args.sparsity is None:
         args.sparsity = 0.0 if dense else 0.5
     if args.lr is None:
-        args.lr = 3e-5 if dense else 2e-2
+        args.lr = WEIGHT_LR if dense else 2e-2
     if not 0 <= args.sparsity < 1:
         parser.error(f"--sparsity is the share of weights removed, in [0, 1); got {args.sparsity}")
     if not 0 <= args.ramp <= 1:
@@ -75,42 +89,51 @@ def parse_args(argv=None):
             parser.error(f"--{name} must be greater than 0; got {value}")
     if args.out is None:
         model = Path(args.model).name
-        args.out = Path("runs") / f"{args.task}-{model}-{args.method}-{args.sparsity:g}-seed{args.seed}"
+        variant = "-classifier" * (args.head == "classifier") + "-taught" * bool(args.teacher)
+        args.out = Path("runs") / f"{args.task}-{model}-{args.method}-{args.sparsity:g}{variant}-seed{args.seed}"
     return args
 
 
-class Dense:
-    """All weights trained and none masked: stands where Masks does. Weights are kept in float32 and used in dtype."""
+class Learner:
+    """What a run learns: scores (masks: Masks or None), weights (trained: {name: float32 parameter}), or both."""
 
-    def __init__(self, model, dtype):
-        self.dtype = dtype
-        self.weights = {n: p.detach().float().clone().requires_grad_() for n, p in model.named_parameters()}
+    def __init__(self, masks, trained, dtype):
+        self.masks, self.dtype = masks, dtype
+        self.trained = {name: weight.detach().float().clone().requires_grad_() for name, weight in trained.items()}
 
     def parameters(self):
-        return list(self.weights.values())
-
-    def optimizer(self, lr):
-        """AdamW that decays matrices only, as BERT was fine-tuned by its authors."""
-        matrices = [p for p in self.parameters() if p.ndim > 1]
-        vectors = [p for p in self.parameters() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr, fused=True)
+        return [*(self.masks.parameters() if self.masks else ()), *self.trained.values()]
 
     def __call__(self, density):
-        return {name: weight.to(self.dtype) for name, weight in self.weights.items()}, torch.zeros(())
+        """-> the weights of one step {name: tensor in dtype}, and the regularizer."""
+        weights, regularizer = self.masks(density) if self.masks else ({}, torch.zeros(()))
+        return weights | {name: weight.to(self.dtype) for name, weight in self.trained.items()}, regularizer
 
     def baked(self, density):
-        return {name: weight.detach().to(self.dtype) for name, weight in self.weights.items()}
+        """-> the weights for evaluation, under exact masks."""
+        weights = self.masks.baked(density) if self.masks else {}
+        return weights | {name: weight.detach().to(self.dtype) for name, weight in self.trained.items()}
+
+    def optimizer(self, score_lr, weight_lr):
+        """Adam on the scores; AdamW on trained weights, decaying only matrices, as BERT's authors fine-tune."""
+        matrices = [p for p in self.trained.values() if p.ndim > 1]
+        vectors = [p for p in self.trained.values() if p.ndim <= 1]
+        scores = list(self.masks.parameters()) if self.masks else []
+        groups = [(scores, score_lr, 0.0), (matrices, weight_lr, 0.01), (vectors, weight_lr, 0.0)]
+        groups = [{"params": p, "lr": lr, "highest_lr": lr, "weight_decay": decay} for p, lr, decay in groups if p]
+        return torch.optim.AdamW(groups, fused=True)
 
 
-def train_step(model, learner, optimizer, inputs, labels, step, total, density, penalty):
+def train_step(model, learner, optimizer, inputs, labels, step, total, density, penalty, teacher=None):
     """One step at learning rate lr (1 - step/total) -> (loss on the task, regularizer), detached, on the device."""
     for group in optimizer.param_groups:
-        group["lr"] = optimizer.defaults["lr"] * (1 - step / total)
+        group["lr"] = group["highest_lr"] * (1 - step / total)
         # The reference code's Adam adds eps to the uncorrected second moment; torch's to the corrected one.
         group["eps"] = 1e-8 / math.sqrt(1 - group["betas"][1] ** (step + 1))
     weights, regularizer = learner(density)
-    loss = task_loss(functional_call(model, weights, inputs).float(), labels)
+    with torch.no_grad():
+        taught = teacher(*inputs).float() if teacher else None
+    loss = task_loss(functional_call(model, weights, inputs).float(), labels, taught)
     optimizer.zero_grad()
     (loss + penalty * regularizer).backward()
     torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
@@ -118,9 +141,21 @@ def train_step(model, learner, optimizer, inputs, labels, step, total, density, 
     return loss.detach(), regularizer.detach()
 
 
-def task_loss(logits, labels):
-    """Cross-entropy of logits [B, C] with classes [B], or mean squared error of the one logit with scores [B]."""
-    return F.mse_loss(logits[:, 0], labels) if labels.is_floating_point() else F.cross_entropy(logits, labels)
+def task_loss(logits, labels, taught=None, temperature=2.0):
+    """Cross-entropy of logits [B, C] with classes [B], or mean squared error of the one logit with scores [B].
+
+    With a teacher's logits [B, C], half of that and half tau^2 KL(teacher || student) at temperature tau (regression:
+    the squared error to the teacher).
+    """
+    if labels.is_floating_point():
+        loss = F.mse_loss(logits[:, 0], labels)
+        return loss if taught is None else 0.5 * loss + 0.5 * F.mse_loss(logits, taught)
+    loss = F.cross_entropy(logits, labels)
+    if taught is None:
+        return loss
+    student, teacher = (F.log_softmax(x / temperature, dim=1) for x in (logits, taught))
+    kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return 0.5 * loss + 0.5 * temperature**2 * kl
 
 
 def check_run_folder(folder):
@@ -132,27 +167,45 @@ def check_run_folder(folder):
 
 
 def prepare(args):
-    """Everything that reads files -> (model in float32, train set, {name: dev set})."""
+    """Everything that reads files -> (model in float32, teacher or None, train set, {name: dev set})."""
     task = TASKS[args.task]
-    model, tokenizer = load_backbone(data.model_folder(args.model), task, args.length)
+    model, tokenizer = load_backbone(data.model_folder(args.model), task, args.length, args.head)
+    teacher = load_teacher(args, tokenizer) if args.teacher else None
     train, *dev = (data.load_split(args.task, split, args.data_dir, tokenizer) for split in ("train", *task.dev))
-    return model, train, dict(zip(task.dev, dev, strict=True))
+    return model, teacher, train, dict(zip(task.dev, dev, strict=True))
 
 
-def loop(args, model, learner, train, dev, device, total, log):
+def load_teacher(args, tokenizer):
+    """The fine-tuned model of --teacher, frozen. Raises ValueError if it cannot teach this task to this model."""
+    result, teacher, its_tokenizer, _ = load_run(args.teacher)
+    if result["method"] != "finetune":
+        raise ValueError(f"--teacher: {args.teacher} is a run of {result['method']}; a teacher must be fine-tuned")
+    if result["task"] != args.task:
+        raise ValueError(f"--teacher: {args.teacher} was trained on {result['task']}, not on {args.task}")
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"--teacher: {args.teacher} has another vocabulary than {args.model}")
+    if args.length > teacher.config.longest_input:
+        raise ValueError(f"--teacher: {args.teacher} takes {teacher.config.longest_input} tokens; lower --length")
+    return teacher.eval().requires_grad_(False)
+
+
+def loop(args, model, learner, teacher, train, dev, device, total, log):
     """Train and evaluate -> list of evaluations, dicts with step, density and dev metrics; the last is the final one.
 
     Raises FloatingPointError when the loss is not finite.
     """
     final, ramp = 1 - args.sparsity, round(args.ramp * total)
-    optimizer, metrics = learner.optimizer(args.lr), TASKS[args.task].metrics
+    optimizer = learner.optimizer(args.lr, WEIGHT_LR if learner.masks else args.lr)
+    metrics, power = TASKS[args.task].metrics, {"cubic": 3, "linear": 1}[args.schedule]
     eval_steps = {math.ceil(total * i / args.evals) for i in range(1, args.evals + 1)}
     losses, evaluations = [], []
     batches = data.training_batches(train, args.batch, total, args.seed, device)
     bar = tqdm(batches, f"{args.task} {args.method}", total, dynamic_ncols=True)
     for step, (inputs, labels) in enumerate(bar):
-        density, penalty = density_at(step, ramp, final), penalty_at(step, total, args.penalty)
-        loss, regularizer = train_step(model, learner, optimizer, inputs, labels, step, total, density, penalty)
+        density, penalty = density_at(step, ramp, final, power), penalty_at(step, total, args.penalty)
+        loss, regularizer = train_step(
+            model, learner, optimizer, inputs, labels, step, total, density, penalty, teacher
+        )
         losses.append(loss)
         done = step + 1
         if done % LOG_EVERY == 0 or done in eval_steps:
@@ -164,7 +217,7 @@ def loop(args, model, learner, train, dev, device, total, log):
             bar.set_postfix(loss=f"{loss:.3f}", density=f"{density:.3f}")
             log(step=done, loss=loss, density=density, penalty=penalty, regularizer=regularizer)
         if done in eval_steps:
-            density = density_at(done, ramp, final)
+            density = density_at(done, ramp, final, power)
             scores = evaluate(model, learner.baked(density), dev, metrics, device)
             evaluations.append({"step": done, "density": density, "dev": scores})
             log(**evaluations[-1])
@@ -172,10 +225,11 @@ def loop(args, model, learner, train, dev, device, total, log):
     return evaluations
 
 
-def frozen_unchanged(model, masks, folder):
-    """Whether every weight in memory, stacked ones included, still equals the file's (cast to the run's dtype)."""
-    file, now = load_model(folder, model.words), model.state_dict() | masks.by_name(masks.weights)
-    return all(torch.equal(t.to(now[n].dtype), now[n].cpu()) for n, t in file.state_dict().items())
+def frozen_unchanged(args, model, learner, folder):
+    """Whether all weights that were not trained, stacked ones included, equal the file's (cast to the run's dtype)."""
+    now = model.state_dict() | learner.masks.by_name(learner.masks.weights)
+    file = load_model(folder, model.words, args.head).state_dict()
+    return all(torch.equal(t.to(now[n].dtype), now[n].cpu()) for n, t in file.items() if n not in learner.trained)
 
 
 def summarize(args, result, path):
@@ -185,7 +239,7 @@ def summarize(args, result, path):
     print(f"best   dev {show(best['dev'])} at step {best['step']}, chosen on dev (as papers report)")
     if "kept" in result:
         print(f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}")
-        print(f"frozen all weights are bit-identical to those of {args.model} (fingerprint {result['fingerprint'][:12]})")
+        print(f"frozen weights are bit-identical to those of {args.model} (fingerprint {result['fingerprint'][:12]})")
     print(f"saved  {path} ({path.stat().st_size / 1e6:.1f} MB) after {result['seconds']:.0f} s")
     look = shlex.join(["python", "eval.py", str(args.out)])
     pair = ' --pair "..."' if len(TASKS[args.task].text) == 2 else ""
@@ -197,8 +251,8 @@ def summarize(args, result, path):
 def dense_command(args):
     """The command of the dense reference point of a run: the same but for the method."""
     words = ["python", "train.py", "--task", args.task, "--method", "finetune"]
-    for name in ("model", "data_dir", "seed", "epochs", "steps", "batch", "length", "device", "dtype"):
-        if getattr(args, name) not in (None, 0, getattr(TASKS[args.task], name, None)):
+    for name in ("model", "data_dir", "seed", "head", "epochs", "steps", "batch", "length", "device", "dtype"):
+        if getattr(args, name) not in (None, 0, "words", getattr(TASKS[args.task], name, None)):
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     return shlex.join(words)
 
@@ -211,23 +265,27 @@ def finish(args, learner, model, fingerprint, evaluations, seconds, command):
     result = {
         "task": args.task, "model": args.model, "method": args.method, "sparsity": args.sparsity, "seed": args.seed,
         "steps": evaluations[-1]["step"], "batch": args.batch, "length": args.length, "lr": args.lr, "ramp": args.ramp,
-        "penalty": args.penalty, "data_dir": args.data_dir, "fingerprint": fingerprint,
+        "penalty": args.penalty, "schedule": args.schedule, "head": args.head,
+        "teacher": args.teacher and str(args.teacher), "data_dir": args.data_dir, "fingerprint": fingerprint,
         "device": parameter.device.type, "dtype": dtype_name(parameter.dtype),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "command": command,
         "final": evaluations[-1]["dev"],
         "best": max(on_target, key=lambda e: e["dev"][TASKS[args.task].metrics[0]]),
         "seconds": round(seconds, 1), "density": 1.0,
     }  # fmt: skip
-    if isinstance(learner, Masks):
-        masks, path = learner.exact(density), args.out / "mask.safetensors"
+    trained = {published(n, model.config.model_type): w.detach().cpu() for n, w in learner.trained.items()}
+    if learner.masks:
+        masks, path = learner.masks.exact(density), args.out / "mask.safetensors"
         kept, prunable = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
         result |= {"density": kept / prunable, "kept": kept, "prunable": prunable}
         data.write_whole(path, pack_masks(masks, result))
-        if not frozen_unchanged(model, learner, folder):
+        if trained:
+            data.write_whole(args.out / "head.safetensors", save(trained))
+        if not frozen_unchanged(args, model, learner, folder):
             raise ValueError(f"the frozen weights no longer equal those of {folder}; the run counts as unfinished")
     else:
         path = args.out / "model.safetensors"
-        data.write_whole(path, save({name: weight.detach().cpu() for name, weight in learner.weights.items()}))
+        data.write_whole(path, save(trained))
         for name in ("config.json", "tokenizer.json"):
             data.write_whole(args.out / name, (folder / name).read_bytes())
     data.write_whole(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
@@ -241,15 +299,21 @@ def main(argv=None):
     with one_line_errors(ValueError, OSError):
         check_run_folder(args.out)
         device, dtype, why = choose_device(args.device, args.dtype)
-        model, train, dev = prepare(args)
+        model, teacher, train, dev = prepare(args)
         args.out.mkdir(parents=True, exist_ok=True)
     fingerprint = model.fingerprint()
-    if args.method == "finetune":
-        learner = Dense(model.to(device), dtype)
-        model.to(dtype)
-    else:
-        learner = Masks(model.to(device, dtype).requires_grad_(False).prunable(), args.method, 1 - args.sparsity)
-        model.load_state_dict(learner.by_name(learner.weights), strict=False, assign=True)  # views: held once
+    args.schedule = args.schedule or {"bert": "cubic", "roberta": "linear"}[model.config.model_type]
+    trained = dict(model.to(device).requires_grad_(False).named_parameters())
+    if args.method != "finetune":
+        trained = {name: weight for name, weight in trained.items() if name.startswith("classifier.")}
+    learner = Learner(None, trained, dtype)  # before the model is rounded to dtype
+    model.to(dtype)
+    if args.method != "finetune":
+        learner.masks = Masks(model.prunable(), args.method, 1 - args.sparsity)
+        views = learner.masks.by_name(learner.masks.weights)
+        model.load_state_dict(views, strict=False, assign=True)  # so that the stacked weights are held once
+    if teacher:
+        teacher.to(device, dtype)
     total = args.steps or math.ceil(args.epochs * math.ceil(len(train) / args.batch))
     sizes = " + ".join(str(len(examples)) for examples in dev.values())
     print(f"{args.task}: {len(train)} train and {sizes} dev examples; {total} steps of {args.batch}")
@@ -258,7 +322,7 @@ def main(argv=None):
 
     with one_line_errors(OSError, FloatingPointError), open(args.out / "log.jsonl", "w") as file:
         log = lambda **line: print(json.dumps(line), file=file, flush=True)  # noqa: E731
-        evaluations = loop(args, model, learner, train, dev, device, total, log)
+        evaluations = loop(args, model, learner, teacher, train, dev, device, total, log)
     with one_line_errors(ValueError, OSError):
         result, path = finish(args, learner, model, fingerprint, evaluations, time.time() - started, command)
     summarize(args, result, path)

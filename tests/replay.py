@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import mask
 from mask import Masks, density_at, penalty_at
 from model import Encoder, load_model
-from train import train_step
+from train import Learner, train_step
 
 BOUNDS = {
     "dense_logits": 1e-4, "density": 1e-6, "penalty": 1e-6, "ce": 1e-3, "regularizer": 1e-3,
@@ -58,10 +58,11 @@ def replay_method(folder, batches, labels, method):
     # first step makes whole steps of them; so another order leads to another path within 20 steps.
     model.bert.forward = lambda *batch, tokens: Encoder.forward(model.bert, *batch)
     masks = Masks(model.prunable(), method, final)
+    learner = Learner(masks, {}, torch.float32)
     start = load_file(folder / "scores_start.safetensors")
     for group, scores in masks.scores.items():
         scores.data.copy_(torch.stack([start[name] for name in masks.names[group]]))
-    adam = masks.optimizer(recorded["lr"])
+    adam = learner.optimizer(recorded["lr"], 0.0)
     worst = dict.fromkeys(("density", "penalty", "regularizer", "ce", "layer_density"), 0.0)
 
     for t, expected in enumerate(recorded["steps"]):
@@ -73,7 +74,7 @@ def replay_method(folder, batches, labels, method):
             gap = layers - torch.tensor(expected["layer_density"]).clamp(max=1.0)
             worst["layer_density"] = max(worst["layer_density"], gap.abs().max().item())
         inputs = tuple(b[rows] for b in batches)
-        ce, regularizer = train_step(model, masks, adam, inputs, labels[rows], t, total, density, penalty)
+        ce, regularizer = train_step(model, learner, adam, inputs, labels[rows], t, total, density, penalty)
         measured |= {"regularizer": regularizer.item(), "ce": ce.item()}
         for quantity, value in measured.items():
             worst[quantity] = max(worst[quantity], abs(value - expected[quantity]))

@@ -119,9 +119,12 @@ def nudge_file(folder, name, key):
     save_file(tensors, folder / name)
 
 
+RECORDED = ("density", "penalty", "ce", "regularizer", "layer_density")
+
+
 @pytest.mark.parametrize(
     ("quantity", "nudge"),
-    [(q, lambda folder, q=q: nudge_step(folder, q)) for q in ("density", "penalty", "ce", "regularizer", "layer_density")]
+    [(q, lambda folder, q=q: nudge_step(folder, q)) for q in RECORDED]
     + [("dense_logits", lambda folder: nudge_file(folder, "dense_first_batch.safetensors", "mlm_logits")),
        ("mask_entries_differing", lambda folder: nudge_file(folder, "mask_end_smp-s.safetensors", None))],
 )  # fmt: skip

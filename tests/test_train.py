@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import CONFIG, bert_tensors
 from safetensors.torch import load_file
+from test_model import roberta_name
 
 import data
 import eval as eval_
@@ -113,6 +114,95 @@ def test_same_seed_same_mask_other_seed_other_mask(run):
     assert body[0] == body[1] != body[2]
 
 
+@pytest.mark.parametrize("pooler", [True, False])
+def test_a_fresh_classifier_beside_a_mask(make_model, glue, tmp_path, capsys, pooler):
+    tensors = bert_tensors(CONFIG)
+    if pooler:
+        tensors |= {"bert.pooler.dense.weight": torch.eye(16), "bert.pooler.dense.bias": torch.zeros(16)}
+    model, out = make_model("pooled", tensors), tmp_path / "run"
+    argv = ["--model", model, "--data-dir", glue, "--out", out, "--steps", 8, "--length", 16, "--head", "classifier"]
+    train.main([str(a) for a in [*argv, "--device", "cpu"]])
+    result = json.loads((out / "result.json").read_text())
+    assert "bit-identical" in capsys.readouterr().out
+    head = load_file(out / "head.safetensors")
+    assert {n: tuple(t.shape) for n, t in head.items()} == {"classifier.weight": (2, 16), "classifier.bias": (2,)}
+    assert 0 < head["classifier.bias"].abs().max() < 1e-3  # it moved, at 3e-5 a step
+    loaded = eval_.load_run(out)[1]
+    assert hasattr(loaded.bert, "pooler") == pooler and loaded.classifier.bias.equal(head["classifier.bias"])
+    assert loaded.fingerprint() == train.load_model(model, [7, 8], "classifier").fingerprint()
+    eval_.main([str(out)])
+    reported = f"accuracy {result['final']['accuracy']:.4f}"
+    assert f"{reported}; training reported {reported}" in capsys.readouterr().out
+
+
+def test_classifier_logits_by_hand(make_model):
+    tensors = bert_tensors(CONFIG) | {"classifier.weight": torch.ones(2, 16)}
+    tensors |= {"classifier.bias": torch.tensor([0.0, 1.0])}
+    tensors |= {"bert.pooler.dense.weight": 2 * torch.eye(16), "bert.pooler.dense.bias": torch.ones(16)}
+    model = train.load_model(make_model("m", tensors), [7, 8], "classifier").eval()
+    inputs = torch.tensor([[2, 9, 3]]), torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3)
+    cls = model.bert(*inputs)[:, 0]
+    expected = (2 * cls + 1).tanh().sum() + torch.tensor([0.0, 1.0])
+    assert torch.allclose(model(*inputs)[0], expected, atol=1e-5)
+
+
+def test_finetuned_classifier_and_roberta_names(make_model, glue, tmp_path, capsys):
+    names = {roberta_name(n): t for n, t in bert_tensors(CONFIG | {"max_position_embeddings": 34}).items()}
+    changes = {"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 34}
+    model, out = make_model("roberta", names, **changes), tmp_path / "run"
+    argv = ["--model", model, "--data-dir", glue, "--out", out, "--steps", 4, "--length", 16, "--device", "cpu"]
+    train.main([str(a) for a in [*argv, "--method", "finetune", "--head", "classifier"]])
+    saved = load_file(out / "model.safetensors")
+    kept = {n for n in names if n.startswith("roberta.")} | {"classifier.weight", "classifier.bias"}
+    assert saved.keys() == kept
+    eval_.main([str(out)])
+    assert json.loads((out / "result.json").read_text())["schedule"] == "linear"
+
+
+def test_distillation_loss_by_hand():
+    logits, taught = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 4.0]])
+    ce = math.log(1 + math.exp(-2.0))
+    p, q = 1 / (1 + math.exp(2.0)), 1 / (1 + math.exp(-1.0))  # of class 0 at temperature 2: teacher, student
+    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert train.task_loss(logits, torch.tensor([0]), taught).item() == pytest.approx(0.5 * ce + 0.5 * 4 * kl, rel=1e-5)
+    score, said = torch.tensor([[3.0]]), torch.tensor([[5.0]])
+    assert train.task_loss(score, torch.tensor([2.0]), said).item() == pytest.approx(0.5 * 1 + 0.5 * 4)
+
+
+def test_a_teacher_is_asked_and_stays_as_it_is(run, monkeypatch, capsys):
+    dense, _ = run("--method", "finetune", "--lr", 5e-3, out="dense", steps=20)
+    before = (dense / "model.safetensors").read_bytes()
+    asked, loss = [], train.task_loss
+
+    def spy(logits, labels, taught=None):
+        asked.append(taught)
+        return loss(logits, labels, taught)
+
+    monkeypatch.setattr(train, "task_loss", spy)
+    folder, result = run("--teacher", dense, out="taught")
+    teacher = eval_.load_run(dense)[1].eval()
+    tokenizer = data.load_tokenizer(run.model, 16)
+    examples = data.load_split("movies", "train", result["data_dir"], tokenizer)
+    inputs, _ = next(data.training_batches(examples, 8, 1, seed=0))
+    assert len(asked) == 12 and torch.allclose(asked[0], teacher(*inputs), atol=1e-5)
+    assert not asked[0].requires_grad and result["teacher"] == str(dense)
+    assert (dense / "model.safetensors").read_bytes() == before
+
+
+def test_teachers_that_cannot_teach_are_refused(run, fails, make_model, glue, tmp_path):
+    pruned, _ = run(out="pruned", steps=2)
+    argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--length", 16, "--device", "cpu"]
+    assert "must be fine-tuned" in fails(train.main, [*argv, "--teacher", pruned])
+    dense, _ = run("--method", "finetune", out="dense", steps=2)
+    assert "was trained on movies, not on rte" in fails(train.main, [*argv, "--task", "rte", "--teacher", dense])
+    tokenizer = (dense / "tokenizer.json").read_text()
+    (dense / "tokenizer.json").write_text(tokenizer.replace('"fun"', '"joy"'))
+    assert "another vocabulary" in fails(train.main, [*argv, "--teacher", dense])
+    (dense / "model.safetensors").unlink()
+    assert "model.safetensors" in fails(train.main, [*argv, "--teacher", dense])
+    assert "holds no finished run" in fails(train.main, [*argv, "--teacher", tmp_path])
+
+
 def test_bfloat16_and_pairs(run, capsys):
     folder, result = run("--task", "rte", "--dtype", "bfloat16", steps=4)
     assert result["dtype"] == "bfloat16" and math.isfinite(result["final"]["accuracy"])
@@ -126,17 +216,18 @@ def test_bfloat16_and_pairs(run, capsys):
 def test_adam_of_the_reference_code_by_hand():
     """Its eps stands outside the bias correction: lr sqrt(1 - b2) / (1 - b1) * m / (sqrt(v) + eps), with g = 3e-8."""
     masks = mask.Masks({"g": {"w": torch.ones(1, 1)}}, "smp-l", 1.0)
-    adam = masks.optimizer(0.02)
+    learner = train.Learner(masks, {}, torch.float32)
+    adam = learner.optimizer(0.02, 0.0)
     logits = lambda weights, x: torch.cat([weights["w"] * x, torch.zeros(1, 1)], 1)  # noqa: E731
     model = torch.nn.Module()
     model.w = torch.nn.Parameter(torch.ones(1, 1), requires_grad=False)
     model.forward = lambda x: logits({"w": model.w}, x)
     p = 1 / (1 + math.exp(-1e-7))  # dL/dw of cross-entropy with logits (w x, 0) and class 1 is p x, x = 1e-7
     g = p * 1e-7
-    train.train_step(model, masks, adam, (torch.tensor([[1e-7]]),), torch.tensor([1]), 0, 10, 1.0, 0.0)
+    train.train_step(model, learner, adam, (torch.tensor([[1e-7]]),), torch.tensor([1]), 0, 10, 1.0, 0.0)
     expected = 0.02 * math.sqrt(0.001) / 0.1 * 0.1 * g / (math.sqrt(0.001) * g + 1e-8)
     assert masks.scores["g"].item() == pytest.approx(-expected, rel=1e-3)
-    train.train_step(model, masks, adam, (torch.tensor([[1e-7]]),), torch.tensor([1]), 9, 10, 1.0, 0.0)
+    train.train_step(model, learner, adam, (torch.tensor([[1e-7]]),), torch.tensor([1]), 9, 10, 1.0, 0.0)
     assert adam.param_groups[0]["lr"] == pytest.approx(0.002)
 
 
@@ -346,12 +437,12 @@ def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
 def test_a_weight_that_moved_is_noticed(run, fails, monkeypatch, tmp_path, glue, where):
     step = train.train_step
 
-    def nudging(model, masks, *args):
+    def nudging(model, learner, *args):
         if where == "stack":
-            masks.weights["query"][0, 0, 0] += 1e-6
+            learner.masks.weights["query"][0, 0, 0] += 1e-6
         else:
             model.bert.encoder["layer"][1].output.LayerNorm.bias += 1e-6
-        return step(model, masks, *args)
+        return step(model, learner, *args)
 
     monkeypatch.setattr(train, "train_step", nudging)
     argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--steps", 2, "--length", 16]
