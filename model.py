@@ -153,36 +153,17 @@ class AddNorm(nn.Module):
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
-class Attention(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.self = SelfAttention(c)
-        self.output = AddNorm(c, c.hidden_size)
-
-    def forward(self, x, context, attend):
-        return self.output(self.self(x, context, attend), x)
-
-
-class DenseGelu(nn.Module):
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.dense = nn.Linear(inputs, outputs)
-
-    def forward(self, x):
-        return F.gelu(self.dense(x))
-
-
 class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.attention = Attention(c)
-        self.intermediate = DenseGelu(c.hidden_size, c.intermediate_size)
+        self.attention = nn.ModuleDict({"self": SelfAttention(c), "output": AddNorm(c, c.hidden_size)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(c.hidden_size, c.intermediate_size)})
         self.output = AddNorm(c, c.intermediate_size)
 
     def forward(self, x, context, attend):
         """New states of the tokens x [B, R, H], which attend to all tokens of context [B, S, H]."""
-        x = self.attention(x, context, attend)
-        return self.output(self.intermediate(x), x)
+        x = self.attention["output"](self.attention["self"](x, context, attend), x)
+        return self.output(F.gelu(self.intermediate["dense"](x)), x)
 
 
 class Encoder(nn.Module):
@@ -203,22 +184,17 @@ class Encoder(nn.Module):
         return last(x[:, :tokens], x, attend)  # nobody reads the other tokens: a seventh of MiniLM's work saved
 
 
-class Transform(DenseGelu):
-    def __init__(self, c):
-        super().__init__(c.hidden_size, c.hidden_size)
-        self.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-
-    def forward(self, x):
-        return self.LayerNorm(super().forward(x))
-
-
 class Predictions(nn.Module):
-    """The masked-LM head. Its decoder is the word embedding, so only the bias is stored here."""
+    """The masked-LM head. Its decoder is the word embedding, so of that only the bias is stored here."""
 
     def __init__(self, c):
         super().__init__()
-        self.transform = Transform(c)
+        dense, norm = nn.Linear(c.hidden_size, c.hidden_size), nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.transform = nn.ModuleDict({"dense": dense, "LayerNorm": norm})
         self.bias = nn.Parameter(torch.zeros(c.vocab_size))
+
+    def forward(self, x):
+        return self.transform["LayerNorm"](F.gelu(self.transform["dense"](x)))
 
 
 class Bert(nn.Module):
@@ -257,7 +233,7 @@ class Bert(nn.Module):
         rows, bias = self.bert.embeddings.word_embeddings.weight[words], None
         if hasattr(self, "cls"):
             head = self.cls["predictions"]
-            hidden, bias = head.transform(hidden), head.bias[words]
+            hidden, bias = head(hidden), head.bias[words]
         return F.linear(hidden, rows, bias)
 
     def prunable(self):

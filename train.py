@@ -189,6 +189,20 @@ def load_teacher(args, tokenizer):
     return teacher.eval().requires_grad_(False)
 
 
+def make_learner(args, model, dtype):
+    """Split a frozen float32 model into what is learnt, a Learner, and the rest, rounded in place to dtype."""
+    trained = dict(model.named_parameters())
+    if args.method != "finetune":
+        trained = {name: weight for name, weight in trained.items() if name.startswith("classifier.")}
+    learner = Learner(None, trained, dtype)  # takes its copies before the model is rounded
+    model.to(dtype)
+    if args.method != "finetune":
+        learner.masks = Masks(model.prunable(), args.method, 1 - args.sparsity)
+        views = learner.masks.by_name(learner.masks.weights)
+        model.load_state_dict(views, strict=False, assign=True)  # so that the stacked weights are held once
+    return learner
+
+
 def loop(args, model, learner, teacher, train, dev, device, total, log):
     """Train and evaluate -> list of evaluations, dicts with step, density and dev metrics; the last is the final one.
 
@@ -303,15 +317,7 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
     fingerprint = model.fingerprint()
     args.schedule = args.schedule or {"bert": "cubic", "roberta": "linear"}[model.config.model_type]
-    trained = dict(model.to(device).requires_grad_(False).named_parameters())
-    if args.method != "finetune":
-        trained = {name: weight for name, weight in trained.items() if name.startswith("classifier.")}
-    learner = Learner(None, trained, dtype)  # before the model is rounded to dtype
-    model.to(dtype)
-    if args.method != "finetune":
-        learner.masks = Masks(model.prunable(), args.method, 1 - args.sparsity)
-        views = learner.masks.by_name(learner.masks.weights)
-        model.load_state_dict(views, strict=False, assign=True)  # so that the stacked weights are held once
+    learner = make_learner(args, model.to(device).requires_grad_(False), dtype)
     if teacher:
         teacher.to(device, dtype)
     total = args.steps or math.ceil(args.epochs * math.ceil(len(train) / args.batch))
