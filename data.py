@@ -49,7 +49,8 @@ class Task:
     metrics: tuple  # of eval.METRICS; the first decides which checkpoint was best
     epochs: int
     md5: tuple = ()  # of the files of train and dev as GLUE's server has them
-    dev: tuple = ("dev",)  # file names without .tsv
+    train: str = "train"  # file names without their ending
+    dev: tuple = ("dev",)
     test: tuple = ("test",)
     test_text: tuple = ()  # columns of the text in the test files, where they have other names
     archive: str = ""  # on GLUE's server, where it is not FOLDER.zip
@@ -108,6 +109,11 @@ TASKS = {
     "wnli": Task(
         "WNLI", ("sentence1", "sentence2"), "label", NO_YES, ("accuracy",), epochs=60,
         md5=("5cdc5a87b7be0c87a6363fa6a5481fc1", "a79a6dd5d71287bcad6824c892e517ee"),
+    ),
+    "squad": Task(
+        "squad", ("question", "context"), "answers", {"start": "no", "end": "yes"}, ("f1", "em"), epochs=10,
+        length=384, ramp=0.82, train="train-v1.1", dev=("dev-v1.1",), test=(),
+        md5=("981b29407e0affa3b1b156f72073b945", "3e85deb501d4e538b6bc56f786231552"),
     ),
 }  # fmt: skip
 
@@ -245,14 +251,14 @@ def fetch_glue(task):
         archive = task.archive or f"{task.folder}.zip"
         with fetched(f"{base}/{archive}", folder / archive, remedy) as part:
             files = unzip_splits(part, task)
-    for split, digest in zip(("train", *task.dev), task.md5, strict=True):
+    for split, digest in zip((task.train, *task.dev), task.md5, strict=True):
         check_digest(files[f"{split}.tsv"], "md5", digest, f"{task.folder}/{split}.tsv")
     add_files(folder, files)
 
 
 def unzip_splits(path, task):
     """-> {file name: bytes} of the task's files in a zip's FOLDER/; nothing else of the archive is touched."""
-    needed, tests = [[f"{split}.tsv" for split in part] for part in (("train", *task.dev), task.test)]
+    needed, tests = [[f"{split}.tsv" for split in part] for part in ((task.train, *task.dev), task.test)]
     try:
         with zipfile.ZipFile(path) as archive:
             there = [name for name in tests if f"{task.folder}/{name}" in archive.namelist()]
@@ -298,13 +304,11 @@ def model_folder(model):
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised rows of a file: token ids and segment ids as lists, labels, the id that fills up, the longest input
-    allowed."""
+    """Tokenised rows of a file: token ids and segment ids as lists, labels, the longest input allowed."""
 
     ids: list
     types: list
     labels: list
-    pad: int
     limit: int
 
     def __len__(self):
@@ -388,9 +392,8 @@ def read_label(task, cell, place):
 def encode(texts, labels, tokenizer):
     """Tokenise texts (tuples of one sentence or a pair) once -> Examples."""
     encoded = tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
-    pad = tokenizer.token_to_id("[PAD]") or tokenizer.token_to_id("<pad>") or 0
     limit = tokenizer.truncation["max_length"]
-    return Examples([e.ids for e in encoded], [e.type_ids for e in encoded], labels, pad, limit)
+    return Examples([e.ids for e in encoded], [e.type_ids for e in encoded], labels, limit)
 
 
 def load_split(name, split, data_dir, tokenizer):
@@ -418,8 +421,7 @@ def collate(examples, rows, device="cpu"):
     """
     lengths = np.array([len(examples.ids[r]) for r in rows])
     width = min(-(-lengths.max() // 4) * 4, examples.limit)
-    ids = np.full((len(rows), width), examples.pad)
-    types = np.zeros_like(ids)
+    ids, types = np.zeros((2, len(rows), width), dtype=np.int64)  # what fills up is masked, so any id will do
     for i, r in enumerate(rows):
         ids[i, : lengths[i]], types[i, : lengths[i]] = examples.ids[r], examples.types[r]
     mask = (np.arange(width) < lengths[:, None]).astype(ids.dtype)

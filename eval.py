@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.func import functional_call
 from tqdm import tqdm
 
 import data
-from data import TASKS, encode, load_split, load_tokenizer, write_whole
+import squad
+from data import TASKS, encode, load_tokenizer, write_whole
 from mask import apply_masks, load_masks
 from model import load_config, load_model, read_weights
 
@@ -59,18 +61,21 @@ METRICS = {"accuracy": accuracy, "f1": f1, "mcc": correlation, "pearson": correl
 
 @torch.inference_mode()
 def predict(model, weights, examples, device, progress=False):
-    """Logits [N, C] in the order of the examples, without dropout; `weights` replace the model's own by name."""
+    """Logits [N, C] (SQuAD: [N, S, C]) in the order of the examples, without dropout.
+
+    `weights` {name: tensor} stand in for the model's own.
+    """
     training = model.training
     model.eval()
     batches = data.batch_rows(examples, EVAL_BATCH)
-    logits = torch.cat(
-        [
-            functional_call(model, weights, data.collate(examples, rows, device)[0]).float()
-            for rows in tqdm(batches, desc="evaluating", leave=False, disable=not progress)
-        ]
-    )
+    outputs = [
+        functional_call(model, weights, data.collate(examples, rows, device)[0]).float().cpu()
+        for rows in tqdm(batches, desc="evaluating", leave=False, disable=not progress)
+    ]
     model.train(training)
-    return logits.cpu()[np.concatenate(batches).argsort()]
+    if outputs[0].ndim == 3:  # logits of every token [B, S, C]: to one S
+        outputs = [F.pad(x, (0, 0, 0, examples.limit - x.shape[1]), value=-1e4) for x in outputs]
+    return torch.cat(outputs)[np.concatenate(batches).argsort()]
 
 
 def decide(logits):
@@ -85,11 +90,19 @@ def evaluate(model, weights, sets, metrics, device, progress=False):
     """
     values = {}
     for number, (name, examples) in enumerate(sets.items()):
-        predicted = decide(predict(model, weights, examples, device, progress))
-        for metric in metrics:
-            key = f"{metric} {name}" if number else metric
-            values[key] = METRICS[metric](predicted, np.array(examples.labels))
+        logits = predict(model, weights, examples, device, progress)
+        if isinstance(examples, squad.Windows):
+            found = squad.score(logits, examples)
+        else:
+            predicted, true = decide(logits), np.array(examples.labels)
+            found = {metric: METRICS[metric](predicted, true) for metric in metrics}
+        values |= {f"{metric} {name}" if number else metric: value for metric, value in found.items()}
     return values
+
+
+def load_split(name, split, data_dir, tokenizer):
+    """Examples of a task's split, see data.load_split and squad.load_split."""
+    return (squad if name == "squad" else data).load_split(name, split, data_dir, tokenizer)
 
 
 # --- shared by the commands ----------------------------------------------------------------------------------
@@ -168,6 +181,7 @@ def load_backbone(folder, task, length, head):
         raise ValueError(f"--length {length}: the model in {folder} takes 4 to {config.longest_input} tokens")
     tokenizer = load_tokenizer(folder, length)
     model = load_model(folder, data.label_word_ids(task, tokenizer), head)
+    model.every_token = task is TASKS["squad"]
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has more words than the vocab_size of config.json")
     if max(tokenizer.encode("a", "b").type_ids) >= config.type_vocab_size:
@@ -209,10 +223,14 @@ NEEDED = ("method", "model", "head", "data_dir", "device", "dtype", "final", "fi
 
 
 def classify(model, weights, tokenizer, task, text, device):
-    """Lines: each label word of the task and its probability (or the score) for a tuple of a sentence or a pair."""
+    """Lines: each label word and its probability, or the score, or the answer, for a tuple of one or two texts."""
     if len(text) != len(task.text):
         need = "--text and --pair" if len(task.text) == 2 else "--text without --pair"
         raise ValueError(f"this task takes {need}")
+    if model.every_token:
+        asked = {"id": "--text", "question": text[0], "context": text[1], "answers": [(0, "")]}
+        windows = squad.make_windows([asked], tokenizer, tokenizer.truncation["max_length"])
+        return squad.answers(predict(model, weights, windows, device), windows)
     logits = predict(model, weights, encode([text], [0], tokenizer), device)[0]
     if len(task.words) == 1:
         return [f"{logits.item():7.4f}  score"]
@@ -237,8 +255,8 @@ def write_predictions(model, weights, task, split, examples, path, device):
 def main(argv=None):
     parser = Parser(description="Evaluate a finished run and show its mask.")
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--text", help="classify this sentence instead")
-    parser.add_argument("--pair", help="second sentence, for tasks on pairs")
+    parser.add_argument("--text", help="classify this sentence (squad: answer this question) instead")
+    parser.add_argument("--pair", help="the second sentence of tasks on pairs (squad: the paragraph)")
     parser.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
     add_common_arguments(parser)
     args = parser.parse_args(argv)

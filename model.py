@@ -201,8 +201,10 @@ class Bert(nn.Module):
     """An encoder that classifies by label words, or by a classifier of its own.
 
     config: Config; words: one token id a class; parts: which of "cls" (masked-LM head), "pooler" and "classifier"
-    there are.
+    there are. every_token: read every token instead of [CLS].
     """
+
+    every_token = False
 
     def __init__(self, config, words, parts=()):
         super().__init__()
@@ -217,13 +219,17 @@ class Bert(nn.Module):
             self.classifier = nn.Linear(config.hidden_size, len(self.words))
 
     def forward(self, input_ids, token_type_ids, attention_mask):
-        """Token ids, segment ids and 0/1 mask, each [B, S] -> logits of the classes [B, C]."""
-        hidden = self.bert(input_ids, token_type_ids, attention_mask, tokens=1)[:, 0]
+        """Token ids, segment ids and 0/1 mask, each [B, S] -> logits of the classes [B, C]; every_token: [B, S, C]."""
+        hidden = self.bert(input_ids, token_type_ids, attention_mask, tokens=None if self.every_token else 1)
         if not hasattr(self, "classifier"):
-            return self.word_logits(hidden, self.words)
-        if hasattr(self.bert, "pooler"):
-            hidden = torch.tanh(self.bert.pooler["dense"](hidden))
-        return self.classifier(F.dropout(hidden, self.config.hidden_dropout_prob, self.training))
+            logits = self.word_logits(hidden, self.words)
+        else:
+            if hasattr(self.bert, "pooler"):
+                hidden = torch.tanh(self.bert.pooler["dense"](hidden))
+            logits = self.classifier(F.dropout(hidden, self.config.hidden_dropout_prob, self.training))
+        if not self.every_token:
+            return logits[:, 0]
+        return logits.masked_fill(attention_mask[:, :, None] == 0, -1e4)
 
     def word_logits(self, hidden, words=slice(None)):
         """Hidden states [..., H] -> logits of the given words (default: the whole vocabulary) [..., words].

@@ -31,6 +31,7 @@ from eval import (
     evaluate,
     load_backbone,
     load_run,
+    load_split,
     one_line_errors,
     show,
 )
@@ -144,8 +145,8 @@ def train_step(model, learner, optimizer, inputs, labels, step, total, density, 
 def task_loss(logits, labels, taught=None, temperature=2.0):
     """Cross-entropy of logits [B, C] with classes [B], or mean squared error of the one logit with scores [B].
 
-    With a teacher's logits [B, C], half of that and half tau^2 KL(teacher || student) at temperature tau (regression:
-    the squared error to the teacher).
+    SQuAD: logits [B, S, 2] of start and end with positions [B, 2], the mean of both. With a teacher's logits, half of
+    that and half tau^2 KL(teacher || student) at temperature tau (regression: the squared error to the teacher).
     """
     if labels.is_floating_point():
         loss = F.mse_loss(logits[:, 0], labels)
@@ -154,7 +155,7 @@ def task_loss(logits, labels, taught=None, temperature=2.0):
     if taught is None:
         return loss
     student, teacher = (F.log_softmax(x / temperature, dim=1) for x in (logits, taught))
-    kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    kl = F.kl_div(student, teacher, reduction="sum", log_target=True) / labels.numel()
     return 0.5 * loss + 0.5 * temperature**2 * kl
 
 
@@ -171,7 +172,7 @@ def prepare(args):
     task = TASKS[args.task]
     model, tokenizer = load_backbone(data.model_folder(args.model), task, args.length, args.head)
     teacher = load_teacher(args, tokenizer) if args.teacher else None
-    train, *dev = (data.load_split(args.task, split, args.data_dir, tokenizer) for split in ("train", *task.dev))
+    train, *dev = (load_split(args.task, split, args.data_dir, tokenizer) for split in (task.train, *task.dev))
     return model, teacher, train, dict(zip(task.dev, dev, strict=True))
 
 

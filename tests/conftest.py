@@ -1,12 +1,17 @@
 """Tiny models, tokenizers and data, made here: no test needs a network, a GPU or a file from elsewhere."""
 
+import http.server
 import json
 import random
+import threading
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+import data
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 WORDS = "no yes terrible great incorrect correct the a film is was good bad and very it fun dull un ##happ ##y".split()
@@ -107,3 +112,38 @@ def fails(capsys):
         return lines[0]
 
     return run
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves {path: content}; `cut` sends half of what it announces."""
+
+    def __init__(self, files, cut, *args):
+        self.files, self.cut = files, cut
+        super().__init__(*args)
+
+    def do_GET(self):  # noqa: N802
+        content = self.files.get(self.path)
+        self.send_response(200 if content is not None else 404)
+        self.send_header("Content-Length", len(content or b""))
+        self.end_headers()
+        if content:
+            self.wfile.write(content[: len(content) // 2] if self.path in self.cut else content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """(files, cut): fill them with what is served; the cache is a new folder."""
+    files, cut = {}, set()
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, files, cut))
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{httpd.server_port}"
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setenv("GLUE_URL", f"{url}/glue/")
+    monkeypatch.setenv("SQUAD_URL", f"{url}/squad")
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    yield files, cut
+    httpd.shutdown()
+    httpd.server_close()

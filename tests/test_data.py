@@ -2,11 +2,8 @@
 
 import dataclasses
 import hashlib
-import http.server
 import io
-import threading
 import zipfile
-from functools import partial
 
 import numpy as np
 import pytest
@@ -119,7 +116,7 @@ def test_label_words_must_be_one_token(tokenizer):
 def examples(n=203, seed=0):
     lengths = np.random.default_rng(seed).integers(3, 30, n)
     ids = [[i + 1] * k for i, k in enumerate(lengths)]
-    return data.Examples(ids, [[0] * k for k in lengths], list(range(n)), 0, 30)
+    return data.Examples(ids, [[0] * k for k in lengths], list(range(n)), 30)
 
 
 def test_every_example_comes_once_an_epoch_in_batches_of_like_length():
@@ -143,49 +140,15 @@ def test_training_order_follows_the_seed_and_changes_with_the_epoch():
 
 @pytest.mark.parametrize(("limit", "width"), [(9, 8), (7, 7)])
 def test_collate_pads_to_a_multiple_of_four_within_the_limit(limit, width):
-    e = data.Examples([[7, 8], [5] * 6, [9]], [[0, 1], [1] * 6, [1]], [0, 1, 0], 3, limit)
+    e = data.Examples([[7, 8], [5] * 6, [9]], [[0, 1], [1] * 6, [1]], [0, 1, 0], limit)
     (ids, types, mask), labels = collate(e, [0, 1])
-    assert ids.tolist() == [[7, 8] + [3] * (width - 2), [5] * 6 + [3] * (width - 6)]
+    assert ids.tolist() == [[7, 8] + [0] * (width - 2), [5] * 6 + [0] * (width - 6)]
     assert types.tolist() == [[0, 1] + [0] * (width - 2), [1] * 6 + [0] * (width - 6)]
     assert mask.tolist() == [[1] * 2 + [0] * (width - 2), [1] * 6 + [0] * (width - 6)] and labels.tolist() == [0, 1]
     assert collate(e, [2])[0][0].shape == (1, 4)
 
 
 # --- downloads ---
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves {path: content}; `cut` sends half of what it announces."""
-
-    def __init__(self, files, cut, *args):
-        self.files, self.cut = files, cut
-        super().__init__(*args)
-
-    def do_GET(self):  # noqa: N802
-        content = self.files.get(self.path)
-        self.send_response(200 if content is not None else 404)
-        self.send_header("Content-Length", len(content or b""))
-        self.end_headers()
-        if content:
-            self.wfile.write(content[: len(content) // 2] if self.path in self.cut else content)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    """(files, cut): fill them with what is served; the cache is a new folder."""
-    files, cut = {}, set()
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, files, cut))
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{httpd.server_port}"
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.setenv("GLUE_URL", f"{url}/glue/")
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    yield files, cut
-    httpd.shutdown()
-    httpd.server_close()
 
 
 def left_in(folder):

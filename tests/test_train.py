@@ -308,7 +308,7 @@ def test_predictions_come_in_the_order_of_the_examples(run, glue):
     model = train.load_model(run.model, [7, 8])
     together = eval_.predict(model, {}, dev, "cpu")
     for i in (0, 7, 39):
-        one = data.Examples([dev.ids[i]], [dev.types[i]], [0], dev.pad, dev.limit)
+        one = data.Examples([dev.ids[i]], [dev.types[i]], [0], dev.limit)
         assert torch.allclose(eval_.predict(model, {}, one, "cpu")[0], together[i], atol=1e-5)
     assert model.training  # as it was
 

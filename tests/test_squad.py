@@ -1,0 +1,197 @@
+"""squad.py: reading, windows, decoding and metrics on hand-made cases, and one run from end to end."""
+
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_tokenizer
+
+import data
+import eval as eval_
+import squad
+import train
+from model import load_model
+
+CONTEXT = "the film was good , it was fun . a bad film is dull and very bad"
+
+
+def question(text, answer, at=None, number=0):
+    at = CONTEXT.index(answer) if at is None else at
+    return {"id": f"q{number}", "question": text, "answers": [{"answer_start": at, "text": answer}]}
+
+
+def write_squad(path, questions, context=CONTEXT):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    articles = [{"title": "t", "paragraphs": [{"context": context, "qas": questions}]}, {"title": "no paragraphs"}]
+    path.write_text(json.dumps({"version": "1.1", "data": articles}))
+    return path
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer.json")
+    return data.load_tokenizer(tmp_path, 12)
+
+
+@pytest.fixture(autouse=True)
+def small_stride(monkeypatch):
+    monkeypatch.setattr(squad, "STRIDE", 3)
+
+
+def windows_of(tokenizer, *questions, length=12, folder):
+    return squad.make_windows(squad.read_squad(write_squad(folder / "s.json", questions))[0], tokenizer, length)
+
+
+def test_windows_cover_the_paragraph_and_overlap_by_the_stride(tokenizer, tmp_path):
+    w = windows_of(tokenizer, question("is it fun", "fun"), folder=tmp_path)
+    assert all(len(ids) <= 12 for ids in w.ids) and set(w.owner) == {0} and len(w) > 2
+    parts = [[tuple(s) for s in spans if s[0] >= 0] for spans in w.spans]
+    words = [(0, 3), (4, 8), (9, 12), (13, 17)]
+    assert parts[0][:4] == words
+    assert all(a[-3:] == b[:3] for a, b in zip(parts, parts[1:], strict=False))
+    assert parts[-1][-1] == (len(CONTEXT) - 3, len(CONTEXT))
+    for spans, (start, end), ids in zip(w.spans, w.labels, w.ids, strict=True):
+        if (start, end) != (0, 0):
+            assert CONTEXT[spans[start][0] : spans[end][1]] == "fun"
+        assert ids[:5] == w.ids[0][:5] and (spans[:5] == -1).all()  # [CLS] is it fun [SEP]
+    assert sum(labels != (0, 0) for labels in w.labels) >= 1
+
+
+def test_label_needs_the_whole_answer():
+    spans = np.array([[-1, -1], [0, 3], [4, 8], [9, 12]])
+    assert squad.label(spans, (4, "film was")) == (2, 3)
+    assert squad.label(spans, (5, "il")) == (2, 2)  # within a token
+    assert squad.label(spans, (9, "was good")) == squad.label(spans, (20, "x")) == (0, 0)
+
+
+def test_decoding_stays_in_the_paragraph_in_order_and_short(monkeypatch):
+    spans = np.array([[-1, -1], [-1, -1], [0, 3], [4, 8], [9, 12], [13, 17]])
+    logits = np.zeros((8, 2))  # two rows of padding
+    logits[1] = 99  # the question
+    logits[[6, 7]] = 99
+    logits[4, 0], logits[2, 1], logits[5, 1] = 5, 9, 3  # best end before best start
+    assert squad.best_spans(logits, spans) == (9, 0, 3)  # 0 + 9 beats 5 + 3
+    logits[2, 1] = 7
+    assert squad.best_spans(logits, spans) == (8, 9, 17)
+    monkeypatch.setattr(squad, "LONGEST_ANSWER", 1)
+    assert squad.best_spans(logits, spans) == (7, 0, 3)
+    assert squad.best_spans(logits, np.full((6, 2), -1)) == (-np.inf, 0, 0)
+
+
+def test_decoding_equals_a_search_of_all_spans(monkeypatch):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(squad, "LONGEST_ANSWER", 4)
+    for _ in range(30):
+        spans = np.array([[-1, -1]] * 3 + [[i, i + 1] for i in range(12)])
+        logits = rng.normal(size=(15, 2))
+        every = [(logits[i, 0] + logits[j, 1], i - 3, j - 2) for i in range(3, 15) for j in range(i, min(i + 4, 15))]
+        assert squad.best_spans(logits, spans) == pytest.approx(max(every))
+
+
+def test_perfect_logits_give_perfect_scores_and_the_best_window_wins(tokenizer, tmp_path):
+    asked = [question("is it fun", "it was fun"), question("was it", "very bad", number=1)]
+    w = windows_of(tokenizer, *asked, folder=tmp_path)
+    logits = torch.full((len(w), 12, 2), -5.0)
+    for n, (start, end) in enumerate(w.labels):
+        logits[n, start, 0] = logits[n, end, 1] = 5.0
+    assert squad.answers(logits, w) == ["it was fun", "very bad"]
+    assert squad.score(logits, w) == {"f1": 1.0, "em": 1.0}
+
+
+def test_metrics_by_hand():
+    assert squad.normalise("The  Film, was A-ok!") == "film was aok"
+    assert squad.f1("the good film", "Good, old film") == pytest.approx(2 * 2 / (2 + 3))
+    assert squad.f1("x", "y") == 0.0
+    questions = [{"context": "ab cd", "answers": a} for a in ([(0, "AB"), (3, "xx")], [(0, "ab cd")])]
+    w = squad.Windows([[1]], [[0]], [(0, 0)], 4, [0, 1], [np.array([[0, 2]])] * 2, questions)
+    assert squad.score(torch.zeros(2, 4, 2), w) == {"f1": pytest.approx((1 + 2 / 3) / 2), "em": 0.5}
+
+
+def test_misplaced_answers_are_counted_not_fatal(tokenizer, tmp_path, capsys):
+    write_squad(tmp_path / "squad" / "dev-v1.1.json", [question("is it", "fun"), question("was it", "fun", at=0)])
+    assert len(squad.load_split("squad", "dev-v1.1", tmp_path, tokenizer).questions) == 2
+    assert "1 answers do not stand where the file says" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a SQuAD v1.1 file"),
+        ("[]", "not a SQuAD v1.1 file"),
+        ('{"data": [{"paragraphs": [{"context": "x"}]}]}', "KeyError: 'qas'"),
+        ('{"data": []}', "holds no questions"),
+        (json.dumps({"data": [{"paragraphs": [{"context": "x", "qas": [{"id": 7, "question": "", "answers": []}]}]}]}),
+         "question 7 has no answer"),
+    ],
+)  # fmt: skip
+def test_bad_files_are_named(tmp_path, content, message):
+    (tmp_path / "f.json").write_text(content)
+    with pytest.raises(ValueError, match=f"f.json.*{message}"):
+        squad.read_squad(tmp_path / "f.json")
+
+
+def test_a_question_longer_than_the_window(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="question q0 has 14 tokens, too many for --length 12"):
+        windows_of(tokenizer, question("is it fun " * 4, "fun"), folder=tmp_path)
+
+
+def test_loss_is_the_mean_of_start_and_end_and_padding_gets_nothing(make_model):
+    model = load_model(make_model(), [5, 6]).eval()
+    model.every_token = True
+    ids, mask = torch.tensor([[2, 5, 9, 3], [2, 7, 3, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    logits = model(ids, torch.zeros_like(ids), mask)
+    assert logits.shape == (2, 4, 2) and (logits[1, 3] == -1e4).all()
+    expected = model.word_logits(model.bert(ids, torch.zeros_like(ids), mask), [5, 6])
+    assert torch.allclose(logits[mask.bool()], expected[mask.bool()])
+    where = torch.tensor([[1, 2], [0, 1]])
+    logs = [-logits[b, :, side].log_softmax(0)[where[b, side]] for b in range(2) for side in range(2)]
+    assert train.task_loss(logits, where).item() == pytest.approx(sum(logs).item() / 4, rel=1e-5)
+    taught = logits.flip(0)
+    pairs = [(taught[b, :, side] / 2, logits[b, :, side] / 2) for b in range(2) for side in range(2)]
+    kls = [(t.softmax(0) * (t.log_softmax(0) - s.log_softmax(0))).sum() for t, s in pairs]
+    both = train.task_loss(logits, where, taught).item()
+    assert both == pytest.approx(0.5 * sum(logs).item() / 4 + 0.5 * 4 * sum(kls).item() / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["smp-s", "finetune"])
+def test_a_run_from_end_to_end(make_model, tmp_path, capsys, method):
+    asked = [question("is it fun", word, number=n) for n, word in enumerate(["fun", "dull", "good", "very bad"])]
+    for name in ("train", "dev"):
+        write_squad(tmp_path / "squad" / f"{name}-v1.1.json", asked)
+    out = tmp_path / "run"
+    argv = ["--task", "squad", "--model", make_model(), "--data-dir", tmp_path, "--out", out, "--method", method]
+    train.main([str(a) for a in [*argv, "--steps", 6, "--batch", 4, "--length", 16, "--device", "cpu", "--evals", 1]])
+    result = json.loads((out / "result.json").read_text())
+    assert result["final"].keys() == {"f1", "em"}
+    capsys.readouterr()
+    eval_.main([str(out)])
+    reported = eval_.show(result["final"])
+    assert f"{reported}; training reported {reported}" in capsys.readouterr().out
+    eval_.main([str(out), "--text", "is it fun", "--pair", CONTEXT])
+    assert capsys.readouterr().out.strip() in CONTEXT
+
+
+def test_download_is_checked(server, tokenizer, monkeypatch):
+    files, _ = server
+    content = json.dumps({"data": [{"paragraphs": [{"context": CONTEXT, "qas": [question("is it", "fun")]}]}]}).encode()
+    md5 = ("", hashlib.md5(content).hexdigest())
+    monkeypatch.setitem(data.TASKS, "squad", dataclasses.replace(data.TASKS["squad"], md5=md5))
+    files["/squad/dev-v1.1.json"] = content[:-1]
+    with pytest.raises(ValueError, match="dev-v1.1.json: md5"):
+        squad.load_split("squad", "dev-v1.1", None, tokenizer)
+    assert not list(data.CACHE.rglob("*.json"))
+    files["/squad/dev-v1.1.json"] = content
+    assert len(squad.load_split("squad", "dev-v1.1", None, tokenizer).questions) == 1
+    files.clear()
+    assert len(squad.load_split("squad", "dev-v1.1", None, tokenizer).questions) == 1
+
+
+def test_split_by_articles(tmp_path, capsys):
+    articles = [{"title": str(n), "paragraphs": []} for n in range(5)]
+    (tmp_path / "all.json").write_text(json.dumps({"version": "1.1", "data": articles}))
+    squad.main([str(tmp_path / "all.json"), str(tmp_path), "--dev", "2"])
+    parts = [json.loads((tmp_path / "squad" / f"{n}-v1.1.json").read_text())["data"] for n in ("train", "dev")]
+    assert parts == [articles[:3], articles[3:]]
