@@ -48,6 +48,7 @@ class Task:
     words: dict  # label as it stands in the file -> label word, in the order of the classes; one alone: regression
     metrics: tuple  # of eval.METRICS; the first decides which checkpoint was best
     epochs: int
+    ending: str = ".tsv"
     md5: tuple = ()  # of the files of train and dev as GLUE's server has them
     train: str = "train"  # file names without their ending
     dev: tuple = ("dev",)
@@ -112,7 +113,7 @@ TASKS = {
     ),
     "squad": Task(
         "squad", ("question", "context"), "answers", {"start": "no", "end": "yes"}, ("f1", "em"), epochs=10,
-        length=384, ramp=0.82, train="train-v1.1", dev=("dev-v1.1",), test=(),
+        length=384, ramp=0.82, train="train-v1.1", dev=("dev-v1.1",), test=(), ending=".json",
         md5=("981b29407e0affa3b1b156f72073b945", "3e85deb501d4e538b6bc56f786231552"),
     ),
 }  # fmt: skip
@@ -200,7 +201,7 @@ def fetch_hub_model(name):
         if (folder / filename).exists():
             continue
         url = f"{base}/{repository}/resolve/{revision}/{filename}"
-        remedy = f"put it at {folder / filename} by hand, or give --model a folder"
+        remedy = f"put {', '.join(MODEL_FILES)} into {folder} by hand, or give --model a folder that has them"
         with fetched(url, folder / filename, remedy) as part:
             if digest:
                 check_digest(part, "sha256", digest, url)
@@ -396,16 +397,22 @@ def encode(texts, labels, tokenizer):
     return Examples([e.ids for e in encoded], [e.type_ids for e in encoded], labels, limit)
 
 
+def split_path(name, split, data_dir):
+    """Where a split of a task stands, or will. Raises ValueError if data_dir is given and has no such file."""
+    task = TASKS[name]
+    path = Path(data_dir or CACHE / "glue") / task.folder / f"{split}{task.ending}"
+    if data_dir and not path.exists():
+        raise ValueError(f"--data-dir: there is no {path}")
+    return path
+
+
 def load_split(name, split, data_dir, tokenizer):
     """Examples of a split ("train", or one of the task's dev and test) from data_dir/FOLDER/SPLIT.tsv.
 
     data_dir None: the cache, filled on first use.
     """
-    task = TASKS[name]
-    path = Path(data_dir or CACHE / "glue") / task.folder / f"{split}.tsv"
+    task, path = TASKS[name], split_path(name, split, data_dir)
     if not path.exists():
-        if data_dir:
-            raise ValueError(f"--data-dir: there is no {path}")
         fetch_assets() if name == "movies" else fetch_glue(task)
     return encode(*read_rows(path, task, labelled=split not in task.test), tokenizer)
 

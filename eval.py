@@ -1,7 +1,7 @@
 """Evaluate a finished run, show its mask, classify a sentence of one's own.
 
-What it is: metrics, evaluate(), and the command that looks at a run folder. What it is not: it trains nothing and
-writes nothing. Sources: Wang et al., GLUE (ICLR 2019) for the metric of each task.
+What it is: metrics, evaluate(), and the command that looks at a run folder. What it is not: it trains nothing, and
+writes nothing but what --predict asks for. Sources: Wang et al., GLUE (ICLR 2019) for the metric of each task.
 
     python eval.py RUN_DIR [--text "a warm and funny film"]
 """
@@ -117,12 +117,15 @@ def one_line_errors(*kinds):
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("\ninterrupted; no result was saved", file=sys.stderr)
+        print("\ninterrupted; no result was saved, and the same command starts from the beginning", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
+    """An ArgumentParser that takes no abbreviated flags, and whose errors are one line, without the usage."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
@@ -196,7 +199,8 @@ def load_run(run, model_name=None):
     """
     path = run / "result.json"
     if not path.exists():
-        raise ValueError(f"{run} holds no finished run: there is no {path}")
+        state = "an interrupted or still running" if (run / "log.jsonl").exists() else "no finished"
+        raise ValueError(f"{run} holds {state} run: there is no {path}")
     try:
         result = json.loads(path.read_text("utf-8"))
         task, length, _ = TASKS[result["task"]], int(result["length"]), [result[key] for key in NEEDED]
@@ -254,7 +258,7 @@ def write_predictions(model, weights, task, split, examples, path, device):
 
 def main(argv=None):
     parser = Parser(description="Evaluate a finished run and show its mask.")
-    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="what train.py --out wrote, below runs/ by default")
     parser.add_argument("--text", help="classify this sentence (squad: answer this question) instead")
     parser.add_argument("--pair", help="the second sentence of tasks on pairs (squad: the paragraph)")
     parser.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")

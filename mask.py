@@ -6,7 +6,7 @@ Sources: Jiang et al., ACL 2023 (arXiv 2210.06210) for the equations; "reference
 implementation, followed where the two differ.
 
     masks = Masks(model.prunable(), "smp-s", density=0.5)
-    weights, regularizer = masks(density_at(step, total=600, ramp=480, final=0.5))
+    weights, regularizer = masks(density_at(step, ramp=480, final=0.5))
     logits = torch.func.functional_call(model, weights, batch)  # then (loss + penalty * regularizer).backward()
 """
 
@@ -55,7 +55,7 @@ def top_k(scores, k, exact):
     """Keep the k highest scores of each matrix: scores [L, out, in], k [L] -> bool [L, out, in].
 
     exact: break ties by index, so that precisely k are kept. Otherwise all scores that equal the k-th are kept,
-    which is cheaper and enough in training.
+    which is cheaper and enough in training; so at the start, when all scores are zero, everything is kept.
     """
     flat = scores.detach().flatten(1)  # [L, out, in] -> [L, out * in]
     threshold = kth_largest(flat, k)[:, None]
@@ -76,7 +76,8 @@ def proportional_densities(importance, density):
     """SMP-S (eq. 4): layer densities proportional to importance [G, L], at most 1, with mean `density` in each group.
 
     What a layer cannot take goes to the others of its group; the reference code cuts it, and ends sparser than
-    asked. With j layers full, the others share density * L - j; j is the smallest for which none overflows.
+    asked. Importance 3 and 1 at density 0.75: proportionally 1.125 and 0.375; so 1 and 0.5. In general: with j layers
+    full, the others share density * L - j in proportion, and j is the smallest for which none of them overflows.
     """
     layers = importance.shape[1]
     sorted_, order = importance.sort(dim=1, descending=True)
@@ -103,7 +104,10 @@ def whole_counts(densities, n):
 
 
 def smp_l(scores, density, exact, temperature=1.0):
-    """SMP-L: the int(v * n) highest scores of each matrix. scores {group: [L, out, in]} -> bool, likewise."""
+    """SMP-L: the int(v * n) highest scores of each matrix. scores {group: [L, out, in]} -> bool, likewise.
+
+    The temperature is SMP-S's alone: all masking functions are called alike.
+    """
     counts = {g: torch.full((len(s),), int(density * s[0].numel() + ROUNDING)) for g, s in scores.items()}
     return {g: top_k(s, counts[g].to(s.device), exact) for g, s in scores.items()}
 
@@ -150,6 +154,7 @@ class Masks(nn.Module):
 
     def __init__(self, groups, method, density):
         super().__init__()
+        # Plain dicts, not buffers: no part of this module's state, and already where the model is.
         self.names = {group: list(weights) for group, weights in groups.items()}
         self.weights = {group: torch.stack([w.detach() for w in ws.values()]) for group, ws in groups.items()}
         zeros = [(group, torch.zeros_like(w, dtype=torch.float32)) for group, w in self.weights.items()]

@@ -100,11 +100,8 @@ def make_windows(questions, tokenizer, length):
 
 def load_split(name, split, data_dir, tokenizer):
     """Windows of a split ("train-v1.1", "dev-v1.1") from data_dir/squad/SPLIT.json (None: the cache, see data.py)."""
-    task = data.TASKS[name]
-    path = Path(data_dir or data.CACHE / "glue") / task.folder / f"{split}.json"
+    task, path = data.TASKS[name], data.split_path(name, split, data_dir)
     if not path.exists():
-        if data_dir:
-            raise ValueError(f"--data-dir: there is no {path}")
         url = f"{os.environ.get('SQUAD_URL') or URL}/{split}.json"
         with data.fetched(url, path, f"put it at {path} by hand, or name its folder's parent with --data-dir") as part:
             data.check_digest(part, "md5", dict(zip((task.train, *task.dev), task.md5, strict=True))[split], url)

@@ -48,10 +48,10 @@ def parse_args(argv=None):
         description="Learn a task by switching off weights of a frozen BERT.",
         epilog="The defaults of --model, --epochs, --batch, --length, --ramp and --evals are the task's: data.TASKS.",
     )
-    parser.add_argument("--task", choices=TASKS, default="movies")
+    parser.add_argument("--task", choices=TASKS, default="movies", help="default: movies")
     parser.add_argument("--method", choices=(*MASKING, "finetune"), default="smp-s", help="default: smp-s")
     parser.add_argument("--sparsity", type=float, help="share of the prunable weights removed, in [0, 1); default 0.5")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of batches and dropout (0)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/ and the settings")
     parser.add_argument("--lr", type=float, help="highest learning rate; default: 2e-2 for scores, 3e-5 for weights")
     parser.add_argument("--schedule", choices=("cubic", "linear"), help="of the density; default: linear for RoBERTa")
@@ -60,7 +60,7 @@ def parse_args(argv=None):
     parser.add_argument("--penalty", type=float, default=400.0, help="lambda of the regularizer at the end (400)")
     add_common_arguments(parser)
     parser.add_argument("--epochs", type=float, help="passes over the training set")
-    parser.add_argument("--steps", type=int, help="train for so many steps instead")
+    parser.add_argument("--steps", type=int, help="train for so many steps, whatever --epochs says")
     parser.add_argument("--batch", type=int, help="examples a step")
     parser.add_argument("--length", type=int, help="longest input in tokens; longer ones are cut")
     parser.add_argument("--ramp", type=float, help="share of the steps in which the density falls to its target")
@@ -91,6 +91,7 @@ def parse_args(argv=None):
     if args.out is None:
         model = Path(args.model).name
         variant = "-classifier" * (args.head == "classifier") + "-taught" * bool(args.teacher)
+        variant += f"-{args.steps}steps" if args.steps else ""
         args.out = Path("runs") / f"{args.task}-{model}-{args.method}-{args.sparsity:g}{variant}-seed{args.seed}"
     return args
 
@@ -170,6 +171,8 @@ def check_run_folder(folder):
 def prepare(args):
     """Everything that reads files -> (model in float32, teacher or None, train set, {name: dev set})."""
     task = TASKS[args.task]
+    for split in (task.train, *task.dev):  # before anything large is downloaded
+        data.split_path(args.task, split, args.data_dir)
     model, tokenizer = load_backbone(data.model_folder(args.model), task, args.length, args.head)
     teacher = load_teacher(args, tokenizer) if args.teacher else None
     train, *dev = (load_split(args.task, split, args.data_dir, tokenizer) for split in (task.train, *task.dev))
@@ -232,7 +235,7 @@ def loop(args, model, learner, teacher, train, dev, device, total, log):
             bar.set_postfix(loss=f"{loss:.3f}", density=f"{density:.3f}")
             log(step=done, loss=loss, density=density, penalty=penalty, regularizer=regularizer)
         if done in eval_steps:
-            density = density_at(done, ramp, final, power)
+            density = density_at(done, ramp, final, power)  # of the next step, so that the last is the target
             scores = evaluate(model, learner.baked(density), dev, metrics, device)
             evaluations.append({"step": done, "density": density, "dev": scores})
             log(**evaluations[-1])
@@ -266,7 +269,8 @@ def summarize(args, result, path):
 def dense_command(args):
     """The command of the dense reference point of a run: the same but for the method."""
     words = ["python", "train.py", "--task", args.task, "--method", "finetune"]
-    for name in ("model", "data_dir", "seed", "head", "epochs", "steps", "batch", "length", "device", "dtype"):
+    duration = "steps" if args.steps else "epochs"
+    for name in ("model", "data_dir", "seed", "head", duration, "batch", "length", "evals", "device", "dtype"):
         if getattr(args, name) not in (None, 0, "words", getattr(TASKS[args.task], name, None)):
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     return shlex.join(words)
@@ -275,6 +279,7 @@ def dense_command(args):
 def finish(args, learner, model, fingerprint, evaluations, seconds, command):
     """Write what was learnt, check that the frozen weights did not move, write result.json -> (result, path)."""
     folder, density = data.model_folder(args.model), 1 - args.sparsity
+    # Best on dev counts from when the target density is reached; a denser model would have an easier task.
     on_target = [e for e in evaluations if e["density"] == evaluations[-1]["density"]]
     parameter = next(model.parameters())
     result = {

@@ -109,6 +109,6 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "dense_first_batch.safetensors").exists():
         sys.exit(__doc__)
     sys.exit(main(sys.argv[1]))

@@ -330,6 +330,7 @@ def test_predictions_come_in_the_order_of_the_examples(run, glue):
         (["--ramp", 2], "--ramp"),
         (["--penalty", "nan"], "--penalty"),
         (["--seed", -1], "--seed"),
+        (["--step", 3], "--step"),
         (["--length", 33], "--length 33.*4 to 32"),
         (["--model", "nowhere"], "--model.*'nowhere'.*minilm, bert-base-uncased"),
         (["--data-dir", "nowhere"], "--data-dir: there is no nowhere/movies/train.tsv"),
@@ -418,6 +419,8 @@ def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
     other = make_model("other", tensors=bert_tensors(CONFIG, seed=9))
     assert "are not those that" in fails(eval_.main, [folder, "--model", other])
     assert "holds no finished run" in fails(eval_.main, [tmp_path])
+    (tmp_path / "log.jsonl").touch()
+    assert "an interrupted or still running run" in fails(eval_.main, [tmp_path])
     assert "--pair needs --text" in fails(eval_.main, [folder, "--pair", "b"])
     assert "--text without --pair" in fails(eval_.main, [folder, "--text", "a", "--pair", "b"])
     twin, _ = run("--seed", 1, out="twin")
