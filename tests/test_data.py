@@ -181,7 +181,7 @@ def test_hub_model_is_fetched_whole_once(hub):
     [
         (lambda files, cut, at: cut.add(at), "cannot fetch .*model.safetensors .*1500000 of 3000000.*python train.py"),
         (lambda files, cut, at: files.update({at: b"x" + files[at][1:]}), "model.safetensors: sha256 .* not kept"),
-        (lambda files, cut, at: files.pop(at), "model.safetensors .*404.*put .* into .*bert-base-uncased by hand.*--model"),
+        (lambda files, cut, at: files.pop(at), "model.safetensors .*404.*into .*bert-base-uncased by hand.*--model"),
     ],
 )
 def test_hub_faults_leave_nothing_to_trust_and_are_mended_by_a_second_try(hub, fault, message):
