@@ -48,52 +48,61 @@ def parse_args(argv=None):
         description="Learn a task by switching off weights of a frozen BERT.",
         epilog="The defaults of --model, --epochs, --batch, --length, --ramp and --evals are the task's: data.TASKS.",
     )
-    parser.add_argument("--task", choices=TASKS, default="movies", help="default: movies")
-    parser.add_argument("--method", choices=(*MASKING, "finetune"), default="smp-s", help="default: smp-s")
-    parser.add_argument("--sparsity", type=float, help="share of the prunable weights removed, in [0, 1); default 0.5")
-    parser.add_argument("--seed", type=int, default=0, help="of batches and dropout (0)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/ and the settings")
-    parser.add_argument("--lr", type=float, help="highest learning rate; default: 2e-2 for scores, 3e-5 for weights")
-    parser.add_argument("--schedule", choices=("cubic", "linear"), help="of the density; default: linear for RoBERTa")
-    parser.add_argument("--head", choices=("words", "classifier"), default="words", help="default: label words")
-    parser.add_argument("--teacher", type=Path, metavar="RUN_DIR", help="a finished --method finetune to learn from")
-    parser.add_argument("--penalty", type=float, default=400.0, help="lambda of the regularizer at the end (400)")
+    flag = parser.add_argument
+    flag("--task", choices=TASKS, default="movies", help="default: movies")
+    flag("--method", choices=(*MASKING, "finetune"), default="smp-s", help="default: smp-s")
+    flag("--sparsity", type=float, help="share of the prunable weights removed, in [0, 1); default 0.5")
+    flag("--seed", type=int, default=0, help="of batches and dropout (0)")
+    flag("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/ and the settings")
+    flag("--lr", type=float, help="highest learning rate; default: 2e-2 for scores, 3e-5 for weights")
+    flag("--schedule", choices=("cubic", "linear"), help="of the density; default: linear for RoBERTa")
+    flag("--head", choices=("words", "classifier"), default="words", help="default: label words")
+    flag("--teacher", type=Path, metavar="RUN_DIR", help="a finished --method finetune to learn from")
+    flag("--penalty", type=float, default=400.0, help="lambda of the regularizer at the end (400)")
     add_common_arguments(parser)
-    parser.add_argument("--epochs", type=float, help="passes over the training set")
-    parser.add_argument("--steps", type=int, help="train for so many steps, whatever --epochs says")
-    parser.add_argument("--batch", type=int, help="examples a step")
-    parser.add_argument("--length", type=int, help="longest input in tokens; longer ones are cut")
-    parser.add_argument("--ramp", type=float, help="share of the steps in which the density falls to its target")
-    parser.add_argument("--evals", type=int, help="evaluations in a run")
+    flag("--epochs", type=float, help="passes over the training set")
+    flag("--steps", type=int, help="train for so many steps, whatever --epochs says")
+    flag("--batch", type=int, help="examples a step")
+    flag("--length", type=int, help="longest input in tokens; longer ones are cut")
+    flag("--ramp", type=float, help="share of the steps in which the density falls to its target")
+    flag("--evals", type=int, help="evaluations in a run")
     args = parser.parse_args(argv)
+    if args.method == "finetune" and args.sparsity:
+        parser.error("--sparsity: finetune removes nothing; leave it away, or choose another --method")
+    fill_defaults(args)
+    check_ranges(args, parser.error)
+    return args
+
+
+def fill_defaults(args):
     for name in ("model", "epochs", "batch", "length", "ramp", "evals"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(TASKS[args.task], name))
     dense = args.method == "finetune"
-    if dense and args.sparsity:
-        parser.error("--sparsity: finetune removes nothing; leave it away, or choose another --method")
     if args.sparsity is None:
         args.sparsity = 0.0 if dense else 0.5
     if args.lr is None:
         args.lr = WEIGHT_LR if dense else 2e-2
+    if args.out is None:
+        parts = [args.task, Path(args.model).name, args.method, f"{args.sparsity:g}"]
+        parts += ["classifier"] * (args.head == "classifier") + ["taught"] * bool(args.teacher)
+        parts += [f"{args.steps}steps"] * bool(args.steps) + [f"seed{args.seed}"]
+        args.out = Path("runs") / "-".join(parts)
+
+
+def check_ranges(args, error):
     if not 0 <= args.sparsity < 1:
-        parser.error(f"--sparsity is the share of weights removed, in [0, 1); got {args.sparsity}")
+        error(f"--sparsity is the share of weights removed, in [0, 1); got {args.sparsity}")
     if not 0 <= args.ramp <= 1:
-        parser.error(f"--ramp is a share of the steps, in [0, 1]; got {args.ramp}")
+        error(f"--ramp is a share of the steps, in [0, 1]; got {args.ramp}")
     if not 0 <= args.penalty < math.inf:
-        parser.error(f"--penalty must be at least 0; got {args.penalty}")
+        error(f"--penalty must be at least 0; got {args.penalty}")
     if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed must be at least 0 and less than 2^63; got {args.seed}")
+        error(f"--seed must be at least 0 and less than 2^63; got {args.seed}")
     for name in ("lr", "epochs", "steps", "batch", "evals"):
         value = getattr(args, name)
-        if value is not None and not (0 < value < math.inf):
-            parser.error(f"--{name} must be greater than 0; got {value}")
-    if args.out is None:
-        model = Path(args.model).name
-        variant = "-classifier" * (args.head == "classifier") + "-taught" * bool(args.teacher)
-        variant += f"-{args.steps}steps" if args.steps else ""
-        args.out = Path("runs") / f"{args.task}-{model}-{args.method}-{args.sparsity:g}{variant}-seed{args.seed}"
-    return args
+        if value is not None and not 0 < value < math.inf:
+            error(f"--{name} must be greater than 0; got {value}")
 
 
 class Learner:
