@@ -189,7 +189,7 @@ def check_digest(content, algorithm, expected, name):
     with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
         found = hashlib.file_digest(file, algorithm).hexdigest()
     if found != expected:
-        raise ValueError(f"{name}: {algorithm} is {found} instead of {expected}; altered or cut, so not kept")
+        raise ValueError(f"{name}: {algorithm} is {found}, not {expected}; it was altered or cut, and is not used")
 
 
 def fetch_hub_model(name):
@@ -244,7 +244,8 @@ def split_movies(rated):
 def fetch_glue(task):
     """Download a GLUE task into the cache, its train and dev files checked by MD5."""
     folder = CACHE / "glue" / task.folder
-    remedy = f"put GLUE's train.tsv and dev files into {folder} by hand, or name your copy of GLUE with --data-dir"
+    names = ", ".join(f"{split}.tsv" for split in (task.train, *task.dev, *task.test))
+    remedy = f"put GLUE's {names} into {folder} by hand, or name your copy of GLUE with --data-dir"
     base = (os.environ.get("GLUE_URL") or GLUE_URL).rstrip("/")
     if task.folder == "MRPC":
         files = assemble_mrpc(base, folder, remedy)
@@ -315,6 +316,10 @@ class Examples:
     def __len__(self):
         return len(self.ids)
 
+    def asked(self):
+        """Number of questions that the rows put: as many as there are."""
+        return len(self)
+
 
 def load_tokenizer(folder, length):
     """tokenizer.json of a model folder, set to cut at `length` tokens, the longer of a pair first, and not to pad."""
@@ -364,7 +369,7 @@ def read_rows(path, task, labelled=True):
     texts, labels = [], []
     for number, row in enumerate(rows[start:], start + 1):
         if len(row) != width:
-            if task.skip_broken:
+            if task.skip_broken and labelled:  # an answer must keep its number
                 continue
             raise ValueError(f"{path}:{number}: {len(row)} columns instead of {width}")
         cells = [row[column] for column in columns]
@@ -414,6 +419,8 @@ def load_split(name, split, data_dir, tokenizer):
     task, path = TASKS[name], split_path(name, split, data_dir)
     if not path.exists():
         fetch_assets() if name == "movies" else fetch_glue(task)
+        if not path.exists():
+            raise ValueError(f"there is no {path}, and the download did not hold it")
     return encode(*read_rows(path, task, labelled=split not in task.test), tokenizer)
 
 

@@ -174,8 +174,8 @@ def density_table(groups, masks):
 # --- the command ---------------------------------------------------------------------------------------------
 
 
-def load_backbone(folder, task, length, head):
-    """-> (Bert with the task's label words and this head, tokenizer) of a model folder.
+def load_backbone(folder, task, length, head, fresh=True):
+    """-> (Bert with the task's label words and this head, fresh or the folder's, tokenizer) of a model folder.
 
     Raises ValueError when they do not fit each other, the task or the length.
     """
@@ -183,7 +183,7 @@ def load_backbone(folder, task, length, head):
     if not 4 <= length <= config.longest_input:
         raise ValueError(f"--length {length}: the model in {folder} takes 4 to {config.longest_input} tokens")
     tokenizer = load_tokenizer(folder, length)
-    model = load_model(folder, data.label_word_ids(task, tokenizer), head)
+    model = load_model(folder, data.label_word_ids(task, tokenizer), head, fresh)
     model.every_token = task is TASKS["squad"]
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has more words than the vocab_size of config.json")
@@ -192,38 +192,50 @@ def load_backbone(folder, task, length, head):
     return model, tokenizer
 
 
-def load_run(run, model_name=None):
-    """A finished run's folder -> (result dict, Bert, tokenizer, masks {name: bool}, or {} for a fine-tuned run).
-
-    Raises ValueError that says what is missing or does not fit.
-    """
+def read_result(run):
+    """result.json of a finished run's folder as a dict. Raises ValueError if it is none of this code's."""
     path = run / "result.json"
     if not path.exists():
         state = "an interrupted or still running" if (run / "log.jsonl").exists() else "no finished"
         raise ValueError(f"{run} holds {state} run: there is no {path}")
     try:
         result = json.loads(path.read_text("utf-8"))
-        task, length, _ = TASKS[result["task"]], int(result["length"]), [result[key] for key in NEEDED]
+        if [result["task"] in TASKS, *(key in result for key in NEEDED)].count(False):
+            raise KeyError
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not the result of a run of train.py") from None
+        raise ValueError(f"{path} is not the result of a run of this train.py") from None
+    if result["words"] != TASKS[result["task"]].words:
+        raise ValueError(f"{run} was trained with the label words {result['words']}, which TASKS no longer has")
+    return result
+
+
+NEEDED = "method model head words length data_dir device dtype final fingerprint sha256".split()  # of result.json
+
+
+def load_run(run, model_name=None):
+    """A finished run's folder -> (result dict, Bert, tokenizer, masks {name: bool}, or {} for a fine-tuned run).
+
+    Raises ValueError that says what is missing or does not fit.
+    """
+    result = read_result(run)
+    task, length, head = TASKS[result["task"]], int(result["length"]), result["head"]
+    for name, digest in result["sha256"].items():
+        data.check_digest(run / name, "sha256", digest, run / name)
     if result["method"] == "finetune":
         if model_name:
             raise ValueError(f"--model: {run} is fine-tuned and holds its own weights; leave the flag away")
-        return result, *load_backbone(run, task, length, result["head"]), {}
+        return result, *load_backbone(run, task, length, head, fresh=False), {}
     folder = data.model_folder(model_name or result["model"])
-    model, tokenizer = load_backbone(folder, task, length, result["head"])
+    model, tokenizer = load_backbone(folder, task, length, head)
     if model.fingerprint() != result["fingerprint"]:
         raise ValueError(f"--model: the weights in {folder} are not those that {run} was trained on")
     shapes = {n: w.shape for weights in model.prunable().values() for n, w in weights.items()}
     masks, described = load_masks(run / "mask.safetensors", shapes)
     if described != result:
         raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
-    if result["head"] == "classifier":
+    if head == "classifier":
         model.load_state_dict(read_weights(run / "head.safetensors"), strict=False)
     return result, model, tokenizer, masks
-
-
-NEEDED = ("method", "model", "head", "data_dir", "device", "dtype", "final", "fingerprint")  # of result.json
 
 
 def classify(model, weights, tokenizer, task, text, device):
@@ -294,7 +306,7 @@ def main(argv=None):
         metrics = evaluate(model, weights, sets, task.metrics, device, progress=True)
     if masks:
         print("\n".join(density_table({g: list(ws) for g, ws in model.prunable().items()}, masks)))
-    examples = sum(map(len, sets.values()))
+    examples = sum(examples.asked() for examples in sets.values())
     print(f"dev ({examples} examples): {show(metrics)}; training reported {show(result['final'])}")
 
 

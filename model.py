@@ -301,10 +301,10 @@ def read_weights(path):
     return tensors
 
 
-def load_model(folder, words, head="words"):
+def load_model(folder, words, head="words", fresh=True):
     """A folder with config.json and model.safetensors -> Bert in float32 on the CPU, in training mode.
 
-    head: "words", or "classifier": the file's, else a fresh one, on the file's pooler where there is one.
+    head: "words", or "classifier": fresh, or the file's; on the file's pooler where there is one.
     Raises ValueError that names the tensor when one is missing, unknown or misshapen, and when a word id lies
     outside the vocabulary; OSError when a file is missing.
     """
@@ -313,10 +313,10 @@ def load_model(folder, words, head="words"):
     if max(words) >= config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has more words than the vocab_size of config.json")
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(UNUSED_BY_HEAD[head])}
-    if head == "classifier" and "classifier.weight" not in tensors:
+    if head == "classifier" and fresh:
         tensors["classifier.weight"] = 0.02 * torch.randn(len(words), config.hidden_size)
         tensors["classifier.bias"] = torch.zeros(len(words))
-    parts = [part for part in ("cls", "pooler", "classifier") if any(f"{part}." in name for name in tensors)]
+    parts = [head] + [part for part in ("cls", "pooler") if any(f"{part}." in name for name in tensors)]
     with torch.device("meta"):  # no memory and no random numbers for weights that the file replaces
         model = Bert(config, words, parts)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

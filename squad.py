@@ -35,13 +35,17 @@ class Windows(data.Examples):
     spans: list  # of each window: characters of each token in the paragraph [S, 2]; -1 outside the paragraph
     questions: list  # dicts: id, question, context, answers [(character, text)]
 
+    def asked(self):
+        return len(self.questions)
+
 
 def read_squad(path):
-    """Questions of a file -> (list of dicts, how many answers do not stand where the file says).
+    """Questions of a file -> (list of dicts, notes on what is odd in the file but not fatal).
 
     Raises ValueError that names the file when it is not SQuAD v1.1 or holds no question.
     """
     try:
+        articles = json.loads(path.read_text("utf-8"))["data"]
         questions = [
             {
                 "id": str(qa["id"]),
@@ -49,8 +53,8 @@ def read_squad(path):
                 "context": str(paragraph["context"]),
                 "answers": [(int(a["answer_start"]), str(a["text"])) for a in qa["answers"]],
             }
-            for article in json.loads(path.read_text("utf-8"))["data"]
-            for paragraph in article.get("paragraphs", ())
+            for article in articles
+            for paragraph in article.get("paragraphs") or ()
             for qa in paragraph["qas"]
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -59,8 +63,16 @@ def read_squad(path):
         raise ValueError(f"{path} holds no questions")
     if unanswered := [q["id"] for q in questions if not q["answers"]]:
         raise ValueError(f"{path}: question {unanswered[0]} has no answer; SQuAD 2.0 is not supported")
-    misplaced = sum(q["context"][at : at + len(text)] != text for q in questions for at, text in q["answers"])
-    return questions, misplaced
+    counts = {
+        "answers do not stand where the file says": sum(misplaced(q, a) for q in questions for a in q["answers"]),
+        "articles have no paragraphs": sum(not article.get("paragraphs") for article in articles),
+    }
+    return questions, [f"{path}: {count} {what}" for what, count in counts.items() if count]
+
+
+def misplaced(question, answer):
+    start, text = answer
+    return question["context"][start : start + len(text)] != text
 
 
 def label(spans, answer):
@@ -77,9 +89,10 @@ def make_windows(questions, tokenizer, length):
     Raises ValueError for a question that leaves no room for the paragraph.
     """
     tokenizer.no_truncation()
+    special = tokenizer.num_special_tokens_to_add(True)
     for question in questions:
-        size = len(tokenizer.encode(question["question"]).ids)
-        if size + STRIDE >= length:
+        size = len(tokenizer.encode(question["question"], add_special_tokens=False).ids)
+        if size + special + STRIDE >= length:
             raise ValueError(f"question {question['id']} has {size} tokens, too many for --length {length}")
     tokenizer.enable_truncation(length, stride=STRIDE, strategy="only_second")
     windows = Windows([], [], [], length, [], [], questions)
@@ -106,9 +119,11 @@ def load_split(name, split, data_dir, tokenizer):
         with data.fetched(url, path, f"put it at {path} by hand, or name its folder's parent with --data-dir") as part:
             data.check_digest(part, "md5", dict(zip((task.train, *task.dev), task.md5, strict=True))[split], url)
             part.replace(path)
-    questions, misplaced = read_squad(path)
-    if misplaced:
-        print(f"{path}: {misplaced} answers do not stand where the file says")
+    questions, notes = read_squad(path)
+    for note in notes:
+        print(note)
+    if split == task.train:  # a misplaced answer would teach nonsense
+        questions = [q for q in questions if not misplaced(q, q["answers"][0])]
     return make_windows(questions, tokenizer, tokenizer.truncation["max_length"])
 
 
@@ -164,11 +179,18 @@ def main(argv=None):
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dev", type=int, default=8, help="articles in the dev part, the last of the file (8)")
     args = parser.parse_args(argv)
-    articles = json.loads(args.file.read_text("utf-8"))["data"]
-    for name, part in (("train", articles[: -args.dev]), ("dev", articles[-args.dev :])):
-        content = json.dumps({"version": "1.1", "data": part}, ensure_ascii=False).encode()
-        data.write_whole(args.folder / "squad" / f"{name}-v1.1.json", content)
-        print(f"{name}: {len(part)} articles")
+    try:
+        articles = json.loads(args.file.read_text("utf-8"))["data"]
+        if not 0 < args.dev < len(articles):
+            raise ValueError(f"--dev must be between 0 and {len(articles)}, the number of articles; got {args.dev}")
+        for name, part in (("train", articles[: -args.dev]), ("dev", articles[-args.dev :])):
+            path = args.folder / "squad" / f"{name}-v1.1.json"
+            if path.exists():
+                raise ValueError(f"{path} is there already; delete it or name another folder")
+            data.write_whole(path, json.dumps({"version": "1.1", "data": part}, ensure_ascii=False).encode())
+            print(f"{path}: {len(part)} articles")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

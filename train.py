@@ -7,6 +7,7 @@ method, which is mask.py. Sources: Jiang et al., ACL 2023 (arXiv 2210.06210), an
     python train.py --task rte --sparsity 0.5     # the paper's setting: bert-base-uncased on GLUE
 """
 
+import hashlib
 import json
 import math
 import platform
@@ -33,6 +34,7 @@ from eval import (
     load_run,
     load_split,
     one_line_errors,
+    read_result,
     show,
 )
 from mask import MASKING, Masks, density_at, pack_masks, penalty_at
@@ -190,11 +192,12 @@ def prepare(args):
 
 def load_teacher(args, tokenizer):
     """The fine-tuned model of --teacher, frozen. Raises ValueError if it cannot teach this task to this model."""
-    result, teacher, its_tokenizer, _ = load_run(args.teacher)
+    result = read_result(args.teacher)
     if result["method"] != "finetune":
         raise ValueError(f"--teacher: {args.teacher} is a run of {result['method']}; a teacher must be fine-tuned")
     if result["task"] != args.task:
         raise ValueError(f"--teacher: {args.teacher} was trained on {result['task']}, not on {args.task}")
+    _, teacher, its_tokenizer, _ = load_run(args.teacher)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher: {args.teacher} has another vocabulary than {args.model}")
     if args.length > teacher.config.longest_input:
@@ -244,6 +247,9 @@ def loop(args, model, learner, teacher, train, dev, device, total, log):
             bar.set_postfix(loss=f"{loss:.3f}", density=f"{density:.3f}")
             log(step=done, loss=loss, density=density, penalty=penalty, regularizer=regularizer)
         if done in eval_steps:
+            if not all(p.isfinite().all() for p in learner.parameters()):
+                bar.close()
+                raise FloatingPointError(f"scores or weights are not finite at step {done}: try a smaller --lr")
             density = density_at(done, ramp, final, power)  # of the next step, so that the last is the target
             scores = evaluate(model, learner.baked(density), dev, metrics, device)
             evaluations.append({"step": done, "density": density, "dev": scores})
@@ -298,23 +304,23 @@ def finish(args, learner, model, fingerprint, evaluations, seconds, command):
         "teacher": args.teacher and str(args.teacher), "data_dir": args.data_dir, "fingerprint": fingerprint,
         "device": parameter.device.type, "dtype": dtype_name(parameter.dtype),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "command": command,
-        "final": evaluations[-1]["dev"],
+        "words": TASKS[args.task].words, "final": evaluations[-1]["dev"], "sha256": {},
         "best": max(on_target, key=lambda e: e["dev"][TASKS[args.task].metrics[0]]),
         "seconds": round(seconds, 1), "density": 1.0,
     }  # fmt: skip
-    trained = {published(n, model.config.model_type): w.detach().cpu() for n, w in learner.trained.items()}
+    trained = save({published(n, model.config.model_type): w.detach().cpu() for n, w in learner.trained.items()})
+    if learner.trained:
+        path = args.out / ("head.safetensors" if learner.masks else "model.safetensors")
+        data.write_whole(path, trained)
+        result["sha256"] = {path.name: hashlib.sha256(trained).hexdigest()}
     if learner.masks:
         masks, path = learner.masks.exact(density), args.out / "mask.safetensors"
         kept, prunable = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
         result |= {"density": kept / prunable, "kept": kept, "prunable": prunable}
         data.write_whole(path, pack_masks(masks, result))
-        if trained:
-            data.write_whole(args.out / "head.safetensors", save(trained))
         if not frozen_unchanged(args, model, learner, folder):
             raise ValueError(f"the frozen weights no longer equal those of {folder}; the run counts as unfinished")
     else:
-        path = args.out / "model.safetensors"
-        data.write_whole(path, save(trained))
         for name in ("config.json", "tokenizer.json"):
             data.write_whole(args.out / name, (folder / name).read_bytes())
     data.write_whole(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())

@@ -47,6 +47,9 @@ def test_headers_of_the_other_tasks(tmp_path):
     assert read_rows(write(tmp_path / "f", rows), TASKS["mnli"]) == ([("A man", 'a "woman')], [0])
     rows = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\ta?\tb?\t1\n4\t5\t6\tbroken\n7\t8\t9\tc\td\t0\n"
     assert read_rows(write(tmp_path / "f", rows), TASKS["qqp"]) == ([("a?", "b?"), ("c", "d")], [1, 0])
+    head = "id\tquestion1\tquestion2\n"
+    with pytest.raises(ValueError, match=":3: 1 columns"):  # an answer must keep its number
+        read_rows(write(tmp_path / "f", f"{head}0\ta\tb\nbroken\n"), TASKS["qqp"], labelled=False)
     rows = "index\tquestion\tsentence\tlabel\n0\tWho\tHe\tentailment\n"
     assert read_rows(write(tmp_path / "f", rows), TASKS["qnli"]) == ([("Who", "He")], [1])
     head = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"
@@ -180,7 +183,7 @@ def test_hub_model_is_fetched_whole_once(hub):
     ("fault", "message"),
     [
         (lambda files, cut, at: cut.add(at), "cannot fetch .*model.safetensors .*1500000 of 3000000.*python train.py"),
-        (lambda files, cut, at: files.update({at: b"x" + files[at][1:]}), "model.safetensors: sha256 .* not kept"),
+        (lambda files, cut, at: files.update({at: b"x" + files[at][1:]}), "model.safetensors: sha256 .* not used"),
         (lambda files, cut, at: files.pop(at), "model.safetensors .*404.*into .*bert-base-uncased by hand.*--model"),
     ],
 )
@@ -250,7 +253,7 @@ def test_a_file_put_in_place_by_hand_stays(rte, tokenizer):
         (lambda files, cut: files.update({"/glue/RTE.zip": b"<html>"}), "did not send the zip archive"),
         (lambda files, cut: files.update({"/glue/RTE.zip": zipped(train=ROWS, dev="no", test="x")}), "dev.tsv: md5"),
         (lambda files, cut: files.update({"/glue/RTE.zip": zipped(train=ROWS)}), "did not send the zip archive"),
-        (lambda files, cut: files.clear(), "404.*put GLUE's train.tsv and dev files into .*RTE by hand.*--data-dir"),
+        (lambda files, cut: files.clear(), "404.*GLUE's train.tsv, dev.tsv, test.tsv into .*RTE by hand.*--data-dir"),
     ],
 )
 def test_glue_faults_leave_nothing(rte, tokenizer, fault, message):

@@ -111,9 +111,12 @@ def test_metrics_by_hand():
 
 
 def test_misplaced_answers_are_counted_not_fatal(tokenizer, tmp_path, capsys):
-    write_squad(tmp_path / "squad" / "dev-v1.1.json", [question("is it", "fun"), question("was it", "fun", at=0)])
-    assert len(squad.load_split("squad", "dev-v1.1", tmp_path, tokenizer).questions) == 2
-    assert "1 answers do not stand where the file says" in capsys.readouterr().out
+    for split, kept in (("dev", 2), ("train", 1)):  # what stands elsewhere would teach nonsense
+        asked = [question("is it", "fun"), question("was it", "fun", at=0)]
+        write_squad(tmp_path / "squad" / f"{split}-v1.1.json", asked)
+        assert squad.load_split("squad", f"{split}-v1.1", tmp_path, tokenizer).asked() == kept
+        out = capsys.readouterr().out
+        assert "1 answers do not stand where the file says" in out and "1 articles have no paragraphs" in out
 
 
 @pytest.mark.parametrize(
@@ -134,8 +137,20 @@ def test_bad_files_are_named(tmp_path, content, message):
 
 
 def test_a_question_longer_than_the_window(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="question q0 has 14 tokens, too many for --length 12"):
+    with pytest.raises(ValueError, match="question q0 has 12 tokens, too many for --length 12"):
         windows_of(tokenizer, question("is it fun " * 4, "fun"), folder=tmp_path)
+
+
+def test_every_question_that_fits_can_be_cut(tokenizer, tmp_path):
+    """Up to the last that fits: the tokenizer's own limit is met by our error, not by its panic."""
+    fits = 0
+    for words in range(1, 12):
+        asked = [question(" ".join(["fun"] * words), "fun")]
+        try:
+            fits += len(windows_of(tokenizer, *asked, folder=tmp_path)) > 0
+        except ValueError as error:
+            assert "too many for --length 12" in str(error)
+    assert fits == 12 - 3 - 3 - 1  # special tokens, stride, and one to move on by
 
 
 def test_loss_is_the_mean_of_start_and_end_and_padding_gets_nothing(make_model):
@@ -195,3 +210,7 @@ def test_split_by_articles(tmp_path, capsys):
     squad.main([str(tmp_path / "all.json"), str(tmp_path), "--dev", "2"])
     parts = [json.loads((tmp_path / "squad" / f"{n}-v1.1.json").read_text())["data"] for n in ("train", "dev")]
     assert parts == [articles[:3], articles[3:]]
+    for argv in (["all.json", "--dev", "5"], ["all.json", "--dev", "0"], ["all.json", "--dev", "2"], ["none.json"]):
+        with pytest.raises(SystemExit, match="2"):
+            squad.main([str(tmp_path / argv[0]), str(tmp_path), *argv[1:]])
+        assert capsys.readouterr().err.startswith("error: ")

@@ -139,7 +139,7 @@ def test_classifier_logits_by_hand(make_model):
     tensors = bert_tensors(CONFIG) | {"classifier.weight": torch.ones(2, 16)}
     tensors |= {"classifier.bias": torch.tensor([0.0, 1.0])}
     tensors |= {"bert.pooler.dense.weight": 2 * torch.eye(16), "bert.pooler.dense.bias": torch.ones(16)}
-    model = train.load_model(make_model("m", tensors), [7, 8], "classifier").eval()
+    model = train.load_model(make_model("m", tensors), [7, 8], "classifier", fresh=False).eval()
     inputs = torch.tensor([[2, 9, 3]]), torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3)
     cls = model.bert(*inputs)[:, 0]
     expected = (2 * cls + 1).tanh().sum() + torch.tensor([0.0, 1.0])
@@ -382,6 +382,32 @@ def test_an_infinite_regularizer_is_noticed(run, tmp_path, fails, glue, monkeypa
     assert "the loss is" in fails(train.main, argv)
 
 
+@pytest.mark.parametrize("method", ["smp-s", "finetune"])
+def test_a_last_step_that_is_not_finite(run, tmp_path, fails, glue, method):
+    argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--steps", 1, "--length", 16]
+    assert "not finite" in fails(train.main, [*argv, "--method", method, "--lr", 1e39, "--device", "cpu"])
+    assert not (tmp_path / "r" / "result.json").exists()
+
+
+def test_a_head_of_another_run_is_noticed(make_model, glue, tmp_path, fails):
+    model = make_model()
+    argv = ["--model", model, "--data-dir", glue, "--steps", 2, "--length", 16, "--head", "classifier"]
+    for seed in (0, 1):
+        train.main([str(a) for a in [*argv, "--seed", seed, "--out", tmp_path / f"r{seed}", "--device", "cpu"]])
+    shutil.copy(tmp_path / "r1" / "head.safetensors", tmp_path / "r0")
+    assert "head.safetensors: sha256" in fails(eval_.main, [tmp_path / "r0"])
+
+
+def test_a_classifier_is_fresh_whatever_the_model_brings(make_model):
+    tensors = bert_tensors(CONFIG) | {"classifier.weight": torch.ones(2, 16), "classifier.bias": torch.ones(2)}
+    folder = make_model("m", tensors)
+    assert train.load_model(folder, [7], "classifier").classifier.weight.shape == (1, 16)
+    assert not train.load_model(folder, [7, 8], "classifier").classifier.bias.any()
+    assert train.load_model(folder, [7, 8], "classifier", fresh=False).classifier.bias.all()
+    with pytest.raises(ValueError, match="lacks classifier.bias"):
+        train.load_model(make_model("n"), [7, 8], "classifier", fresh=False)
+
+
 def test_a_folder_of_other_files_is_not_touched(run, fails, glue):
     before = {p: p.read_bytes() for p in run.model.iterdir()}
     argv = ["--method", "finetune", "--model", run.model, "--data-dir", glue, "--out", run.model, "--length", 16]
@@ -429,11 +455,15 @@ def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
     assert "are of different runs" in fails(eval_.main, [folder])
     (folder / "mask.safetensors").write_bytes(ours[:-1])
     assert "not a whole safetensors file" in fails(eval_.main, [folder])
+    (folder / "result.json").write_text(json.dumps(result | {"words": {"0": "bad", "1": "good"}}))
+    assert "was trained with the label words" in fails(eval_.main, [folder])
     for broken in ({}, {k: result[k] for k in ("task", "method", "model")}, result | {"task": "x"}, []):
         (folder / "result.json").write_text(json.dumps(broken))
         assert "is not the result of a run" in fails(eval_.main, [folder])
     dense, _ = run("--method", "finetune", out="dense", steps=2)
     assert "holds its own weights" in fails(eval_.main, [dense, "--model", other])
+    shutil.copy(other / "model.safetensors", dense)
+    assert "model.safetensors: sha256" in fails(eval_.main, [dense])
 
 
 @pytest.mark.parametrize("where", ["stack", "bias"])
