@@ -218,7 +218,7 @@ def load_masks(path, shapes):
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is not a mask file of format {FORMAT}")
-    stored = {name: tuple(shape) for name, shape in json.loads(header["shapes"]).items()}
+    stored = {name: tuple(shape) for name, shape in json.loads(header.get("shapes", "{}")).items()}
     if stored != {name: tuple(shape) for name, shape in shapes.items()} or stored.keys() != bits.keys():
         raise ValueError(f"{path} was made for a backbone of another shape")
     masks = {}
@@ -227,4 +227,4 @@ def load_masks(path, shapes):
             raise ValueError(f"{path}: {name} has {bits[name].size} bytes, not one bit a weight")
         unpacked = np.unpackbits(bits[name], count=math.prod(shape)).reshape(shape)
         masks[name] = torch.from_numpy(unpacked.astype(bool))
-    return masks, json.loads(header["run"])
+    return masks, json.loads(header.get("run", "{}"))

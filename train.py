@@ -50,24 +50,23 @@ def parse_args(argv=None):
         description="Learn a task by switching off weights of a frozen BERT.",
         epilog="The defaults of --model, --epochs, --batch, --length, --ramp and --evals are the task's: data.TASKS.",
     )
-    flag = parser.add_argument
-    flag("--task", choices=TASKS, default="movies", help="default: movies")
-    flag("--method", choices=(*MASKING, "finetune"), default="smp-s", help="default: smp-s")
-    flag("--sparsity", type=float, help="share of the prunable weights removed, in [0, 1); default 0.5")
-    flag("--seed", type=int, default=0, help="of batches and dropout (0)")
-    flag("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/ and the settings")
-    flag("--lr", type=float, help="highest learning rate; default: 2e-2 for scores, 3e-5 for weights")
-    flag("--schedule", choices=("cubic", "linear"), help="of the density; default: linear for RoBERTa")
-    flag("--head", choices=("words", "classifier"), default="words", help="default: label words")
-    flag("--teacher", type=Path, metavar="RUN_DIR", help="a finished --method finetune to learn from")
-    flag("--penalty", type=float, default=400.0, help="lambda of the regularizer at the end (400)")
+    parser.add_argument("--task", choices=TASKS, default="movies", help="default: movies")
+    parser.add_argument("--method", choices=(*MASKING, "finetune"), default="smp-s", help="default: smp-s")
+    parser.add_argument("--sparsity", type=float, help="share of the prunable weights removed, in [0, 1); default 0.5")
+    parser.add_argument("--seed", type=int, default=0, help="of batches and dropout (0)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/ and the settings")
+    parser.add_argument("--lr", type=float, help="highest learning rate; default: 2e-2 for scores, 3e-5 for weights")
+    parser.add_argument("--schedule", choices=("cubic", "linear"), help="of the density; default: linear for RoBERTa")
+    parser.add_argument("--head", choices=("words", "classifier"), default="words", help="default: label words")
+    parser.add_argument("--teacher", type=Path, metavar="RUN_DIR", help="a finished --method finetune to learn from")
+    parser.add_argument("--penalty", type=float, default=400.0, help="lambda of the regularizer at the end (400)")
     add_common_arguments(parser)
-    flag("--epochs", type=float, help="passes over the training set")
-    flag("--steps", type=int, help="train for so many steps, whatever --epochs says")
-    flag("--batch", type=int, help="examples a step")
-    flag("--length", type=int, help="longest input in tokens; longer ones are cut")
-    flag("--ramp", type=float, help="share of the steps in which the density falls to its target")
-    flag("--evals", type=int, help="evaluations in a run")
+    parser.add_argument("--epochs", type=float, help="passes over the training set")
+    parser.add_argument("--steps", type=int, help="train for so many steps, whatever --epochs says")
+    parser.add_argument("--batch", type=int, help="examples a step")
+    parser.add_argument("--length", type=int, help="longest input in tokens; longer ones are cut")
+    parser.add_argument("--ramp", type=float, help="share of the steps in which the density falls to its target")
+    parser.add_argument("--evals", type=int, help="evaluations in a run")
     args = parser.parse_args(argv)
     if args.method == "finetune" and args.sparsity:
         parser.error("--sparsity: finetune removes nothing; leave it away, or choose another --method")
@@ -77,6 +76,7 @@ def parse_args(argv=None):
 
 
 def fill_defaults(args):
+    """Put the defaults of the task and the method where no flag was given."""
     for name in ("model", "epochs", "batch", "length", "ramp", "evals"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(TASKS[args.task], name))
@@ -93,6 +93,7 @@ def fill_defaults(args):
 
 
 def check_ranges(args, error):
+    """Call error with one line that names the flag if a number is out of its range."""
     if not 0 <= args.sparsity < 1:
         error(f"--sparsity is the share of weights removed, in [0, 1); got {args.sparsity}")
     if not 0 <= args.ramp <= 1:
@@ -222,7 +223,7 @@ def make_learner(args, model, dtype):
 def loop(args, model, learner, teacher, train, dev, device, total, log):
     """Train and evaluate -> list of evaluations, dicts with step, density and dev metrics; the last is the final one.
 
-    Raises FloatingPointError when the loss is not finite.
+    Raises FloatingPointError when the loss, or at an evaluation a score or weight, is not finite.
     """
     final, ramp = 1 - args.sparsity, round(args.ramp * total)
     optimizer = learner.optimizer(args.lr, WEIGHT_LR if learner.masks else args.lr)
