@@ -118,15 +118,24 @@ TASKS = {
     ),
 }  # fmt: skip
 
-# Hub models: repository, revision, and the sha256 of each file (none is published for config.json).
+# Hub models: repository, revision, and for each file its sha256 or, where that is not known, bytes near its beginning.
 HUB_MODELS = {
     "bert-base-uncased": (
         "google-bert/bert-base-uncased",
         "86b5e0934494bd15c9632b12f734a8a67f723594",
         {
-            "config.json": None,
+            "config.json": b'"model_type"',
             "tokenizer.json": "ce64fce797c24f68df90b40a3f74f579b336a493db14bd583fd520ea0d8c9a98",
             "model.safetensors": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
+        },
+    ),
+    "roberta-base": (
+        "FacebookAI/roberta-base",
+        "main",
+        {
+            "config.json": b'"model_type"',
+            "tokenizer.json": b'"added_tokens"',
+            "model.safetensors": b'"roberta.embeddings.word_embeddings.weight"',
         },
     ),
 }
@@ -193,20 +202,22 @@ def check_digest(content, algorithm, expected, name):
 
 
 def fetch_hub_model(name):
-    """Download a pinned hub model into the cache; files that are there already are kept."""
+    """Download a hub model into the cache; files that are there already are kept."""
     folder = CACHE / "models" / name
-    repository, revision, digests = HUB_MODELS[name]
+    repository, revision, checks = HUB_MODELS[name]
     base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    for filename, digest in digests.items():
+    for filename, check in checks.items():
         if (folder / filename).exists():
             continue
         url = f"{base}/{repository}/resolve/{revision}/{filename}"
         remedy = f"put {', '.join(MODEL_FILES)} into {folder} by hand, or give --model a folder that has them"
         with fetched(url, folder / filename, remedy) as part:
-            if digest:
-                check_digest(part, "sha256", digest, url)
-            elif b'"model_type"' not in part.read_bytes():  # an error page, say
-                raise ValueError(f"{url} did not answer with a model's configuration; not kept")
+            if isinstance(check, str):
+                check_digest(part, "sha256", check, url)
+            else:
+                with open(part, "rb") as file:
+                    if check not in file.read(1 << 20):  # an error page, say
+                        raise ValueError(f"{url} did not answer with a model's {filename}; not kept")
             part.replace(folder / filename)
 
 

@@ -7,6 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import write_tokenizer
 
 import data
@@ -165,7 +166,7 @@ CONTENT |= {"model.safetensors": bytes(3_000_000)}
 @pytest.fixture
 def hub(server, monkeypatch):
     files, cut = server
-    pins = {n: hashlib.sha256(c).hexdigest() if n != "config.json" else None for n, c in CONTENT.items()}
+    pins = {n: hashlib.sha256(c).hexdigest() if n != "config.json" else b'"model_type"' for n, c in CONTENT.items()}
     monkeypatch.setitem(data.HUB_MODELS, "bert-base-uncased", ("some/bert", "rev1", pins))
     files.update({f"/some/bert/resolve/rev1/{n}": c for n, c in CONTENT.items()})
     return files, cut, data.CACHE / "models" / "bert-base-uncased"
@@ -203,9 +204,23 @@ def test_hub_faults_leave_nothing_to_trust_and_are_mended_by_a_second_try(hub, f
 def test_an_error_page_is_not_a_config(hub, page):
     files, _, folder = hub
     files["/some/bert/resolve/rev1/config.json"] = page
-    with pytest.raises(ValueError, match="config.json did not answer with a model's configuration"):
+    with pytest.raises(ValueError, match="did not answer with a model's config.json; not kept"):
         data.model_folder("bert-base-uncased")
     assert left_in(folder) == []
+
+
+def test_roberta_whose_sums_are_not_known_is_checked_by_its_beginning(server):
+    files, _ = server
+    weights = safetensors.numpy.save({"roberta.embeddings.word_embeddings.weight": np.ones((2, 3))})
+    pages = {"config.json": b'{"model_type": "roberta"}', "tokenizer.json": b'{"added_tokens": []}'}
+    pages["model.safetensors"] = b"<html>busy</html>"
+    at = "/FacebookAI/roberta-base/resolve/main/"
+    files.update({at + name: content for name, content in pages.items()})
+    with pytest.raises(ValueError, match="did not answer with a model's model.safetensors; not kept"):
+        data.model_folder("roberta-base")
+    files[at + "model.safetensors"] = weights
+    folder = data.model_folder("roberta-base")
+    assert left_in(folder) == sorted(pages) and (folder / "model.safetensors").read_bytes() == weights
 
 
 def zipped(**content):

@@ -48,9 +48,7 @@ def plain_training(folder, batches, labels, method, start):
         density = FINAL + (1 - FINAL) * max(0.0, 1 - t / RAMP) ** 3
         penalty = 400 * (1 - (1 - t / TOTAL) ** 3)
         densities = plain_densities(method, scores, density)
-        weights = {
-            n: frozen[n] * (plain_mask(s.detach(), densities[n]) + s - s.detach()) for n, s in scores.items()
-        }
+        weights = {n: frozen[n] * (plain_mask(s.detach(), densities[n]) + s - s.detach()) for n, s in scores.items()}
         ce = F.cross_entropy(functional_call(model, weights, tuple(b[rows] for b in batches)), labels[rows])
         r = torch.stack([torch.sigmoid(s).mean() for s in scores.values()]).mean()
         grads = torch.autograd.grad(ce + penalty * r, list(scores.values()))
