@@ -19,6 +19,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import data
+import parallel
 import squad
 from data import TASKS, encode, load_tokenizer, write_whole
 from mask import apply_masks, load_masks
@@ -69,9 +70,10 @@ def predict(model, weights, examples, device, progress=False):
     model.eval()
     batches = data.batch_rows(examples, EVAL_BATCH)
     outputs = [
-        functional_call(model, weights, data.collate(examples, rows, device)[0]).float().cpu()
-        for rows in tqdm(batches, desc="evaluating", leave=False, disable=not progress)
+        functional_call(model, weights, tuple(data.collate(examples, rows, device)[0]), tie_weights=False).float().cpu()
+        for rows in tqdm(parallel.share(batches), desc="evaluating", leave=False, disable=not progress)
     ]
+    outputs = parallel.gather(outputs)
     model.train(training)
     if outputs[0].ndim == 3:  # logits of every token [B, S, C]: to one S
         outputs = [F.pad(x, (0, 0, 0, examples.limit - x.shape[1]), value=-1e4) for x in outputs]

@@ -177,7 +177,9 @@ class Encoder(nn.Module):
     def forward(self, input_ids, token_type_ids, attention_mask, tokens=None):
         """[B, S] each -> states of the first `tokens` tokens (default: all) [B, tokens, H]."""
         x = self.embeddings(input_ids, token_type_ids)
-        attend = attention_mask.bool()[:, None, None, :]  # [B, S] -> [B, heads, queries, S]
+        # [B, S] -> [B, heads, queries, S], as what is added to the products; given a mask, every layer would make this.
+        attend = torch.zeros_like(attention_mask, dtype=x.dtype).masked_fill(attention_mask == 0, -math.inf)
+        attend = attend[:, None, None, :]
         *layers, last = self.encoder["layer"]
         for layer in layers:
             x = layer(x, x, attend)
@@ -209,7 +211,7 @@ class Bert(nn.Module):
     def __init__(self, config, words, parts=()):
         super().__init__()
         self.config = config
-        self.words = list(words)
+        self.register_buffer("words", torch.tensor(words, device="cpu"), persistent=False)
         self.bert = Encoder(config)
         if "cls" in parts:
             self.cls = nn.ModuleDict({"predictions": Predictions(config)})

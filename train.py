@@ -10,19 +10,20 @@ method, which is mask.py. Sources: Jiang et al., ACL 2023 (arXiv 2210.06210), an
 import hashlib
 import json
 import math
+import os
 import platform
 import shlex
 import sys
 import time
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save
-from torch.func import functional_call
 from tqdm import tqdm
 
 import data
+import parallel
 from data import TASKS
 from eval import (
     Parser,
@@ -37,8 +38,9 @@ from eval import (
     read_result,
     show,
 )
-from mask import MASKING, Masks, density_at, pack_masks, penalty_at
+from mask import MASKING, density_at, pack_masks, penalty_at
 from model import load_model, published
+from step import Losses, make_learner, make_run, train_step
 
 WEIGHT_LR = 3e-5  # of trained weights: all of them in fine-tuning, those of --head classifier beside scores
 LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
@@ -67,6 +69,8 @@ def parse_args(argv=None):
     parser.add_argument("--length", type=int, help="longest input in tokens; longer ones are cut")
     parser.add_argument("--ramp", type=float, help="share of the steps in which the density falls to its target")
     parser.add_argument("--evals", type=int, help="evaluations in a run")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="PARTS", help="take a batch in so many parts (1)")
+    parser.add_argument("--compile", action="store_true", help="compile the layers; on one GPU, record steps as graphs")
     args = parser.parse_args(argv)
     if args.method == "finetune" and args.sparsity:
         parser.error("--sparsity: finetune removes nothing; leave it away, or choose another --method")
@@ -102,74 +106,10 @@ def check_ranges(args, error):
         error(f"--penalty must be at least 0; got {args.penalty}")
     if not 0 <= args.seed < 2**63:
         error(f"--seed must be at least 0 and less than 2^63; got {args.seed}")
-    for name in ("lr", "epochs", "steps", "batch", "evals"):
+    for name in ("lr", "epochs", "steps", "batch", "evals", "accumulate"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             error(f"--{name} must be greater than 0; got {value}")
-
-
-class Learner:
-    """What a run learns: scores (masks: Masks or None), weights (trained: {name: float32 parameter}), or both."""
-
-    def __init__(self, masks, trained, dtype):
-        self.masks, self.dtype = masks, dtype
-        self.trained = {name: weight.detach().float().clone().requires_grad_() for name, weight in trained.items()}
-
-    def parameters(self):
-        return [*(self.masks.parameters() if self.masks else ()), *self.trained.values()]
-
-    def __call__(self, density):
-        """-> the weights of one step {name: tensor in dtype}, and the regularizer."""
-        weights, regularizer = self.masks(density) if self.masks else ({}, torch.zeros(()))
-        return weights | {name: weight.to(self.dtype) for name, weight in self.trained.items()}, regularizer
-
-    def baked(self, density):
-        """-> the weights for evaluation, under exact masks."""
-        weights = self.masks.baked(density) if self.masks else {}
-        return weights | {name: weight.detach().to(self.dtype) for name, weight in self.trained.items()}
-
-    def optimizer(self, score_lr, weight_lr):
-        """Adam on the scores; AdamW on trained weights, decaying only matrices, as BERT's authors fine-tune."""
-        matrices = [p for p in self.trained.values() if p.ndim > 1]
-        vectors = [p for p in self.trained.values() if p.ndim <= 1]
-        scores = list(self.masks.parameters()) if self.masks else []
-        groups = [(scores, score_lr, 0.0), (matrices, weight_lr, 0.01), (vectors, weight_lr, 0.0)]
-        groups = [{"params": p, "lr": lr, "highest_lr": lr, "weight_decay": decay} for p, lr, decay in groups if p]
-        return torch.optim.AdamW(groups, fused=True)
-
-
-def train_step(model, learner, optimizer, inputs, labels, step, total, density, penalty, teacher=None):
-    """One step at learning rate lr (1 - step/total) -> (loss on the task, regularizer), detached, on the device."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["highest_lr"] * (1 - step / total)
-        # The reference code's Adam adds eps to the uncorrected second moment; torch's to the corrected one.
-        group["eps"] = 1e-8 / math.sqrt(1 - group["betas"][1] ** (step + 1))
-    weights, regularizer = learner(density)
-    with torch.no_grad():
-        taught = teacher(*inputs).float() if teacher else None
-    loss = task_loss(functional_call(model, weights, inputs).float(), labels, taught)
-    optimizer.zero_grad()
-    (loss + penalty * regularizer).backward()
-    torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-    optimizer.step()
-    return loss.detach(), regularizer.detach()
-
-
-def task_loss(logits, labels, taught=None, temperature=2.0):
-    """Cross-entropy of logits [B, C] with classes [B], or mean squared error of the one logit with scores [B].
-
-    SQuAD: logits [B, S, 2] of start and end with positions [B, 2], the mean of both. With a teacher's logits, half of
-    that and half tau^2 KL(teacher || student) at temperature tau (regression: the squared error to the teacher).
-    """
-    if labels.is_floating_point():
-        loss = F.mse_loss(logits[:, 0], labels)
-        return loss if taught is None else 0.5 * loss + 0.5 * F.mse_loss(logits, taught)
-    loss = F.cross_entropy(logits, labels)
-    if taught is None:
-        return loss
-    student, teacher = (F.log_softmax(x / temperature, dim=1) for x in (logits, taught))
-    kl = F.kl_div(student, teacher, reduction="sum", log_target=True) / labels.numel()
-    return 0.5 * loss + 0.5 * temperature**2 * kl
 
 
 def check_run_folder(folder):
@@ -181,13 +121,19 @@ def check_run_folder(folder):
 
 
 def prepare(args):
-    """Everything that reads files -> (model in float32, teacher or None, train set, {name: dev set})."""
+    """Everything that reads files -> (model in float32, teacher or None, train set, {name: dev set}).
+
+    Makes the run folder; so of several processes, only the first can tell whether it was free.
+    """
     task = TASKS[args.task]
+    if not parallel.RANK:
+        check_run_folder(args.out)
     for split in (task.train, *task.dev):  # before anything large is downloaded
         data.split_path(args.task, split, args.data_dir)
     model, tokenizer = load_backbone(data.model_folder(args.model), task, args.length, args.head)
     teacher = load_teacher(args, tokenizer) if args.teacher else None
     train, *dev = (load_split(args.task, split, args.data_dir, tokenizer) for split in (task.train, *task.dev))
+    args.out.mkdir(parents=True, exist_ok=True)
     return model, teacher, train, dict(zip(task.dev, dev, strict=True))
 
 
@@ -206,64 +152,51 @@ def load_teacher(args, tokenizer):
     return teacher.eval().requires_grad_(False)
 
 
-def make_learner(args, model, dtype):
-    """Split a frozen float32 model into what is learnt, a Learner, and the rest, rounded in place to dtype."""
-    trained = dict(model.named_parameters())
-    if args.method != "finetune":
-        trained = {name: weight for name, weight in trained.items() if name.startswith("classifier.")}
-    learner = Learner(None, trained, dtype)  # takes its copies before the model is rounded
-    model.to(dtype)
-    if args.method != "finetune":
-        learner.masks = Masks(model.prunable(), args.method, 1 - args.sparsity)
-        views = learner.masks.by_name(learner.masks.weights)
-        model.load_state_dict(views, strict=False, assign=True)  # so that the stacked weights are held once
-    return learner
-
-
-def loop(args, model, learner, teacher, train, dev, device, total, log):
+def loop(args, losses, train, dev, device, total, log):
     """Train and evaluate -> list of evaluations, dicts with step, density and dev metrics; the last is the final one.
 
     Raises FloatingPointError when the loss, or at an evaluation a score or weight, is not finite.
     """
-    final, ramp = 1 - args.sparsity, round(args.ramp * total)
-    optimizer = learner.optimizer(args.lr, WEIGHT_LR if learner.masks else args.lr)
+    final, ramp, learner = 1 - args.sparsity, round(args.ramp * total), losses.learner
+    optimizer, run = learner.optimizer(args.lr, WEIGHT_LR if learner.masks else args.lr), make_run(losses, args.compile)
     metrics, power = TASKS[args.task].metrics, {"cubic": 3, "linear": 1}[args.schedule]
+    schedule = [(density_at(t, ramp, final, power), penalty_at(t, total, args.penalty)) for t in range(total + 1)]
+    schedule_there = torch.tensor(schedule, device=device)
     eval_steps = {math.ceil(total * i / args.evals) for i in range(1, args.evals + 1)}
-    losses, evaluations = [], []
-    batches = data.training_batches(train, args.batch, total, args.seed, device)
-    bar = tqdm(batches, f"{args.task} {args.method}", total, dynamic_ncols=True)
-    for step, (inputs, labels) in enumerate(bar):
-        density, penalty = density_at(step, ramp, final, power), penalty_at(step, total, args.penalty)
-        loss, regularizer = train_step(
-            model, learner, optimizer, inputs, labels, step, total, density, penalty, teacher
-        )
-        losses.append(loss)
-        done = step + 1
-        if done % LOG_EVERY == 0 or done in eval_steps:
-            loss, regularizer = torch.stack(losses).mean().item(), regularizer.item()
-            losses.clear()
-            if not math.isfinite(loss + penalty * regularizer):
-                bar.close()
-                raise FloatingPointError(f"the loss is {loss} at step {done}: try a smaller --lr, or --dtype float32")
-            bar.set_postfix(loss=f"{loss:.3f}", density=f"{density:.3f}")
-            log(step=done, loss=loss, density=density, penalty=penalty, regularizer=regularizer)
-        if done in eval_steps:
-            if not all(p.isfinite().all() for p in learner.parameters()):
-                bar.close()
-                raise FloatingPointError(f"scores or weights are not finite at step {done}: try a smaller --lr")
-            density = density_at(done, ramp, final, power)  # of the next step, so that the last is the target
-            scores = evaluate(model, learner.baked(density), dev, metrics, device)
-            evaluations.append({"step": done, "density": density, "dev": scores})
-            log(**evaluations[-1])
-            bar.write(f"step {done:5}  density {density:.3f}  dev {show(scores)}")
+    recent, evaluations = [], []
+    world = {"rank": parallel.RANK, "processes": parallel.PROCESSES, "parts": args.accumulate}
+    batches = data.training_batches(train, args.batch, total, args.seed, device, **world)
+    bar = tqdm(batches, f"{args.task} {args.method}", total, dynamic_ncols=True, disable=parallel.RANK > 0)
+    with closing(bar):
+        for step, parts in enumerate(bar):
+            recent.append(train_step(run, optimizer, parts, schedule_there[step], step, total))
+            done = step + 1
+            if done % LOG_EVERY == 0 or done in eval_steps:
+                density, penalty = schedule[step]
+                loss, regularizer = parallel.mean(torch.stack(recent)).T.tolist()
+                recent.clear()
+                loss, regularizer = sum(loss) / len(loss), regularizer[-1]
+                if not math.isfinite(loss + penalty * regularizer):
+                    raise FloatingPointError(f"the loss is {loss} at step {done}: try a smaller --lr, or float32")
+                bar.set_postfix(loss=f"{loss:.3f}", density=f"{density:.3f}")
+                log(step=done, loss=loss, density=density, penalty=penalty, regularizer=regularizer)
+            if done in eval_steps:
+                if not all(p.isfinite().all() for p in learner.parameters()):
+                    raise FloatingPointError(f"scores or weights are not finite at step {done}: try a smaller --lr")
+                parallel.check_equal(learner.parameters())
+                density = schedule[done][0]  # of the next step, so that the last is the target
+                scores = evaluate(losses.model, learner.baked(density), dev, metrics, device)
+                evaluations.append({"step": done, "density": density, "dev": scores})
+                log(**evaluations[-1])
+                bar.write(f"step {done:5}  density {density:.3f}  dev {show(scores)}")
     return evaluations
 
 
 def frozen_unchanged(args, model, learner, folder):
     """Whether all weights that were not trained, stacked ones included, equal the file's (cast to the run's dtype)."""
     now = model.state_dict() | learner.masks.by_name(learner.masks.weights)
-    file = load_model(folder, model.words, args.head).state_dict()
-    return all(torch.equal(t.to(now[n].dtype), now[n].cpu()) for n, t in file.items() if n not in learner.trained)
+    file = load_model(folder, model.words.tolist(), args.head).state_dict()
+    return all(torch.equal(t.to(now[n].dtype), now[n].cpu()) for n, t in file.items() if n not in learner.names)
 
 
 def summarize(args, result, path):
@@ -333,27 +266,41 @@ def main(argv=None):
     command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     torch.manual_seed(args.seed)
     with one_line_errors(ValueError, OSError):
-        check_run_folder(args.out)
         device, dtype, why = choose_device(args.device, args.dtype)
-        model, teacher, train, dev = prepare(args)
-        args.out.mkdir(parents=True, exist_ok=True)
+        parallel.start(device)
+        with parallel.first_process_first():
+            model, teacher, train, dev = prepare(args)
+    if parallel.RANK:  # one speaks for all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     fingerprint = model.fingerprint()
     args.schedule = args.schedule or {"bert": "cubic", "roberta": "linear"}[model.config.model_type]
-    learner = make_learner(args, model.to(device).requires_grad_(False), dtype)
-    if teacher:
-        teacher.to(device, dtype)
+    learner = make_learner(model.to(device).requires_grad_(False), args.method, 1 - args.sparsity, dtype)
+    losses = Losses(model, learner, teacher and teacher.to(device, dtype))
     total = args.steps or math.ceil(args.epochs * math.ceil(len(train) / args.batch))
     sizes = " + ".join(str(len(examples)) for examples in dev.values())
-    print(f"{args.task}: {len(train)} train and {sizes} dev examples; {total} steps of {args.batch}")
+    padding = f"{data.padding(train, args.batch):.1%} of it padding"
+    print(f"{args.task}: {len(train)} train and {sizes} dev examples; {total} steps of {args.batch}, {padding}")
     print(f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {1 - args.sparsity:g}) -> {args.out}")
-    print(f"on {device} in {dtype_name(dtype)}: {why}")
+    print(f"on {parallel.PROCESSES} x {device} in {dtype_name(dtype)}: {why}")
 
-    with one_line_errors(OSError, FloatingPointError), open(args.out / "log.jsonl", "w") as file:
-        log = lambda **line: print(json.dumps(line), file=file, flush=True)  # noqa: E731
-        evaluations = loop(args, model, learner, teacher, train, dev, device, total, log)
-    with one_line_errors(ValueError, OSError):
-        result, path = finish(args, learner, model, fingerprint, evaluations, time.time() - started, command)
-    summarize(args, result, path)
+    torch.manual_seed(args.seed * parallel.PROCESSES + parallel.RANK)  # every process has dropout of its own
+    with one_line_errors(OSError, FloatingPointError), log_file(args.out) as log:
+        evaluations = loop(args, losses, train, dev, device, total, log)
+    if not parallel.RANK:
+        with one_line_errors(ValueError, OSError):
+            result, path = finish(args, learner, model, fingerprint, evaluations, time.time() - started, command)
+        summarize(args, result, path)
+    parallel.stop()
+
+
+@contextmanager
+def log_file(folder):
+    """A function that writes a line of log.jsonl; in all processes but the first, nothing."""
+    if parallel.RANK:
+        yield lambda **line: None
+        return
+    with open(folder / "log.jsonl", "w") as file:
+        yield lambda **line: print(json.dumps(line), file=file, flush=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import mask
 from mask import Masks, density_at, penalty_at
 from model import Encoder, load_model
-from train import Learner, train_step
+from step import Learner, Losses, make_run, train_step
 
 BOUNDS = {
     "dense_logits": 1e-4, "density": 1e-6, "penalty": 1e-6, "ce": 1e-3, "regularizer": 1e-3,
@@ -62,7 +62,7 @@ def replay_method(folder, batches, labels, method):
     start = load_file(folder / "scores_start.safetensors")
     for group, scores in masks.scores.items():
         scores.data.copy_(torch.stack([start[name] for name in masks.names[group]]))
-    adam = learner.optimizer(recorded["lr"], 0.0)
+    adam, run = learner.optimizer(recorded["lr"], 0.0), make_run(Losses(model, learner), compiled=False)
     worst = dict.fromkeys(("density", "penalty", "regularizer", "ce", "layer_density"), 0.0)
 
     for t, expected in enumerate(recorded["steps"]):
@@ -73,8 +73,8 @@ def replay_method(folder, batches, labels, method):
             layers = mask.proportional_densities(mask.mean_sigmoid(masks.scores), density).T  # [G, L] -> [L, G]
             gap = layers - torch.tensor(expected["layer_density"]).clamp(max=1.0)
             worst["layer_density"] = max(worst["layer_density"], gap.abs().max().item())
-        inputs = tuple(b[rows] for b in batches)
-        ce, regularizer = train_step(model, learner, adam, inputs, labels[rows], t, total, density, penalty)
+        parts = [(torch.stack([b[rows] for b in batches]), labels[rows], 1.0)]
+        ce, regularizer = train_step(run, adam, parts, torch.tensor([density, penalty]), t, total)
         measured |= {"regularizer": regularizer.item(), "ce": ce.item()}
         for quantity, value in measured.items():
             worst[quantity] = max(worst[quantity], abs(value - expected[quantity]))

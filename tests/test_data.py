@@ -135,7 +135,7 @@ def test_every_example_comes_once_an_epoch_in_batches_of_like_length():
 
 def test_training_order_follows_the_seed_and_changes_with_the_epoch():
     def labels(seed, steps=104):
-        return [y.tolist() for _, y in training_batches(examples(), 4, steps, seed)]
+        return [y.tolist() for [(_, y, _)] in training_batches(examples(), 4, steps, seed)]
 
     assert labels(1) == labels(1) != labels(2)
     assert len(labels(1)) == 104

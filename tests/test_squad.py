@@ -12,6 +12,7 @@ from conftest import write_tokenizer
 import data
 import eval as eval_
 import squad
+import step
 import train
 from model import load_model
 
@@ -163,11 +164,11 @@ def test_loss_is_the_mean_of_start_and_end_and_padding_gets_nothing(make_model):
     assert torch.allclose(logits[mask.bool()], expected[mask.bool()])
     where = torch.tensor([[1, 2], [0, 1]])
     logs = [-logits[b, :, side].log_softmax(0)[where[b, side]] for b in range(2) for side in range(2)]
-    assert train.task_loss(logits, where).item() == pytest.approx(sum(logs).item() / 4, rel=1e-5)
+    assert step.task_loss(logits, where).item() == pytest.approx(sum(logs).item() / 4, rel=1e-5)
     taught = logits.flip(0)
     pairs = [(taught[b, :, side] / 2, logits[b, :, side] / 2) for b in range(2) for side in range(2)]
     kls = [(t.softmax(0) * (t.log_softmax(0) - s.log_softmax(0))).sum() for t, s in pairs]
-    both = train.task_loss(logits, where, taught).item()
+    both = step.task_loss(logits, where, taught).item()
     assert both == pytest.approx(0.5 * sum(logs).item() / 4 + 0.5 * 4 * sum(kls).item() / 4, rel=1e-4)
 
 

@@ -19,6 +19,7 @@ from test_model import roberta_name
 import data
 import eval as eval_
 import mask
+import step
 import train
 from eval import accuracy, correlation, f1, spearman
 
@@ -164,26 +165,26 @@ def test_distillation_loss_by_hand():
     ce = math.log(1 + math.exp(-2.0))
     p, q = 1 / (1 + math.exp(2.0)), 1 / (1 + math.exp(-1.0))  # of class 0 at temperature 2: teacher, student
     kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    assert train.task_loss(logits, torch.tensor([0]), taught).item() == pytest.approx(0.5 * ce + 0.5 * 4 * kl, rel=1e-5)
+    assert step.task_loss(logits, torch.tensor([0]), taught).item() == pytest.approx(0.5 * ce + 0.5 * 4 * kl, rel=1e-5)
     score, said = torch.tensor([[3.0]]), torch.tensor([[5.0]])
-    assert train.task_loss(score, torch.tensor([2.0]), said).item() == pytest.approx(0.5 * 1 + 0.5 * 4)
+    assert step.task_loss(score, torch.tensor([2.0]), said).item() == pytest.approx(0.5 * 1 + 0.5 * 4)
 
 
 def test_a_teacher_is_asked_and_stays_as_it_is(run, monkeypatch, capsys):
     dense, _ = run("--method", "finetune", "--lr", 5e-3, out="dense", steps=20)
     before = (dense / "model.safetensors").read_bytes()
-    asked, loss = [], train.task_loss
+    asked, loss = [], step.task_loss
 
     def spy(logits, labels, taught=None):
         asked.append(taught)
         return loss(logits, labels, taught)
 
-    monkeypatch.setattr(train, "task_loss", spy)
+    monkeypatch.setattr(step, "task_loss", spy)
     folder, result = run("--teacher", dense, out="taught")
     teacher = eval_.load_run(dense)[1].eval()
     tokenizer = data.load_tokenizer(run.model, 16)
     examples = data.load_split("movies", "train", result["data_dir"], tokenizer)
-    inputs, _ = next(data.training_batches(examples, 8, 1, seed=0))
+    [(inputs, _, _)] = next(data.training_batches(examples, 8, 1, seed=0))
     assert len(asked) == 12 and torch.allclose(asked[0], teacher(*inputs), atol=1e-5)
     assert not asked[0].requires_grad and result["teacher"] == str(dense)
     assert (dense / "model.safetensors").read_bytes() == before
@@ -216,7 +217,7 @@ def test_bfloat16_and_pairs(run, capsys):
 def test_adam_of_the_reference_code_by_hand():
     """Its eps stands outside the bias correction: lr sqrt(1 - b2) / (1 - b1) * m / (sqrt(v) + eps), with g = 3e-8."""
     masks = mask.Masks({"g": {"w": torch.ones(1, 1)}}, "smp-l", 1.0)
-    learner = train.Learner(masks, {}, torch.float32)
+    learner = step.Learner(masks, {}, torch.float32)
     adam = learner.optimizer(0.02, 0.0)
     logits = lambda weights, x: torch.cat([weights["w"] * x, torch.zeros(1, 1)], 1)  # noqa: E731
     model = torch.nn.Module()
@@ -224,10 +225,12 @@ def test_adam_of_the_reference_code_by_hand():
     model.forward = lambda x: logits({"w": model.w}, x)
     p = 1 / (1 + math.exp(-1e-7))  # dL/dw of cross-entropy with logits (w x, 0) and class 1 is p x, x = 1e-7
     g = p * 1e-7
-    train.train_step(model, learner, adam, (torch.tensor([[1e-7]]),), torch.tensor([1]), 0, 10, 1.0, 0.0)
+    go = step.make_run(step.Losses(model, learner), compiled=False)
+    parts, schedule = [(torch.tensor([[[1e-7]]]), torch.tensor([1]), 1.0)], torch.tensor([1.0, 0.0])
+    step.train_step(go, adam, parts, schedule, 0, 10)
     expected = 0.02 * math.sqrt(0.001) / 0.1 * 0.1 * g / (math.sqrt(0.001) * g + 1e-8)
     assert masks.scores["g"].item() == pytest.approx(-expected, rel=1e-3)
-    train.train_step(model, learner, adam, (torch.tensor([[1e-7]]),), torch.tensor([1]), 9, 10, 1.0, 0.0)
+    step.train_step(go, adam, parts, schedule, 9, 10)
     assert adam.param_groups[0]["lr"] == pytest.approx(0.002)
 
 
@@ -371,11 +374,8 @@ def test_a_loss_that_is_not_finite(make_model, tmp_path, fails, glue):
 
 
 def test_an_infinite_regularizer_is_noticed(run, tmp_path, fails, glue, monkeypatch):
-    step = train.train_step
-
     def spoilt(*args):
-        loss, regularizer = step(*args)
-        return loss, regularizer * math.nan
+        return step.train_step(*args) * torch.tensor([1, math.nan])
 
     monkeypatch.setattr(train, "train_step", spoilt)
     argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--steps", 2, "--length", 16]
@@ -468,14 +468,13 @@ def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
 
 @pytest.mark.parametrize("where", ["stack", "bias"])
 def test_a_weight_that_moved_is_noticed(run, fails, monkeypatch, tmp_path, glue, where):
-    step = train.train_step
-
-    def nudging(model, learner, *args):
+    def nudging(go, *args):
+        (losses,) = go.args
         if where == "stack":
-            learner.masks.weights["query"][0, 0, 0] += 1e-6
+            losses.learner.masks.weights["query"][0, 0, 0] += 1e-6
         else:
-            model.bert.encoder["layer"][1].output.LayerNorm.bias += 1e-6
-        return step(model, learner, *args)
+            losses.model.bert.encoder["layer"][1].output.LayerNorm.bias += 1e-6
+        return step.train_step(go, *args)
 
     monkeypatch.setattr(train, "train_step", nudging)
     argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--steps", 2, "--length", 16]

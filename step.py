@@ -1,0 +1,206 @@
+"""One training step: masked weights, forward, loss, backward, clip, Adam; launched by hand or replayed as CUDA graphs.
+
+What it is: what happens between a batch and the next state of the scores, or of the weights in fine-tuning. What it is
+not: it reads no files, knows no task, and leaves schedules and batches to its caller. Sources: Jiang et al., ACL 2023
+(arXiv 2210.06210); the optimizer follows the authors' code.
+
+    learner = make_learner(model, "smp-s", 0.5, torch.bfloat16)
+    run = make_run(Losses(model, learner), compiled=False)
+    loss, regularizer = train_step(run, learner.optimizer(2e-2, 3e-5), [(inputs, labels, 1.0)], schedule, step, total)
+"""
+
+import math
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+
+import parallel
+from mask import Masks
+
+
+class Learner(nn.Module):
+    """What a run learns: scores (masks: Masks or None), weights (trained: {name: float32 parameter}), or both."""
+
+    def __init__(self, masks, trained, dtype):
+        super().__init__()
+        self.masks, self.dtype, self.names = masks, dtype, list(trained)
+        self.weights = nn.ParameterList(weight.detach().float().clone() for weight in trained.values())
+
+    @property
+    def trained(self):
+        return dict(zip(self.names, self.weights, strict=True))
+
+    def forward(self, density):
+        """-> the weights of one step {name: tensor in dtype}, and the regularizer."""
+        weights = {name: weight.to(self.dtype) for name, weight in self.trained.items()}
+        if self.masks is None:
+            return weights, torch.zeros((), device=density.device)
+        masked, regularizer = self.masks(density)
+        return masked | weights, regularizer
+
+    def baked(self, density):
+        """-> the weights for evaluation, under exact masks."""
+        weights = self.masks.baked(density) if self.masks else {}
+        return weights | {name: weight.detach().to(self.dtype) for name, weight in self.trained.items()}
+
+    def optimizer(self, score_lr, weight_lr):
+        """Adam on the scores; AdamW on trained weights, decaying only matrices, as BERT's authors fine-tune."""
+        matrices = [p for p in self.weights if p.ndim > 1]
+        vectors = [p for p in self.weights if p.ndim <= 1]
+        scores = list(self.masks.parameters()) if self.masks else []
+        groups = [(scores, score_lr, 0.0), (matrices, weight_lr, 0.01), (vectors, weight_lr, 0.0)]
+        groups = [{"params": p, "lr": lr, "highest_lr": lr, "weight_decay": decay} for p, lr, decay in groups if p]
+        return torch.optim.AdamW(groups, fused=True)
+
+
+def make_learner(model, method, density, dtype):
+    """Split a frozen float32 model into what is learnt, a Learner, and the rest, rounded in place to dtype.
+
+    method: a key of mask.MASKING, or "finetune".
+    """
+    trained = dict(model.named_parameters())
+    if method != "finetune":
+        trained = {name: weight for name, weight in trained.items() if name.startswith("classifier.")}
+    learner = Learner(None, trained, dtype)  # takes its copies before the model is rounded
+    model.to(dtype)
+    if method != "finetune":
+        learner.masks = Masks(model.prunable(), method, density)
+        views = learner.masks.by_name(learner.masks.weights)
+        model.load_state_dict(views, strict=False, assign=True)  # so that the stacked weights are held once
+    return learner
+
+
+def task_loss(logits, labels, taught=None, temperature=2.0):
+    """Cross-entropy of logits [B, C] with classes [B], or mean squared error of the one logit with scores [B].
+
+    SQuAD: logits [B, S, 2] of start and end with positions [B, 2], the mean of both. With a teacher's logits, half of
+    that and half tau^2 KL(teacher || student) at temperature tau (regression: the squared error to the teacher).
+    """
+    if labels.is_floating_point():
+        loss = F.mse_loss(logits[:, 0], labels)
+        return loss if taught is None else 0.5 * loss + 0.5 * F.mse_loss(logits, taught)
+    loss = F.cross_entropy(logits, labels)
+    if taught is None:
+        return loss
+    student, teacher = (F.log_softmax(x / temperature, dim=1) for x in (logits, taught))
+    kl = F.kl_div(student, teacher, reduction="sum", log_target=True) / labels.numel()
+    return 0.5 * loss + 0.5 * temperature**2 * kl
+
+
+class Losses(nn.Module):
+    """A batch -> the loss on the task and the regularizer, of a frozen model with a Learner's weights in it.
+
+    teacher: a frozen Bert in evaluation mode whose logits are learnt from as well, or None.
+    """
+
+    def __init__(self, model, learner, teacher=None):
+        super().__init__()
+        self.model, self.learner, self.teacher = model, learner, teacher
+
+    def forward(self, inputs, labels, density):
+        """inputs [3, B, S], see data.collate; density: 0-dim tensor -> [2]: loss, regularizer."""
+        weights, regularizer = self.learner(density)
+        with torch.no_grad():
+            taught = self.teacher(*inputs).float() if self.teacher else None
+        logits = functional_call(self.model, weights, tuple(inputs), tie_weights=False).float()
+        return torch.stack([task_loss(logits, labels, taught), regularizer])
+
+
+def backward(losses, inputs, labels, schedule, share=1.0, last=True):
+    """Add the gradients of share * (loss + lambda * regularizer) -> [2]: loss, regularizer, detached.
+
+    losses: Losses, alone or in DistributedDataParallel, which exchanges gradients only in the last part of a step.
+    schedule: tensor [2] of density and lambda, on the device, so that nothing waits for the host.
+    """
+    alone = last or not isinstance(losses, DistributedDataParallel)
+    with nullcontext() if alone else losses.no_sync():
+        both = losses(inputs, labels, schedule[0])
+        (share * (both[0] + schedule[1] * both[1])).backward()
+    return both.detach()
+
+
+class Recorded:
+    """`backward`, recorded as one CUDA graph for each shape of batch and then replayed.
+
+    Small models are bound by launching a thousand kernels a step; a replay is one launch. Shapes are few, because
+    widths are multiples of 4. All graphs share their memory, since none is needed once its gradients are used.
+    """
+
+    def __init__(self, losses):
+        self.losses, self.graphs, self.pool = losses, {}, torch.cuda.graph_pool_handle()
+        self.parameters = [p for p in losses.parameters() if p.requires_grad]
+
+    def __call__(self, inputs, labels, schedule, share=1.0, last=True):
+        key = (*inputs.shape, share)
+        if key not in self.graphs:
+            self.graphs[key] = self.record(inputs, labels, schedule, share)
+        graph, arguments, gradients, both = self.graphs[key]
+        for static, given in zip(arguments, (inputs, labels, schedule), strict=True):
+            static.copy_(given)
+        graph.replay()
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            if p.grad is not None:  # of the parts before
+                p.grad = p.grad + gradient
+            else:  # the next replay overwrites it
+                p.grad = gradient if last else gradient.clone()
+        return both.clone()
+
+    def record(self, *given):
+        """-> (graph, its inputs, its gradients, its losses). Leaves the gradients so far as they are."""
+        *arguments, share = (a.clone() if torch.is_tensor(a) else a for a in given)
+        before = [p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries choose their kernels and workspaces before the recording
+            for _ in range(2):
+                backward(self.losses, *arguments, share)
+        torch.cuda.current_stream().wait_stream(stream)
+        for p in self.parameters:
+            p.grad = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            both = backward(self.losses, *arguments, share)
+        gradients = [p.grad for p in self.parameters]
+        for p, gradient in zip(self.parameters, before, strict=True):
+            p.grad = gradient
+        return graph, arguments, gradients, both
+
+
+def make_run(losses, compiled):
+    """-> what does the forward and backward of a step; called like `backward`, without its first argument.
+
+    compiled: let torch.compile fuse what a layer does, and on a single GPU record whole steps.
+    """
+    if compiled:
+        for layer in losses.model.bert.encoder["layer"]:
+            layer.compile(dynamic=True)
+    if parallel.PROCESSES > 1:
+        return partial(backward, DistributedDataParallel(losses, gradient_as_bucket_view=True))
+    cuda = next(losses.parameters()).device.type == "cuda"
+    return Recorded(losses) if compiled and cuda else partial(backward, losses)
+
+
+def train_step(run, optimizer, parts, schedule, step, total):
+    """One step at learning rate lr (1 - step/total) -> [2]: loss on the task, regularizer, on the device.
+
+    run: see make_run; parts: (inputs, labels, share) each, as data.training_batches has them.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["highest_lr"] * (1 - step / total)
+        # The reference code's Adam adds eps to the uncorrected second moment; torch's to the corrected one.
+        group["eps"] = 1e-8 / math.sqrt(1 - group["betas"][1] ** (step + 1))
+    optimizer.zero_grad()
+    both = 0.0
+    for number, (inputs, labels, share) in enumerate(parts, 1):
+        both = both + share * run(inputs, labels, schedule, share, last=number == len(parts))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    return both
