@@ -12,7 +12,6 @@ implementation, followed where the two differ.
 
 import json
 import math
-from functools import partial
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ def kth_largest(scores, k):
 
 
 def about_kth_largest(scores, k, samples=1 << 15, corrections=3):
-    """kth_largest, but off by up to 0.1 % of n in rank, without sorting everything: for training on a GPU.
+    """kth_largest, but off by up to 0.1 % of n in rank (and by ties), without a sort of everything: for a GPU.
 
     Sorts one score in `stride` and looks up where the k-th should be; then counts how many scores really are at least
     that large, and moves on by as many samples as it was off. Fewer than twice `samples` scores are all sorted.
@@ -85,10 +84,25 @@ def top_k(scores, k, exact):
     return (above | (ties & (ties.cumsum(1) <= room))).view_as(scores)
 
 
+class MeanSigmoid(torch.autograd.Function):
+    """S [L, out, in] -> mean of sigmoid(S) over each matrix [L]: torch's own, with less memory traffic backward."""
+
+    @staticmethod
+    def forward(ctx, scores):
+        s = torch.sigmoid(scores)
+        ctx.save_for_backward(s)
+        return s.mean((1, 2))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (s,) = ctx.saved_tensors
+        grad = (grad / s[0].numel())[:, None, None].expand_as(s)  # torch's own mean would write this out
+        return torch.ops.aten.sigmoid_backward(grad, s)
+
+
 def mean_sigmoid(scores, temperature=1.0):
     """R(S / p): scores {group: [L, out, in]} -> mean of sigmoid(S / p) over each matrix [G, L]."""
-    scaled = (s if temperature == 1 else s / temperature for s in scores.values())
-    return torch.stack([torch.sigmoid(s).mean((1, 2)) for s in scaled])
+    return torch.stack([MeanSigmoid.apply(s if temperature == 1 else s / temperature) for s in scores.values()])
 
 
 def proportional_densities(importance, density):
@@ -122,11 +136,11 @@ def whole_counts(densities, n):
     return counts.long()
 
 
-def smp_l(scores, density, exact, temperature=1.0):
+def smp_l(scores, importance, density, exact):
     """SMP-L: the int(v * n) highest scores of each matrix. scores {group: [L, out, in]} -> bool, likewise.
 
-    density: a number, or in training a 0-dim tensor. The temperature is SMP-S's alone: all masking functions are
-    called alike.
+    density: a number, or in training a 0-dim tensor. The importance is for SMP-S: all masking functions are called
+    alike.
     """
     masks = {}
     for group, s in scores.items():
@@ -135,9 +149,8 @@ def smp_l(scores, density, exact, temperature=1.0):
     return masks
 
 
-def smp_s(scores, density, exact, temperature=1.0):
-    """SMP-S: each group keeps the share v, its layers in proportion to R(S / p), p = temperature (eq. 4)."""
-    importance = mean_sigmoid(scores, temperature)
+def smp_s(scores, importance, density, exact):
+    """SMP-S: each group keeps the share v, its layers in proportion to their importance [G, L], R(S / p) (eq. 4)."""
     if exact:
         importance = importance.cpu().double()  # in float32 the counts of a large matrix are off by one
     densities = proportional_densities(importance, density)
@@ -165,7 +178,8 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        return None, (grad * weight).float(), None
+        product = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+        return None, torch.mul(grad, weight, out=product), None
 
 
 class Masks(nn.Module):
@@ -182,8 +196,9 @@ class Masks(nn.Module):
         self.weights = {group: torch.stack([w.detach() for w in ws.values()]) for group, ws in groups.items()}
         zeros = [(group, torch.zeros_like(w, dtype=torch.float32)) for group, w in self.weights.items()]
         self.scores = nn.ParameterDict(zeros)  # pairs, because ParameterDict sorts a plain dict
+        self.masking = MASKING[method]
         # p = 4 evens the layers out while most weights stay (reference code; not in the paper).
-        self.select = partial(MASKING[method], temperature=4.0 if density >= 0.7 else 1.0)
+        self.temperature = 4.0 if density >= 0.7 else 1.0
 
     def by_name(self, stacks):
         """{group: [L, out, in]} -> {name: [out, in]}, views."""
@@ -194,15 +209,18 @@ class Masks(nn.Module):
 
         R is the mean over all matrices of mean(sigmoid(S)) (eq. 6 with means, as reference code).
         """
+        means = mean_sigmoid(self.scores)
         with torch.no_grad():
-            masks = self.select(self.scores, density, exact=False)
+            importance = means if self.temperature == 1 else mean_sigmoid(self.scores, self.temperature)
+            masks = self.masking(self.scores, importance, density, exact=False)
         masked = {g: StraightThrough.apply(w, self.scores[g], masks[g]) for g, w in self.weights.items()}
-        return self.by_name(masked), mean_sigmoid(self.scores).mean()
+        return self.by_name(masked), means.mean()
 
     @torch.no_grad()
     def exact(self, density):
         """-> masks {name: bool [out, in]} that keep exactly the share asked for, ties broken by index."""
-        return self.by_name(self.select(self.scores, density, exact=True))
+        importance = mean_sigmoid(self.scores, self.temperature)
+        return self.by_name(self.masking(self.scores, importance, density, exact=True))
 
     def baked(self, density):
         """-> weights {name: [out, in]} under the exact masks, for evaluation."""

@@ -185,7 +185,8 @@ def loop(args, losses, train, dev, device, total, log):
                     raise FloatingPointError(f"scores or weights are not finite at step {done}: try a smaller --lr")
                 parallel.check_equal(learner.parameters())
                 density = schedule[done][0]  # of the next step, so that the last is the target
-                scores = evaluate(losses.model, learner.baked(density), dev, metrics, device)
+                with torch.compiler.set_stance("force_eager"):  # as eval.py will compute it
+                    scores = evaluate(losses.model, learner.baked(density), dev, metrics, device)
                 evaluations.append({"step": done, "density": density, "dev": scores})
                 log(**evaluations[-1])
                 bar.write(f"step {done:5}  density {density:.3f}  dev {show(scores)}")

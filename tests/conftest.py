@@ -61,6 +61,12 @@ def write_tokenizer(path):
     tokenizer.save(str(path))
 
 
+@pytest.fixture(autouse=True)
+def plain_cpu(monkeypatch):
+    """The same dtype by default on every machine."""
+    monkeypatch.setattr("eval.cpu_computes_bf16", lambda **_: False)
+
+
 @pytest.fixture
 def make_model(tmp_path):
     """make_model(name, tensors=None, **config) -> a model folder."""

@@ -1,0 +1,213 @@
+"""Time one training step and its parts, beside dense fine-tuning of the same model, on random weights.
+
+What it is: warm-up apart, medians, the spread, the share of what the device's matrix units reach here, and one JSON
+line. What it is not: it trains nothing and reads no files.
+
+    python bench.py --layers 12 --hidden 768 --batch 32 --length 128 [--compile]      # bert-base
+    python bench.py --layers 6 --hidden 384 --batch 32 --length 64                    # MiniLM
+"""
+
+import json
+import platform
+import resource
+import statistics
+import time
+from functools import partial
+
+import torch
+from torch.func import functional_call
+
+import parallel
+from eval import EVAL_BATCH, Parser, choose_device, dtype_name
+from mask import mean_sigmoid
+from model import Bert, Config
+from step import Losses, make_learner, make_run, train_step
+
+DENSITY = 0.5
+
+
+def parse_args(argv=None):
+    parser = Parser(description="Time one training step and its parts.")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=384, help="width; heads of 64, or 32 below 768; intermediate 4x")
+    parser.add_argument("--batch", type=int, default=32, help="examples a step, over all processes")
+    parser.add_argument("--length", type=int, default=64, help="tokens an example")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each kind (20)")
+    parser.add_argument("--method", choices=("smp-s", "smp-l"), default="smp-s")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--compile", action="store_true", help="as in train.py")
+    parser.add_argument("--inference", action="store_true", help="time evaluation with baked weights instead")
+    args = parser.parse_args(argv)
+    for name in ("layers", "hidden", "batch", "length", "steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if args.hidden % 64 or args.length > 512:
+        parser.error("--hidden must be a multiple of 64, and --length at most 512")
+    return args
+
+
+def make_model(args):
+    heads = args.hidden // (64 if args.hidden >= 768 else 32)
+    sizes = (30522, args.hidden, args.layers, heads, 4 * args.hidden, 512, 2)
+    model = Bert(Config(*sizes), words=[3, 4])
+    for name, p in model.named_parameters():
+        if "LayerNorm" not in name and p.ndim > 1:
+            p.data.normal_(0, 0.02)
+    return model.requires_grad_(False)
+
+
+def flops(args):
+    """Multiplications and additions of matrix products in a step: forward 1, gradients to inputs and weights 1 each.
+
+    Of the last layer, only keys and values see all tokens.
+    """
+    tokens, h = args.batch * args.length, args.hidden
+    layer = 2 * tokens * 12 * h * h + 4 * tokens * args.length * h
+    last = 2 * tokens * 2 * h * h + 2 * args.batch * 10 * h * h
+    return 3 * ((args.layers - 1) * layer + last)
+
+
+def matrix_peak(device, dtype):
+    """FLOP/s of a large square matrix product here."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / (min(timed(lambda: a @ b, device, 10)) / 1000)
+
+
+def wait(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def timed(work, device, steps, warmup=3):
+    """Milliseconds of each of `steps` calls; on a GPU the mean of five: in training the host runs ahead."""
+    for _ in range(warmup):
+        work()
+    group = 1 if device.type == "cpu" else 5
+    times = []
+    for _ in range(-(-steps // group)):
+        wait(device)
+        start = time.perf_counter()
+        for _ in range(group):
+            work()
+        wait(device)
+        times.append((time.perf_counter() - start) * 1000 / group)
+    return times
+
+
+def peak_memory(device):
+    """GiB: on CUDA the most allocated since the last reset, else the most that the process ever held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def make_batch(args, device):
+    ids = torch.randint(1000, 2000, (args.batch // parallel.PROCESSES, args.length), device=device)
+    return torch.stack([ids, torch.zeros_like(ids), torch.ones_like(ids)]), ids[:, 0] % 2
+
+
+def time_steps(args, method, device, dtype):
+    """-> (milliseconds of whole training steps, the objects that made them)."""
+    model = make_model(args).to(device).train()
+    learner = make_learner(model, method, DENSITY, dtype)
+    for scores in learner.masks.scores.values() if learner.masks else ():
+        scores.data.normal_(0, 0.1)
+    run, adam = make_run(Losses(model, learner), args.compile), learner.optimizer(1e-5, 1e-5)
+    schedule = torch.tensor([DENSITY, 10.0], device=device)
+    parts = [(*make_batch(args, device), 1.0)]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = timed(lambda: train_step(run, adam, parts, schedule, 5, 600), device, args.steps)
+    return times, (model, learner, adam, parts[0])
+
+
+def time_parts(args, device, model, learner, adam, batch):
+    """{part: milliseconds of each call}, each alone and launched by hand; so their sum is more than a step."""
+    masks, (inputs, labels, _) = learner.masks, batch
+    density = torch.tensor(DENSITY, device=device)
+    free = lambda work: torch.no_grad()(work)  # noqa: E731
+    weights = {name: w.detach().requires_grad_() for name, w in masks(density)[0].items()}
+    gradients = {name: torch.randn_like(w) for name, w in weights.items()}
+
+    importance = mean_sigmoid(masks.scores).detach()
+
+    def forward():
+        logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    def mask():
+        made, _ = masks(density)
+        torch.autograd.backward(list(made.values()), list(gradients.values()))
+
+    parts = {
+        "select": free(lambda: masks.masking(masks.scores, importance, density, exact=False)),
+        "select and mask, both ways": mask,
+        "regularize, both ways": lambda: mean_sigmoid(masks.scores).mean().backward(),
+        "forward": free(forward),
+        "forward and backward": lambda: forward().backward(),
+        "clip": lambda: torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0),
+        "Adam": adam.step,
+    }
+    return {name: timed(work, device, args.steps) for name, work in parts.items()}
+
+
+def show(name, times, note=""):
+    median = statistics.median(times)
+    print(f"{name:28}{median:10.2f} ms  ({min(times):.2f} to {max(times):.2f}){note}")
+    return round(median, 3)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, dtype, why = choose_device(args.device, args.dtype)
+    parallel.start(device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    tokens, found = args.batch * args.length, {}
+    print(f"{name}, {dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.PROCESSES} process(es)")
+    print(f"{args.layers} layers of {args.hidden}, batch {args.batch}, length {args.length}, compile: {args.compile}")
+    if args.inference:
+        time_inference(args, device, dtype, found)
+    else:
+        peak = matrix_peak(device, dtype)
+        print(f"matrix products of {dtype_name(dtype)} reach {peak / 1e12:.1f} TFLOP/s here")
+        for method in (args.method, "finetune"):
+            torch.compiler.reset()
+            times, objects = time_steps(args, method, device, dtype)
+            memory = peak_memory(device)
+            seconds = statistics.median(times) / 1000
+            share = flops(args) / parallel.PROCESSES / seconds / peak
+            note = f"  {tokens / seconds:,.0f} tokens/s, {share:.1%} of peak, {memory:.2f} GiB"
+            found[method] = show(f"{method} step", times, note)
+            found |= {f"{method} tokens/s": round(tokens / seconds)}
+            found |= {f"{method} share of peak": round(share, 4), f"{method} GiB": round(memory, 2)}
+            if method != "finetune" and not args.compile and parallel.PROCESSES == 1:
+                for part, part_times in time_parts(args, device, *objects).items():
+                    found[part] = show(f"  {part}", part_times)
+            del objects
+        print(f"{args.method} takes {found[args.method] / found['finetune']:.2f} times the dense step")
+    settings = {k: v for k, v in vars(args).items() if k not in ("device", "dtype")}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    line = {"device": name, "dtype": dtype_name(dtype), "processes": parallel.PROCESSES} | settings | found | versions
+    if not parallel.RANK:
+        print(json.dumps(line))
+    parallel.stop()
+
+
+@torch.inference_mode()
+def time_inference(args, device, dtype, found):
+    """Evaluation with baked weights: examples a second at this length."""
+    args.batch = EVAL_BATCH
+    model = make_model(args).to(device).eval()
+    weights = make_learner(model, args.method, DENSITY, dtype).baked(DENSITY)
+    inputs = tuple(make_batch(args, device)[0])
+    times = timed(partial(functional_call, model, weights, inputs, tie_weights=False), device, args.steps)
+    speed = args.batch / statistics.median(times) * 1000
+    found["evaluation"] = show("evaluation", times, f"  {speed:,.0f} examples/s, {speed * args.length:,.0f} tokens/s")
+    found["examples/s"] = round(speed, 1)
+    print("zeros are multiplied like other numbers: sparsity makes no difference")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What only a GPU can show: no step waits for the host, and a recorded step is the step."""
+
+import pytest
+import torch
+
+import mask
+import step
+from model import Bert, Config
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+TINY = Config(1000, 128, 2, 4, 256, 64, 2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def make(method="smp-s"):
+    torch.manual_seed(0)
+    model = Bert(TINY, [3, 4]).requires_grad_(False).cuda()
+    learner = step.make_learner(model, method, 0.5, torch.bfloat16)
+    for scores in learner.masks.scores.values() if learner.masks else ():
+        scores.data.normal_(0, 0.1)
+    return step.Losses(model, learner)
+
+
+def batch(rows, width, share=1.0):
+    ids = torch.randint(0, 1000, (rows, width), generator=torch.Generator().manual_seed(width)).cuda()
+    return torch.stack([ids, torch.zeros_like(ids), torch.ones_like(ids)]), ids[:, 0] % 2, share
+
+
+@pytest.mark.parametrize("method", ["smp-s", "smp-l", "finetune"])
+def test_no_step_waits_for_the_host(method):
+    losses = make(method)
+    run, adam = step.make_run(losses, compiled=False), losses.learner.optimizer(2e-2, 3e-5)
+    schedule, parts = torch.tensor([0.7, 10.0], device="cuda"), [batch(8, 16)]
+    step.train_step(run, adam, parts, schedule, 0, 10)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step.train_step(run, adam, parts, schedule, 1, 10)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("method", ["smp-s", "smp-l", "finetune"])
+def test_recorded_gradients_are_the_gradients(method):
+    """Of several shapes in turn, which share their memory, and of a batch in parts."""
+    losses = make(method)
+    recorded = step.Recorded(losses)
+    parameters = list(losses.learner.parameters())
+    shapes = [[batch(8, 16)], [batch(8, 24)], [batch(8, 16)], [batch(5, 24, 0.5), batch(5, 16, 0.5)], [batch(3, 24)]]
+    for number, parts in enumerate(shapes):
+        schedule = torch.tensor([1 - 0.1 * number, 10.0 * number], device="cuda")
+        found = []
+        for run in (lambda *a, **k: step.backward(losses, *a, **k), recorded):
+            for p in parameters:
+                p.grad = None
+            both = [run(*part[:2], schedule, part[2], last=part is parts[-1]) for part in parts]
+            found.append((torch.stack(both), [p.grad.clone() for p in parameters]))
+        (both, gradients), (recorded_both, recorded_gradients) = found
+        assert torch.allclose(both, recorded_both, rtol=1e-4)
+        for g, r in zip(gradients, recorded_gradients, strict=True):
+            assert (g - r).norm() <= 1e-2 * g.norm()
+    assert len(recorded.graphs) == 5
+
+
+def test_thresholds_without_sorting_are_near_enough():
+    scores = torch.randn(3, 700_000, device="cuda") * torch.rand(700_000, device="cuda") ** 3
+    for density in (0.03, 0.5, 0.97):
+        k = torch.full((3,), int(density * 700_000), device="cuda")
+        kept = (scores >= mask.about_kth_largest(scores, k)[:, None]).sum(1)
+        assert ((kept - k).abs() <= 700).all()

@@ -1,0 +1,104 @@
+"""Several processes, and a batch in parts: the same masks as one process with the whole batch.
+
+Run by torchrun as a script, this file is the processes of its own test.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import eval as eval_  # noqa: E402
+import parallel  # noqa: E402
+import step  # noqa: E402
+from mask import density_at, penalty_at  # noqa: E402
+from model import load_model  # noqa: E402
+
+TOTAL = 12
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def learn(folder, glue, parts):
+    """12 steps of 10 of 96 examples, no dropout -> (masks, last losses). The last batch of an epoch has 6.
+
+    Scores start apart: where they are almost equal, rounding decides which weight goes, and no two sums agree.
+    """
+    model = load_model(folder, [7, 8]).requires_grad_(False).eval()
+    learner = step.make_learner(model, "smp-s", 0.5, torch.float32)
+    for scores in learner.masks.scores.values():
+        scores.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    run, adam = step.make_run(step.Losses(model, learner), compiled=False), learner.optimizer(2e-2, 3e-5)
+    examples = data.load_split("movies", "train", glue, data.load_tokenizer(folder, 16))
+    batches = data.training_batches(examples, 10, TOTAL, 0, "cpu", parallel.RANK, parallel.PROCESSES, parts)
+    for t, batch in enumerate(batches):
+        schedule = torch.tensor([density_at(t, 9, 0.5), penalty_at(t, TOTAL)])
+        both = step.train_step(run, adam, batch, schedule, t, TOTAL)
+    parallel.check_equal(learner.parameters())
+    return learner.masks.exact(0.5), parallel.mean(both)
+
+
+@pytest.mark.parametrize("way", ["parts", "processes"])
+def test_the_same_masks_as_with_the_whole_batch(make_model, glue, tmp_path, way):
+    model = make_model()
+    masks, losses = learn(model, glue, 1)
+    if way == "parts":
+        others, other_losses = learn(model, glue, 3)
+    else:
+        ended = subprocess.run([*TORCHRUN, __file__, model, glue, tmp_path], capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        others = load_file(tmp_path / "masks.safetensors")
+        other_losses = others.pop("losses")
+    assert all(masks[name].equal(others[name]) for name in masks)
+    assert torch.allclose(losses, other_losses, atol=1e-5)
+
+
+def test_two_processes_from_end_to_end(make_model, glue, tmp_path, capsys):
+    flags = ["--model", make_model(), "--data-dir", glue, "--steps", 12, "--batch", 10, "--length", 16]
+    flags = [str(f) for f in [*flags, "--out", tmp_path / "run", "--device", "cpu", "--dtype", "float32"]]
+    ended = subprocess.run([*TORCHRUN, ROOT / "train.py", *flags], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("saved ") == 1 and "on 2 x cpu" in ended.stdout
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "dev" in line] == [3, 6, 9, 12]
+    eval_.main([str(tmp_path / "run")])  # alone, all of the dev set: the answers were gathered in order
+    assert f"accuracy {result['final']['accuracy']:.4f}; training reported" in capsys.readouterr().out
+
+
+def test_processes_that_disagree_are_noticed(monkeypatch):
+    monkeypatch.setattr(parallel, "PROCESSES", 2)
+    for other, fine in ((0, True), (1, False)):
+        monkeypatch.setattr(parallel, "gather", lambda items, other=other: [*items, items[0] if not other else b""])
+        if fine:
+            parallel.check_equal([torch.ones(3)])
+        else:
+            with pytest.raises(FloatingPointError, match="no longer hold the same scores"):
+                parallel.check_equal([torch.ones(3)])
+
+
+def test_gather_undoes_share(monkeypatch):
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "RANK", rank)
+        monkeypatch.setattr(parallel, "PROCESSES", 3)
+        shares.append(parallel.share(list(range(8))))
+    assert sorted(sum(shares, [])) == list(range(8))
+    monkeypatch.setattr(parallel.dist, "all_gather_object", lambda parts, _: parts.__setitem__(slice(None), shares))
+    assert parallel.gather(shares[2]) == list(range(8))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    parallel.start(torch.device("cpu"))
+    found, both = learn(Path(sys.argv[1]), Path(sys.argv[2]), 2)
+    if not parallel.RANK:
+        save_file({**found, "losses": both}, Path(sys.argv[3]) / "masks.safetensors")
+    parallel.stop()
