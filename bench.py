@@ -37,6 +37,7 @@ def parse_args(argv=None):
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--compile", action="store_true", help="as in train.py")
+    parser.add_argument("--eager", action="store_true", help="as in train.py; times the parts of a step as well")
     parser.add_argument("--inference", action="store_true", help="time evaluation with baked weights instead")
     args = parser.parse_args(argv)
     for name in ("layers", "hidden", "batch", "length", "steps"):
@@ -114,7 +115,7 @@ def time_steps(args, method, device, dtype):
     learner = make_learner(model, method, DENSITY, dtype)
     for scores in learner.masks.scores.values() if learner.masks else ():
         scores.data.normal_(0, 0.1)
-    run, adam = make_run(Losses(model, learner), args.compile), learner.optimizer(1e-5, 1e-5)
+    run, adam = make_run(Losses(model, learner), args.compile, args.eager), learner.optimizer(1e-5, 1e-5)
     schedule = torch.tensor([DENSITY, 10.0], device=device)
     parts = [(*make_batch(args, device), 1.0)]
     if device.type == "cuda":
@@ -166,7 +167,9 @@ def main(argv=None):
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     tokens, found = args.batch * args.length, {}
     print(f"{name}, {dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.PROCESSES} process(es)")
-    print(f"{args.layers} layers of {args.hidden}, batch {args.batch}, length {args.length}, compile: {args.compile}")
+    launched = "eager" if args.eager or device.type != "cuda" else "recorded as CUDA graphs"
+    launched += ", compiled" * args.compile
+    print(f"{args.layers} layers of {args.hidden}, batch {args.batch}, length {args.length}, {launched}")
     if args.inference:
         time_inference(args, device, dtype, found)
     else:
@@ -182,7 +185,7 @@ def main(argv=None):
             found[method] = show(f"{method} step", times, note)
             found |= {f"{method} tokens/s": round(tokens / seconds)}
             found |= {f"{method} share of peak": round(share, 4), f"{method} GiB": round(memory, 2)}
-            if method != "finetune" and not args.compile and parallel.PROCESSES == 1:
+            if method != "finetune" and (args.eager or device.type != "cuda") and not args.compile:
                 for part, part_times in time_parts(args, device, *objects).items():
                     found[part] = show(f"  {part}", part_times)
             del objects

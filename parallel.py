@@ -25,6 +25,7 @@ def start(device):
         if local >= torch.cuda.device_count():
             raise ValueError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs that there are")
         torch.cuda.set_device(local)
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # as recording of NCCL's calls in graphs asks for
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 

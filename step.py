@@ -5,7 +5,7 @@ not: it reads no files, knows no task, and leaves schedules and batches to its c
 (arXiv 2210.06210); the optimizer follows the authors' code.
 
     learner = make_learner(model, "smp-s", 0.5, torch.bfloat16)
-    run = make_run(Losses(model, learner), compiled=False)
+    run = make_run(Losses(model, learner))
     loss, regularizer = train_step(run, learner.optimizer(2e-2, 3e-5), [(inputs, labels, 1.0)], schedule, step, total)
 """
 
@@ -158,33 +158,43 @@ class Recorded:
             p.grad = None
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries choose their kernels and workspaces before the recording
-            for _ in range(2):
+        with torch.cuda.stream(stream):  # before, libraries choose their kernels and workspaces, and DDP its buckets
+            for _ in range(2 if self.graphs or parallel.PROCESSES == 1 else 11):
                 backward(self.losses, *arguments, share)
         torch.cuda.current_stream().wait_stream(stream)
         for p in self.parameters:
             p.grad = None
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            both = backward(self.losses, *arguments, share)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL's threads may query
+                both = backward(self.losses, *arguments, share)
+        except RuntimeError as error:
+            error.add_note(
+                "A step that waits for the host, by .item() say, cannot be recorded as a graph: try --eager."
+            )
+            raise
         gradients = [p.grad for p in self.parameters]
         for p, gradient in zip(self.parameters, before, strict=True):
             p.grad = gradient
         return graph, arguments, gradients, both
 
 
-def make_run(losses, compiled):
+def make_run(losses, compiled=False, eager=False):
     """-> what does the forward and backward of a step; called like `backward`, without its first argument.
 
-    compiled: let torch.compile fuse what a layer does, and on a single GPU record whole steps.
+    compiled: let torch.compile fuse what a layer does, and on CUDA what the masks do. eager: on CUDA, launch every
+    kernel of every step instead of recording a graph; slower, but anything may be done in a step.
     """
+    cuda = next(losses.parameters()).device.type == "cuda"
     if compiled:
         for layer in losses.model.bert.encoder["layer"]:
             layer.compile(dynamic=True)
+        if cuda and losses.learner.masks:
+            losses.learner.masks.compile()
     if parallel.PROCESSES > 1:
-        return partial(backward, DistributedDataParallel(losses, gradient_as_bucket_view=True))
-    cuda = next(losses.parameters()).device.type == "cuda"
-    return Recorded(losses) if compiled and cuda else partial(backward, losses)
+        with torch.cuda.stream(torch.cuda.Stream()) if cuda else nullcontext():  # as its notes on graphs ask for
+            losses = DistributedDataParallel(losses, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return Recorded(losses) if cuda and not eager else partial(backward, losses)
 
 
 def train_step(run, optimizer, parts, schedule, step, total):

@@ -70,7 +70,8 @@ def parse_args(argv=None):
     parser.add_argument("--ramp", type=float, help="share of the steps in which the density falls to its target")
     parser.add_argument("--evals", type=int, help="evaluations in a run")
     parser.add_argument("--accumulate", type=int, default=1, metavar="PARTS", help="take a batch in so many parts (1)")
-    parser.add_argument("--compile", action="store_true", help="compile the layers; on one GPU, record steps as graphs")
+    parser.add_argument("--compile", action="store_true", help="let torch.compile fuse the kernels of a step")
+    parser.add_argument("--eager", action="store_true", help="on CUDA: launch each kernel of a step, record no graphs")
     args = parser.parse_args(argv)
     if args.method == "finetune" and args.sparsity:
         parser.error("--sparsity: finetune removes nothing; leave it away, or choose another --method")
@@ -158,7 +159,8 @@ def loop(args, losses, train, dev, device, total, log):
     Raises FloatingPointError when the loss, or at an evaluation a score or weight, is not finite.
     """
     final, ramp, learner = 1 - args.sparsity, round(args.ramp * total), losses.learner
-    optimizer, run = learner.optimizer(args.lr, WEIGHT_LR if learner.masks else args.lr), make_run(losses, args.compile)
+    optimizer = learner.optimizer(args.lr, WEIGHT_LR if learner.masks else args.lr)
+    run = make_run(losses, args.compile, args.eager)
     metrics, power = TASKS[args.task].metrics, {"cubic": 3, "linear": 1}[args.schedule]
     schedule = [(density_at(t, ramp, final, power), penalty_at(t, total, args.penalty)) for t in range(total + 1)]
     schedule_there = torch.tensor(schedule, device=device)

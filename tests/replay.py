@@ -62,7 +62,7 @@ def replay_method(folder, batches, labels, method):
     start = load_file(folder / "scores_start.safetensors")
     for group, scores in masks.scores.items():
         scores.data.copy_(torch.stack([start[name] for name in masks.names[group]]))
-    adam, run = learner.optimizer(recorded["lr"], 0.0), make_run(Losses(model, learner), compiled=False)
+    adam, run = learner.optimizer(recorded["lr"], 0.0), make_run(Losses(model, learner))
     worst = dict.fromkeys(("density", "penalty", "regularizer", "ce", "layer_density"), 0.0)
 
     for t, expected in enumerate(recorded["steps"]):

@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import save_file
 
 import mask
-from mask import Masks, density_at, load_masks, pack_masks, penalty_at, proportional_densities, top_k, whole_counts
+from mask import Masks, density_at, load_masks, pack_masks, penalty_at, proportional_densities, whole_counts
 
 
 def groups(layers=3, out=5, inp=7, seed=0):
@@ -67,6 +67,11 @@ def test_whole_counts_give_the_remainder_to_the_largest_fractions():
     assert whole_counts(d, 10).tolist() == [3, 6, 6]  # 2.9 5.7 6.4: sum 15
     assert whole_counts(torch.full((2,), 1 - 0.9, dtype=torch.float64), 1000).tolist() == [100, 100]
     assert whole_counts(torch.full((3,), 0.29995, dtype=torch.float64), 10).tolist() == [3, 3, 2]  # sum 8.9985
+
+
+def top_k(scores, k, exact):
+    """mask.highest of a single group."""
+    return mask.highest({"g": scores}, torch.as_tensor(k)[None], exact)["g"]
 
 
 def test_top_k_by_hand_and_with_ties():
@@ -203,15 +208,15 @@ def test_thresholds_without_sorting_are_off_by_a_thousandth_at_most(kind, densit
         scores = scores.sign() * 0.02 + 1e-4 * torch.randn(scores.shape, generator=g)
     if kind == "columns":  # inputs that differ in scale, as those of models do
         scores = scores * (1 + torch.arange(768).remainder(24)) ** 2
-    flat = scores.flatten(1)
-    k = torch.tensor([int(density * flat.shape[1]), 0])
-    found = mask.about_kth_largest(flat, k)
-    assert abs((flat[0] >= found[0]).sum().item() - k[0].item()) <= 1e-3 * flat.shape[1] and found[1] == math.inf
+    groups = [scores.flatten(1), scores[:, :200].flatten(1)]  # the smaller one is sampled more densely
+    k = torch.tensor([[int(density * s.shape[1]), 0] for s in groups])
+    found = mask.about_kth_largest(groups, k)
+    for s, row, threshold in zip(groups, k, found, strict=True):
+        assert abs((s[0] >= threshold[0]).sum() - row[0]) <= 1e-3 * s.shape[1] and threshold[1] == math.inf
 
 
 def test_thresholds_of_few_scores_are_exact():
     scores = torch.randn(4, 999, generator=torch.Generator().manual_seed(2))
     k = torch.tensor([0, 1, 500, 999])
-    assert mask.about_kth_largest(scores, k)[:3].equal(mask.kth_largest(scores, k)[:3])
-    assert (scores[3] >= mask.about_kth_largest(scores, k)[3]).all()
-    assert mask.about_kth_largest(torch.zeros(1, 99_999), torch.tensor([5000])).item() == 0  # all equal: all kept
+    assert mask.about_kth_largest([scores], k[None])[0].equal(mask.kth_largest(scores, k))
+    assert mask.about_kth_largest([torch.zeros(1, 99_999)], torch.tensor([[5000]])).item() == 0  # all equal: all kept

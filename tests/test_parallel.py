@@ -35,7 +35,7 @@ def learn(folder, glue, parts):
     learner = step.make_learner(model, "smp-s", 0.5, torch.float32)
     for scores in learner.masks.scores.values():
         scores.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    run, adam = step.make_run(step.Losses(model, learner), compiled=False), learner.optimizer(2e-2, 3e-5)
+    run, adam = step.make_run(step.Losses(model, learner)), learner.optimizer(2e-2, 3e-5)
     examples = data.load_split("movies", "train", glue, data.load_tokenizer(folder, 16))
     batches = data.training_batches(examples, 10, TOTAL, 0, "cpu", parallel.RANK, parallel.PROCESSES, parts)
     for t, batch in enumerate(batches):

@@ -225,7 +225,7 @@ def test_adam_of_the_reference_code_by_hand():
     model.forward = lambda x: logits({"w": model.w}, x)
     p = 1 / (1 + math.exp(-1e-7))  # dL/dw of cross-entropy with logits (w x, 0) and class 1 is p x, x = 1e-7
     g = p * 1e-7
-    go = step.make_run(step.Losses(model, learner), compiled=False)
+    go = step.make_run(step.Losses(model, learner))
     parts, schedule = [(torch.tensor([[[1e-7]]]), torch.tensor([1]), 1.0)], torch.tensor([1.0, 0.0])
     step.train_step(go, adam, parts, schedule, 0, 10)
     expected = 0.02 * math.sqrt(0.001) / 0.1 * 0.1 * g / (math.sqrt(0.001) * g + 1e-8)
