@@ -18,7 +18,7 @@ import torch
 from torch.func import functional_call
 
 import parallel
-from eval import EVAL_BATCH, Parser, choose_device, dtype_name
+from eval import EVAL_BATCH, Parser, choose_device, dtype_name, one_line_errors
 from mask import mean_sigmoid
 from model import Bert, Config
 from step import Losses, make_learner, make_run, train_step
@@ -43,8 +43,8 @@ def parse_args(argv=None):
     for name in ("layers", "hidden", "batch", "length", "steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    if args.hidden % 64 or args.length > 512:
-        parser.error("--hidden must be a multiple of 64, and --length at most 512")
+    if args.hidden % 64 or args.length > 512 or args.batch % parallel.PROCESSES:
+        parser.error("--hidden must be a multiple of 64, --length at most 512, --batch a multiple of the processes")
     return args
 
 
@@ -131,7 +131,6 @@ def time_parts(args, device, model, learner, adam, batch):
     free = lambda work: torch.no_grad()(work)  # noqa: E731
     weights = {name: w.detach().requires_grad_() for name, w in masks(density)[0].items()}
     gradients = {name: torch.randn_like(w) for name, w in weights.items()}
-
     importance = mean_sigmoid(masks.scores).detach()
 
     def forward():
@@ -160,46 +159,29 @@ def show(name, times, note=""):
     return round(median, 3)
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    device, dtype, why = choose_device(args.device, args.dtype)
-    parallel.start(device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    tokens, found = args.batch * args.length, {}
-    print(f"{name}, {dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.PROCESSES} process(es)")
-    launched = "eager" if args.eager or device.type != "cuda" else "recorded as CUDA graphs"
-    launched += ", compiled" * args.compile
-    print(f"{args.layers} layers of {args.hidden}, batch {args.batch}, length {args.length}, {launched}")
-    if args.inference:
-        time_inference(args, device, dtype, found)
-    else:
-        peak = matrix_peak(device, dtype)
-        print(f"matrix products of {dtype_name(dtype)} reach {peak / 1e12:.1f} TFLOP/s here")
-        for method in (args.method, "finetune"):
-            torch.compiler.reset()
-            times, objects = time_steps(args, method, device, dtype)
-            memory = peak_memory(device)
-            seconds = statistics.median(times) / 1000
-            share = flops(args) / parallel.PROCESSES / seconds / peak
-            note = f"  {tokens / seconds:,.0f} tokens/s, {share:.1%} of peak, {memory:.2f} GiB"
-            found[method] = show(f"{method} step", times, note)
-            found |= {f"{method} tokens/s": round(tokens / seconds)}
-            found |= {f"{method} share of peak": round(share, 4), f"{method} GiB": round(memory, 2)}
-            if method != "finetune" and (args.eager or device.type != "cuda") and not args.compile:
-                for part, part_times in time_parts(args, device, *objects).items():
-                    found[part] = show(f"  {part}", part_times)
-            del objects
-        print(f"{args.method} takes {found[args.method] / found['finetune']:.2f} times the dense step")
-    settings = {k: v for k, v in vars(args).items() if k not in ("device", "dtype")}
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    line = {"device": name, "dtype": dtype_name(dtype), "processes": parallel.PROCESSES} | settings | found | versions
-    if not parallel.RANK:
-        print(json.dumps(line))
-    parallel.stop()
+def time_training(args, device, dtype):
+    """Times of a pruning and a dense step, printed -> {what: number}."""
+    found, peak = {}, matrix_peak(device, dtype)
+    by_hand = parallel.PROCESSES == 1 and not args.compile and (args.eager or device.type != "cuda")
+    print(f"matrix products of {dtype_name(dtype)} reach {peak / 1e12:.1f} TFLOP/s here")
+    for method in (args.method, "finetune"):
+        times, objects = time_steps(args, method, device, dtype)
+        seconds, memory = statistics.median(times) / 1000, peak_memory(device)
+        speed, share = args.batch * args.length / seconds, flops(args) / parallel.PROCESSES / seconds / peak
+        note = f"  {speed:,.0f} tokens/s, {share:.1%} of peak, {memory:.2f} GiB"
+        found[method] = show(f"{method} step", times, note)
+        numbers = {"tokens/s": round(speed), "share of peak": round(share, 4), "GiB": round(memory, 2)}
+        found |= {f"{method} {what}": number for what, number in numbers.items()}
+        if by_hand and method != "finetune":
+            parts = time_parts(args, device, *objects)
+            found |= {part: show(f"  {part}", part_times) for part, part_times in parts.items()}
+        del objects  # and with them their memory
+    print(f"{args.method} takes {found[args.method] / found['finetune']:.2f} times the dense step")
+    return found
 
 
 @torch.inference_mode()
-def time_inference(args, device, dtype, found):
+def time_inference(args, device, dtype):
     """Evaluation with baked weights: examples a second at this length."""
     args.batch = EVAL_BATCH
     model = make_model(args).to(device).eval()
@@ -207,9 +189,27 @@ def time_inference(args, device, dtype, found):
     inputs = tuple(make_batch(args, device)[0])
     times = timed(partial(functional_call, model, weights, inputs, tie_weights=False), device, args.steps)
     speed = args.batch / statistics.median(times) * 1000
-    found["evaluation"] = show("evaluation", times, f"  {speed:,.0f} examples/s, {speed * args.length:,.0f} tokens/s")
-    found["examples/s"] = round(speed, 1)
+    median = show("evaluation", times, f"  {speed:,.0f} examples/s, {speed * args.length:,.0f} tokens/s")
     print("zeros are multiplied like other numbers: sparsity makes no difference")
+    return {"evaluation": median, "examples/s": round(speed, 1)}
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with one_line_errors(ValueError, torch.OutOfMemoryError):
+        device, dtype, why = choose_device(args.device, args.dtype)
+        parallel.start(device)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        print(f"{name}, {dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.PROCESSES} process(es)")
+        launched = "eager" if args.eager or args.inference or device.type != "cuda" else "recorded as CUDA graphs"
+        launched += ", compiled" * args.compile
+        print(f"{args.layers} layers of {args.hidden}, batch {args.batch}, length {args.length}, {launched}")
+        found = (time_inference if args.inference else time_training)(args, device, dtype)
+    settings = {k: v for k, v in vars(args).items() if k not in ("device", "dtype")}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    line = {"device": name, "dtype": dtype_name(dtype), "processes": parallel.PROCESSES} | settings | found | versions
+    print(json.dumps(line))
+    parallel.stop()
 
 
 if __name__ == "__main__":

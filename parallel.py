@@ -8,6 +8,7 @@ What it is not: gradients are exchanged by DistributedDataParallel, see step.py.
 
 import hashlib
 import os
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -17,9 +18,14 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 
 def start(device):
-    """Join the other processes; on CUDA each takes the GPU of its number on this machine."""
+    """Join the other processes; on CUDA each takes the GPU of its number on this machine. Only the first prints.
+
+    Raises ValueError when there are too few GPUs.
+    """
     if PROCESSES == 1:
         return
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():

@@ -131,8 +131,9 @@ class Recorded:
     widths are multiples of 4. All graphs share their memory, since none is needed once its gradients are used.
     """
 
-    def __init__(self, losses):
-        self.losses, self.graphs, self.pool = losses, {}, torch.cuda.graph_pool_handle()
+    def __init__(self, losses, stream):
+        self.losses, self.stream, self.graphs = losses, stream, {}
+        self.pool = torch.cuda.graph_pool_handle()
         self.parameters = [p for p in losses.parameters() if p.requires_grad]
 
     def __call__(self, inputs, labels, schedule, share=1.0, last=True):
@@ -151,50 +152,50 @@ class Recorded:
         return both.clone()
 
     def record(self, *given):
-        """-> (graph, its inputs, its gradients, its losses). Leaves the gradients so far as they are."""
+        """-> (graph, its inputs, its gradients, its losses). Leaves the gradients so far as they are.
+
+        Several processes must record at the same time, for they exchange gradients in it; see data.split_batch.
+        """
         *arguments, share = (a.clone() if torch.is_tensor(a) else a for a in given)
         before = [p.grad for p in self.parameters]
-        for p in self.parameters:
-            p.grad = None
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # before, libraries choose their kernels and workspaces, and DDP its buckets
+        self.set_gradients([None] * len(before))
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # before, libraries choose kernels and workspaces, and DDP its buckets
             for _ in range(2 if self.graphs or parallel.PROCESSES == 1 else 11):
                 backward(self.losses, *arguments, share)
-        torch.cuda.current_stream().wait_stream(stream)
-        for p in self.parameters:
-            p.grad = None
+        torch.cuda.current_stream().wait_stream(self.stream)
+        self.set_gradients([None] * len(before))
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL's threads may query
+        try:  # thread_local: NCCL's own threads may go on asking for the state of the device
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 both = backward(self.losses, *arguments, share)
         except RuntimeError as error:
-            error.add_note(
-                "A step that waits for the host, by .item() say, cannot be recorded as a graph: try --eager."
-            )
+            error.add_note("A step that waits for the host (by .item(), say) cannot be recorded: try --eager.")
             raise
         gradients = [p.grad for p in self.parameters]
-        for p, gradient in zip(self.parameters, before, strict=True):
-            p.grad = gradient
+        self.set_gradients(before)
         return graph, arguments, gradients, both
+
+    def set_gradients(self, gradients):
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = gradient
 
 
 def make_run(losses, compiled=False, eager=False):
     """-> what does the forward and backward of a step; called like `backward`, without its first argument.
 
-    compiled: let torch.compile fuse what a layer does, and on CUDA what the masks do. eager: on CUDA, launch every
-    kernel of every step instead of recording a graph; slower, but anything may be done in a step.
+    compiled: let torch.compile fuse what a layer does. eager: on CUDA, launch every kernel of every step instead of
+    recording a graph; slower, but anything may be done in a step.
     """
     cuda = next(losses.parameters()).device.type == "cuda"
+    stream = torch.cuda.Stream() if cuda and not eager else None
     if compiled:
         for layer in losses.model.bert.encoder["layer"]:
             layer.compile(dynamic=True)
-        if cuda and losses.learner.masks:
-            losses.learner.masks.compile()
     if parallel.PROCESSES > 1:
-        with torch.cuda.stream(torch.cuda.Stream()) if cuda else nullcontext():  # as its notes on graphs ask for
+        with torch.cuda.stream(stream) if stream else nullcontext():  # where it will be used
             losses = DistributedDataParallel(losses, gradient_as_bucket_view=True, broadcast_buffers=False)
-    return Recorded(losses) if cuda and not eager else partial(backward, losses)
+    return Recorded(losses, stream) if stream else partial(backward, losses)
 
 
 def train_step(run, optimizer, parts, schedule, step, total):

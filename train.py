@@ -10,7 +10,6 @@ method, which is mask.py. Sources: Jiang et al., ACL 2023 (arXiv 2210.06210), an
 import hashlib
 import json
 import math
-import os
 import platform
 import shlex
 import sys
@@ -273,8 +272,6 @@ def main(argv=None):
         parallel.start(device)
         with parallel.first_process_first():
             model, teacher, train, dev = prepare(args)
-    if parallel.RANK:  # one speaks for all
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     fingerprint = model.fingerprint()
     args.schedule = args.schedule or {"bert": "cubic", "roberta": "linear"}[model.config.model_type]
     learner = make_learner(model.to(device).requires_grad_(False), args.method, 1 - args.sparsity, dtype)

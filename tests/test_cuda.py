@@ -42,7 +42,7 @@ def test_no_step_waits_for_the_host(method):
 def test_recorded_gradients_are_the_gradients(method):
     """Of several shapes in turn, which share their memory, and of a batch in parts."""
     losses = make(method)
-    recorded = step.Recorded(losses)
+    recorded = step.make_run(losses)
     parameters = list(losses.learner.parameters())
     shapes = [[batch(8, 16)], [batch(8, 24)], [batch(8, 16)], [batch(5, 24, 0.5), batch(5, 16, 0.5)], [batch(3, 24)]]
     for number, parts in enumerate(shapes):

