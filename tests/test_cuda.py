@@ -11,10 +11,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA G
 TINY = Config(1000, 128, 2, 4, 256, 64, 2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
-def make(method="smp-s"):
+def make(method="smp-s", dtype=torch.bfloat16):
     torch.manual_seed(0)
     model = Bert(TINY, [3, 4]).requires_grad_(False).cuda()
-    learner = step.make_learner(model, method, 0.5, torch.bfloat16)
+    learner = step.make_learner(model, method, 0.5, dtype)
     for scores in learner.masks.scores.values() if learner.masks else ():
         scores.data.normal_(0, 0.1)
     return step.Losses(model, learner)
@@ -66,3 +66,20 @@ def test_thresholds_without_sorting_are_near_enough():
         k = torch.full((3,), int(density * 700_000), device="cuda")
         kept = (scores >= mask.about_kth_largest([scores], k[None])[0][:, None]).sum(1)
         assert ((kept - k).abs() <= 700).all()
+
+
+def test_compiled_layers_compute_the_same_and_are_not_compiled_for_every_width():
+    plain, compiled = make(dtype=torch.float32), make(dtype=torch.float32)
+    schedule, found, compilations = torch.tensor([0.7, 10.0], device="cuda"), [], []
+    runs = [step.make_run(plain, eager=True), step.make_run(compiled, compiled=True)]
+    for width in range(8, 40, 4):
+        for losses, run in zip((plain, compiled), runs, strict=True):
+            losses.zero_grad()
+            both = run(*batch(8, width)[:2], schedule)
+            found.append((both, [p.grad.clone() for p in losses.learner.parameters()]))
+        (both, gradients), (compiled_both, compiled_gradients) = found[-2:]
+        assert torch.allclose(both, compiled_both, rtol=1e-4)
+        for g, c in zip(gradients, compiled_gradients, strict=True):
+            assert (g - c).norm() <= 1e-3 * g.norm()
+        compilations.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(compilations[2:])) == 1  # the first widths show what varies

@@ -1,0 +1,31 @@
+"""bench.py: that it runs and counts right; what it measures is not tested."""
+
+import json
+
+import pytest
+
+import bench
+
+SMALL = ["--layers", "3", "--hidden", "64", "--batch", "2", "--length", "8", "--steps", "1", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--inference"]])
+def test_a_line_of_json_comes_last(capsys, monkeypatch, flags):
+    monkeypatch.setattr(bench, "matrix_peak", lambda *_: 1e12)
+    bench.main([*SMALL, "--dtype", "float32", *flags])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["layers"] == 3 and line["device"].endswith("CPU threads") and line["dtype"] == "float32"
+    assert line["evaluation"] > 0 if flags else line["smp-s"] > 0 < line["finetune"] and line["select"] > 0
+
+
+def test_operations_by_hand():
+    args = bench.parse_args(SMALL)
+    # Per token and layer: 12 weights matrices of 64 x 64, and products with 8 keys and 8 values; 2 operations each.
+    layer = 16 * 2 * (12 * 64 * 64 + 2 * 8 * 64)
+    last = 16 * 2 * 2 * 64 * 64 + 2 * 2 * (10 * 64 * 64 + 2 * 8 * 64)  # keys and values of all, the rest of two [CLS]
+    assert bench.flops(args) == pytest.approx(3 * (2 * layer + last), rel=1e-2)
+
+
+def test_shapes_that_cannot_be_are_refused(fails):
+    assert "--hidden must be a multiple of 64" in fails(bench.main, ["--hidden", "100"])
+    assert "--steps must be at least 1" in fails(bench.main, ["--steps", "0"])
