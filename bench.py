@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 import parallel
 from eval import EVAL_BATCH, Parser, choose_device, dtype_name, one_line_errors
-from mask import mean_sigmoid
+from mask import METHODS, mean_sigmoid
 from model import Bert, Config
 from step import Losses, make_learner, make_run, train_step
 
@@ -33,7 +33,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch", type=int, default=32, help="examples a step, over all processes")
     parser.add_argument("--length", type=int, default=64, help="tokens an example")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each kind (20)")
-    parser.add_argument("--method", choices=("smp-s", "smp-l"), default="smp-s")
+    parser.add_argument("--method", choices=[name for name, row in METHODS.items() if row.masking], default="smp-s")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--compile", action="store_true", help="as in train.py")
@@ -120,7 +120,7 @@ def time_steps(args, method, device, dtype):
     parts = [(*make_batch(args, device), 1.0)]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = timed(lambda: train_step(run, adam, parts, schedule, 5, 600), device, args.steps)
+    times = timed(lambda: train_step(run, adam, parts, schedule, step=5), device, args.steps)
     return times, (model, learner, adam, parts[0])
 
 
@@ -142,7 +142,7 @@ def time_parts(args, device, model, learner, adam, batch):
         torch.autograd.backward(list(made.values()), list(gradients.values()))
 
     parts = {
-        "select": free(lambda: masks.masking(masks.scores, importance, density, exact=False)),
+        "select": free(lambda: masks.method.masking(masks.scores, importance, density, exact=False)),
         "select and mask, both ways": mask,
         "regularize, both ways": lambda: mean_sigmoid(masks.scores).mean().backward(),
         "forward": free(forward),

@@ -22,7 +22,8 @@ import data
 import parallel
 import squad
 from data import TASKS, encode, load_tokenizer, write_whole
-from mask import apply_masks, load_masks
+from mask import apply_masks
+from maskfile import load_masks
 from model import load_config, load_model, read_weights
 
 EVAL_BATCH = 64  # one size everywhere: another would round differently
@@ -230,19 +231,20 @@ def load_run(run, model_name=None):
     task, length, head = TASKS[result["task"]], int(result["length"]), result["head"]
     for name, digest in result["sha256"].items():
         data.check_digest(run / name, "sha256", digest, run / name)
-    if result["method"] == "finetune":
-        if model_name:
-            raise ValueError(f"--model: {run} is fine-tuned and holds its own weights; leave the flag away")
-        return result, *load_backbone(run, task, length, head, fresh=False), {}
-    folder = data.model_folder(model_name or result["model"])
-    model, tokenizer = load_backbone(folder, task, length, head)
-    if model.fingerprint() != result["fingerprint"]:
+    own = "model.safetensors" in result["sha256"]  # its weights were trained
+    if own and model_name:
+        raise ValueError(f"--model: {run} holds its own weights, which were trained; leave the flag away")
+    folder = run if own else data.model_folder(model_name or result["model"])
+    model, tokenizer = load_backbone(folder, task, length, head, fresh=not own)
+    if not own and model.fingerprint() != result["fingerprint"]:
         raise ValueError(f"--model: the weights in {folder} are not those that {run} was trained on")
+    if "kept" not in result:
+        return result, model, tokenizer, {}
     shapes = {n: w.shape for weights in model.prunable().values() for n, w in weights.items()}
     masks, described = load_masks(run / "mask.safetensors", shapes)
     if described != result:
         raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
-    if head == "classifier":
+    if head == "classifier" and not own:
         model.load_state_dict(read_weights(run / "head.safetensors"), strict=False)
     return result, model, tokenizer, masks
 

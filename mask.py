@@ -1,6 +1,6 @@
-"""Static Model Pruning: learn which frozen weights to switch off, and nothing else.
+"""Static Model Pruning, learning which frozen weights to switch off, and the methods that it is compared with.
 
-What it is: scores, masking functions, schedules, the regularizer, and mask files (one bit a weight).
+What it is: schedules, masking functions, the regularizer, the table of methods, scores and masked weights.
 What it is not: it knows no BERT and no loop; it is given groups of weights and gives masked ones back.
 Sources: Jiang et al., ACL 2023 (arXiv 2210.06210) for the equations; "reference code" is the authors'
 implementation, followed where the two differ.
@@ -10,13 +10,13 @@ implementation, followed where the two differ.
     logits = torch.func.functional_call(model, weights, batch)  # then (loss + penalty * regularizer).backward()
 """
 
-import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import nn
 
 # --- schedules -----------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def kth_largest(scores, k):
     return values.masked_fill(k == 0, math.inf)
 
 
-SAMPLES, SCATTER = 1 << 16, 32749  # a prime, and small enough for torch.compile, which multiplies in 32 bits
+SAMPLES, SCATTER = 1 << 16, 32749  # a prime
 
 
 def about_kth_largest(scores, k):
@@ -113,9 +113,10 @@ class MeanSigmoid(torch.autograd.Function):
         return torch.ops.aten.sigmoid_backward(grad, s)
 
 
-def mean_sigmoid(scores, temperature=1.0):
-    """R(S / p): scores {group: [L, out, in]} -> mean of sigmoid(S / p) over each matrix [G, L]."""
-    return torch.stack([MeanSigmoid.apply(s if temperature == 1 else s / temperature) for s in scores.values()])
+def mean_sigmoid(scores, temperature=1.0, shift=0.0):
+    """R((S + c) / p): scores {group: [L, out, in]} -> mean of the sigmoid over each matrix [G, L]."""
+    plain = temperature == 1 and shift == 0
+    return torch.stack([MeanSigmoid.apply(s if plain else (s + shift) / temperature) for s in scores.values()])
 
 
 def proportional_densities(importance, density):
@@ -173,43 +174,133 @@ def smp_s(scores, importance, density, exact):
     return highest(scores, torch.stack(counts), exact)
 
 
-MASKING = {"smp-s": smp_s, "smp-l": smp_l}
+def smp_g(scores, importance, density, exact):
+    """SMP-G: the int(v * n) highest scores of all matrices together; some may lose nearly everything."""
+    every = torch.cat([s.detach().flatten() for s in scores.values()])[None]  # [1, all]
+    count = torch.as_tensor(density * every.numel() + ROUNDING, device=every.device).long().view(1, 1)
+    parts = highest({"every": every}, count, exact)["every"][0].split([s.numel() for s in scores.values()])
+    return {g: part.view_as(s) for (g, s), part in zip(scores.items(), parts, strict=True)}
 
-# --- scores and masked weights -------------------------------------------------------------------------------
+
+def threshold(scores, importance, density, exact, tau=0.1):
+    """Keep where sigmoid(S) > tau, whatever density comes of it; exact: cut to the density asked for, as smp_g."""
+    if exact:
+        return smp_g(scores, importance, density, exact)
+    return {g: torch.sigmoid(s) > tau for g, s in scores.items()}
+
+
+# --- masked weights ------------------------------------------------------------------------------------------
 
 
 class StraightThrough(torch.autograd.Function):
-    """W' = W * M(S); backward dL/dS = dL/dW' * W for kept and removed weights alike (eq. 3)."""
+    """W' = W * M(S); backward dL/dS = dL/dW' * W for kept and removed weights alike (eq. 3).
+
+    A weight that trains as well gets dL/dW = dL/dW' * M: nothing where it is removed (movement pruning).
+    """
 
     @staticmethod
     def forward(ctx, weight, scores, mask):
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(weight, mask if ctx.needs_input_grad[0] else None)
         return weight * mask
 
     @staticmethod
     def backward(ctx, grad):
-        (weight,) = ctx.saved_tensors
-        product = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-        return None, torch.mul(grad, weight, out=product), None
+        weight, mask = ctx.saved_tensors
+        for_scores = None
+        if ctx.needs_input_grad[1]:
+            for_scores = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+            torch.mul(grad, weight, out=for_scores)
+        return None if mask is None else grad * mask, for_scores, None
+
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature and ends of the stretched interval (Louizos et al. 2018, section 4)
+
+
+def hard_concrete(scores, noise):
+    """Gates in [0, 1] of log alpha = scores (Louizos et al. 2018, eq. 10 to 13); noise: drawn, else at their median."""
+    if noise:
+        u = torch.rand_like(scores).clamp(1e-6, 1 - 1e-6)
+        scores = (scores + u.log() - (-u).log1p()) / BETA
+    return (torch.sigmoid(scores) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+# --- the methods ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: what is ranked, what becomes of it, what trains beside it. Its defaults are SMP's.
+
+    masking: (scores {group: [L, out, in]}, importance [G, L], density, exact) -> masks {group: bool}; None: no mask.
+    """
+
+    masking: Callable | None
+    scores: str = "learnt"  # or "magnitude": |W| as it is now; "random": drawn once
+    start: float = 0.0  # of learnt scores
+    score_lr: float = 2e-2
+    penalty: float = 400.0  # lambda of the regularizer at the end
+    trains_weights: bool = False  # with AdamW, beside the scores
+    head: str = "words"
+    gates: Callable | None = None  # (scores, noise) -> what weights are multiplied with in place of the mask
+    shift: float = 0.0  # the regularizer is the mean of sigmoid(S + shift)
+
+    @property
+    def learns_scores(self):
+        return self.masking is not None and self.scores == "learnt"
+
+
+METHODS = {
+    "smp-s": Method(smp_s),
+    "smp-l": Method(smp_l),
+    "smp-g": Method(smp_g),
+    "smp-t": Method(threshold),
+    "magnitude": Method(smp_l, scores="magnitude", penalty=0.0, trains_weights=True),
+    "movement": Method(smp_l, score_lr=1e-2, penalty=0.0, trains_weights=True),
+    "soft-movement": Method(threshold, score_lr=1e-2, trains_weights=True),
+    # A gate is open at its median where sigmoid(S) > -gamma / (zeta - gamma), and at all with probability
+    # sigmoid(S - beta log(-gamma / zeta)), which is what the regularizer counts.
+    "l0": Method(
+        partial(threshold, tau=-GAMMA / (ZETA - GAMMA)), start=2.197, score_lr=1e-2, trains_weights=True,
+        gates=hard_concrete, shift=-BETA * math.log(-GAMMA / ZETA),
+    ),
+    "random": Method(smp_l, scores="random", penalty=0.0, trains_weights=True),
+    "finetune": Method(None, penalty=0.0, trains_weights=True),
+}  # fmt: skip
 
 
 class Masks(nn.Module):
-    """One score for every weight of the groups, all zero at the start; the weights themselves stay as they are.
+    """One score for every weight of the groups, and the weights under the masks that the scores give.
 
-    groups: {group: {name: weight [out, in]}}, the matrices of a group all of one shape.
-    method: a key of MASKING; density: the share of weights kept at the end, in (0, 1].
+    groups: {group: {name: weight [out, in]}}, the matrices of a group all of one shape. method: a key of METHODS;
+    density: the share of weights kept at the end, in (0, 1]; dtype: of what is multiplied, by default the weights';
+    temperature: p of SMP-S. Weights that train are float32 parameters.
     """
 
-    def __init__(self, groups, method, density):
+    def __init__(self, groups, method, density, dtype=None, temperature=None):
         super().__init__()
-        # Plain dicts, not buffers: no part of this module's state, and already where the model is.
         self.names = {group: list(weights) for group, weights in groups.items()}
-        self.weights = {group: torch.stack([w.detach() for w in ws.values()]) for group, ws in groups.items()}
-        zeros = [(group, torch.zeros_like(w, dtype=torch.float32)) for group, w in self.weights.items()]
-        self.scores = nn.ParameterDict(zeros)  # pairs, because ParameterDict sorts a plain dict
-        self.masking = MASKING[method]
+        self.method = METHODS[method]
+        stacks = {group: torch.stack([w.detach() for w in ws.values()]) for group, ws in groups.items()}
+        self.dtype = dtype or next(iter(stacks.values())).dtype
+        # Plain dicts, not buffers, of what does not train: no part of this module's state, and already where the model
+        # is. Pairs, because ParameterDict sorts a plain dict.
+        if self.method.trains_weights:
+            self.weights = nn.ParameterDict([(group, stack.float()) for group, stack in stacks.items()])
+        else:
+            self.weights = {group: stack.to(self.dtype) for group, stack in stacks.items()}
+        self.learnt = self.drawn = None
+        if self.method.scores == "learnt":
+            full = partial(torch.full_like, fill_value=self.method.start, dtype=torch.float32)
+            self.learnt = nn.ParameterDict([(group, full(stack)) for group, stack in stacks.items()])
+        elif self.method.scores == "random":
+            self.drawn = {group: torch.rand_like(stack, dtype=torch.float32) for group, stack in stacks.items()}
         # p = 4 evens the layers out while most weights stay (reference code; not in the paper).
-        self.temperature = 4.0 if density >= 0.7 else 1.0
+        self.temperature = temperature or (4.0 if density >= 0.7 else 1.0)
+
+    @property
+    def scores(self):
+        """What is ranked now {group: [L, out, in]}."""
+        return self.learnt or self.drawn or {group: weight.detach().abs() for group, weight in self.weights.items()}
 
     def by_name(self, stacks):
         """{group: [L, out, in]} -> {name: [out, in]}, views."""
@@ -220,63 +311,42 @@ class Masks(nn.Module):
 
         R is the mean over all matrices of mean(sigmoid(S)) (eq. 6 with means, as reference code).
         """
-        means = mean_sigmoid(self.scores)
+        scores, method = self.scores, self.method
+        means = mean_sigmoid(scores, shift=method.shift)
+        weights = {g: w.to(self.dtype) for g, w in self.weights.items()}
+        if method.gates:
+            masked = {g: w * method.gates(scores[g], noise=True).to(self.dtype) for g, w in weights.items()}
+            return self.by_name(masked), means.mean()
         with torch.no_grad():
-            importance = means if self.temperature == 1 else mean_sigmoid(self.scores, self.temperature)
-            masks = self.masking(self.scores, importance, density, exact=False)
-        masked = {g: StraightThrough.apply(w, self.scores[g], masks[g]) for g, w in self.weights.items()}
+            importance = means if self.temperature == 1 else mean_sigmoid(scores, self.temperature)
+            masks = method.masking(scores, importance, density, exact=False)
+        masked = {g: StraightThrough.apply(w, scores[g], masks[g]) for g, w in weights.items()}
         return self.by_name(masked), means.mean()
 
     @torch.no_grad()
     def exact(self, density):
         """-> masks {name: bool [out, in]} that keep exactly the share asked for, ties broken by index."""
-        importance = mean_sigmoid(self.scores, self.temperature)
-        return self.by_name(self.masking(self.scores, importance, density, exact=True))
+        scores = self.scores
+        importance = mean_sigmoid(scores, self.temperature)
+        return self.by_name(self.method.masking(scores, importance, density, exact=True))
 
-    def baked(self, density):
-        """-> weights {name: [out, in]} under the exact masks, for evaluation."""
-        return apply_masks(self.by_name(self.weights), self.exact(density))
+    @torch.no_grad()
+    def reached(self, density):
+        """-> the share of weights that training keeps by itself: for thresholds not what was asked for."""
+        scores = self.scores
+        masks = self.method.masking(scores, mean_sigmoid(scores, self.temperature), density, exact=False)
+        return sum(m.sum().item() for m in masks.values()) / sum(m.numel() for m in masks.values())
+
+    @torch.no_grad()
+    def baked(self, density, dtype=None):
+        """-> weights {name: [out, in]} under the exact masks, for evaluation, in this module's dtype or another."""
+        weights = self.weights
+        if self.method.gates:
+            weights = {g: weight * self.method.gates(self.learnt[g], noise=False) for g, weight in weights.items()}
+        weights = {name: weight.to(dtype or self.dtype) for name, weight in self.by_name(weights).items()}
+        return apply_masks(weights, self.exact(density))
 
 
 def apply_masks(weights, masks):
     """{name: weight}, {name: bool} -> {name: weight with the removed entries zero}."""
     return {name: weights[name] * mask for name, mask in masks.items()}
-
-
-# --- mask files ----------------------------------------------------------------------------------------------
-
-FORMAT = "smp-mask-1"
-
-
-def pack_masks(masks, metadata):
-    """{name: bool [out, in]} and a dict for people and checks -> bytes of a safetensors file, one bit a weight."""
-    bits = {name: np.packbits(mask.cpu().numpy()) for name, mask in masks.items()}
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    header = {"format": FORMAT, "shapes": json.dumps(shapes), "run": json.dumps(metadata)}
-    return save(bits, header)
-
-
-def load_masks(path, shapes):
-    """Read a mask file -> ({name: bool [out, in]}, metadata dict).
-
-    shapes: {name: (out, in)} of the backbone's prunable weights; the file must hold exactly these.
-    Raises ValueError that says why the file cannot be used.
-    """
-    try:
-        with safe_open(path, "np") as file:
-            header = file.metadata() or {}
-            bits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a mask file of format {FORMAT}")
-    stored = {name: tuple(shape) for name, shape in json.loads(header.get("shapes", "{}")).items()}
-    if stored != {name: tuple(shape) for name, shape in shapes.items()} or stored.keys() != bits.keys():
-        raise ValueError(f"{path} was made for a backbone of another shape")
-    masks = {}
-    for name, shape in stored.items():
-        if bits[name].dtype != np.uint8 or bits[name].size != -(-math.prod(shape) // 8):
-            raise ValueError(f"{path}: {name} has {bits[name].size} bytes, not one bit a weight")
-        unpacked = np.unpackbits(bits[name], count=math.prod(shape)).reshape(shape)
-        masks[name] = torch.from_numpy(unpacked.astype(bool))
-    return masks, json.loads(header.get("run", "{}"))

@@ -6,7 +6,7 @@ not: it reads no files, knows no task, and leaves schedules and batches to its c
 
     learner = make_learner(model, "smp-s", 0.5, torch.bfloat16)
     run = make_run(Losses(model, learner))
-    loss, regularizer = train_step(run, learner.optimizer(2e-2, 3e-5), [(inputs, labels, 1.0)], schedule, step, total)
+    loss, regularizer = train_step(run, learner.optimizer(2e-2, 3e-5), [(inputs, labels, 1.0)], schedule, step, rate)
 """
 
 import math
@@ -20,11 +20,14 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 import parallel
-from mask import Masks
+from mask import METHODS, Masks
 
 
 class Learner(nn.Module):
-    """What a run learns: scores (masks: Masks or None), weights (trained: {name: float32 parameter}), or both."""
+    """What a run learns: masks (mask.Masks, with weights if they train as well, or None) and other weights.
+
+    trained: {name: parameter}, copied to float32; dtype: in which all is multiplied.
+    """
 
     def __init__(self, masks, trained, dtype):
         super().__init__()
@@ -50,28 +53,36 @@ class Learner(nn.Module):
 
     def optimizer(self, score_lr, weight_lr):
         """Adam on the scores; AdamW on trained weights, decaying only matrices, as BERT's authors fine-tune."""
-        matrices = [p for p in self.weights if p.ndim > 1]
-        vectors = [p for p in self.weights if p.ndim <= 1]
-        scores = list(self.masks.parameters()) if self.masks else []
-        groups = [(scores, score_lr, 0.0), (matrices, weight_lr, 0.01), (vectors, weight_lr, 0.0)]
-        groups = [{"params": p, "lr": lr, "highest_lr": lr, "weight_decay": decay} for p, lr, decay in groups if p]
+        scores = {id(p) for p in self.masks.learnt.values()} if self.masks and self.masks.learnt else set()
+        kinds = {"scores": [], "matrices": [], "vectors": []}
+        for p in self.parameters():
+            kinds["scores" if id(p) in scores else "matrices" if p.ndim > 1 else "vectors"].append(p)
+        settings = {"scores": (score_lr, 0.0), "matrices": (weight_lr, 0.01), "vectors": (weight_lr, 0.0)}
+        groups = [
+            {"params": kinds[kind], "lr": lr, "highest_lr": lr, "weight_decay": decay}
+            for kind, (lr, decay) in settings.items()
+            if kinds[kind]
+        ]
         return torch.optim.AdamW(groups, fused=True)
 
 
-def make_learner(model, method, density, dtype):
+def make_learner(model, method, density, dtype, temperature=None):
     """Split a frozen float32 model into what is learnt, a Learner, and the rest, rounded in place to dtype.
 
-    method: a key of mask.MASKING, or "finetune".
+    method, temperature: see mask.Masks; "finetune" has no masks.
     """
-    trained = dict(model.named_parameters())
-    if method != "finetune":
-        trained = {name: weight for name, weight in trained.items() if name.startswith("classifier.")}
-    learner = Learner(None, trained, dtype)  # takes its copies before the model is rounded
+    row, prunable = METHODS[method], model.prunable()
+    masks = Masks(prunable, method, density, dtype, temperature) if row.masking else None
+    masked = {name for weights in prunable.values() for name in weights} if masks else set()
+    trained = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if name not in masked and (row.trains_weights or name.startswith("classifier."))
+    }
+    learner = Learner(masks, trained, dtype)  # takes its copies before the model is rounded
     model.to(dtype)
-    if method != "finetune":
-        learner.masks = Masks(model.prunable(), method, density)
-        views = learner.masks.by_name(learner.masks.weights)
-        model.load_state_dict(views, strict=False, assign=True)  # so that the stacked weights are held once
+    if masks and not row.trains_weights:  # so that the stacked weights are held once
+        model.load_state_dict(masks.by_name(masks.weights), strict=False, assign=True)
     return learner
 
 
@@ -198,13 +209,18 @@ def make_run(losses, compiled=False, eager=False):
     return Recorded(losses, stream) if stream else partial(backward, losses)
 
 
-def train_step(run, optimizer, parts, schedule, step, total):
-    """One step at learning rate lr (1 - step/total) -> [2]: loss on the task, regularizer, on the device.
+def rate_at(step, total, warmup=0):
+    """Share of the highest learning rate at a step: up in `warmup` steps, then down to 0 at total, both linearly."""
+    return step / warmup if step < warmup else (total - step) / (total - warmup)
 
-    run: see make_run; parts: (inputs, labels, share) each, as data.training_batches has them.
+
+def train_step(run, optimizer, parts, schedule, step, rate=1.0):
+    """One step at `rate` times the highest learning rates -> [2]: loss on the task, regularizer, on the device.
+
+    run: see make_run; parts: (inputs, labels, share) each, as data.training_batches has them; step: from 0.
     """
     for group in optimizer.param_groups:
-        group["lr"] = group["highest_lr"] * (1 - step / total)
+        group["lr"] = group["highest_lr"] * rate
         # The reference code's Adam adds eps to the uncorrected second moment; torch's to the corrected one.
         group["eps"] = 1e-8 / math.sqrt(1 - group["betas"][1] ** (step + 1))
     optimizer.zero_grad()

@@ -37,11 +37,11 @@ from eval import (
     read_result,
     show,
 )
-from mask import MASKING, density_at, pack_masks, penalty_at
+from mask import METHODS, density_at, penalty_at
+from maskfile import pack_masks
 from model import load_model, published
-from step import Losses, make_learner, make_run, train_step
+from step import Losses, make_learner, make_run, rate_at, train_step
 
-WEIGHT_LR = 3e-5  # of trained weights: all of them in fine-tuning, those of --head classifier beside scores
 LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
 
 
@@ -52,15 +52,18 @@ def parse_args(argv=None):
         epilog="The defaults of --model, --epochs, --batch, --length, --ramp and --evals are the task's: data.TASKS.",
     )
     parser.add_argument("--task", choices=TASKS, default="movies", help="default: movies")
-    parser.add_argument("--method", choices=(*MASKING, "finetune"), default="smp-s", help="default: smp-s")
+    parser.add_argument("--method", choices=METHODS, default="smp-s", help="a row of mask.METHODS; default: smp-s")
     parser.add_argument("--sparsity", type=float, help="share of the prunable weights removed, in [0, 1); default 0.5")
     parser.add_argument("--seed", type=int, default=0, help="of batches and dropout (0)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/ and the settings")
-    parser.add_argument("--lr", type=float, help="highest learning rate; default: 2e-2 for scores, 3e-5 for weights")
+    parser.add_argument("--lr", type=float, help="highest learning rate of the scores; default: the method's")
+    parser.add_argument("--weight-lr", type=float, default=3e-5, help="the same of weights that train (3e-5)")
+    parser.add_argument("--warmup", type=float, default=0.0, help="share of the steps in which both rise (0)")
     parser.add_argument("--schedule", choices=("cubic", "linear"), help="of the density; default: linear for RoBERTa")
-    parser.add_argument("--head", choices=("words", "classifier"), default="words", help="default: label words")
+    parser.add_argument("--head", choices=("words", "classifier"), help="label words, or a fresh linear layer")
     parser.add_argument("--teacher", type=Path, metavar="RUN_DIR", help="a finished --method finetune to learn from")
-    parser.add_argument("--penalty", type=float, default=400.0, help="lambda of the regularizer at the end (400)")
+    parser.add_argument("--penalty", type=float, help="lambda of the regularizer at the end; default: the method's")
+    parser.add_argument("--temperature", type=float, help="p of SMP-S; default: 4 when most weights stay, else 1")
     add_common_arguments(parser)
     parser.add_argument("--epochs", type=float, help="passes over the training set")
     parser.add_argument("--steps", type=int, help="train for so many steps, whatever --epochs says")
@@ -72,8 +75,10 @@ def parse_args(argv=None):
     parser.add_argument("--compile", action="store_true", help="let torch.compile fuse the kernels of a step")
     parser.add_argument("--eager", action="store_true", help="on CUDA: launch each kernel of a step, record no graphs")
     args = parser.parse_args(argv)
-    if args.method == "finetune" and args.sparsity:
-        parser.error("--sparsity: finetune removes nothing; leave it away, or choose another --method")
+    if args.sparsity and not METHODS[args.method].masking:
+        parser.error(f"--sparsity: {args.method} removes nothing; leave it away, or choose another --method")
+    if args.lr and not METHODS[args.method].learns_scores:
+        parser.error(f"--lr: {args.method} learns no scores; its weights have --weight-lr")
     fill_defaults(args)
     check_ranges(args, parser.error)
     return args
@@ -84,11 +89,12 @@ def fill_defaults(args):
     for name in ("model", "epochs", "batch", "length", "ramp", "evals"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(TASKS[args.task], name))
-    dense = args.method == "finetune"
+    row = METHODS[args.method]
+    for name, value in (("lr", row.score_lr), ("penalty", row.penalty), ("head", row.head)):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.sparsity is None:
-        args.sparsity = 0.0 if dense else 0.5
-    if args.lr is None:
-        args.lr = WEIGHT_LR if dense else 2e-2
+        args.sparsity = 0.5 if row.masking else 0.0
     if args.out is None:
         parts = [args.task, Path(args.model).name, args.method, f"{args.sparsity:g}"]
         parts += ["classifier"] * (args.head == "classifier") + ["taught"] * bool(args.teacher)
@@ -102,14 +108,16 @@ def check_ranges(args, error):
         error(f"--sparsity is the share of weights removed, in [0, 1); got {args.sparsity}")
     if not 0 <= args.ramp <= 1:
         error(f"--ramp is a share of the steps, in [0, 1]; got {args.ramp}")
+    if not 0 <= args.warmup < 1:
+        error(f"--warmup is a share of the steps, in [0, 1); got {args.warmup}")
     if not 0 <= args.penalty < math.inf:
         error(f"--penalty must be at least 0; got {args.penalty}")
     if not 0 <= args.seed < 2**63:
         error(f"--seed must be at least 0 and less than 2^63; got {args.seed}")
-    for name in ("lr", "epochs", "steps", "batch", "evals", "accumulate"):
+    for name in ("lr", "weight_lr", "temperature", "epochs", "steps", "batch", "evals", "accumulate"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            error(f"--{name} must be greater than 0; got {value}")
+            error(f"--{name.replace('_', '-')} must be greater than 0; got {value}")
 
 
 def check_run_folder(folder):
@@ -158,7 +166,7 @@ def loop(args, losses, train, dev, device, total, log):
     Raises FloatingPointError when the loss, or at an evaluation a score or weight, is not finite.
     """
     final, ramp, learner = 1 - args.sparsity, round(args.ramp * total), losses.learner
-    optimizer = learner.optimizer(args.lr, WEIGHT_LR if learner.masks else args.lr)
+    optimizer, warmup = learner.optimizer(args.lr, args.weight_lr), round(args.warmup * total)
     run = make_run(losses, args.compile, args.eager)
     metrics, power = TASKS[args.task].metrics, {"cubic": 3, "linear": 1}[args.schedule]
     schedule = [(density_at(t, ramp, final, power), penalty_at(t, total, args.penalty)) for t in range(total + 1)]
@@ -170,7 +178,8 @@ def loop(args, losses, train, dev, device, total, log):
     bar = tqdm(batches, f"{args.task} {args.method}", total, dynamic_ncols=True, disable=parallel.RANK > 0)
     with closing(bar):
         for step, parts in enumerate(bar):
-            recent.append(train_step(run, optimizer, parts, schedule_there[step], step, total))
+            rate = rate_at(step, total, warmup)
+            recent.append(train_step(run, optimizer, parts, schedule_there[step], step, rate))
             done = step + 1
             if done % LOG_EVERY == 0 or done in eval_steps:
                 density, penalty = schedule[step]
@@ -208,7 +217,10 @@ def summarize(args, result, path):
     print(f"best   dev {show(best['dev'])} at step {best['step']}, chosen on dev (as papers report)")
     if "kept" in result:
         print(f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}")
-        print(f"frozen weights are bit-identical to those of {args.model} (fingerprint {result['fingerprint'][:12]})")
+        if abs(result["reached"] - result["density"]) > 1e-3:
+            print(f"cut to that by score: training by itself had come to density {result['reached']:.4f}")
+        if not METHODS[args.method].trains_weights:
+            print(f"frozen weights are bit-identical to those of {args.model} ({result['fingerprint'][:12]})")
     print(f"saved  {path} ({path.stat().st_size / 1e6:.1f} MB) after {result['seconds']:.0f} s")
     look = shlex.join(["python", "eval.py", str(args.out)])
     pair = ' --pair "..."' if len(TASKS[args.task].text) == 2 else ""
@@ -236,29 +248,39 @@ def finish(args, learner, model, fingerprint, evaluations, seconds, command):
     result = {
         "task": args.task, "model": args.model, "method": args.method, "sparsity": args.sparsity, "seed": args.seed,
         "steps": evaluations[-1]["step"], "batch": args.batch, "length": args.length, "lr": args.lr, "ramp": args.ramp,
+        "weight_lr": args.weight_lr, "warmup": args.warmup, "temperature": args.temperature,
         "penalty": args.penalty, "schedule": args.schedule, "head": args.head,
         "teacher": args.teacher and str(args.teacher), "data_dir": args.data_dir, "fingerprint": fingerprint,
         "device": parameter.device.type, "dtype": dtype_name(parameter.dtype),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "command": command,
         "words": TASKS[args.task].words, "final": evaluations[-1]["dev"], "sha256": {},
         "best": max(on_target, key=lambda e: e["dev"][TASKS[args.task].metrics[0]]),
-        "seconds": round(seconds, 1), "density": 1.0,
+        "seconds": round(seconds, 1), "density": 1.0, "stored_bits": 0,
+        "stored_numbers": sum(p.numel() for p in learner.weights),
     }  # fmt: skip
-    trained = save({published(n, model.config.model_type): w.detach().cpu() for n, w in learner.trained.items()})
-    if learner.trained:
-        path = args.out / ("head.safetensors" if learner.masks else "model.safetensors")
-        data.write_whole(path, trained)
-        result["sha256"] = {path.name: hashlib.sha256(trained).hexdigest()}
+    trained, row = learner.trained, METHODS[args.method]
     if learner.masks:
         masks, path = learner.masks.exact(density), args.out / "mask.safetensors"
         kept, prunable = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
         result |= {"density": kept / prunable, "kept": kept, "prunable": prunable}
-        data.write_whole(path, pack_masks(masks, result))
-        if not frozen_unchanged(args, model, learner, folder):
+        result |= {"reached": learner.masks.reached(density), "stored_bits": prunable}
+        result["stored_numbers"] += kept if row.trains_weights else 0
+        if row.trains_weights:
+            trained = trained | learner.masks.baked(density, torch.float32)
+        elif not frozen_unchanged(args, model, learner, folder):
             raise ValueError(f"the frozen weights no longer equal those of {folder}; the run counts as unfinished")
-    else:
+    if trained:
+        weights = args.out / ("model.safetensors" if row.trains_weights else "head.safetensors")
+        content = save({published(n, model.config.model_type): w.detach().cpu() for n, w in trained.items()})
+        data.write_whole(weights, content)
+        result["sha256"] = {weights.name: hashlib.sha256(content).hexdigest()}
+    if row.trains_weights:
         for name in ("config.json", "tokenizer.json"):
             data.write_whole(args.out / name, (folder / name).read_bytes())
+    if learner.masks:
+        data.write_whole(path, pack_masks(masks, result))
+    else:
+        path = weights
     data.write_whole(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     return result, path
 
@@ -274,7 +296,8 @@ def main(argv=None):
             model, teacher, train, dev = prepare(args)
     fingerprint = model.fingerprint()
     args.schedule = args.schedule or {"bert": "cubic", "roberta": "linear"}[model.config.model_type]
-    learner = make_learner(model.to(device).requires_grad_(False), args.method, 1 - args.sparsity, dtype)
+    model.to(device).requires_grad_(False)
+    learner = make_learner(model, args.method, 1 - args.sparsity, dtype, args.temperature)
     losses = Losses(model, learner, teacher and teacher.to(device, dtype))
     total = args.steps or math.ceil(args.epochs * math.ceil(len(train) / args.batch))
     sizes = " + ".join(str(len(examples)) for examples in dev.values())

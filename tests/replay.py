@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import mask
 from mask import Masks, density_at, penalty_at
 from model import Encoder, load_model
-from step import Learner, Losses, make_run, train_step
+from step import Learner, Losses, make_run, rate_at, train_step
 
 BOUNDS = {
     "dense_logits": 1e-4, "density": 1e-6, "penalty": 1e-6, "ce": 1e-3, "regularizer": 1e-3,
@@ -74,7 +74,7 @@ def replay_method(folder, batches, labels, method):
             gap = layers - torch.tensor(expected["layer_density"]).clamp(max=1.0)
             worst["layer_density"] = max(worst["layer_density"], gap.abs().max().item())
         parts = [(torch.stack([b[rows] for b in batches]), labels[rows], 1.0)]
-        ce, regularizer = train_step(run, adam, parts, torch.tensor([density, penalty]), t, total)
+        ce, regularizer = train_step(run, adam, parts, torch.tensor([density, penalty]), t, rate_at(t, total))
         measured |= {"regularizer": regularizer.item(), "ce": ce.item()}
         for quantity, value in measured.items():
             worst[quantity] = max(worst[quantity], abs(value - expected[quantity]))

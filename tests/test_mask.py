@@ -8,7 +8,8 @@ import torch
 from safetensors.numpy import save_file
 
 import mask
-from mask import Masks, density_at, load_masks, pack_masks, penalty_at, proportional_densities, whole_counts
+from mask import Masks, density_at, penalty_at, proportional_densities, whole_counts
+from maskfile import load_masks, pack_masks
 
 
 def groups(layers=3, out=5, inp=7, seed=0):

@@ -40,7 +40,7 @@ def learn(folder, glue, parts):
     batches = data.training_batches(examples, 10, TOTAL, 0, "cpu", parallel.RANK, parallel.PROCESSES, parts)
     for t, batch in enumerate(batches):
         schedule = torch.tensor([density_at(t, 9, 0.5), penalty_at(t, TOTAL)])
-        both = step.train_step(run, adam, batch, schedule, t, TOTAL)
+        both = step.train_step(run, adam, batch, schedule, t, step.rate_at(t, TOTAL))
     parallel.check_equal(learner.parameters())
     return learner.masks.exact(0.5), parallel.mean(both)
 

@@ -19,6 +19,7 @@ from test_model import roberta_name
 import data
 import eval as eval_
 import mask
+import maskfile
 import step
 import train
 from eval import accuracy, correlation, f1, spearman
@@ -80,7 +81,7 @@ def test_a_run_from_end_to_end(run, capsys, method):
 def load_masks(folder, result):
     model = train.load_model(result["model"], [5, 6])
     shapes = {n: w.shape for ws in model.prunable().values() for n, w in ws.items()}
-    masks, metadata = mask.load_masks(folder / "mask.safetensors", shapes)
+    masks, metadata = maskfile.load_masks(folder / "mask.safetensors", shapes)
     assert metadata == result and result["fingerprint"] == model.fingerprint()
     return masks
 
@@ -90,7 +91,7 @@ def mask_groups(folder):
 
 
 def test_finetune_learns_and_stands_on_its_own(run, capsys, tmp_path):
-    folder, result = run("--method", "finetune", "--lr", 5e-3, "--seed", 1, steps=120)
+    folder, result = run("--method", "finetune", "--weight-lr", 5e-3, "--seed", 1, steps=120)
     assert result["final"]["accuracy"] == 1.0 and result["density"] == 1.0
     files = ["config.json", "log.jsonl", "model.safetensors", "result.json", "tokenizer.json"]
     assert sorted(p.name for p in folder.iterdir()) == files
@@ -171,7 +172,7 @@ def test_distillation_loss_by_hand():
 
 
 def test_a_teacher_is_asked_and_stays_as_it_is(run, monkeypatch, capsys):
-    dense, _ = run("--method", "finetune", "--lr", 5e-3, out="dense", steps=20)
+    dense, _ = run("--method", "finetune", "--weight-lr", 5e-3, out="dense", steps=20)
     before = (dense / "model.safetensors").read_bytes()
     asked, loss = [], step.task_loss
 
@@ -227,10 +228,10 @@ def test_adam_of_the_reference_code_by_hand():
     g = p * 1e-7
     go = step.make_run(step.Losses(model, learner))
     parts, schedule = [(torch.tensor([[[1e-7]]]), torch.tensor([1]), 1.0)], torch.tensor([1.0, 0.0])
-    step.train_step(go, adam, parts, schedule, 0, 10)
+    step.train_step(go, adam, parts, schedule, 0, step.rate_at(0, 10))
     expected = 0.02 * math.sqrt(0.001) / 0.1 * 0.1 * g / (math.sqrt(0.001) * g + 1e-8)
     assert masks.scores["g"].item() == pytest.approx(-expected, rel=1e-3)
-    step.train_step(go, adam, parts, schedule, 9, 10)
+    step.train_step(go, adam, parts, schedule, 9, step.rate_at(9, 10))
     assert adam.param_groups[0]["lr"] == pytest.approx(0.002)
 
 
@@ -254,7 +255,7 @@ def test_regression_and_predictions_for_the_server(run, glue, tmp_path, capsys):
         content = "\n".join(["index\tsentence1\tsentence2\tscore", *rows])
         (glue / "STS-B" / f"{split}.tsv").write_text(content)
     (glue / "STS-B" / "test.tsv").write_text("index\tsentence1\tsentence2\n0\ta film\tgood\n1\ta film\tbad\n")
-    folder, result = run("--task", "stsb", "--method", "finetune", "--lr", 0.01, steps=30)
+    folder, result = run("--task", "stsb", "--method", "finetune", "--weight-lr", 0.01, steps=30)
     assert result["final"].keys() == {"pearson", "spearman"} and result["final"]["pearson"] > 0.2
     eval_.main([str(folder), "--predict"])
     assert "STS-B.tsv: 2 predictions" in capsys.readouterr().out
@@ -382,10 +383,10 @@ def test_an_infinite_regularizer_is_noticed(run, tmp_path, fails, glue, monkeypa
     assert "the loss is" in fails(train.main, argv)
 
 
-@pytest.mark.parametrize("method", ["smp-s", "finetune"])
-def test_a_last_step_that_is_not_finite(run, tmp_path, fails, glue, method):
+@pytest.mark.parametrize(("method", "rate"), [("smp-s", "--lr"), ("finetune", "--weight-lr")])
+def test_a_last_step_that_is_not_finite(run, tmp_path, fails, glue, method, rate):
     argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--steps", 1, "--length", 16]
-    assert "not finite" in fails(train.main, [*argv, "--method", method, "--lr", 1e39, "--device", "cpu"])
+    assert "not finite" in fails(train.main, [*argv, "--method", method, rate, 1e39, "--device", "cpu"])
     assert not (tmp_path / "r" / "result.json").exists()
 
 
@@ -509,7 +510,7 @@ def test_the_dense_reference_is_named_with_the_flags_of_the_run():
 
 
 def test_dense_training_starts_from_unrounded_weights(run):
-    folder, _ = run("--method", "finetune", "--dtype", "bfloat16", "--lr", 1e-12, steps=1)
+    folder, _ = run("--method", "finetune", "--dtype", "bfloat16", "--weight-lr", 1e-12, steps=1)
     old, new = load_file(run.model / "model.safetensors"), load_file(folder / "model.safetensors")
     assert all(torch.allclose(old[n], new[n], atol=1e-7) for n in old)
 

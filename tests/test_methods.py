@@ -1,0 +1,148 @@
+"""The methods that SMP is compared with: masks and gradients by hand, and each from end to end on a tiny model."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eval as eval_
+import train
+from mask import METHODS, Masks, hard_concrete
+
+WEIGHTS = [[3.0, -1.0], [0.5, -2.0]]
+
+
+def one(method, density=0.5, scores=None, weights=WEIGHTS):
+    """Masks of a single 2 x 2 matrix."""
+    masks = Masks({"g": {"w": torch.tensor(weights)}}, method, density)
+    if scores is not None:
+        masks.learnt["g"].data = torch.tensor([scores])
+    return masks
+
+
+def step(masks, density=0.5):
+    """Loss: the sum of 10 w', 20 w', 30 w', 40 w' -> (masked weights, gradients of scores and weights or None)."""
+    weights, _ = masks(density)
+    (weights["w"] * torch.tensor([[10.0, 20.0], [30.0, 40.0]])).sum().backward()
+    grads = [getattr(p["g"], "grad", None) if p else None for p in (masks.learnt, masks.weights)]
+    return weights["w"].tolist(), *(None if g is None else g[0].tolist() for g in grads)
+
+
+def test_movement_trains_only_the_weights_that_it_keeps_and_all_scores():
+    weights, scores, of_weights = step(one("movement", scores=[[0.1, 0.4], [0.3, 0.2]]))
+    assert weights == [[0.0, -1.0], [0.5, 0.0]]
+    assert scores == [[30.0, -20.0], [15.0, -80.0]]  # dL/dW' * W, everywhere
+    assert of_weights == [[0.0, 20.0], [30.0, 0.0]]  # dL/dW' * M
+
+
+def test_magnitude_keeps_the_largest_weights_as_they_are_now():
+    masks = one("magnitude")
+    weights, scores, of_weights = step(masks)
+    assert weights == [[3.0, 0.0], [0.0, -2.0]] and scores is None and of_weights == [[10.0, 0.0], [0.0, 40.0]]
+    masks.weights["g"].data[0, 0, 0] = 0.1
+    assert masks.exact(0.5)["w"].tolist() == [[False, True], [False, True]]
+
+
+def test_a_random_mask_stays_and_shrinks_into_itself():
+    masks = Masks({"g": {"w": torch.randn(20, 20)}}, "random", 0.1)
+    many, few = masks.exact(0.5)["w"], masks.exact(0.1)["w"]
+    assert few.sum() == 40 and (many & few).equal(few) and masks.exact(0.1)["w"].equal(few)
+    assert [name for name, _ in masks.named_parameters()] == ["weights.g"]
+
+
+def test_thresholds_keep_what_is_above_and_are_cut_by_score():
+    masks = one("soft-movement", scores=[[-3.0, -2.0], [0.0, 5.0]])  # sigmoid: .047 .119 .5 .993; tau = 0.1
+    weights, scores, of_weights = step(masks)
+    assert weights == [[0.0, -1.0], [0.5, -2.0]] and of_weights == [[0.0, 20.0], [30.0, 40.0]]
+    assert masks.reached(0.5) == 0.75 and masks.exact(0.5)["w"].tolist() == [[False, False], [True, True]]
+    weights, scores, of_weights = step(one("smp-t", scores=[[-3.0, -2.0], [0.0, 5.0]]))
+    assert scores == [[30.0, -20.0], [15.0, -80.0]] and of_weights is None
+
+
+def test_global_ranking_puts_all_matrices_together():
+    groups = {g: {f"{g}{i}": torch.ones(2, 2) for i in range(2)} for g in "ab"}
+    masks = Masks(groups, "smp-g", 0.5)
+    masks.learnt["a"].data = torch.tensor([[[9.0, 8.0], [7.0, 6.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    masks.learnt["b"].data = torch.tensor([[[5.0, 1.0], [1.0, 2.0]], [[3.0, 4.0], [0.0, -1.0]]])
+    exact = masks.exact(0.5)
+    assert exact["a0"].all() and not exact["a1"].any()
+    assert exact["b0"].tolist() == [[True, False], [False, True]] and exact["b1"].tolist() == [
+        [True, True],
+        [False, False],
+    ]
+
+
+def test_hard_concrete_gates_by_formula(monkeypatch):
+    """Louizos et al. 2018: s = sigmoid((log u - log(1 - u) + log alpha) / beta), stretched to (-0.1, 1.1) and cut."""
+    alpha, u = [-2.0, 0.3, 4.0], [0.5, 0.2, 0.9]
+    monkeypatch.setattr(torch, "rand_like", lambda _: torch.tensor(u))
+    noisy = hard_concrete(torch.tensor(alpha), noise=True).tolist()
+    still = hard_concrete(torch.tensor(alpha), noise=False).tolist()
+    for a, v, found, median in zip(alpha, u, noisy, still, strict=True):
+        s = 1 / (1 + math.exp(-(math.log(v) - math.log(1 - v) + a) / (2 / 3)))
+        assert found == pytest.approx(min(1, max(0, 1.2 * s - 0.1)), abs=1e-5)
+        assert median == pytest.approx(min(1, max(0, 1.2 / (1 + math.exp(-a)) - 0.1)), abs=1e-6)
+
+
+def test_l0_counts_the_chance_of_an_open_gate_and_learns_through_it():
+    masks = one("l0", scores=[[-1.0, 0.0], [1.0, 2.0]])
+    _, regularizer = masks(0.5)
+    with torch.no_grad():
+        drawn = hard_concrete(masks.learnt["g"].repeat(20_000, 1, 1), noise=True)
+    assert regularizer.item() == pytest.approx((drawn > 0).float().mean().item(), abs=0.01)
+    weights, scores, of_weights = step(masks)
+    z = (torch.tensor(weights) / torch.tensor(WEIGHTS)).tolist()
+    assert np.allclose(of_weights, np.array([[10, 20], [30, 40]]) * z, atol=1e-4)
+    inside = [[0 < gate < 1 for gate in row] for row in z]
+    assert [[g != 0 for g in row] for row in scores] == inside  # a gate that is fully open or shut gets no gradient
+    median = np.clip(1.2 / (1 + np.exp([1.0, 0.0, -1.0, -2.0])) - 0.1, 0, 1).reshape(2, 2)
+    assert np.allclose(masks.baked(0.5)["w"], WEIGHTS * median * [[0, 0], [1, 1]], atol=1e-5)
+
+
+def test_temperature_can_be_set():
+    assert (
+        one("smp-s").temperature == 1
+        and Masks({"g": {"w": torch.ones(2, 2)}}, "smp-s", 0.5, temperature=3).temperature == 3
+    )
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.masking])
+def test_every_method_reaches_its_density_and_can_be_evaluated(make_model, glue, tmp_path, capsys, method):
+    model, out = make_model(), tmp_path / "run"
+    argv = ["--model", model, "--data-dir", glue, "--out", out, "--steps", 20, "--batch", 8, "--length", 16]
+    argv += ["--sparsity", 0.6, "--method", method, "--device", "cpu", "--evals", 2, "--warmup", 0.1]
+    train.main([str(a) for a in argv])
+    result = json.loads((out / "result.json").read_text())
+    prunable = 2 * (4 * 256 + 2 * 384)
+    assert abs(result["kept"] - 0.4 * prunable) < 12 and result["density"] == result["kept"] / prunable  # whole weights
+    files = {"log.jsonl", "mask.safetensors", "result.json"}
+    before = load_file(model / "model.safetensors")
+    if METHODS[method].trains_weights:
+        files |= {"model.safetensors", "config.json", "tokenizer.json"}
+        after = load_file(out / "model.safetensors")
+        groups = {n for n in before if n.endswith("weight") and ".layer." in n and "Norm" not in n}
+        assert len(groups) == 12 and sum(int((after[n] != 0).sum()) for n in groups) <= result["kept"]
+        assert all((after[n] != before[n]).any() for n in before)
+        assert result["stored_numbers"] == sum(t.numel() for t in before.values()) - prunable + result["kept"]
+    else:
+        assert result["stored_numbers"] == 0
+    assert {p.name for p in out.iterdir()} == files and result["stored_bits"] == prunable
+    capsys.readouterr()
+    eval_.main([str(out)])
+    shown = capsys.readouterr().out
+    assert f"accuracy {result['final']['accuracy']:.4f}; training reported" in shown and "layer 1" in shown
+
+
+def test_what_a_method_does_not_have_is_refused(fails):
+    assert "--lr: magnitude learns no scores" in fails(train.main, ["--method", "magnitude", "--lr", "1"])
+    assert "--sparsity: finetune removes nothing" in fails(train.main, ["--method", "finetune", "--sparsity", "0.5"])
+    assert "--weight-lr must be greater than 0" in fails(train.main, ["--weight-lr", "-1"])
+    assert "--warmup is a share of the steps" in fails(train.main, ["--warmup", "1"])
+
+
+def test_learning_rates_rise_and_fall():
+    assert [train.rate_at(t, 10, 4) for t in (0, 2, 4, 7, 10)] == [0, 0.5, 1, 0.5, 0]
+    assert [train.rate_at(t, 10) for t in (0, 5)] == [1, 0.5]
