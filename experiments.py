@@ -1,0 +1,219 @@
+"""Lists of runs, one command that makes the missing ones, and one that shows them as a table.
+
+What it is: every run behind the README's comparisons, as the arguments of train.py; results are one JSON line a run in
+results/LIST.jsonl, known by their command. What it is not: it trains nothing itself. Sources: Jiang et al., ACL 2023,
+tables 1 to 3, for what is compared.
+
+    python experiments.py run tuning --at-once 4 --seconds 1500
+    python experiments.py table main
+"""
+
+import itertools
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+from data import TASKS
+from eval import Parser, one_line_errors
+
+# Steps of MiniLM's runs, the same for all methods of a task: about a third of the paper's for bert-base.
+STEPS = {"rte": 3120, "mrpc": 3450, "cola": 3216, "stsb": 3600, "sst2": 3159, "movies": 1196}
+SEEDS = {task: range(3 if task == "sst2" else 5) for task in STEPS}
+SPARSITIES = (0.5, 0.9)
+COMPARED = ("magnitude", "movement", "soft-movement", "smp-l", "smp-s")
+
+# What tuning found for a method, or for a method at a sparsity: see the list `tuning`.
+TUNED = {}
+
+
+def run(task, method, sparsity=None, seed=0, **flags):
+    """The arguments of a run as one line, by which it is known."""
+    given = {
+        "task": task,
+        "model": "minilm",
+        "method": method,
+        "sparsity": sparsity,
+        "steps": STEPS[task],
+        "seed": seed,
+    }
+    given |= TUNED.get(method, {}) | TUNED.get((method, sparsity), {}) | flags
+    return shlex.join(f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None)
+
+
+def compared():
+    for task in STEPS:
+        for seed in SEEDS[task]:
+            yield run(task, "finetune", seed=seed)
+            for method, sparsity in itertools.product(COMPARED, SPARSITIES):
+                yield run(task, method, sparsity, seed)
+
+
+def ablations():
+    """Without the regularizer, with a fresh head, ranked together or by threshold; two tasks, three seeds."""
+    for task, seed, sparsity in itertools.product(("mrpc", "sst2"), range(3), SPARSITIES):
+        for method in ("smp-s", "smp-l"):
+            yield run(task, method, sparsity, seed, penalty=0)
+            yield run(task, method, sparsity, seed, head="classifier")
+        for method in ("smp-g", "smp-t", "l0", "random"):
+            yield run(task, method, sparsity, seed)
+
+
+def tuning():
+    """Of each method its own knobs, on MRPC, one seed."""
+    weights = list(itertools.product((3e-5, 1e-4, 3e-4), (0, 0.1)))
+    for weight_lr, warmup in weights:
+        yield run("mrpc", "finetune", weight_lr=weight_lr, warmup=warmup)
+    for sparsity in SPARSITIES:
+        for weight_lr, warmup in weights:
+            yield run("mrpc", "magnitude", sparsity, weight_lr=weight_lr, warmup=warmup)
+            for lr in (1e-3, 1e-2):
+                yield run("mrpc", "movement", sparsity, weight_lr=weight_lr, warmup=warmup, lr=lr)
+        for weight_lr, penalty in itertools.product((3e-5, 1e-4), (10, 50, 100, 400)):
+            yield run("mrpc", "soft-movement", sparsity, weight_lr=weight_lr, penalty=penalty)
+        for lr, penalty in itertools.product((1e-2, 2e-2, 4e-2), (100, 400)):
+            yield run("mrpc", "smp-s", sparsity, lr=lr, penalty=penalty)
+
+
+LISTS = {"main": compared, "ablations": ablations, "tuning": tuning}
+KEPT = (
+    "task method sparsity seed steps batch lr weight_lr warmup penalty schedule head final best density reached kept "
+    "prunable stored_numbers stored_bits seconds device dtype versions"
+).split()
+
+
+def read_lines(path):
+    """Results of a list's file. Raises ValueError that names the line that is none."""
+    lines = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else (), 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path}:{number} is not a line of JSON; delete it") from None
+    return lines
+
+
+def commit():
+    """The short hash of the code's commit, with a + if the tree has changes; "" outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    return found.stdout.strip() + "+" * bool(changed.stdout.strip())
+
+
+def make_run(arguments, machine, seconds):
+    """Run train.py -> the result's line as a dict. Raises ValueError with what train.py said last if it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        command = [
+            sys.executable,
+            Path(__file__).with_name("train.py"),
+            *shlex.split(arguments),
+            *machine,
+            "--out",
+            out,
+        ]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        if ended.returncode:
+            raise ValueError(ended.stderr.strip().splitlines()[-1] if ended.stderr.strip() else "no word from train.py")
+        result = json.loads((out / "result.json").read_text("utf-8"))
+    return {"command": f"python train.py {arguments}"} | {key: result[key] for key in KEPT if key in result}
+
+
+def make_missing(name, folder, at_once, seconds, machine):
+    """Make the runs of a list that its file lacks, several at a time, until the time is over."""
+    path, lock, deadline = folder / f"{name}.jsonl", Lock(), time.time() + seconds
+    done = {line["command"] for line in read_lines(path)}
+    missing = [arguments for arguments in dict.fromkeys(LISTS[name]()) if f"python train.py {arguments}" not in done]
+    where = {"commit": commit(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    where["at_once"] = at_once
+    print(f"{len(done)} runs are in {path}, {len(missing)} are missing", flush=True)
+
+    def work(arguments):
+        left = deadline - time.time()
+        if left < 1:
+            return
+        try:
+            line = make_run(arguments, machine, left)
+        except (ValueError, subprocess.TimeoutExpired) as error:
+            print(
+                f"{arguments}: {'out of time' if isinstance(error, subprocess.TimeoutExpired) else error}", flush=True
+            )
+            return
+        with lock, open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line | where) + "\n")
+        print(f"{arguments}: {line['final']}", flush=True)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(work, missing))
+
+
+def kind(line):
+    """What a table's row stands for: a command without its task and seed."""
+    words = shlex.split(line["command"].removeprefix("python train.py "))
+    dropped = ("--task=", "--model=", "--seed=", "--steps=")
+    return " ".join(word.removeprefix("--method=") for word in words if not word.startswith(dropped))
+
+
+def cell(lines, which):
+    """Mean and standard deviation over seeds of a task's first metric, in percent; then the number of seeds."""
+    metric = TASKS[lines[0]["task"]].metrics[0]
+    values = [100 * (line["best"]["dev"] if which == "best" else line["final"])[metric] for line in lines]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread} ({len(values)})"
+
+
+def table(lines, which="final"):
+    """Markdown: a row for every method with its flags, a column for every task, what is stored, minutes a run."""
+    kinds, tasks = dict.fromkeys(map(kind, lines)), [t for t in TASKS if any(line["task"] == t for line in lines)]
+    rows = [["method", *tasks, "numbers stored", "bits stored", "density reached", "minutes"]]
+    rows.append(["---"] * len(rows[0]))
+    for wanted in kinds:
+        mine = [line for line in lines if kind(line) == wanted]
+        by_task = [[line for line in mine if line["task"] == task] for task in tasks]
+        row = [wanted, *(cell(some, which) if some else "" for some in by_task)]
+        row += [
+            f"{statistics.mean(line[key] for line in mine) / 1e6:.1f} M" for key in ("stored_numbers", "stored_bits")
+        ]
+        reached = [line.get("reached", line["density"]) for line in mine]
+        row += [
+            f"{min(reached):.2f} to {max(reached):.2f}" if max(reached) - min(reached) > 0.01 else f"{reached[0]:.2f}"
+        ]
+        rows.append([*row, f"{statistics.mean(line['seconds'] for line in mine) / 60:.1f}"])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main(argv=None):
+    parser = Parser(description="Make the missing runs of a list, or show a list as a table.")
+    parser.add_argument("do", choices=("run", "table"))
+    parser.add_argument("list", choices=LISTS)
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), metavar="FOLDER")
+    parser.add_argument("--at-once", type=int, default=1, help="runs at a time (1)")
+    parser.add_argument(
+        "--seconds", type=float, default=1e6, help="begin no run after so long, and stop those under way"
+    )
+    parser.add_argument("--best", action="store_true", help="table: the best evaluation on dev in place of the last")
+    parser.add_argument("--data-dir", metavar="FOLDER", help="run: as in train.py")
+    parser.add_argument("--model", metavar="FOLDER", help="run: where minilm stands on this machine")
+    args = parser.parse_args(argv)
+    machine = [
+        f"--{name.replace('_', '-')}={value}" for name in ("data_dir", "model") if (value := getattr(args, name))
+    ]
+    with one_line_errors(ValueError, OSError):
+        if args.do == "run":
+            make_missing(args.list, args.results, args.at_once, args.seconds, machine)
+        else:
+            print(table(read_lines(args.results / f"{args.list}.jsonl"), "best" if args.best else "final"))
+
+
+if __name__ == "__main__":
+    main()
