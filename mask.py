@@ -200,6 +200,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, scores, mask):
+        mask = mask.to(weight.dtype)  # a product of two dtypes is far slower
         ctx.save_for_backward(weight, mask if ctx.needs_input_grad[0] else None)
         return weight * mask
 
