@@ -19,9 +19,11 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import data
+import fetch
 import parallel
 import squad
-from data import TASKS, encode, load_tokenizer, write_whole
+from data import TASKS, encode, load_tokenizer
+from fetch import write_whole
 from mask import apply_masks
 from maskfile import load_masks
 from model import load_config, load_model, read_weights
@@ -230,11 +232,11 @@ def load_run(run, model_name=None):
     result = read_result(run)
     task, length, head = TASKS[result["task"]], int(result["length"]), result["head"]
     for name, digest in result["sha256"].items():
-        data.check_digest(run / name, "sha256", digest, run / name)
+        fetch.check_digest(run / name, "sha256", digest, run / name)
     own = "model.safetensors" in result["sha256"]  # its weights were trained
     if own and model_name:
         raise ValueError(f"--model: {run} holds its own weights, which were trained; leave the flag away")
-    folder = run if own else data.model_folder(model_name or result["model"])
+    folder = run if own else fetch.model_folder(model_name or result["model"])
     model, tokenizer = load_backbone(folder, task, length, head, fresh=not own)
     if not own and model.fingerprint() != result["fingerprint"]:
         raise ValueError(f"--model: the weights in {folder} are not those that {run} was trained on")

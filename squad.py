@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
+import fetch
 
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
 STRIDE = 128  # tokens that neighbouring windows share
@@ -116,8 +117,8 @@ def load_split(name, split, data_dir, tokenizer):
     task, path = data.TASKS[name], data.split_path(name, split, data_dir)
     if not path.exists():
         url = f"{os.environ.get('SQUAD_URL') or URL}/{split}.json"
-        with data.fetched(url, path, f"put it at {path} by hand, or name its folder's parent with --data-dir") as part:
-            data.check_digest(part, "md5", dict(zip((task.train, *task.dev), task.md5, strict=True))[split], url)
+        with fetch.fetched(url, path, f"put it at {path} by hand, or name its folder's parent with --data-dir") as part:
+            fetch.check_digest(part, "md5", dict(zip((task.train, *task.dev), task.md5, strict=True))[split], url)
             part.replace(path)
     questions, notes = read_squad(path)
     for note in notes:
@@ -187,7 +188,7 @@ def main(argv=None):
             path = args.folder / "squad" / f"{name}-v1.1.json"
             if path.exists():
                 raise ValueError(f"{path} is there already; delete it or name another folder")
-            data.write_whole(path, json.dumps({"version": "1.1", "data": part}, ensure_ascii=False).encode())
+            fetch.write_whole(path, json.dumps({"version": "1.1", "data": part}, ensure_ascii=False).encode())
             print(f"{path}: {len(part)} articles")
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.exit(2, f"error: {error}\n")

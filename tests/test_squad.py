@@ -11,6 +11,7 @@ from conftest import write_tokenizer
 
 import data
 import eval as eval_
+import fetch
 import squad
 import step
 import train
@@ -198,7 +199,7 @@ def test_download_is_checked(server, tokenizer, monkeypatch):
     files["/squad/dev-v1.1.json"] = content[:-1]
     with pytest.raises(ValueError, match="dev-v1.1.json: md5"):
         squad.load_split("squad", "dev-v1.1", None, tokenizer)
-    assert not list(data.CACHE.rglob("*.json"))
+    assert not list(fetch.CACHE.rglob("*.json"))
     files["/squad/dev-v1.1.json"] = content
     assert len(squad.load_split("squad", "dev-v1.1", None, tokenizer).questions) == 1
     files.clear()
