@@ -7,6 +7,7 @@ writes nothing but what --predict asks for. Sources: Wang et al., GLUE (ICLR 201
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from data import TASKS, encode, load_tokenizer
 from fetch import write_whole
 from mask import apply_masks
 from maskfile import load_masks
-from model import load_config, load_model, read_weights
+from model import load_config, load_model
 
 EVAL_BATCH = 64  # one size everywhere: another would round differently
 
@@ -212,24 +213,41 @@ def read_result(run):
         raise ValueError(f"{run} holds {state} run: there is no {path}")
     try:
         result = json.loads(path.read_text("utf-8"))
-        if [result["task"] in TASKS, *(key in result for key in NEEDED)].count(False):
-            raise KeyError
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not the result of a run of this train.py") from None
-    if result["words"] != TASKS[result["task"]].words:
-        raise ValueError(f"{run} was trained with the label words {result['words']}, which TASKS no longer has")
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return checked(result, path)
+
+
+NEEDED = {
+    "task": str, "method": str, "model": str, "head": str, "words": dict, "length": int, "device": str, "dtype": str,
+    "final": dict, "fingerprint": str, "tokenizer": str, "sha256": dict,
+}  # fmt: skip
+
+
+def checked(result, path):
+    """The description of a run, if it is one and can be evaluated. Raises ValueError if not."""
+    if not isinstance(result, dict) or not all(isinstance(result.get(key), kind) for key, kind in NEEDED.items()):
+        raise ValueError(f"{path} is not the result of a run of this train.py")
+    if result["task"] not in TASKS or result["words"] != TASKS[result["task"]].words:
+        raise ValueError(f"{path}: TASKS has no task {result['task']} with the label words {result['words']}")
     return result
 
 
-NEEDED = "method model head words length data_dir device dtype final fingerprint sha256".split()  # of result.json
+def tokenizer_digest(folder):
+    """sha256 of a model folder's tokenizer.json: what ties a mask to its tokenizer."""
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
 
 
 def load_run(run, model_name=None):
-    """A finished run's folder -> (result dict, Bert, tokenizer, masks {name: bool}, or {} for a fine-tuned run).
+    """A finished run's folder, or a mask file -> (its result, Bert, tokenizer, masks {name: bool}, or {} of finetune).
 
     Raises ValueError that says what is missing or does not fit.
     """
-    result = read_result(run)
+    alone = run.is_file()
+    mask_file = run if alone else run / "mask.safetensors"
+    result = checked(load_masks(run)[2], run) if alone else read_result(run)
+    if alone and result["sha256"]:
+        raise ValueError(f"{run}: the weights of this run were trained as well; name its folder, which holds them")
     task, length, head = TASKS[result["task"]], int(result["length"]), result["head"]
     for name, digest in result["sha256"].items():
         fetch.check_digest(run / name, "sha256", digest, run / name)
@@ -240,14 +258,19 @@ def load_run(run, model_name=None):
     model, tokenizer = load_backbone(folder, task, length, head, fresh=not own)
     if not own and model.fingerprint() != result["fingerprint"]:
         raise ValueError(f"--model: the weights in {folder} are not those that {run} was trained on")
+    if tokenizer_digest(folder) != result["tokenizer"]:
+        raise ValueError(f"--model: the tokenizer in {folder} is not the one that {run} was trained with")
     if "kept" not in result:
         return result, model, tokenizer, {}
-    shapes = {n: w.shape for weights in model.prunable().values() for n, w in weights.items()}
-    masks, described = load_masks(run / "mask.safetensors", shapes)
+    masks, head_weights, described = load_masks(mask_file)
     if described != result:
         raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
-    if head == "classifier" and not own:
-        model.load_state_dict(read_weights(run / "head.safetensors"), strict=False)
+    expected = {n: w.shape for weights in model.prunable().values() for n, w in weights.items()}
+    expected_head = {n: p.shape for n, p in model.named_parameters() if n.startswith("classifier.") and not own}
+    for wanted, found in ((expected, masks), (expected_head, head_weights)):
+        if wanted != {name: tensor.shape for name, tensor in found.items()}:
+            raise ValueError(f"{mask_file} was made for a backbone of another shape")
+    model.load_state_dict(head_weights, strict=False)
     return result, model, tokenizer, masks
 
 
@@ -283,7 +306,7 @@ def write_predictions(model, weights, task, split, examples, path, device):
 
 def main(argv=None):
     parser = Parser(description="Evaluate a finished run and show its mask.")
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="what train.py --out wrote, below runs/ by default")
+    parser.add_argument("run", type=Path, metavar="RUN", help="what train.py --out wrote, or a mask file out of it")
     parser.add_argument("--text", help="classify this sentence (squad: answer this question) instead")
     parser.add_argument("--pair", help="the second sentence of tasks on pairs (squad: the paragraph)")
     parser.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
@@ -309,7 +332,7 @@ def main(argv=None):
             if not task.test:
                 raise ValueError(f"--predict: {result['task']} has no test split")
             for split in task.test:
-                path = args.run / f"{task.folder}{SUBMISSION[split]}.tsv"
+                path = (args.run if args.run.is_dir() else args.run.parent) / f"{task.folder}{SUBMISSION[split]}.tsv"
                 examples = load_split(result["task"], split, data_dir, tokenizer)
                 write_predictions(model, weights, task, split, examples, path, device)
                 print(f"{path}: {len(examples)} predictions")

@@ -37,6 +37,7 @@ from eval import (
     one_line_errors,
     read_result,
     show,
+    tokenizer_digest,
 )
 from mask import METHODS, density_at, penalty_at
 from maskfile import pack_masks
@@ -256,7 +257,7 @@ def finish(args, learner, model, fingerprint, evaluations, seconds, command):
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "command": command,
         "words": TASKS[args.task].words, "final": evaluations[-1]["dev"], "sha256": {},
         "best": max(on_target, key=lambda e: e["dev"][TASKS[args.task].metrics[0]]),
-        "seconds": round(seconds, 1), "density": 1.0, "stored_bits": 0,
+        "seconds": round(seconds, 1), "density": 1.0, "stored_bits": 0, "tokenizer": tokenizer_digest(folder),
         "stored_numbers": sum(p.numel() for p in learner.weights),
     }  # fmt: skip
     trained, row = learner.trained, METHODS[args.method]
@@ -266,22 +267,21 @@ def finish(args, learner, model, fingerprint, evaluations, seconds, command):
         result |= {"density": kept / prunable, "kept": kept, "prunable": prunable}
         result |= {"reached": learner.masks.reached(density), "stored_bits": prunable}
         result["stored_numbers"] += kept if row.trains_weights else 0
-        if row.trains_weights:
-            trained = trained | learner.masks.baked(density, torch.float32)
-        elif not frozen_unchanged(args, model, learner, folder):
+        groups = learner.masks.names.items()
+        result["densities"] = {group: [masks[n].float().mean().item() for n in names] for group, names in groups}
+        if not row.trains_weights and not frozen_unchanged(args, model, learner, folder):
             raise ValueError(f"the frozen weights no longer equal those of {folder}; the run counts as unfinished")
-    if trained:
-        weights = args.out / ("model.safetensors" if row.trains_weights else "head.safetensors")
-        content = save({published(n, model.config.model_type): w.detach().cpu() for n, w in trained.items()})
-        fetch.write_whole(weights, content)
-        result["sha256"] = {weights.name: hashlib.sha256(content).hexdigest()}
     if row.trains_weights:
+        trained |= learner.masks.baked(density, torch.float32) if learner.masks else {}
+        content = save({published(n, model.config.model_type): w.detach().cpu() for n, w in trained.items()})
+        result["sha256"] = {"model.safetensors": hashlib.sha256(content).hexdigest()}
+        fetch.write_whole(args.out / "model.safetensors", content)
         for name in ("config.json", "tokenizer.json"):
             fetch.write_whole(args.out / name, (folder / name).read_bytes())
     if learner.masks:
-        fetch.write_whole(path, pack_masks(masks, result))
+        fetch.write_whole(path, pack_masks(masks, result, {} if row.trains_weights else trained))
     else:
-        path = weights
+        path = args.out / "model.safetensors"
     fetch.write_whole(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     return result, path
 

@@ -5,11 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 
 import mask
 from mask import Masks, density_at, penalty_at, proportional_densities, whole_counts
-from maskfile import load_masks, pack_masks
 
 
 def groups(layers=3, out=5, inp=7, seed=0):
@@ -161,39 +159,6 @@ def test_start_keeps_everything_and_changes_nothing():
     weights, r = masks(density_at(0, 10, 0.5))
     assert all(weights[n].equal(w) for ws in given.values() for n, w in ws.items())
     assert r.item() == 0.5
-
-
-def make_file(path):
-    masks = with_scores(Masks(groups(), "smp-s", 0.5)).exact(0.5)
-    path.write_bytes(pack_masks(masks, {"task": "movies", "sparsity": 0.5}))
-    return masks, {n: m.shape for n, m in masks.items()}
-
-
-def test_mask_file_round_trip_at_one_bit_a_weight(tmp_path):
-    masks, shapes = make_file(tmp_path / "m")
-    loaded, run = load_masks(tmp_path / "m", shapes)
-    assert run == {"task": "movies", "sparsity": 0.5}
-    assert loaded.keys() == masks.keys() and all(loaded[n].equal(m) for n, m in masks.items())
-    big = {"w": torch.ones(1000, 800, dtype=torch.bool)}
-    assert len(pack_masks(big, {})) < 100_000 + 300
-
-
-def test_mask_file_refused(tmp_path):
-    path = tmp_path / "m"
-    _, shapes = make_file(path)
-    whole = path.read_bytes()
-    for cut in (0, 4, 100, len(whole) - 1):
-        path.write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match="not a whole safetensors file"):
-            load_masks(path, shapes)
-    path.write_bytes(whole)
-    with pytest.raises(ValueError, match="another shape"):
-        load_masks(path, shapes | {"q0": (7, 5)})
-    with pytest.raises(ValueError, match="another shape"):
-        load_masks(path, {n: s for n, s in shapes.items() if n != "q0"})
-    save_file({"a": np.zeros(3, np.uint8)}, path)
-    with pytest.raises(ValueError, match="not a mask file"):
-        load_masks(path, shapes)
 
 
 def test_kth_largest_of_nothing_is_infinite():

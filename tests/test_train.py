@@ -80,9 +80,8 @@ def test_a_run_from_end_to_end(run, capsys, method):
 
 def load_masks(folder, result):
     model = train.load_model(result["model"], [5, 6])
-    shapes = {n: w.shape for ws in model.prunable().values() for n, w in ws.items()}
-    masks, metadata = maskfile.load_masks(folder / "mask.safetensors", shapes)
-    assert metadata == result and result["fingerprint"] == model.fingerprint()
+    masks, head, metadata = maskfile.load_masks(folder / "mask.safetensors")
+    assert not head and metadata == result and result["fingerprint"] == model.fingerprint()
     return masks
 
 
@@ -126,7 +125,7 @@ def test_a_fresh_classifier_beside_a_mask(make_model, glue, tmp_path, capsys, po
     train.main([str(a) for a in [*argv, "--device", "cpu"]])
     result = json.loads((out / "result.json").read_text())
     assert "bit-identical" in capsys.readouterr().out
-    head = load_file(out / "head.safetensors")
+    _, head, _ = maskfile.load_masks(out / "mask.safetensors")
     assert {n: tuple(t.shape) for n, t in head.items()} == {"classifier.weight": (2, 16), "classifier.bias": (2,)}
     assert 0 < head["classifier.bias"].abs().max() < 1e-3  # it moved, at 3e-5 a step
     loaded = eval_.load_run(out)[1]
@@ -197,9 +196,10 @@ def test_teachers_that_cannot_teach_are_refused(run, fails, make_model, glue, tm
     assert "must be fine-tuned" in fails(train.main, [*argv, "--teacher", pruned])
     dense, _ = run("--method", "finetune", out="dense", steps=2)
     assert "was trained on movies, not on rte" in fails(train.main, [*argv, "--task", "rte", "--teacher", dense])
-    tokenizer = (dense / "tokenizer.json").read_text()
-    (dense / "tokenizer.json").write_text(tokenizer.replace('"fun"', '"joy"'))
-    assert "another vocabulary" in fails(train.main, [*argv, "--teacher", dense])
+    other = make_model("other")
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"fun"', '"joy"'))
+    foreign, _ = run("--method", "finetune", "--model", other, out="foreign", steps=2)
+    assert "another vocabulary" in fails(train.main, [*argv, "--teacher", foreign])
     (dense / "model.safetensors").unlink()
     assert "model.safetensors" in fails(train.main, [*argv, "--teacher", dense])
     assert "holds no finished run" in fails(train.main, [*argv, "--teacher", tmp_path])
@@ -390,13 +390,26 @@ def test_a_last_step_that_is_not_finite(run, tmp_path, fails, glue, method, rate
     assert not (tmp_path / "r" / "result.json").exists()
 
 
-def test_a_head_of_another_run_is_noticed(make_model, glue, tmp_path, fails):
-    model = make_model()
-    argv = ["--model", model, "--data-dir", glue, "--steps", 2, "--length", 16, "--head", "classifier"]
-    for seed in (0, 1):
-        train.main([str(a) for a in [*argv, "--seed", seed, "--out", tmp_path / f"r{seed}", "--device", "cpu"]])
-    shutil.copy(tmp_path / "r1" / "head.safetensors", tmp_path / "r0")
-    assert "head.safetensors: sha256" in fails(eval_.main, [tmp_path / "r0"])
+@pytest.mark.parametrize("head", ["words", "classifier"])
+def test_a_mask_file_needs_nothing_but_its_backbone(run, fails, make_model, tmp_path, capsys, head):
+    folder, result = run("--head", head)
+    (tmp_path / "elsewhere").mkdir()
+    alone = shutil.move(folder / "mask.safetensors", tmp_path / "elsewhere" / "good films.mask")
+    shutil.rmtree(folder)
+    capsys.readouterr()
+    eval_.main([str(alone)])
+    assert f"accuracy {result['final']['accuracy']:.4f}; training reported" in capsys.readouterr().out
+    assert [len(v) for v in result["densities"].values()] == [2] * 6
+    other = make_model("other", tensors=bert_tensors(CONFIG, seed=9))
+    assert "are not those that" in fails(eval_.main, [alone, "--model", other])
+    spoken = make_model("spoken")
+    (spoken / "tokenizer.json").write_text((spoken / "tokenizer.json").read_text() + " ")
+    assert "the tokenizer in" in fails(eval_.main, [alone, "--model", spoken])
+
+
+def test_a_mask_is_not_all_of_a_run_whose_weights_trained(run, fails):
+    folder, _ = run("--method", "movement", steps=2)
+    assert "name its folder" in fails(eval_.main, [folder / "mask.safetensors"])
 
 
 def test_a_classifier_is_fresh_whatever_the_model_brings(make_model):
@@ -457,8 +470,10 @@ def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
     (folder / "mask.safetensors").write_bytes(ours[:-1])
     assert "not a whole safetensors file" in fails(eval_.main, [folder])
     (folder / "result.json").write_text(json.dumps(result | {"words": {"0": "bad", "1": "good"}}))
-    assert "was trained with the label words" in fails(eval_.main, [folder])
-    for broken in ({}, {k: result[k] for k in ("task", "method", "model")}, result | {"task": "x"}, []):
+    assert "TASKS has no task movies with the label words" in fails(eval_.main, [folder])
+    (folder / "result.json").write_text(json.dumps(result | {"task": "x"}))
+    assert "TASKS has no task x" in fails(eval_.main, [folder])
+    for broken in ({}, {k: result[k] for k in ("task", "method", "model")}, result | {"sha256": None}, []):
         (folder / "result.json").write_text(json.dumps(broken))
         assert "is not the result of a run" in fails(eval_.main, [folder])
     dense, _ = run("--method", "finetune", out="dense", steps=2)
