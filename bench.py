@@ -28,16 +28,18 @@ DENSITY = 0.5
 
 def parse_args(argv=None):
     parser = Parser(description="Time one training step and its parts.")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--hidden", type=int, default=384, help="width; heads of 64, or 32 below 768; intermediate 4x")
-    parser.add_argument("--batch", type=int, default=32, help="examples a step, over all processes")
-    parser.add_argument("--length", type=int, default=64, help="tokens an example")
+    parser.add_argument("--layers", type=int, default=6, help="(6)")
+    parser.add_argument(
+        "--hidden", type=int, default=384, help="width (384); heads of 64, or 32 below 768; intermediate 4x"
+    )
+    parser.add_argument("--batch", type=int, default=32, help="examples a step, over all processes (32)")
+    parser.add_argument("--length", type=int, default=64, help="tokens an example (64)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each kind (20)")
     parser.add_argument("--method", choices=[name for name, row in METHODS.items() if row.masking], default="smp-s")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--compile", action="store_true", help="as in train.py")
-    parser.add_argument("--eager", action="store_true", help="as in train.py; times the parts of a step as well")
+    parser.add_argument("--eager", action="store_true", help="as in train.py; so parts of a step can be timed")
     parser.add_argument("--inference", action="store_true", help="time evaluation with baked weights instead")
     args = parser.parse_args(argv)
     for name in ("layers", "hidden", "batch", "length", "steps"):
@@ -201,9 +203,10 @@ def main(argv=None):
         parallel.start(device)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
         print(f"{name}, {dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.PROCESSES} process(es)")
-        launched = "eager" if args.eager or args.inference or device.type != "cuda" else "recorded as CUDA graphs"
+        launched = "" if args.eager or args.inference or device.type != "cuda" else ", recorded as CUDA graphs"
         launched += ", compiled" * args.compile
-        print(f"{args.layers} layers of {args.hidden}, batch {args.batch}, length {args.length}, {launched}")
+        print(f"{args.layers} layers of {args.hidden}, batch {args.batch}, length {args.length}{launched}")
+        print("medians, in brackets the fastest and the slowest; parts are timed alone and overlap")
         found = (time_inference if args.inference else time_training)(args, device, dtype)
     settings = {k: v for k, v in vars(args).items() if k not in ("device", "dtype")}
     versions = {"torch": torch.__version__, "python": platform.python_version()}

@@ -165,7 +165,7 @@ def add_common_arguments(parser):
     parser.add_argument("--model", metavar="NAME|FOLDER", help="minilm, bert-base-uncased, roberta-base, or a folder")
     parser.add_argument("--data-dir", metavar="FOLDER", help="a folder in GLUE's layout; default: download")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 if native, or as trained")
 
 
 def dtype_name(dtype):
@@ -210,7 +210,7 @@ def read_result(run):
     path = run / "result.json"
     if not path.exists():
         state = "an interrupted or still running" if (run / "log.jsonl").exists() else "no finished"
-        raise ValueError(f"{run} holds {state} run: there is no {path}")
+        raise ValueError(f"{run} holds {state} run: there is no {path}; run its train.py command to the end")
     try:
         result = json.loads(path.read_text("utf-8"))
     except ValueError as error:

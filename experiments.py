@@ -195,12 +195,12 @@ def table(lines, which="final"):
 def main(argv=None):
     parser = Parser(description="Make the missing runs of a list, or show a list as a table.")
     parser.add_argument("do", choices=("run", "table"))
-    parser.add_argument("list", choices=LISTS)
-    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), metavar="FOLDER")
+    sizes = ", ".join(f"{name} ({len(dict.fromkeys(make()))} runs)" for name, make in LISTS.items())
+    parser.add_argument("list", choices=LISTS, help=sizes)
+    folder = Path(__file__).with_name("results")
+    parser.add_argument("--results", type=Path, default=folder, metavar="FOLDER", help="of LIST.jsonl (results)")
     parser.add_argument("--at-once", type=int, default=1, help="runs at a time (1)")
-    parser.add_argument(
-        "--seconds", type=float, default=1e6, help="begin no run after so long, and stop those under way"
-    )
+    parser.add_argument("--seconds", type=float, default=1e6, help="stop after so long; finished runs are kept")
     parser.add_argument("--best", action="store_true", help="table: the best evaluation on dev in place of the last")
     parser.add_argument("--data-dir", metavar="FOLDER", help="run: as in train.py")
     parser.add_argument("--model", metavar="FOLDER", help="run: where minilm stands on this machine")
@@ -212,7 +212,10 @@ def main(argv=None):
         if args.do == "run":
             make_missing(args.list, args.results, args.at_once, args.seconds, machine)
         else:
-            print(table(read_lines(args.results / f"{args.list}.jsonl"), "best" if args.best else "final"))
+            path = args.results / f"{args.list}.jsonl"
+            if not (lines := read_lines(path)):
+                raise ValueError(f"{path} has no results; make them with: python experiments.py run {args.list}")
+            print(table(lines, "best" if args.best else "final"))
 
 
 if __name__ == "__main__":

@@ -176,8 +176,8 @@ def score(logits, windows):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Split a SQuAD file by articles into a training and a dev file.")
-    parser.add_argument("file", type=Path)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("file", type=Path, help="a SQuAD v1.1 file")
+    parser.add_argument("folder", type=Path, help="for --data-dir; gets squad/{train,dev}-v1.1.json")
     parser.add_argument("--dev", type=int, default=8, help="articles in the dev part, the last of the file (8)")
     args = parser.parse_args(argv)
     try:

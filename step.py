@@ -10,6 +10,7 @@ not: it reads no files, knows no task, and leaves schedules and batches to its c
 """
 
 import math
+import warnings
 from contextlib import nullcontext
 from functools import partial
 
@@ -204,7 +205,8 @@ def make_run(losses, compiled=False, eager=False):
         for layer in losses.model.bert.encoder["layer"]:
             layer.compile(dynamic=True)
     if parallel.PROCESSES > 1:
-        with torch.cuda.stream(stream) if stream else nullcontext():  # where it will be used
+        with torch.cuda.stream(stream) if stream else nullcontext(), warnings.catch_warnings():  # where it will be used
+            warnings.simplefilter("ignore", FutureWarning)  # of torch 2.13: it renames the last argument
             losses = DistributedDataParallel(losses, gradient_as_bucket_view=True, broadcast_buffers=False)
     return Recorded(losses, stream) if stream else partial(backward, losses)
 

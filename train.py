@@ -223,7 +223,9 @@ def summarize(args, result, path):
             print(f"cut to that by score: training by itself had come to density {result['reached']:.4f}")
         if not METHODS[args.method].trains_weights:
             print(f"frozen weights are bit-identical to those of {args.model} ({result['fingerprint'][:12]})")
-    print(f"saved  {path} ({path.stat().st_size / 1e6:.1f} MB) after {result['seconds']:.0f} s")
+    saved = [path, *(args.out / name for name in result["sha256"] if args.out / name != path)]
+    sizes = " and ".join(f"{file} ({file.stat().st_size / 1e6:.1f} MB)" for file in saved)
+    print(f"saved  {sizes} after {result['seconds']:.0f} s")
     look = shlex.join(["python", "eval.py", str(args.out)])
     pair = ' --pair "..."' if len(TASKS[args.task].text) == 2 else ""
     print(f'next   {look}\n       {look} --text "..."{pair}')
