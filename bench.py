@@ -18,7 +18,8 @@ import torch
 from torch.func import functional_call
 
 import parallel
-from eval import EVAL_BATCH, Parser, choose_device, dtype_name, one_line_errors
+from data import Part
+from eval import Parser, choose_device, dtype_name, one_line_errors
 from mask import METHODS, mean_sigmoid
 from model import Bert, Config
 from step import Losses, make_learner, make_run, train_step
@@ -35,7 +36,9 @@ def parse_args(argv=None):
     parser.add_argument("--batch", type=int, default=32, help="examples a step, over all processes (32)")
     parser.add_argument("--length", type=int, default=64, help="tokens an example (64)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each kind (20)")
-    parser.add_argument("--method", choices=[name for name, row in METHODS.items() if row.masking], default="smp-s")
+    parser.add_argument(
+        "--method", choices=[m for m, row in METHODS.items() if row.masking and not row.trains_weights], default="smp-s"
+    )
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--compile", action="store_true", help="as in train.py")
@@ -47,6 +50,8 @@ def parse_args(argv=None):
             parser.error(f"--{name} must be at least 1")
     if args.hidden % 64 or args.length > 512 or args.batch % parallel.PROCESSES:
         parser.error("--hidden must be a multiple of 64, --length at most 512, --batch a multiple of the processes")
+    if args.inference and args.compile:
+        parser.error("--inference: evaluation is not compiled; leave --compile away")
     return args
 
 
@@ -119,7 +124,7 @@ def time_steps(args, method, device, dtype):
         scores.data.normal_(0, 0.1)
     run, adam = make_run(Losses(model, learner), args.compile, args.eager), learner.optimizer(1e-5, 1e-5)
     schedule = torch.tensor([DENSITY, 10.0], device=device)
-    parts = [(*make_batch(args, device), 1.0)]
+    parts = [Part(*make_batch(args, device))]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = timed(lambda: train_step(run, adam, parts, schedule, step=5), device, args.steps)
@@ -128,7 +133,7 @@ def time_steps(args, method, device, dtype):
 
 def time_parts(args, device, model, learner, adam, batch):
     """{part: milliseconds of each call}, each alone and launched by hand; so their sum is more than a step."""
-    masks, (inputs, labels, _) = learner.masks, batch
+    masks, (inputs, labels, *_) = learner.masks, batch
     density = torch.tensor(DENSITY, device=device)
     free = lambda work: torch.no_grad()(work)  # noqa: E731
     weights = {name: w.detach().requires_grad_() for name, w in masks(density)[0].items()}
@@ -185,7 +190,6 @@ def time_training(args, device, dtype):
 @torch.inference_mode()
 def time_inference(args, device, dtype):
     """Evaluation with baked weights: examples a second at this length."""
-    args.batch = EVAL_BATCH
     model = make_model(args).to(device).eval()
     weights = make_learner(model, args.method, DENSITY, dtype).baked(DENSITY)
     inputs = tuple(make_batch(args, device)[0])

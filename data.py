@@ -6,12 +6,13 @@ Sources: Wang et al., GLUE (ICLR 2019).
 
     tokenizer = load_tokenizer(fetch.model_folder("minilm"), length=64)
     train = load_split("movies", "train", None, tokenizer)
-    for [((input_ids, token_type_ids, attention_mask), labels, share)] in training_batches(train, 32, 600, seed=0): ...
+    for [((input_ids, token_type_ids, attention_mask), labels, *_)] in training_batches(train, 32, 600, seed=0): ...
 """
 
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -275,6 +276,15 @@ def padding(examples, size):
     return 1 - lengths.sum() / sum(len(rows) * padded(lengths[rows].max(), examples.limit) for rows in batches)
 
 
+class Part(NamedTuple):
+    """What is computed at once. Parts of one kind have the same shape and share, in each of the processes."""
+
+    inputs: torch.Tensor  # [3, B, S]
+    labels: torch.Tensor  # [B], or [B, 2]
+    share: float = 1.0
+    kind: tuple = ()
+
+
 def split_batch(rows, rank, processes, parts):
     """The rows of one process -> `parts` of about equal size, each with its share.
 
@@ -288,11 +298,14 @@ def split_batch(rows, rank, processes, parts):
 def training_batches(examples, size, steps, seed, device="cpu", rank=0, processes=1, parts=1):
     """`steps` batches over as many epochs as that takes, each epoch's order fixed by (seed, epoch).
 
-    Each is a list of parts (inputs [3, B, S], labels, share), see collate and split_batch, of one width S.
+    Each is a list of Parts of one width S, see collate and split_batch.
     """
     epochs = (batch_rows(examples, size, np.random.default_rng([seed, epoch])) for epoch in count())
     batches = islice((batch for epoch in epochs for batch in epoch), steps)
     for batch in batches:
         width = padded(max(len(examples.ids[r]) for r in batch), examples.limit)
         split = split_batch(batch, rank, processes, parts)
-        yield [(*collate(examples, rows, device, width), share) for rows, share in split]
+        yield [
+            Part(*collate(examples, rows, device, width), share, (len(batch), width, number))
+            for number, (rows, share) in enumerate(split)
+        ]

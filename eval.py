@@ -120,6 +120,8 @@ def one_line_errors(*kinds):
     try:
         yield
     except kinds as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = "the device's memory is full; try --accumulate 2, a smaller --batch or --length, or another device"
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -134,7 +136,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message):
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, None if parallel.RANK else f"error: {message} (see {self.prog} --help)\n")
 
 
 def choose_device(device=None, dtype=None):
@@ -314,6 +316,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.pair is not None and args.text is None:
         parser.error("--pair needs --text")
+    if parallel.PROCESSES > 1:
+        parser.error("eval.py is one process: start it with python, not with torchrun")
     with one_line_errors(ValueError, OSError):
         result, model, tokenizer, masks = load_run(args.run, args.model)
         task = TASKS[result["task"]]

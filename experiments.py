@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -35,7 +36,7 @@ COMPARED = ("magnitude", "movement", "soft-movement", "smp-l", "smp-s")
 TUNED = {}
 
 
-def run(task, method, sparsity=None, seed=0, **flags):
+def run(task, method, sparsity=None, seed=0, tuned=True, **flags):
     """The arguments of a run as one line, by which it is known."""
     given = {
         "task": task,
@@ -45,7 +46,8 @@ def run(task, method, sparsity=None, seed=0, **flags):
         "steps": STEPS[task],
         "seed": seed,
     }
-    given |= TUNED.get(method, {}) | TUNED.get((method, sparsity), {}) | flags
+    found = TUNED.get(method, {}) | TUNED.get((method, sparsity), {}) if tuned else {}
+    given |= dict(sorted((found | flags).items()))
     return shlex.join(f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None)
 
 
@@ -69,18 +71,19 @@ def ablations():
 
 def tuning():
     """Of each method its own knobs, on MRPC, one seed."""
+    untuned = partial(run, tuned=False)
     weights = list(itertools.product((3e-5, 1e-4, 3e-4), (0, 0.1)))
     for weight_lr, warmup in weights:
-        yield run("mrpc", "finetune", weight_lr=weight_lr, warmup=warmup)
+        yield untuned("mrpc", "finetune", weight_lr=weight_lr, warmup=warmup)
     for sparsity in SPARSITIES:
         for weight_lr, warmup in weights:
-            yield run("mrpc", "magnitude", sparsity, weight_lr=weight_lr, warmup=warmup)
+            yield untuned("mrpc", "magnitude", sparsity, weight_lr=weight_lr, warmup=warmup)
             for lr in (1e-3, 1e-2):
-                yield run("mrpc", "movement", sparsity, weight_lr=weight_lr, warmup=warmup, lr=lr)
+                yield untuned("mrpc", "movement", sparsity, weight_lr=weight_lr, warmup=warmup, lr=lr)
         for weight_lr, penalty in itertools.product((3e-5, 1e-4), (10, 50, 100, 400)):
-            yield run("mrpc", "soft-movement", sparsity, weight_lr=weight_lr, penalty=penalty)
+            yield untuned("mrpc", "soft-movement", sparsity, weight_lr=weight_lr, penalty=penalty)
         for lr, penalty in itertools.product((1e-2, 2e-2, 4e-2), (100, 400)):
-            yield run("mrpc", "smp-s", sparsity, lr=lr, penalty=penalty)
+            yield untuned("mrpc", "smp-s", sparsity, lr=lr, penalty=penalty)
 
 
 LISTS = {"main": compared, "ablations": ablations, "tuning": tuning}
@@ -96,16 +99,21 @@ def read_lines(path):
     for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else (), 1):
         try:
             lines.append(json.loads(line))
-        except ValueError:
-            raise ValueError(f"{path}:{number} is not a line of JSON; delete it") from None
+            if not {"command", "task", "final", "best", "density", "seconds"} <= lines[-1].keys():
+                raise ValueError
+        except (ValueError, AttributeError):
+            raise ValueError(f"{path}:{number} is not the result of a run; delete that line") from None
     return lines
 
 
 def commit():
     """The short hash of the code's commit, with a + if the tree has changes; "" outside git."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
     return found.stdout.strip() + "+" * bool(changed.stdout.strip())
 
 
@@ -123,7 +131,8 @@ def make_run(arguments, machine, seconds):
         ]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
         if ended.returncode:
-            raise ValueError(ended.stderr.strip().splitlines()[-1] if ended.stderr.strip() else "no word from train.py")
+            said = [line for line in ended.stderr.splitlines() if "rror" in line]
+            raise ValueError(said[-1] if said else f"train.py ended with status {ended.returncode}")
         result = json.loads((out / "result.json").read_text("utf-8"))
     return {"command": f"python train.py {arguments}"} | {key: result[key] for key in KEPT if key in result}
 
@@ -138,23 +147,26 @@ def make_missing(name, folder, at_once, seconds, machine):
     print(f"{len(done)} runs are in {path}, {len(missing)} are missing", flush=True)
 
     def work(arguments):
-        left = deadline - time.time()
-        if left < 1:
-            return
+        """Whether the run did not fail; one that the time does not allow is none."""
         try:
+            if (left := deadline - time.time()) < 1:
+                return True
             line = make_run(arguments, machine, left)
-        except (ValueError, subprocess.TimeoutExpired) as error:
-            print(
-                f"{arguments}: {'out of time' if isinstance(error, subprocess.TimeoutExpired) else error}", flush=True
-            )
-            return
-        with lock, open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line | where) + "\n")
-        print(f"{arguments}: {line['final']}", flush=True)
+            with lock, open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line | where) + "\n")
+            said, fine = line["final"], True
+        except subprocess.TimeoutExpired:
+            said, fine = "stopped, out of time", True
+        except ValueError as error:
+            said, fine = error, False
+        print(f"{arguments}: {said}", flush=True)
+        return fine
 
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(work, missing))
+        failed = list(pool.map(work, missing)).count(False)
+    if failed:
+        raise ValueError(f"{failed} runs failed; the same command makes them again")
 
 
 def kind(line):
@@ -205,6 +217,8 @@ def main(argv=None):
     parser.add_argument("--data-dir", metavar="FOLDER", help="run: as in train.py")
     parser.add_argument("--model", metavar="FOLDER", help="run: where minilm stands on this machine")
     args = parser.parse_args(argv)
+    if args.at_once < 1:
+        parser.error("--at-once must be at least 1")
     machine = [
         f"--{name.replace('_', '-')}={value}" for name in ("data_dir", "model") if (value := getattr(args, name))
     ]

@@ -183,10 +183,11 @@ def smp_g(scores, importance, density, exact):
 
 
 def threshold(scores, importance, density, exact, tau=0.1):
-    """Keep where sigmoid(S) > tau, whatever density comes of it; exact: cut to the density asked for, as smp_g."""
-    if exact:
-        return smp_g(scores, importance, density, exact)
-    return {g: torch.sigmoid(s) > tau for g, s in scores.items()}
+    """Keep where sigmoid(S) > tau, whatever density comes of it; exact: of these no more than asked for, as smp_g."""
+    above = {g: torch.sigmoid(s) > tau for g, s in scores.items()}
+    if not exact:
+        return above
+    return {g: mask & above[g] for g, mask in smp_g(scores, importance, density, exact).items()}
 
 
 # --- masked weights ------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature and ends of the stretched in
 
 
 def hard_concrete(scores, noise):
-    """Gates in [0, 1] of log alpha = scores (Louizos et al. 2018, eq. 10 to 13); noise: drawn, else at their median."""
+    """Gates in [0, 1] of log alpha = scores (Louizos et al. 2018), drawn (eq. 10 to 12) or, without noise, eq. 13."""
     if noise:
         u = torch.rand_like(scores).clamp(1e-6, 1 - 1e-6)
         scores = (scores + u.log() - (-u).log1p()) / BETA
@@ -258,7 +259,7 @@ METHODS = {
     "magnitude": Method(smp_l, scores="magnitude", penalty=0.0, trains_weights=True),
     "movement": Method(smp_l, score_lr=1e-2, penalty=0.0, trains_weights=True),
     "soft-movement": Method(threshold, score_lr=1e-2, trains_weights=True),
-    # A gate is open at its median where sigmoid(S) > -gamma / (zeta - gamma), and at all with probability
+    # Without noise a gate is open where sigmoid(S) > -gamma / (zeta - gamma); with it, with probability
     # sigmoid(S - beta log(-gamma / zeta)), which is what the regularizer counts.
     "l0": Method(
         partial(threshold, tau=-GAMMA / (ZETA - GAMMA)), start=2.197, score_lr=1e-2, trains_weights=True,

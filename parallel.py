@@ -40,7 +40,10 @@ def start(device):
 def first_process_first():
     """The others wait until the first has done what follows; so only it downloads."""
     if PROCESSES > 1 and RANK:
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError:  # the first has ended, and said why
+            raise SystemExit(2) from None
     yield
     if PROCESSES > 1 and not RANK:
         dist.barrier()

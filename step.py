@@ -6,7 +6,7 @@ not: it reads no files, knows no task, and leaves schedules and batches to its c
 
     learner = make_learner(model, "smp-s", 0.5, torch.bfloat16)
     run = make_run(Losses(model, learner))
-    loss, regularizer = train_step(run, learner.optimizer(2e-2, 3e-5), [(inputs, labels, 1.0)], schedule, step, rate)
+    loss, regularizer = train_step(run, learner.optimizer(2e-2, 3e-5), [Part(inputs, labels)], schedule, step)
 """
 
 import math
@@ -123,73 +123,75 @@ class Losses(nn.Module):
         return torch.stack([task_loss(logits, labels, taught), regularizer])
 
 
-def backward(losses, inputs, labels, schedule, share=1.0, last=True):
-    """Add the gradients of share * (loss + lambda * regularizer) -> [2]: loss, regularizer, detached.
+def backward(losses, part, schedule, last=True):
+    """Add the gradients of a data.Part, share * (loss + lambda * regularizer) -> [2]: loss, regularizer, detached.
 
     losses: Losses, alone or in DistributedDataParallel, which exchanges gradients only in the last part of a step.
     schedule: tensor [2] of density and lambda, on the device, so that nothing waits for the host.
     """
     alone = last or not isinstance(losses, DistributedDataParallel)
     with nullcontext() if alone else losses.no_sync():
-        both = losses(inputs, labels, schedule[0])
-        (share * (both[0] + schedule[1] * both[1])).backward()
+        both = losses(part.inputs, part.labels, schedule[0])
+        (part.share * (both[0] + schedule[1] * both[1])).backward()
     return both.detach()
 
 
 class Recorded:
-    """`backward`, recorded as one CUDA graph for each shape of batch and then replayed.
+    """`backward`, recorded as one CUDA graph for each kind of data.Part and then replayed.
 
-    Small models are bound by launching a thousand kernels a step; a replay is one launch. Shapes are few, because
-    widths are multiples of 4. All graphs share their memory, since none is needed once its gradients are used.
+    Small models are bound by launching a thousand kernels a step; a replay is one launch. Kinds are few, because widths
+    are multiples of 4. All graphs share their memory, and leave their gradients in the same place. Several processes
+    exchange gradients in every part, and so must record at the same time: that is what a part's kind is for.
     """
 
     def __init__(self, losses, stream):
         self.losses, self.stream, self.graphs = losses, stream, {}
         self.pool = torch.cuda.graph_pool_handle()
         self.parameters = [p for p in losses.parameters() if p.requires_grad]
+        self.gradients = [torch.empty_like(p) for p in self.parameters]
 
-    def __call__(self, inputs, labels, schedule, share=1.0, last=True):
-        key = (*inputs.shape, share)
+    def __call__(self, part, schedule, last=True):
+        key = part.kind or (*part.inputs.shape, part.share)
         if key not in self.graphs:
-            self.graphs[key] = self.record(inputs, labels, schedule, share)
-        graph, arguments, gradients, both = self.graphs[key]
-        for static, given in zip(arguments, (inputs, labels, schedule), strict=True):
-            static.copy_(given)
+            self.graphs[key] = self.record(part, schedule)
+        graph, inputs, labels, its_schedule, both = self.graphs[key]
+        inputs.copy_(part.inputs)
+        labels.copy_(part.labels)
+        its_schedule.copy_(schedule)
         graph.replay()
-        for p, gradient in zip(self.parameters, gradients, strict=True):
+        for p, gradient in zip(self.parameters, self.gradients, strict=True):
             if p.grad is not None:  # of the parts before
                 p.grad = p.grad + gradient
             else:  # the next replay overwrites it
                 p.grad = gradient if last else gradient.clone()
         return both.clone()
 
-    def record(self, *given):
-        """-> (graph, its inputs, its gradients, its losses). Leaves the gradients so far as they are.
-
-        Several processes must record at the same time, for they exchange gradients in it; see data.split_batch.
-        """
-        *arguments, share = (a.clone() if torch.is_tensor(a) else a for a in given)
+    def record(self, part, schedule):
+        """-> (graph, its inputs, labels and schedule, its losses). Leaves the gradients so far as they are."""
+        part, schedule = part._replace(inputs=part.inputs.clone(), labels=part.labels.clone()), schedule.clone()
         before = [p.grad for p in self.parameters]
-        self.set_gradients([None] * len(before))
+        self.set_gradients(None)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # before, libraries choose kernels and workspaces, and DDP its buckets
             for _ in range(2 if self.graphs or parallel.PROCESSES == 1 else 11):
-                backward(self.losses, *arguments, share)
+                backward(self.losses, part, schedule)
         torch.cuda.current_stream().wait_stream(self.stream)
-        self.set_gradients([None] * len(before))
+        self.set_gradients(None)
         graph = torch.cuda.CUDAGraph()
         try:  # thread_local: NCCL's own threads may go on asking for the state of the device
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-                both = backward(self.losses, *arguments, share)
+                both = backward(self.losses, part, schedule)
+                torch._foreach_copy_(self.gradients, [p.grad for p in self.parameters])
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             error.add_note("A step that waits for the host (by .item(), say) cannot be recorded: try --eager.")
             raise
-        gradients = [p.grad for p in self.parameters]
         self.set_gradients(before)
-        return graph, arguments, gradients, both
+        return graph, part.inputs, part.labels, schedule, both
 
     def set_gradients(self, gradients):
-        for p, gradient in zip(self.parameters, gradients, strict=True):
+        for p, gradient in zip(self.parameters, gradients or [None] * len(self.parameters), strict=True):
             p.grad = gradient
 
 
@@ -213,13 +215,13 @@ def make_run(losses, compiled=False, eager=False):
 
 def rate_at(step, total, warmup=0):
     """Share of the highest learning rate at a step: up in `warmup` steps, then down to 0 at total, both linearly."""
-    return step / warmup if step < warmup else (total - step) / (total - warmup)
+    return (step + 1) / (warmup + 1) if step < warmup else (total - step) / (total - warmup)
 
 
 def train_step(run, optimizer, parts, schedule, step, rate=1.0):
     """One step at `rate` times the highest learning rates -> [2]: loss on the task, regularizer, on the device.
 
-    run: see make_run; parts: (inputs, labels, share) each, as data.training_batches has them; step: from 0.
+    run: see make_run; parts: as data.training_batches has them; step: from 0.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["highest_lr"] * rate
@@ -227,8 +229,8 @@ def train_step(run, optimizer, parts, schedule, step, rate=1.0):
         group["eps"] = 1e-8 / math.sqrt(1 - group["betas"][1] ** (step + 1))
     optimizer.zero_grad()
     both = 0.0
-    for number, (inputs, labels, share) in enumerate(parts, 1):
-        both = both + share * run(inputs, labels, schedule, share, last=number == len(parts))
+    for number, part in enumerate(parts, 1):
+        both = both + part.share * run(part, schedule, last=number == len(parts))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()

@@ -79,8 +79,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.sparsity and not METHODS[args.method].masking:
         parser.error(f"--sparsity: {args.method} removes nothing; leave it away, or choose another --method")
-    if args.lr and not METHODS[args.method].learns_scores:
-        parser.error(f"--lr: {args.method} learns no scores; its weights have --weight-lr")
+    for name in ("lr", "penalty", "temperature"):
+        if getattr(args, name) is not None and not METHODS[args.method].learns_scores:
+            parser.error(f"--{name}: {args.method} learns no scores; its weights have --weight-lr")
     fill_defaults(args)
     check_ranges(args, parser.error)
     return args
@@ -92,7 +93,8 @@ def fill_defaults(args):
         if getattr(args, name) is None:
             setattr(args, name, getattr(TASKS[args.task], name))
     row = METHODS[args.method]
-    for name, value in (("lr", row.score_lr), ("penalty", row.penalty), ("head", row.head)):
+    lr = row.score_lr if row.learns_scores else None
+    for name, value in (("lr", lr), ("penalty", row.penalty), ("head", row.head)):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.sparsity is None:
@@ -120,6 +122,10 @@ def check_ranges(args, error):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             error(f"--{name.replace('_', '-')} must be greater than 0; got {value}")
+    if args.accumulate * parallel.PROCESSES > args.batch:
+        error(
+            f"--accumulate: a batch of {args.batch} has no {args.accumulate} parts for {parallel.PROCESSES} process(es)"
+        )
 
 
 def check_run_folder(folder):
@@ -220,7 +226,9 @@ def summarize(args, result, path):
     if "kept" in result:
         print(f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}")
         if abs(result["reached"] - result["density"]) > 1e-3:
-            print(f"cut to that by score: training by itself had come to density {result['reached']:.4f}")
+            print(
+                f"the threshold by itself keeps a share of {result['reached']:.4f}; no more is kept than was asked for"
+            )
         if not METHODS[args.method].trains_weights:
             print(f"frozen weights are bit-identical to those of {args.model} ({result['fingerprint'][:12]})")
     saved = [path, *(args.out / name for name in result["sha256"] if args.out / name != path)]
@@ -237,8 +245,11 @@ def dense_command(args):
     """The command of the dense reference point of a run: the same but for the method."""
     words = ["python", "train.py", "--task", args.task, "--method", "finetune"]
     duration = "steps" if args.steps else "epochs"
-    for name in ("model", "data_dir", "seed", "head", duration, "batch", "length", "evals", "device", "dtype"):
-        if getattr(args, name) not in (None, 0, "words", getattr(TASKS[args.task], name, None)):
+    names = ["model", "data_dir", "seed", "head", duration, "batch", "length", "evals", "device", "dtype", "accumulate"]
+    names += ["weight_lr", "warmup"] * METHODS[args.method].trains_weights
+    defaults = {"seed": 0, "head": "words", "accumulate": 1, "weight_lr": 3e-5, "warmup": 0.0}
+    for name in names:
+        if getattr(args, name) not in (None, defaults.get(name), getattr(TASKS[args.task], name, None)):
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     return shlex.join(words)
 
@@ -310,7 +321,7 @@ def main(argv=None):
     print(f"on {parallel.PROCESSES} x {device} in {dtype_name(dtype)}: {why}")
 
     torch.manual_seed(args.seed * parallel.PROCESSES + parallel.RANK)  # every process has dropout of its own
-    with one_line_errors(OSError, FloatingPointError), log_file(args.out) as log:
+    with one_line_errors(OSError, FloatingPointError, torch.OutOfMemoryError), log_file(args.out) as log:
         evaluations = loop(args, losses, train, dev, device, total, log)
     if not parallel.RANK:
         with one_line_errors(ValueError, OSError):

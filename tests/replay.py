@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import mask
+from data import Part
 from mask import Masks, density_at, penalty_at
 from model import Encoder, load_model
 from step import Learner, Losses, make_run, rate_at, train_step
@@ -73,7 +74,7 @@ def replay_method(folder, batches, labels, method):
             layers = mask.proportional_densities(mask.mean_sigmoid(masks.scores), density).T  # [G, L] -> [L, G]
             gap = layers - torch.tensor(expected["layer_density"]).clamp(max=1.0)
             worst["layer_density"] = max(worst["layer_density"], gap.abs().max().item())
-        parts = [(torch.stack([b[rows] for b in batches]), labels[rows], 1.0)]
+        parts = [Part(torch.stack([b[rows] for b in batches]), labels[rows])]
         ce, regularizer = train_step(run, adam, parts, torch.tensor([density, penalty]), t, rate_at(t, total))
         measured |= {"regularizer": regularizer.item(), "ce": ce.item()}
         for quantity, value in measured.items():

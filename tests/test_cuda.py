@@ -5,6 +5,8 @@ import torch
 
 import mask
 import step
+from data import Part
+from mask import METHODS
 from model import Bert, Config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -22,23 +24,23 @@ def make(method="smp-s", dtype=torch.bfloat16):
 
 def batch(rows, width, share=1.0):
     ids = torch.randint(0, 1000, (rows, width), generator=torch.Generator().manual_seed(width)).cuda()
-    return torch.stack([ids, torch.zeros_like(ids), torch.ones_like(ids)]), ids[:, 0] % 2, share
+    return Part(torch.stack([ids, torch.zeros_like(ids), torch.ones_like(ids)]), ids[:, 0] % 2, share)
 
 
-@pytest.mark.parametrize("method", ["smp-s", "smp-l", "finetune"])
+@pytest.mark.parametrize("method", METHODS)
 def test_no_step_waits_for_the_host(method):
     losses = make(method)
     run, adam = step.make_run(losses, eager=True), losses.learner.optimizer(2e-2, 3e-5)
     schedule, parts = torch.tensor([0.7, 10.0], device="cuda"), [batch(8, 16)]
-    step.train_step(run, adam, parts, schedule, 0, 10)
+    step.train_step(run, adam, parts, schedule, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step.train_step(run, adam, parts, schedule, 1, 10)
+        step.train_step(run, adam, parts, schedule, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("method", ["smp-s", "smp-l", "finetune"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "l0"])  # whose gates are drawn
 def test_recorded_gradients_are_the_gradients(method):
     """Of several shapes in turn, which share their memory, and of a batch in parts."""
     losses = make(method)
@@ -51,13 +53,28 @@ def test_recorded_gradients_are_the_gradients(method):
         for run in (lambda *a, **k: step.backward(losses, *a, **k), recorded):
             for p in parameters:
                 p.grad = None
-            both = [run(*part[:2], schedule, part[2], last=part is parts[-1]) for part in parts]
+            both = [run(part, schedule, last=part is parts[-1]) for part in parts]
             found.append((torch.stack(both), [p.grad.clone() for p in parameters]))
         (both, gradients), (recorded_both, recorded_gradients) = found
         assert torch.allclose(both, recorded_both, rtol=1e-4)
         for g, r in zip(gradients, recorded_gradients, strict=True):
             assert (g - r).norm() <= 1e-2 * g.norm()
     assert len(recorded.graphs) == 5
+
+
+def test_a_replay_draws_new_gates():
+    run, schedule = step.make_run(make("l0")), torch.tensor([0.7, 10.0], device="cuda")
+    assert len({run(batch(8, 16), schedule)[0].item() for _ in range(4)}) == 4
+
+
+def test_graphs_share_their_memory():
+    losses = make()
+    run, schedule, used = step.make_run(losses), torch.tensor([0.7, 10.0], device="cuda"), []
+    for width in range(4, 64, 4):
+        losses.zero_grad()
+        run(batch(8, width), schedule)
+        used.append(torch.cuda.memory_allocated())
+    assert used[-1] - used[1] < sum(4 * p.numel() for p in losses.learner.parameters())  # not a set of gradients each
 
 
 def test_thresholds_without_sorting_are_near_enough():
@@ -75,7 +92,7 @@ def test_compiled_layers_compute_the_same_and_are_not_compiled_for_every_width()
     for width in range(8, 40, 4):
         for losses, run in zip((plain, compiled), runs, strict=True):
             losses.zero_grad()
-            both = run(*batch(8, width)[:2], schedule)
+            both = run(batch(8, width), schedule)
             found.append((both, [p.grad.clone() for p in losses.learner.parameters()]))
         (both, gradients), (compiled_both, compiled_gradients) = found[-2:]
         assert torch.allclose(both, compiled_both, rtol=1e-4)

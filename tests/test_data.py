@@ -137,7 +137,7 @@ def test_every_example_comes_once_an_epoch_in_batches_of_like_length():
 
 def test_training_order_follows_the_seed_and_changes_with_the_epoch():
     def labels(seed, steps=104):
-        return [y.tolist() for [(_, y, _)] in training_batches(examples(), 4, steps, seed)]
+        return [y.tolist() for [(_, y, *_)] in training_batches(examples(), 4, steps, seed)]
 
     assert labels(1) == labels(1) != labels(2)
     assert len(labels(1)) == 104
@@ -339,7 +339,20 @@ def test_processes_and_parts_share_a_batch_without_overlap(processes, parts, siz
 
 
 def test_all_parts_of_a_batch_have_one_width():
-    """Each shape is recorded when it comes first, by all processes at once, as they exchange gradients in it."""
-    ours, theirs = (training_batches(examples(), 4, 51, 0, "cpu", rank, processes=2, parts=2) for rank in (0, 1))
+    ours, theirs = (training_batches(examples(), 5, 51, 0, "cpu", rank, processes=2, parts=2) for rank in (0, 1))
     for parts, other_parts in zip(ours, theirs, strict=True):
-        assert len({inputs.shape[2] for inputs, _, _ in parts + other_parts}) == 1
+        assert len({part.inputs.shape[2] for part in parts + other_parts}) == 1
+
+
+@pytest.mark.parametrize(("size", "processes", "parts"), [(9, 2, 2), (32, 3, 2), (2, 3, 1), (26, 4, 2)])
+def test_all_processes_meet_a_new_kind_of_part_at_the_same_time(size, processes, parts):
+    """A kind is recorded as a graph when it comes first, and gradients are exchanged in that."""
+    kinds, shapes = [], [{} for _ in range(processes)]
+    for rank in range(processes):
+        batches = training_batches(examples(), size, 30, 0, "cpu", rank, processes, parts)
+        kinds.append([part.kind for batch in batches for part in batch])
+        for batch in training_batches(examples(), size, 30, 0, "cpu", rank, processes, parts):
+            for part in batch:
+                what = (part.inputs.shape, part.share)
+                assert shapes[rank].setdefault(part.kind, what) == what  # else a graph would be replayed for another
+    assert all(other == kinds[0] for other in kinds)

@@ -37,14 +37,21 @@ def tiny(monkeypatch, make_model, glue, tmp_path):
             model,
         ]
         experiments.main([str(a) for a in argv])
-        return [json.loads(line) for line in (tmp_path / "results" / "tiny.jsonl").read_text().splitlines()]
+        return read(go.path)
 
+    go.path = tmp_path / "results" / "tiny.jsonl"
     return go, bad
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_missing_runs_are_made_once(tiny, capsys):
     go, bad = tiny
-    (line,) = go()
+    with pytest.raises(SystemExit):
+        go()
+    (line,) = read(go.path)
     out = capsys.readouterr().out
     assert "0 runs are in" in out and "2 are missing" in out and "--temperature must be greater than 0" in out
     assert line["command"].startswith("python train.py --task=movies --model=minilm --method=smp-s --sparsity=0.5")
@@ -79,8 +86,10 @@ def test_a_table_by_hand():
 
 
 def test_a_broken_results_file_is_named(tmp_path, fails):
-    (tmp_path / "main.jsonl").write_text('{"a": 1}\n{"a"')
-    assert "main.jsonl:2 is not a line of JSON" in fails(experiments.main, ["table", "main", "--results", tmp_path])
+    (tmp_path / "main.jsonl").write_text("5\n")
+    assert "main.jsonl:1 is not the result of a run" in fails(
+        experiments.main, ["table", "main", "--results", tmp_path]
+    )
 
 
 def test_lists_have_the_runs_that_are_reported():

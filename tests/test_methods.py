@@ -58,6 +58,7 @@ def test_thresholds_keep_what_is_above_and_are_cut_by_score():
     weights, scores, of_weights = step(masks)
     assert weights == [[0.0, -1.0], [0.5, -2.0]] and of_weights == [[0.0, 20.0], [30.0, 40.0]]
     assert masks.reached(0.5) == 0.75 and masks.exact(0.5)["w"].tolist() == [[False, False], [True, True]]
+    assert masks.exact(1.0)["w"].tolist() == [[False, True], [True, True]]  # cut only, never filled up
     weights, scores, of_weights = step(one("smp-t", scores=[[-3.0, -2.0], [0.0, 5.0]]))
     assert scores == [[30.0, -20.0], [15.0, -80.0]] and of_weights is None
 
@@ -139,10 +140,11 @@ def test_every_method_reaches_its_density_and_can_be_evaluated(make_model, glue,
 def test_what_a_method_does_not_have_is_refused(fails):
     assert "--lr: magnitude learns no scores" in fails(train.main, ["--method", "magnitude", "--lr", "1"])
     assert "--sparsity: finetune removes nothing" in fails(train.main, ["--method", "finetune", "--sparsity", "0.5"])
+    assert "--penalty: random learns no scores" in fails(train.main, ["--method", "random", "--penalty", "1"])
     assert "--weight-lr must be greater than 0" in fails(train.main, ["--weight-lr", "-1"])
     assert "--warmup is a share of the steps" in fails(train.main, ["--warmup", "1"])
 
 
 def test_learning_rates_rise_and_fall():
-    assert [train.rate_at(t, 10, 4) for t in (0, 2, 4, 7, 10)] == [0, 0.5, 1, 0.5, 0]
+    assert [train.rate_at(t, 10, 4) for t in (0, 1, 3, 4, 7, 10)] == [0.2, 0.4, 0.8, 1, 0.5, 0]
     assert [train.rate_at(t, 10) for t in (0, 5)] == [1, 0.5]

@@ -184,7 +184,7 @@ def test_a_teacher_is_asked_and_stays_as_it_is(run, monkeypatch, capsys):
     teacher = eval_.load_run(dense)[1].eval()
     tokenizer = data.load_tokenizer(run.model, 16)
     examples = data.load_split("movies", "train", result["data_dir"], tokenizer)
-    [(inputs, _, _)] = next(data.training_batches(examples, 8, 1, seed=0))
+    [(inputs, *_)] = next(data.training_batches(examples, 8, 1, seed=0))
     assert len(asked) == 12 and torch.allclose(asked[0], teacher(*inputs), atol=1e-5)
     assert not asked[0].requires_grad and result["teacher"] == str(dense)
     assert (dense / "model.safetensors").read_bytes() == before
@@ -227,7 +227,7 @@ def test_adam_of_the_reference_code_by_hand():
     p = 1 / (1 + math.exp(-1e-7))  # dL/dw of cross-entropy with logits (w x, 0) and class 1 is p x, x = 1e-7
     g = p * 1e-7
     go = step.make_run(step.Losses(model, learner))
-    parts, schedule = [(torch.tensor([[[1e-7]]]), torch.tensor([1]), 1.0)], torch.tensor([1.0, 0.0])
+    parts, schedule = [data.Part(torch.tensor([[[1e-7]]]), torch.tensor([1]))], torch.tensor([1.0, 0.0])
     step.train_step(go, adam, parts, schedule, 0, step.rate_at(0, 10))
     expected = 0.02 * math.sqrt(0.001) / 0.1 * 0.1 * g / (math.sqrt(0.001) * g + 1e-8)
     assert masks.scores["g"].item() == pytest.approx(-expected, rel=1e-3)
@@ -330,6 +330,7 @@ def test_predictions_come_in_the_order_of_the_examples(run, glue):
         (["--method", "smp"], "--method"),
         (["--method", "finetune", "--sparsity", 0.5], "--sparsity"),
         (["--batch", 0], "--batch"),
+        (["--accumulate", 9], "--accumulate: a batch of 8 has no 9 parts"),
         (["--lr", "inf"], "--lr"),
         (["--ramp", 2], "--ramp"),
         (["--penalty", "nan"], "--penalty"),
