@@ -24,6 +24,7 @@ import fetch
 import parallel
 import squad
 from data import TASKS, encode, load_tokenizer
+from export import export
 from fetch import write_whole
 from mask import apply_masks
 from maskfile import load_masks
@@ -241,7 +242,7 @@ def tokenizer_digest(folder):
 
 
 def load_run(run, model_name=None):
-    """A finished run's folder, or a mask file -> (its result, Bert, tokenizer, masks {name: bool}, or {} of finetune).
+    """A finished run's folder, or a mask file -> (result, model folder, Bert, tokenizer, masks {name: bool} or {}).
 
     Raises ValueError that says what is missing or does not fit.
     """
@@ -263,7 +264,7 @@ def load_run(run, model_name=None):
     if tokenizer_digest(folder) != result["tokenizer"]:
         raise ValueError(f"--model: the tokenizer in {folder} is not the one that {run} was trained with")
     if "kept" not in result:
-        return result, model, tokenizer, {}
+        return result, folder, model, tokenizer, {}
     masks, head_weights, described = load_masks(mask_file)
     if described != result:
         raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
@@ -273,7 +274,7 @@ def load_run(run, model_name=None):
         if wanted != {name: tensor.shape for name, tensor in found.items()}:
             raise ValueError(f"{mask_file} was made for a backbone of another shape")
     model.load_state_dict(head_weights, strict=False)
-    return result, model, tokenizer, masks
+    return result, folder, model, tokenizer, masks
 
 
 def classify(model, weights, tokenizer, task, text, device):
@@ -312,6 +313,7 @@ def main(argv=None):
     parser.add_argument("--text", help="classify this sentence (squad: answer this question) instead")
     parser.add_argument("--pair", help="the second sentence of tasks on pairs (squad: the paragraph)")
     parser.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write a model folder with the zeros in it")
     add_common_arguments(parser)
     args = parser.parse_args(argv)
     if args.pair is not None and args.text is None:
@@ -319,8 +321,12 @@ def main(argv=None):
     if parallel.PROCESSES > 1:
         parser.error("eval.py is one process: start it with python, not with torchrun")
     with one_line_errors(ValueError, OSError):
-        result, model, tokenizer, masks = load_run(args.run, args.model)
+        result, folder, model, tokenizer, masks = load_run(args.run, args.model)
         task = TASKS[result["task"]]
+        if args.export:
+            export(args.export, folder, result, masks, model.words.tolist())
+            print(f"{args.export}: an ordinary model folder; its README.md says how to use it")
+            return
         device, dtype, why = choose_device(args.device, args.dtype)
         if args.dtype is None and device.type == result["device"]:
             dtype, why = getattr(torch, result["dtype"]), "as in training"

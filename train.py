@@ -160,7 +160,7 @@ def load_teacher(args, tokenizer):
         raise ValueError(f"--teacher: {args.teacher} is a run of {result['method']}; a teacher must be fine-tuned")
     if result["task"] != args.task:
         raise ValueError(f"--teacher: {args.teacher} was trained on {result['task']}, not on {args.task}")
-    _, teacher, its_tokenizer, _ = load_run(args.teacher)
+    _, _, teacher, its_tokenizer, _ = load_run(args.teacher)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher: {args.teacher} has another vocabulary than {args.model}")
     if args.length > teacher.config.longest_input:

@@ -128,7 +128,7 @@ def test_a_fresh_classifier_beside_a_mask(make_model, glue, tmp_path, capsys, po
     _, head, _ = maskfile.load_masks(out / "mask.safetensors")
     assert {n: tuple(t.shape) for n, t in head.items()} == {"classifier.weight": (2, 16), "classifier.bias": (2,)}
     assert 0 < head["classifier.bias"].abs().max() < 1e-3  # it moved, at 3e-5 a step
-    loaded = eval_.load_run(out)[1]
+    loaded = eval_.load_run(out)[2]
     assert hasattr(loaded.bert, "pooler") == pooler and loaded.classifier.bias.equal(head["classifier.bias"])
     assert loaded.fingerprint() == train.load_model(model, [7, 8], "classifier").fingerprint()
     eval_.main([str(out)])
@@ -181,7 +181,7 @@ def test_a_teacher_is_asked_and_stays_as_it_is(run, monkeypatch, capsys):
 
     monkeypatch.setattr(step, "task_loss", spy)
     folder, result = run("--teacher", dense, out="taught")
-    teacher = eval_.load_run(dense)[1].eval()
+    teacher = eval_.load_run(dense)[2].eval()
     tokenizer = data.load_tokenizer(run.model, 16)
     examples = data.load_split("movies", "train", result["data_dir"], tokenizer)
     [(inputs, *_)] = next(data.training_batches(examples, 8, 1, seed=0))

@@ -1,0 +1,55 @@
+"""export.py: an exported folder is the backbone with zeros in it, under the names that it had."""
+
+import json
+
+import pytest
+import torch
+from conftest import CONFIG, bert_tensors
+from safetensors.torch import load_file
+from test_model import roberta_name
+
+import eval as eval_
+import train
+from model import load_model
+
+
+@pytest.fixture
+def trained(make_model, glue, tmp_path):
+    """trained(model folder, *flags) -> a run's folder."""
+
+    def go(model, *flags):
+        argv = ["--model", model, "--data-dir", glue, "--out", tmp_path / "run", "--steps", 3, "--length", 16, *flags]
+        train.main([str(a) for a in [*argv, "--device", "cpu", "--evals", 1]])
+        return tmp_path / "run"
+
+    return go
+
+
+@pytest.mark.parametrize("names", ["bert", "encoder", "roberta"])
+def test_the_exported_model_is_the_pruned_one(make_model, trained, tmp_path, names):
+    if names == "roberta":
+        tensors = {roberta_name(name): tensor for name, tensor in bert_tensors(CONFIG).items()}
+        model = make_model("m", tensors, model_type="roberta", pad_token_id=0)
+    else:
+        model = make_model("m", bert_tensors(CONFIG) if names == "bert" else bert_tensors(CONFIG, False, ""))
+    run, out = trained(model), tmp_path / "out"
+    eval_.main([str(run), "--export", str(out)])
+    before, after = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    result = json.loads((run / "result.json").read_text())
+    zeros = sum(int(((after[n] == 0) & (t != 0)).sum()) for n, t in before.items())
+    assert before.keys() == after.keys() and zeros == result["prunable"] - result["kept"]
+    assert all(after[n].equal(t) or ((after[n] == t) | (after[n] == 0)).all() for n, t in before.items())
+    _, _, backbone, _, masks = eval_.load_run(run)
+    inputs = torch.tensor([[2, 9, 8, 3]]), torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4)
+    weights = eval_.apply_masks(backbone.state_dict(), masks)
+    pruned = torch.func.functional_call(backbone.eval(), weights, inputs)
+    assert torch.allclose(load_model(out, backbone.words.tolist()).eval()(*inputs), pruned, atol=1e-6)
+    readme = (out / "README.md").read_text()
+    assert {"bert": "BertForMaskedLM", "encoder": "BertModel", "roberta": "RobertaForMaskedLM"}[names] in readme
+    assert "- 1: 'great', id 8" in readme and (out / "config.json").read_bytes() == (model / "config.json").read_bytes()
+
+
+def test_what_cannot_be_exported_is_refused(make_model, trained, fails, tmp_path):
+    run = trained(make_model(), "--head", "classifier")
+    assert "--export: a fresh head" in fails(eval_.main, [run, "--export", tmp_path / "out"])
+    assert "holds files already" in fails(eval_.main, [run, "--export", run])
