@@ -168,7 +168,9 @@ def add_common_arguments(parser):
     parser.add_argument("--model", metavar="NAME|FOLDER", help="minilm, bert-base-uncased, roberta-base, or a folder")
     parser.add_argument("--data-dir", metavar="FOLDER", help="a folder in GLUE's layout; default: download")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 if native, or as trained")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 if native; eval.py: as trained"
+    )
 
 
 def dtype_name(dtype):
