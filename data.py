@@ -295,13 +295,13 @@ def split_batch(rows, rank, processes, parts):
     return [(part, len(part) * processes / len(rows)) if len(part) else (rows[:1], 0.0) for part in split]
 
 
-def training_batches(examples, size, steps, seed, device="cpu", rank=0, processes=1, parts=1):
-    """`steps` batches over as many epochs as that takes, each epoch's order fixed by (seed, epoch).
+def training_batches(examples, size, steps, seed, device="cpu", rank=0, processes=1, parts=1, first=0):
+    """Batches `first` to `steps`, over as many epochs as that takes; an epoch's order is fixed by (seed, epoch).
 
     Each is a list of Parts of one width S, see collate and split_batch.
     """
     epochs = (batch_rows(examples, size, np.random.default_rng([seed, epoch])) for epoch in count())
-    batches = islice((batch for epoch in epochs for batch in epoch), steps)
+    batches = islice((batch for epoch in epochs for batch in epoch), first, steps)
     for batch in batches:
         width = padded(max(len(examples.ids[r]) for r in batch), examples.limit)
         split = split_batch(batch, rank, processes, parts)

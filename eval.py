@@ -125,8 +125,8 @@ def one_line_errors(*kinds):
             error = "the device's memory is full; try --accumulate 2, a smaller --batch or --length, or another device"
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted; no result was saved, and the same command starts from the beginning", file=sys.stderr)
+    except KeyboardInterrupt as said:
+        print(f"\ninterrupted; {str(said) or 'nothing was saved'}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import shlex
+import signal
 import sys
 import time
 from contextlib import closing, contextmanager
@@ -24,6 +25,7 @@ from tqdm import tqdm
 import data
 import fetch
 import parallel
+from checkpoint import read_state, restore, save_checkpoint
 from data import TASKS
 from eval import (
     Parser,
@@ -44,6 +46,7 @@ from maskfile import pack_masks
 from model import load_model, published
 from step import Losses, make_learner, make_run, rate_at, train_step
 
+CHECKPOINT = "checkpoint.safetensors"
 LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
 
 
@@ -57,6 +60,7 @@ def parse_args(argv=None):
     parser.add_argument("--method", choices=METHODS, default="smp-s", help="a row of mask.METHODS; default: smp-s")
     parser.add_argument("--sparsity", type=float, help="share of the prunable weights removed, in [0, 1); default 0.5")
     parser.add_argument("--seed", type=int, default=0, help="of batches and dropout (0)")
+    parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with an interrupted run; no other flags")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/ and the settings")
     parser.add_argument("--lr", type=float, help="highest learning rate of the scores; default: the method's")
     parser.add_argument("--weight-lr", type=float, default=3e-5, help="the same of weights that train (3e-5)")
@@ -77,6 +81,9 @@ def parse_args(argv=None):
     parser.add_argument("--compile", action="store_true", help="let torch.compile fuse the kernels of a step")
     parser.add_argument("--eager", action="store_true", help="on CUDA: launch each kernel of a step, record no graphs")
     args = parser.parse_args(argv)
+    args.argv, args.spent = sys.argv[1:] if argv is None else argv, 0.0
+    if args.resume:
+        args = continued(parser, args)
     if args.sparsity and not METHODS[args.method].masking:
         parser.error(f"--sparsity: {args.method} removes nothing; leave it away, or choose another --method")
     for name in ("lr", "penalty", "temperature"):
@@ -85,6 +92,19 @@ def parse_args(argv=None):
     fill_defaults(args)
     check_ranges(args, parser.error)
     return args
+
+
+def continued(parser, args):
+    """The arguments of the run that --resume names. Exits with status 2 and one line when it cannot go on."""
+    if len(args.argv) > 2 or parallel.PROCESSES > 1:
+        parser.error("--resume takes the settings of its run: no other flags, and one process")
+    with one_line_errors(ValueError, OSError):
+        if not (args.resume / CHECKPOINT).exists():
+            raise ValueError(f"--resume: {args.resume} has no {CHECKPOINT}; a run has one from its first evaluation on")
+        state = read_state(args.resume / CHECKPOINT)
+    again = parser.parse_args(state["argv"])
+    again.argv, again.spent, again.resume, again.out = state["argv"], state["spent"], args.resume, args.resume
+    return again
 
 
 def fill_defaults(args):
@@ -142,7 +162,7 @@ def prepare(args):
     Makes the run folder; so of several processes, only the first can tell whether it was free.
     """
     task = TASKS[args.task]
-    if not parallel.RANK:
+    if not parallel.RANK and not args.resume:
         check_run_folder(args.out)
     for split in (task.train, *task.dev):  # before anything large is downloaded
         data.split_path(args.task, split, args.data_dir)
@@ -180,24 +200,20 @@ def loop(args, losses, train, dev, device, total, log):
     schedule = [(density_at(t, ramp, final, power), penalty_at(t, total, args.penalty)) for t in range(total + 1)]
     schedule_there = torch.tensor(schedule, device=device)
     eval_steps = {math.ceil(total * i / args.evals) for i in range(1, args.evals + 1)}
-    recent, evaluations = [], []
+    state = restore(args.out / CHECKPOINT, learner, optimizer) if args.resume else {"step": 0, "evaluations": []}
+    start, evaluations, recent = state["step"], state["evaluations"], []
     world = {"rank": parallel.RANK, "processes": parallel.PROCESSES, "parts": args.accumulate}
-    batches = data.training_batches(train, args.batch, total, args.seed, device, **world)
-    bar = tqdm(batches, f"{args.task} {args.method}", total, dynamic_ncols=True, disable=parallel.RANK > 0)
-    with closing(bar):
-        for step, parts in enumerate(bar):
+    batches = data.training_batches(train, args.batch, total, args.seed, device, **world, first=start)
+    settings = {"initial": start, "dynamic_ncols": True, "disable": parallel.RANK > 0}
+    bar = tqdm(batches, f"{args.task} {args.method}", total, **settings)
+    with closing(bar), Stopped() as stopped:
+        for step, parts in enumerate(bar, start):
             rate = rate_at(step, total, warmup)
             recent.append(train_step(run, optimizer, parts, schedule_there[step], step, rate))
             done = step + 1
             if done % LOG_EVERY == 0 or done in eval_steps:
-                density, penalty = schedule[step]
-                loss, regularizer = parallel.mean(torch.stack(recent)).T.tolist()
+                report(done, recent, *schedule[step], bar, log)
                 recent.clear()
-                loss, regularizer = sum(loss) / len(loss), regularizer[-1]
-                if not math.isfinite(loss + penalty * regularizer):
-                    raise FloatingPointError(f"the loss is {loss} at step {done}: try a smaller --lr, or float32")
-                bar.set_postfix(loss=f"{loss:.3f}", density=f"{density:.3f}")
-                log(step=done, loss=loss, density=density, penalty=penalty, regularizer=regularizer)
             if done in eval_steps:
                 if not all(p.isfinite().all() for p in learner.parameters()):
                     raise FloatingPointError(f"scores or weights are not finite at step {done}: try a smaller --lr")
@@ -208,7 +224,45 @@ def loop(args, losses, train, dev, device, total, log):
                 evaluations.append({"step": done, "density": density, "dev": scores})
                 log(**evaluations[-1])
                 bar.write(f"step {done:5}  density {density:.3f}  dev {show(scores)}")
+            if (done in eval_steps or stopped) and done < total and parallel.PROCESSES == 1:
+                state = {
+                    "step": done,
+                    "evaluations": evaluations,
+                    "argv": args.argv,
+                    "spent": time.time() - args.started,
+                }
+                save_checkpoint(args.out / CHECKPOINT, learner, optimizer, state)
+            if stopped and done < total:
+                resumable = parallel.PROCESSES == 1
+                raise KeyboardInterrupt(f"python train.py --resume {args.out} goes on" if resumable else "")
     return evaluations
+
+
+def report(step, losses, density, penalty, bar, log):
+    """Log the mean loss since the last report and the last regularizer. Raises FloatingPointError if not finite."""
+    losses, regularizers = parallel.mean(torch.stack(losses)).T.tolist()
+    loss, regularizer = sum(losses) / len(losses), regularizers[-1]
+    if not math.isfinite(loss + penalty * regularizer):
+        raise FloatingPointError(f"the loss is {loss} at step {step}: try a smaller --lr, or float32")
+    bar.set_postfix(loss=f"{loss:.3f}", density=f"{density:.3f}")
+    log(step=step, loss=loss, density=density, penalty=penalty, regularizer=regularizer)
+
+
+class Stopped(list):
+    """Empty until SIGINT or SIGTERM comes; so that a step is finished and saved first."""
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, _):
+        if self:  # the second time is meant
+            raise KeyboardInterrupt
+        self.append(number)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def frozen_unchanged(args, model, learner, folder):
@@ -296,12 +350,14 @@ def finish(args, learner, model, fingerprint, evaluations, seconds, command):
     else:
         path = args.out / "model.safetensors"
     fetch.write_whole(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    (args.out / CHECKPOINT).unlink(missing_ok=True)
     return result, path
 
 
 def main(argv=None):
-    args, started = parse_args(argv), time.time()
-    command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+    args = parse_args(argv)
+    args.started = time.time() - args.spent
+    command = shlex.join(["python", "train.py", *args.argv])
     torch.manual_seed(args.seed)
     with one_line_errors(ValueError, OSError):
         device, dtype, why = choose_device(args.device, args.dtype)
@@ -321,22 +377,29 @@ def main(argv=None):
     print(f"on {parallel.PROCESSES} x {device} in {dtype_name(dtype)}: {why}")
 
     torch.manual_seed(args.seed * parallel.PROCESSES + parallel.RANK)  # every process has dropout of its own
-    with one_line_errors(OSError, FloatingPointError, torch.OutOfMemoryError), log_file(args.out) as log:
+    with one_line_errors(OSError, FloatingPointError, torch.OutOfMemoryError), log_file(args) as log:
         evaluations = loop(args, losses, train, dev, device, total, log)
     if not parallel.RANK:
         with one_line_errors(ValueError, OSError):
-            result, path = finish(args, learner, model, fingerprint, evaluations, time.time() - started, command)
+            result, path = finish(args, learner, model, fingerprint, evaluations, time.time() - args.started, command)
         summarize(args, result, path)
     parallel.stop()
 
 
 @contextmanager
-def log_file(folder):
+def log_file(args):
     """A function that writes a line of log.jsonl; in all processes but the first, nothing."""
     if parallel.RANK:
         yield lambda **line: None
         return
-    with open(folder / "log.jsonl", "w") as file:
+    path = args.out / "log.jsonl"
+    if args.resume:  # what came after the checkpoint will come again
+        step = read_state(args.out / CHECKPOINT)["step"]
+        lines = [
+            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
+        fetch.write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+    with open(path, "a" if args.resume else "w") as file:
         yield lambda **line: print(json.dumps(line), file=file, flush=True)
 
 

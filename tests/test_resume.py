@@ -1,0 +1,99 @@
+"""A run that is killed and resumed ends with the masks of one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+from maskfile import load_masks
+
+ROOT = Path(__file__).parent.parent
+# train.py, which kills itself when it syncs a file to disk for the n-th time, the file being half written.
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch, fetch, train
+torch.set_num_threads(1)
+left = {nth}
+def fsync(number):
+    global left
+    left -= 1
+    if not left:
+        os.ftruncate(number, os.fstat(number).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+fetch.os.fsync = fsync
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def flags(make_model, glue):
+    model = make_model()
+    given = ["--model", model, "--data-dir", glue, "--steps", 400, "--batch", 8, "--length", 16, "--evals", 8]
+    return [str(f) for f in [*given, "--device", "cpu", "--dtype", "float32"]]
+
+
+def masks_of(folder):
+    masks, _, run = load_masks(folder / "mask.safetensors")
+    return {name: mask.tolist() for name, mask in masks.items()}, run
+
+
+def kill_when(command, ready, number):
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not ready() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+def resumed(folder):
+    train.main(["--resume", str(folder)])
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "dev" in line] == list(range(50, 401, 50))  # each once, in order
+    assert not (folder / "checkpoint.safetensors").exists()
+    return masks_of(folder)
+
+
+def test_killed_at_three_moments_and_resumed(flags, tmp_path):
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    masks, run = masks_of(tmp_path / "whole")
+    for moment in ("between evaluations", "while a checkpoint is written", "at the end"):
+        folder = tmp_path / moment.replace(" ", "-")
+        log, checkpoint = folder / "log.jsonl", folder / "checkpoint.safetensors"
+        if moment == "between evaluations":
+            command = [sys.executable, ROOT / "train.py", *flags, "--out", folder]
+            ready = lambda log=log, c=checkpoint: c.exists() and len(log.read_text().splitlines()) > 12  # noqa: E731
+            code, _ = kill_when(command, ready, signal.SIGKILL)
+        else:
+            nth = 3 if "written" in moment else 8  # seven checkpoints, then the mask file
+            script = KILLED.format(root=str(ROOT), nth=nth)
+            code = subprocess.run(
+                [sys.executable, "-c", script, *flags, "--out", folder], capture_output=True
+            ).returncode
+        assert code == -signal.SIGKILL and checkpoint.exists() and not (folder / "result.json").exists()
+        found, described = resumed(folder)
+        assert found == masks and described["final"] == run["final"] and described["best"] == run["best"]
+
+
+def test_interrupted_finishes_the_step_and_says_how_to_go_on(flags, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, ROOT / "train.py", *flags, "--out", folder]
+    ready = lambda: (folder / "log.jsonl").exists() and (folder / "log.jsonl").read_text()  # noqa: E731
+    code, said = kill_when(command, ready, signal.SIGTERM)
+    assert code == 130 and f"python train.py --resume {folder} goes on" in said and "Traceback" not in said
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    assert resumed(folder)[0] == masks_of(tmp_path / "whole")[0]
+
+
+def test_what_cannot_be_resumed(flags, tmp_path, fails):
+    assert "has no checkpoint.safetensors" in fails(train.main, ["--resume", tmp_path])
+    assert "no other flags" in fails(train.main, ["--resume", tmp_path, "--steps", "3"])
+    (tmp_path / "checkpoint.safetensors").write_bytes(os.urandom(99))
+    assert "is not a checkpoint" in fails(train.main, ["--resume", tmp_path])
