@@ -83,6 +83,7 @@ def check_equal(tensors):
 
 
 def stop():
-    """Leave the other processes."""
+    """Leave the other processes, when all are ready to."""
     if PROCESSES > 1 and dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
