@@ -3,7 +3,7 @@
 What it is: scores or weights, Adam's moments, the state of the random numbers, and a JSON description beside them.
 What it is not: it decides neither when to save nor where to go on. Sources: none.
 
-    save_checkpoint(path, learner, optimizer, {"step": 300})
+    save_checkpoint(path, learner, optimizer, {"step": 300, ...})
     state = restore(path, learner, optimizer)
 """
 
@@ -15,6 +15,8 @@ from safetensors.torch import save
 
 from fetch import write_whole
 
+STATE = ("step", "evaluations", "argv", "spent", "log")  # seconds spent so far; bytes of the log so far
+
 
 def tensors_of(learner, optimizer):
     """{name: tensor} of the parameters and of what the optimizer keeps for each."""
@@ -24,7 +26,7 @@ def tensors_of(learner, optimizer):
 
 
 def save_checkpoint(path, learner, optimizer, state):
-    """Write a file that appears whole or not at all; state: a dict for JSON."""
+    """Write a file that appears whole or not at all; state: a dict for JSON with the keys of STATE."""
     tensors = tensors_of(learner, optimizer) | {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -32,11 +34,12 @@ def save_checkpoint(path, learner, optimizer, state):
 
 
 def read_state(path):
-    """The description in a checkpoint. Raises ValueError when it is none."""
+    """The description in a checkpoint, a dict with the keys of STATE. Raises ValueError when it is none."""
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})["state"])
-    except (SafetensorError, KeyError, ValueError) as error:
+            state = json.loads((file.metadata() or {})["state"])
+        return {key: state[key] for key in STATE}
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint of train.py: {error}") from None
 
 
@@ -45,13 +48,14 @@ def restore(path, learner, optimizer):
     parameters = list(learner.parameters())
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    expected = {f"parameter.{i}": p.shape for i, p in enumerate(parameters)}
+    moments = ("step", "exp_avg", "exp_avg_sq")
+    needed = {*expected, "random.cpu", *(f"{key}.{i}" for key in moments for i in range(len(parameters)))}
+    if not needed <= tensors.keys() or any(tensors[name].shape != shape for name, shape in expected.items()):
+        raise ValueError(f"{path} is the checkpoint of another run")
     for i, p in enumerate(parameters):
-        stored = tensors.get(f"parameter.{i}")
-        if stored is None or stored.shape != p.shape:
-            raise ValueError(f"{path} is the checkpoint of another run")
-        p.data.copy_(stored)
-        moments = {key: tensors[f"{key}.{i}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {key: moment.to(p.device) for key, moment in moments.items()}
+        p.data.copy_(tensors[f"parameter.{i}"])
+        optimizer.state[p] = {key: tensors[f"{key}.{i}"].to(p.device) for key in moments}
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])

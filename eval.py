@@ -150,14 +150,14 @@ def choose_device(device=None, dtype=None):
     elif not present[device]:
         raise ValueError(f"--device {device}: torch {torch.__version__} finds no such device here")
     if dtype is None:
-        bf16 = {"cuda": torch.cuda.is_bf16_supported, "mps": lambda **_: False, "cpu": cpu_computes_bf16}[device]
-        native = bf16(including_emulation=False)
+        native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        native |= device == "cpu" and cpu_computes_bf16()
         dtype = "bfloat16" if native else "float32"
-        why += f"; it {'computes bfloat16 natively' if native else 'has no bfloat16 of its own'}"
+        why += f"; the {device.upper()} {'computes bfloat16 natively' if native else 'has no bfloat16 of its own'}"
     return torch.device(device), getattr(torch, dtype), why
 
 
-def cpu_computes_bf16(including_emulation):
+def cpu_computes_bf16():
     """Whether the processor multiplies matrices in bfloat16 itself (AVX512-BF16 or AMX), and so in half the time."""
     able = torch.cpu.get_capabilities()
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))

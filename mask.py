@@ -61,7 +61,7 @@ def about_kth_largest(scores, k):
     """
     sizes = [s.shape[1] for s in scores]
     m = min(*sizes, SAMPLES)
-    # Multiples of a prime modulo n: evenly over the rows and columns of a matrix, as every so-manieth would not be.
+    # Multiples of a prime modulo n: evenly over the rows and columns of a matrix; every tenth, say, misses columns.
     multiples = torch.arange(m, device=k.device) * SCATTER
     samples = torch.stack([s[:, multiples % n] for s, n in zip(scores, sizes, strict=True)])
     ordered = samples.sort(dim=2, descending=True).values  # [G, L, m]

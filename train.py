@@ -10,6 +10,7 @@ method, which is mask.py. Sources: Jiang et al., ACL 2023 (arXiv 2210.06210), an
 import hashlib
 import json
 import math
+import os
 import platform
 import shlex
 import signal
@@ -103,7 +104,8 @@ def continued(parser, args):
             raise ValueError(f"--resume: {args.resume} has no {CHECKPOINT}; a run has one from its first evaluation on")
         state = read_state(args.resume / CHECKPOINT)
     again = parser.parse_args(state["argv"])
-    again.argv, again.spent, again.resume, again.out = state["argv"], state["spent"], args.resume, args.resume
+    again.argv, again.spent, again.log = state["argv"], state["spent"], state["log"]
+    again.resume = again.out = args.resume
     return again
 
 
@@ -144,7 +146,7 @@ def check_ranges(args, error):
             error(f"--{name.replace('_', '-')} must be greater than 0; got {value}")
     if args.accumulate * parallel.PROCESSES > args.batch:
         error(
-            f"--accumulate: a batch of {args.batch} has no {args.accumulate} parts for {parallel.PROCESSES} process(es)"
+            f"--accumulate: a batch of {args.batch} has no {args.accumulate} parts in {parallel.PROCESSES} process(es)"
         )
 
 
@@ -225,12 +227,8 @@ def loop(args, losses, train, dev, device, total, log):
                 log(**evaluations[-1])
                 bar.write(f"step {done:5}  density {density:.3f}  dev {show(scores)}")
             if (done in eval_steps or stopped) and done < total and parallel.PROCESSES == 1:
-                state = {
-                    "step": done,
-                    "evaluations": evaluations,
-                    "argv": args.argv,
-                    "spent": time.time() - args.started,
-                }
+                spent, size = time.time() - args.started, (args.out / "log.jsonl").stat().st_size
+                state = {"step": done, "evaluations": evaluations, "argv": args.argv, "spent": spent, "log": size}
                 save_checkpoint(args.out / CHECKPOINT, learner, optimizer, state)
             if stopped and done < total:
                 resumable = parallel.PROCESSES == 1
@@ -280,9 +278,7 @@ def summarize(args, result, path):
     if "kept" in result:
         print(f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}")
         if abs(result["reached"] - result["density"]) > 1e-3:
-            print(
-                f"the threshold by itself keeps a share of {result['reached']:.4f}; no more is kept than was asked for"
-            )
+            print(f"training by itself keeps a share of {result['reached']:.4f}; no more is kept than was asked for")
         if not METHODS[args.method].trains_weights:
             print(f"frozen weights are bit-identical to those of {args.model} ({result['fingerprint'][:12]})")
     saved = [path, *(args.out / name for name in result["sha256"] if args.out / name != path)]
@@ -377,7 +373,7 @@ def main(argv=None):
     print(f"on {parallel.PROCESSES} x {device} in {dtype_name(dtype)}: {why}")
 
     torch.manual_seed(args.seed * parallel.PROCESSES + parallel.RANK)  # every process has dropout of its own
-    with one_line_errors(OSError, FloatingPointError, torch.OutOfMemoryError), log_file(args) as log:
+    with one_line_errors(ValueError, OSError, FloatingPointError, torch.OutOfMemoryError), log_file(args) as log:
         evaluations = loop(args, losses, train, dev, device, total, log)
     if not parallel.RANK:
         with one_line_errors(ValueError, OSError):
@@ -393,12 +389,10 @@ def log_file(args):
         yield lambda **line: None
         return
     path = args.out / "log.jsonl"
-    if args.resume:  # what came after the checkpoint will come again
-        step = read_state(args.out / CHECKPOINT)["step"]
-        lines = [
-            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        fetch.write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+    if args.resume:
+        os.truncate(path, args.log)  # what came after the checkpoint will come again
+    else:
+        (args.out / CHECKPOINT).unlink(missing_ok=True)  # of the unfinished run that this one replaces
     with open(path, "a" if args.resume else "w") as file:
         yield lambda **line: print(json.dumps(line), file=file, flush=True)
 

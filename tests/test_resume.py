@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import train
 from maskfile import load_masks
@@ -95,5 +97,15 @@ def test_interrupted_finishes_the_step_and_says_how_to_go_on(flags, tmp_path):
 def test_what_cannot_be_resumed(flags, tmp_path, fails):
     assert "has no checkpoint.safetensors" in fails(train.main, ["--resume", tmp_path])
     assert "no other flags" in fails(train.main, ["--resume", tmp_path, "--steps", "3"])
-    (tmp_path / "checkpoint.safetensors").write_bytes(os.urandom(99))
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoint.write_bytes(os.urandom(99))
     assert "is not a checkpoint" in fails(train.main, ["--resume", tmp_path])
+    state = {"step": 50, "evaluations": [], "argv": flags, "spent": 1.0, "log": 0}
+    save_file({"parameter.0": torch.zeros(3)}, checkpoint, {"state": json.dumps(state)})
+    (tmp_path / "log.jsonl").touch()
+    assert "is the checkpoint of another run" in fails(train.main, ["--resume", tmp_path])
+    save_file({"parameter.0": torch.zeros(3)}, checkpoint, {"state": json.dumps(state | {"argv": None})})
+    train.main(
+        [*flags[:4], "--out", str(tmp_path), "--steps", "2", "--length", "16", "--batch", "8", "--device", "cpu"]
+    )
+    assert not checkpoint.exists()  # that of a run that was replaced

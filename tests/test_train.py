@@ -507,7 +507,7 @@ def test_device_and_dtype_choose_themselves(monkeypatch):
     assert eval_.choose_device()[:2] == (torch.device("cpu"), torch.float32) and "no GPU" in eval_.choose_device()[2]
     with pytest.raises(ValueError, match="--device cuda: torch .* finds no such device"):
         eval_.choose_device("cuda")
-    monkeypatch.setattr(eval_, "cpu_computes_bf16", lambda **_: True)
+    monkeypatch.setattr(eval_, "cpu_computes_bf16", lambda: True)
     device, dtype, why = eval_.choose_device()
     assert (device.type, dtype) == ("cpu", torch.bfloat16) and "computes bfloat16 natively" in why
     has["mps"] = True
