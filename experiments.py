@@ -10,6 +10,7 @@ tables 1 to 3, for what is compared.
 
 import itertools
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from queue import Queue
 from threading import Lock
 
 import torch
@@ -117,7 +119,7 @@ def commit():
     return found.stdout.strip() + "+" * bool(changed.stdout.strip())
 
 
-def make_run(arguments, machine, seconds):
+def make_run(arguments, machine, seconds, gpu):
     """Run train.py -> the result's line as a dict. Raises ValueError with what train.py said last if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
@@ -129,7 +131,8 @@ def make_run(arguments, machine, seconds):
             "--out",
             out,
         ]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
         if ended.returncode:
             said = [line for line in ended.stderr.splitlines() if "rror" in line]
             raise ValueError(said[-1] if said else f"train.py ended with status {ended.returncode}")
@@ -144,14 +147,20 @@ def make_missing(name, folder, at_once, seconds, machine):
     missing = [arguments for arguments in dict.fromkeys(LISTS[name]()) if f"python train.py {arguments}" not in done]
     where = {"commit": commit(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
     where["at_once"] = at_once
+    numbers = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")
+    free = Queue()  # a GPU for each run that there may be at a time
+    for slot in range(at_once):
+        free.put(gpus[slot % len(gpus)])
     print(f"{len(done)} runs are in {path}, {len(missing)} are missing", flush=True)
 
     def work(arguments):
         """Whether the run did not fail; one that the time does not allow is none."""
+        gpu = free.get()
         try:
             if (left := deadline - time.time()) < 1:
                 return True
-            line = make_run(arguments, machine, left)
+            line = make_run(arguments, machine, left, gpu)
             with lock, open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line | where) + "\n")
             said, fine = line["final"], True
@@ -159,6 +168,8 @@ def make_missing(name, folder, at_once, seconds, machine):
             said, fine = "stopped, out of time", True
         except ValueError as error:
             said, fine = error, False
+        finally:
+            free.put(gpu)
         print(f"{arguments}: {said}", flush=True)
         return fine
 
@@ -211,7 +222,7 @@ def main(argv=None):
     parser.add_argument("list", choices=LISTS, help=sizes)
     folder = Path(__file__).with_name("results")
     parser.add_argument("--results", type=Path, default=folder, metavar="FOLDER", help="of LIST.jsonl (results)")
-    parser.add_argument("--at-once", type=int, default=1, help="runs at a time (1)")
+    parser.add_argument("--at-once", type=int, default=1, help="runs at a time, on all GPUs (1)")
     parser.add_argument("--seconds", type=float, default=1e6, help="stop after so long; finished runs are kept")
     parser.add_argument("--best", action="store_true", help="table: the best evaluation on dev in place of the last")
     parser.add_argument("--data-dir", metavar="FOLDER", help="run: as in train.py")

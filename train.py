@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data
 import fetch
 import parallel
-from checkpoint import read_state, restore, save_checkpoint
+from checkpoint import in_background, read_state, restore, save_checkpoint
 from data import TASKS
 from eval import (
     Parser,
@@ -208,7 +208,7 @@ def loop(args, losses, train, dev, device, total, log):
     batches = data.training_batches(train, args.batch, total, args.seed, device, **world, first=start)
     settings = {"initial": start, "dynamic_ncols": True, "disable": parallel.RANK > 0}
     bar = tqdm(batches, f"{args.task} {args.method}", total, **settings)
-    with closing(bar), Stopped() as stopped:
+    with closing(bar), Stopped() as stopped, in_background() as start_saving:
         for step, parts in enumerate(bar, start):
             rate = rate_at(step, total, warmup)
             recent.append(train_step(run, optimizer, parts, schedule_there[step], step, rate))
@@ -229,7 +229,7 @@ def loop(args, losses, train, dev, device, total, log):
             if (done in eval_steps or stopped) and done < total and parallel.PROCESSES == 1:
                 spent, size = time.time() - args.started, (args.out / "log.jsonl").stat().st_size
                 state = {"step": done, "evaluations": evaluations, "argv": args.argv, "spent": spent, "log": size}
-                save_checkpoint(args.out / CHECKPOINT, learner, optimizer, state)
+                start_saving(save_checkpoint(args.out / CHECKPOINT, learner, optimizer, state))
             if stopped and done < total:
                 resumable = parallel.PROCESSES == 1
                 raise KeyboardInterrupt(f"python train.py --resume {args.out} goes on" if resumable else "")
