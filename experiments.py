@@ -40,14 +40,8 @@ TUNED = {}
 
 def run(task, method, sparsity=None, seed=0, tuned=True, **flags):
     """The arguments of a run as one line, by which it is known."""
-    given = {
-        "task": task,
-        "model": "minilm",
-        "method": method,
-        "sparsity": sparsity,
-        "steps": STEPS[task],
-        "seed": seed,
-    }
+    given = {"task": task, "model": "minilm", "method": method, "sparsity": sparsity}
+    given |= {"steps": STEPS[task], "seed": seed}
     found = TUNED.get(method, {}) | TUNED.get((method, sparsity), {}) if tuned else {}
     given |= dict(sorted((found | flags).items()))
     return shlex.join(f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None)
@@ -82,16 +76,23 @@ def tuning():
             yield untuned("mrpc", "magnitude", sparsity, weight_lr=weight_lr, warmup=warmup)
             for lr in (1e-3, 1e-2):
                 yield untuned("mrpc", "movement", sparsity, weight_lr=weight_lr, warmup=warmup, lr=lr)
+        for method, hold, weight_lr in itertools.product(("magnitude", "movement"), (0.1, 0.3), (3e-5, 1e-4)):
+            yield untuned("mrpc", method, sparsity, hold=hold, weight_lr=weight_lr)
+        for penalty in (50, 400):  # no longer movement pruning, but it shows whether the regularizer is what it lacks
+            yield untuned("mrpc", "movement", sparsity, penalty=penalty, weight_lr=1e-4)
+        yield untuned("mrpc", "movement", sparsity, weight_lr=1e-4, steps=4 * STEPS["mrpc"])
         for weight_lr, penalty in itertools.product((3e-5, 1e-4), (10, 50, 100, 400)):
             yield untuned("mrpc", "soft-movement", sparsity, weight_lr=weight_lr, penalty=penalty)
+        for penalty in (25, 100, 400):
+            yield untuned("mrpc", "l0", sparsity, weight_lr=1e-4, penalty=penalty)
         for lr, penalty in itertools.product((1e-2, 2e-2, 4e-2), (100, 400)):
             yield untuned("mrpc", "smp-s", sparsity, lr=lr, penalty=penalty)
 
 
 LISTS = {"main": compared, "ablations": ablations, "tuning": tuning}
 KEPT = (
-    "task method sparsity seed steps batch lr weight_lr warmup penalty schedule head final best density reached kept "
-    "prunable stored_numbers stored_bits seconds device dtype versions"
+    "task method sparsity seed steps batch lr weight_lr warmup hold penalty schedule head final best density reached "
+    "kept prunable stored_numbers stored_bits seconds device dtype versions"
 ).split()
 
 
@@ -123,14 +124,8 @@ def make_run(arguments, machine, seconds, gpu):
     """Run train.py -> the result's line as a dict. Raises ValueError with what train.py said last if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = [
-            sys.executable,
-            Path(__file__).with_name("train.py"),
-            *shlex.split(arguments),
-            *machine,
-            "--out",
-            out,
-        ]
+        script = Path(__file__).with_name("train.py")
+        command = [sys.executable, script, *shlex.split(arguments), *machine, "--out", out]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
         ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
         if ended.returncode:

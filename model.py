@@ -21,8 +21,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every shape: slow on the host
-
 # The six groups of prunable matrices and where each stands inside a layer.
 GROUPS = {
     "query": "attention.self.query",

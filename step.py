@@ -203,6 +203,7 @@ def make_run(losses, compiled=False, eager=False):
     """
     cuda = next(losses.parameters()).device.type == "cuda"
     stream = torch.cuda.Stream() if cuda and not eager else None
+    torch.backends.cuda.enable_cudnn_sdp(not eager)  # the fastest, but slow to launch: 5 ms in bert-base's eager step
     if compiled:
         for layer in losses.model.bert.encoder["layer"]:
             layer.compile(dynamic=True)

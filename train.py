@@ -66,6 +66,7 @@ def parse_args(argv=None):
     parser.add_argument("--lr", type=float, help="highest learning rate of the scores; default: the method's")
     parser.add_argument("--weight-lr", type=float, default=3e-5, help="the same of weights that train (3e-5)")
     parser.add_argument("--warmup", type=float, default=0.0, help="share of the steps in which both rise (0)")
+    parser.add_argument("--hold", type=float, default=0.0, help="share of the steps before any weight is removed (0)")
     parser.add_argument("--schedule", choices=("cubic", "linear"), help="of the density; default: linear for RoBERTa")
     parser.add_argument("--head", choices=("words", "classifier"), help="label words, or a fresh linear layer")
     parser.add_argument("--teacher", type=Path, metavar="RUN_DIR", help="a finished --method finetune to learn from")
@@ -134,6 +135,8 @@ def check_ranges(args, error):
         error(f"--sparsity is the share of weights removed, in [0, 1); got {args.sparsity}")
     if not 0 <= args.ramp <= 1:
         error(f"--ramp is a share of the steps, in [0, 1]; got {args.ramp}")
+    if not 0 <= args.hold <= args.ramp:
+        error(f"--hold is a share of the steps, from 0 to that of --ramp, {args.ramp}; got {args.hold}")
     if not 0 <= args.warmup < 1:
         error(f"--warmup is a share of the steps, in [0, 1); got {args.warmup}")
     if not 0 <= args.penalty < math.inf:
@@ -195,11 +198,13 @@ def loop(args, losses, train, dev, device, total, log):
 
     Raises FloatingPointError when the loss, or at an evaluation a score or weight, is not finite.
     """
-    final, ramp, learner = 1 - args.sparsity, round(args.ramp * total), losses.learner
+    final, learner = 1 - args.sparsity, losses.learner
+    hold, ramp = round(args.hold * total), round(args.ramp * total)
     optimizer, warmup = learner.optimizer(args.lr, args.weight_lr), round(args.warmup * total)
     run = make_run(losses, args.compile, args.eager)
     metrics, power = TASKS[args.task].metrics, {"cubic": 3, "linear": 1}[args.schedule]
-    schedule = [(density_at(t, ramp, final, power), penalty_at(t, total, args.penalty)) for t in range(total + 1)]
+    densities = (density_at(max(t - hold, 0), ramp - hold, final, power) for t in range(total + 1))
+    schedule = [(density, penalty_at(t, total, args.penalty)) for t, density in enumerate(densities)]
     schedule_there = torch.tensor(schedule, device=device)
     eval_steps = {math.ceil(total * i / args.evals) for i in range(1, args.evals + 1)}
     state = restore(args.out / CHECKPOINT, learner, optimizer) if args.resume else {"step": 0, "evaluations": []}
@@ -313,6 +318,7 @@ def finish(args, learner, model, fingerprint, evaluations, seconds, command):
     result = {
         "task": args.task, "model": args.model, "method": args.method, "sparsity": args.sparsity, "seed": args.seed,
         "steps": evaluations[-1]["step"], "batch": args.batch, "length": args.length, "lr": args.lr, "ramp": args.ramp,
+        "hold": args.hold,
         "weight_lr": args.weight_lr, "warmup": args.warmup, "temperature": args.temperature,
         "penalty": args.penalty, "schedule": args.schedule, "head": args.head,
         "teacher": args.teacher and str(args.teacher), "data_dir": args.data_dir, "fingerprint": fingerprint,

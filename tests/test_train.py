@@ -109,6 +109,13 @@ def test_a_mask_alone_learns(run):
     assert result["final"]["accuracy"] >= 0.9
 
 
+def test_hold_keeps_everything_for_a_while(run):
+    folder, _ = run("--sparsity", 0.3, "--hold", 0.25, "--ramp", 0.5, steps=80)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    densities = {line["step"]: line["density"] for line in lines if "loss" in line}
+    assert densities[10] == densities[20] == 1 > densities[30] > densities[40] > densities[50] == densities[80] == 0.7
+
+
 def test_same_seed_same_mask_other_seed_other_mask(run):
     masks = [(run("--seed", s, out=f"run{i}")[0] / "mask.safetensors").read_bytes() for i, s in enumerate((3, 3, 4))]
     body = [m[8 + int.from_bytes(m[:8], "little") :] for m in masks]  # behind the header, which names the folder
@@ -333,6 +340,7 @@ def test_predictions_come_in_the_order_of_the_examples(run, glue):
         (["--accumulate", 9], "--accumulate: a batch of 8 has no 9 parts"),
         (["--lr", "inf"], "--lr"),
         (["--ramp", 2], "--ramp"),
+        (["--hold", 0.7, "--ramp", 0.6], "--hold"),
         (["--penalty", "nan"], "--penalty"),
         (["--seed", -1], "--seed"),
         (["--step", 3], "--step"),
