@@ -35,7 +35,18 @@ SPARSITIES = (0.5, 0.9)
 COMPARED = ("magnitude", "movement", "soft-movement", "smp-l", "smp-s")
 
 # What tuning found for a method, or for a method at a sparsity: see the list `tuning`.
-TUNED = {}
+TUNED = {
+    "finetune": {"weight_lr": 1e-4},
+    ("magnitude", 0.5): {"weight_lr": 1e-4},
+    ("magnitude", 0.9): {"weight_lr": 1e-4, "hold": 0.1},
+    "movement": {"lr": 1e-3},
+    ("soft-movement", 0.5): {"weight_lr": 1e-4, "penalty": 50},
+    ("soft-movement", 0.9): {"weight_lr": 1e-4, "penalty": 800},
+    ("smp-s", 0.5): {"lr": 4e-2},
+    ("smp-s", 0.9): {"lr": 1e-2},
+    ("smp-l", 0.5): {"lr": 4e-2},
+    ("smp-l", 0.9): {"lr": 1e-2},
+}
 
 
 def run(task, method, sparsity=None, seed=0, tuned=True, **flags):
@@ -81,7 +92,7 @@ def tuning():
         for penalty in (50, 400):  # no longer movement pruning, but it shows whether the regularizer is what it lacks
             yield untuned("mrpc", "movement", sparsity, penalty=penalty, weight_lr=1e-4)
         yield untuned("mrpc", "movement", sparsity, weight_lr=1e-4, steps=4 * STEPS["mrpc"])
-        for weight_lr, penalty in itertools.product((3e-5, 1e-4), (10, 50, 100, 400)):
+        for weight_lr, penalty in itertools.product((3e-5, 1e-4), (10, 50, 100, 400, 800, 1600)):
             yield untuned("mrpc", "soft-movement", sparsity, weight_lr=weight_lr, penalty=penalty)
         for penalty in (25, 100, 400):
             yield untuned("mrpc", "l0", sparsity, weight_lr=1e-4, penalty=penalty)
