@@ -18,8 +18,8 @@ import torch
 from torch.func import functional_call
 
 import parallel
+from cli import Parser, choose_device, dtype_name, one_line_errors
 from data import Part
-from eval import Parser, choose_device, dtype_name, one_line_errors
 from mask import METHODS, mean_sigmoid
 from model import Bert, Config
 from step import Losses, make_learner, make_run, train_step

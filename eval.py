@@ -6,11 +6,6 @@ writes nothing but what --predict asks for. Sources: Wang et al., GLUE (ICLR 201
     python eval.py RUN_DIR [--text "a warm and funny film"]
 """
 
-import argparse
-import hashlib
-import json
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +15,14 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import data
-import fetch
 import parallel
 import squad
-from data import TASKS, encode, load_tokenizer
+from cli import Parser, add_common_arguments, choose_device, dtype_name, one_line_errors
+from data import TASKS, encode
 from export import export
 from fetch import write_whole
 from mask import apply_masks
-from maskfile import load_masks
-from model import load_config, load_model
+from runs import load_run
 
 EVAL_BATCH = 64  # one size everywhere: another would round differently
 
@@ -112,71 +106,6 @@ def load_split(name, split, data_dir, tokenizer):
     return (squad if name == "squad" else data).load_split(name, split, data_dir, tokenizer)
 
 
-# --- shared by the commands ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def one_line_errors(*kinds):
-    """Turn errors of these kinds, which name what to change, into one line on stderr and exit status 2."""
-    try:
-        yield
-    except kinds as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            error = "the device's memory is full; try --accumulate 2, a smaller --batch or --length, or another device"
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt as said:
-        print(f"\ninterrupted; {str(said) or 'nothing was saved'}", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes no abbreviated flags, and whose errors are one line, without the usage."""
-
-    def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
-
-    def error(self, message):
-        self.exit(2, None if parallel.RANK else f"error: {message} (see {self.prog} --help)\n")
-
-
-def choose_device(device=None, dtype=None):
-    """-> (torch.device, torch.dtype, why) from --device and --dtype, or by what the machine has."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    why = "as asked"
-    if device is None:
-        device = next(name for name, there in present.items() if there)
-        why = {"cuda": "a CUDA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[device]
-    elif not present[device]:
-        raise ValueError(f"--device {device}: torch {torch.__version__} finds no such device here")
-    if dtype is None:
-        native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        native |= device == "cpu" and cpu_computes_bf16()
-        dtype = "bfloat16" if native else "float32"
-        why += f"; the {device.upper()} {'computes bfloat16 natively' if native else 'has no bfloat16 of its own'}"
-    return torch.device(device), getattr(torch, dtype), why
-
-
-def cpu_computes_bf16():
-    """Whether the processor multiplies matrices in bfloat16 itself (AVX512-BF16 or AMX), and so in half the time."""
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-
-
-def add_common_arguments(parser):
-    """The flags that train.py and eval.py share."""
-    parser.add_argument("--model", metavar="NAME|FOLDER", help="minilm, bert-base-uncased, roberta-base, or a folder")
-    parser.add_argument("--data-dir", metavar="FOLDER", help="a folder in GLUE's layout; default: download")
-    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 if native; eval.py: as trained"
-    )
-
-
-def dtype_name(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
 def show(metrics):
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
@@ -190,93 +119,6 @@ def density_table(groups, masks):
 
 
 # --- the command ---------------------------------------------------------------------------------------------
-
-
-def load_backbone(folder, task, length, head, fresh=True):
-    """-> (Bert with the task's label words and this head, fresh or the folder's, tokenizer) of a model folder.
-
-    Raises ValueError when they do not fit each other, the task or the length.
-    """
-    config = load_config(folder)
-    if not 4 <= length <= config.longest_input:
-        raise ValueError(f"--length {length}: the model in {folder} takes 4 to {config.longest_input} tokens")
-    tokenizer = load_tokenizer(folder, length)
-    model = load_model(folder, data.label_word_ids(task, tokenizer), head, fresh)
-    model.every_token = task is TASKS["squad"]
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise ValueError(f"{folder}: tokenizer.json has more words than the vocab_size of config.json")
-    if max(tokenizer.encode("a", "b").type_ids) >= config.type_vocab_size:
-        raise ValueError(f"{folder}: tokenizer.json tells more segments apart than type_vocab_size in config.json")
-    return model, tokenizer
-
-
-def read_result(run):
-    """result.json of a finished run's folder as a dict. Raises ValueError if it is none of this code's."""
-    path = run / "result.json"
-    if not path.exists():
-        state = "an interrupted or still running" if (run / "log.jsonl").exists() else "no finished"
-        raise ValueError(f"{run} holds {state} run: there is no {path}; run its train.py command to the end")
-    try:
-        result = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    return checked(result, path)
-
-
-NEEDED = {
-    "task": str, "method": str, "model": str, "head": str, "words": dict, "length": int, "device": str, "dtype": str,
-    "final": dict, "fingerprint": str, "tokenizer": str, "sha256": dict,
-}  # fmt: skip
-
-
-def checked(result, path):
-    """The description of a run, if it is one and can be evaluated. Raises ValueError if not."""
-    if not isinstance(result, dict) or not all(isinstance(result.get(key), kind) for key, kind in NEEDED.items()):
-        raise ValueError(f"{path} is not the result of a run of this train.py")
-    if result["task"] not in TASKS or result["words"] != TASKS[result["task"]].words:
-        raise ValueError(f"{path}: TASKS has no task {result['task']} with the label words {result['words']}")
-    return result
-
-
-def tokenizer_digest(folder):
-    """sha256 of a model folder's tokenizer.json: what ties a mask to its tokenizer."""
-    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-
-
-def load_run(run, model_name=None):
-    """A finished run's folder, or a mask file -> (result, model folder, Bert, tokenizer, masks {name: bool} or {}).
-
-    Raises ValueError that says what is missing or does not fit.
-    """
-    alone = run.is_file()
-    mask_file = run if alone else run / "mask.safetensors"
-    result = checked(load_masks(run)[2], run) if alone else read_result(run)
-    if alone and result["sha256"]:
-        raise ValueError(f"{run}: the weights of this run were trained as well; name its folder, which holds them")
-    task, length, head = TASKS[result["task"]], int(result["length"]), result["head"]
-    for name, digest in result["sha256"].items():
-        fetch.check_digest(run / name, "sha256", digest, run / name)
-    own = "model.safetensors" in result["sha256"]  # its weights were trained
-    if own and model_name:
-        raise ValueError(f"--model: {run} holds its own weights, which were trained; leave the flag away")
-    folder = run if own else fetch.model_folder(model_name or result["model"])
-    model, tokenizer = load_backbone(folder, task, length, head, fresh=not own)
-    if not own and model.fingerprint() != result["fingerprint"]:
-        raise ValueError(f"--model: the weights in {folder} are not those that {run} was trained on")
-    if tokenizer_digest(folder) != result["tokenizer"]:
-        raise ValueError(f"--model: the tokenizer in {folder} is not the one that {run} was trained with")
-    if "kept" not in result:
-        return result, folder, model, tokenizer, {}
-    masks, head_weights, described = load_masks(mask_file)
-    if described != result:
-        raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
-    expected = {n: w.shape for weights in model.prunable().values() for n, w in weights.items()}
-    expected_head = {n: p.shape for n, p in model.named_parameters() if n.startswith("classifier.") and not own}
-    for wanted, found in ((expected, masks), (expected_head, head_weights)):
-        if wanted != {name: tensor.shape for name, tensor in found.items()}:
-            raise ValueError(f"{mask_file} was made for a backbone of another shape")
-    model.load_state_dict(head_weights, strict=False)
-    return result, folder, model, tokenizer, masks
 
 
 def classify(model, weights, tokenizer, task, text, device):

@@ -25,8 +25,8 @@ from threading import Lock
 
 import torch
 
+from cli import Parser, one_line_errors
 from data import TASKS
-from eval import Parser, one_line_errors
 
 # Steps of MiniLM's runs, the same for all methods of a task: about a third of the paper's for bert-base.
 STEPS = {"rte": 3120, "mrpc": 3450, "cola": 3216, "stsb": 3600, "sst2": 3159, "movies": 1196}

@@ -27,24 +27,13 @@ import data
 import fetch
 import parallel
 from checkpoint import in_background, read_state, restore, save_checkpoint
+from cli import Parser, add_common_arguments, choose_device, dtype_name, one_line_errors
 from data import TASKS
-from eval import (
-    Parser,
-    add_common_arguments,
-    choose_device,
-    dtype_name,
-    evaluate,
-    load_backbone,
-    load_run,
-    load_split,
-    one_line_errors,
-    read_result,
-    show,
-    tokenizer_digest,
-)
+from eval import evaluate, load_split, show
 from mask import METHODS, density_at, penalty_at
 from maskfile import pack_masks
 from model import load_model, published
+from runs import load_backbone, load_run, read_result, tokenizer_digest
 from step import Losses, make_learner, make_run, rate_at, train_step
 
 CHECKPOINT = "checkpoint.safetensors"

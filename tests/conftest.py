@@ -64,7 +64,7 @@ def write_tokenizer(path):
 @pytest.fixture(autouse=True)
 def plain_cpu(monkeypatch):
     """The same dtype by default on every machine."""
-    monkeypatch.setattr("eval.cpu_computes_bf16", lambda: False)
+    monkeypatch.setattr("cli.cpu_computes_bf16", lambda: False)
 
 
 @pytest.fixture

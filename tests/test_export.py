@@ -10,7 +10,9 @@ from test_model import roberta_name
 
 import eval as eval_
 import train
+from mask import apply_masks
 from model import load_model
+from runs import load_run
 
 
 @pytest.fixture
@@ -39,9 +41,9 @@ def test_the_exported_model_is_the_pruned_one(make_model, trained, tmp_path, nam
     zeros = sum(int(((after[n] == 0) & (t != 0)).sum()) for n, t in before.items())
     assert before.keys() == after.keys() and zeros == result["prunable"] - result["kept"]
     assert all(after[n].equal(t) or ((after[n] == t) | (after[n] == 0)).all() for n, t in before.items())
-    _, _, backbone, _, masks = eval_.load_run(run)
+    _, _, backbone, _, masks = load_run(run)
     inputs = torch.tensor([[2, 9, 8, 3]]), torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4)
-    weights = eval_.apply_masks(backbone.state_dict(), masks)
+    weights = apply_masks(backbone.state_dict(), masks)
     pruned = torch.func.functional_call(backbone.eval(), weights, inputs)
     assert torch.allclose(load_model(out, backbone.words.tolist()).eval()(*inputs), pruned, atol=1e-6)
     readme = (out / "README.md").read_text()

@@ -16,13 +16,16 @@ from conftest import CONFIG, bert_tensors
 from safetensors.torch import load_file
 from test_model import roberta_name
 
+import cli
 import data
 import eval as eval_
 import mask
 import maskfile
 import step
 import train
+from cli import choose_device
 from eval import accuracy, correlation, f1, spearman
+from runs import load_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,7 +138,7 @@ def test_a_fresh_classifier_beside_a_mask(make_model, glue, tmp_path, capsys, po
     _, head, _ = maskfile.load_masks(out / "mask.safetensors")
     assert {n: tuple(t.shape) for n, t in head.items()} == {"classifier.weight": (2, 16), "classifier.bias": (2,)}
     assert 0 < head["classifier.bias"].abs().max() < 1e-3  # it moved, at 3e-5 a step
-    loaded = eval_.load_run(out)[2]
+    loaded = load_run(out)[2]
     assert hasattr(loaded.bert, "pooler") == pooler and loaded.classifier.bias.equal(head["classifier.bias"])
     assert loaded.fingerprint() == train.load_model(model, [7, 8], "classifier").fingerprint()
     eval_.main([str(out)])
@@ -188,7 +191,7 @@ def test_a_teacher_is_asked_and_stays_as_it_is(run, monkeypatch, capsys):
 
     monkeypatch.setattr(step, "task_loss", spy)
     folder, result = run("--teacher", dense, out="taught")
-    teacher = eval_.load_run(dense)[2].eval()
+    teacher = load_run(dense)[2].eval()
     tokenizer = data.load_tokenizer(run.model, 16)
     examples = data.load_split("movies", "train", result["data_dir"], tokenizer)
     [(inputs, *_)] = next(data.training_batches(examples, 8, 1, seed=0))
@@ -512,18 +515,18 @@ def test_device_and_dtype_choose_themselves(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has["cuda"])
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has["mps"])
-    assert eval_.choose_device()[:2] == (torch.device("cpu"), torch.float32) and "no GPU" in eval_.choose_device()[2]
+    assert choose_device()[:2] == (torch.device("cpu"), torch.float32) and "no GPU" in choose_device()[2]
     with pytest.raises(ValueError, match="--device cuda: torch .* finds no such device"):
-        eval_.choose_device("cuda")
-    monkeypatch.setattr(eval_, "cpu_computes_bf16", lambda: True)
-    device, dtype, why = eval_.choose_device()
+        choose_device("cuda")
+    monkeypatch.setattr(cli, "cpu_computes_bf16", lambda: True)
+    device, dtype, why = choose_device()
     assert (device.type, dtype) == ("cpu", torch.bfloat16) and "computes bfloat16 natively" in why
     has["mps"] = True
-    assert eval_.choose_device()[:2] == (torch.device("mps"), torch.float32)
+    assert choose_device()[:2] == (torch.device("mps"), torch.float32)
     has["cuda"] = True
-    assert eval_.choose_device()[:2] == (torch.device("cuda"), torch.bfloat16)
-    assert eval_.choose_device("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16, "as asked")
-    assert eval_.choose_device(dtype="float32")[1] == torch.float32
+    assert choose_device()[:2] == (torch.device("cuda"), torch.bfloat16)
+    assert choose_device("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16, "as asked")
+    assert choose_device(dtype="float32")[1] == torch.float32
 
 
 def test_the_dense_reference_is_named_with_the_flags_of_the_run():

@@ -1,0 +1,78 @@
+"""What all commands share: errors in one line, flags, the choice of device and dtype.
+
+What it is: the face that train.py, eval.py, bench.py and experiments.py have in common. What it is not: it knows no
+task and no model. Sources: none.
+
+    with one_line_errors(ValueError, OSError):
+        device, dtype, why = choose_device(args.device, args.dtype)
+"""
+
+import argparse
+import sys
+from contextlib import contextmanager
+
+import torch
+
+import parallel
+
+
+@contextmanager
+def one_line_errors(*kinds):
+    """Turn errors of these kinds, which name what to change, into one line on stderr and exit status 2."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = "the device's memory is full; try --accumulate 2, a smaller --batch or --length, or another device"
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt as said:
+        print(f"\ninterrupted; {str(said) or 'nothing was saved'}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that takes no abbreviated flags, and whose errors are one line, without the usage."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message):
+        self.exit(2, None if parallel.RANK else f"error: {message} (see {self.prog} --help)\n")
+
+
+def choose_device(device=None, dtype=None):
+    """-> (torch.device, torch.dtype, why) from --device and --dtype, or by what the machine has."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    why = "as asked"
+    if device is None:
+        device = next(name for name, there in present.items() if there)
+        why = {"cuda": "a CUDA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[device]
+    elif not present[device]:
+        raise ValueError(f"--device {device}: torch {torch.__version__} finds no such device here")
+    if dtype is None:
+        native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        native |= device == "cpu" and cpu_computes_bf16()
+        dtype = "bfloat16" if native else "float32"
+        why += f"; the {device.upper()} {'computes bfloat16 natively' if native else 'has no bfloat16 of its own'}"
+    return torch.device(device), getattr(torch, dtype), why
+
+
+def cpu_computes_bf16():
+    """Whether the processor multiplies matrices in bfloat16 itself (AVX512-BF16 or AMX), and so in half the time."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def add_common_arguments(parser):
+    """The flags that train.py and eval.py share."""
+    parser.add_argument("--model", metavar="NAME|FOLDER", help="minilm, bert-base-uncased, roberta-base, or a folder")
+    parser.add_argument("--data-dir", metavar="FOLDER", help="a folder in GLUE's layout; default: download")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 if native; eval.py: as trained"
+    )
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,103 @@
+"""Finished runs: a run folder or a mask file, its description, its backbone and its masks, brought together.
+
+What it is: reading what train.py wrote, and refusing what does not fit together. What it is not: it evaluates nothing
+and writes nothing. Sources: none.
+
+    result, folder, model, tokenizer, masks = load_run(Path("runs/movies-minilm-smp-s-0.5-seed0"))
+"""
+
+import hashlib
+import json
+
+import data
+import fetch
+from data import TASKS, load_tokenizer
+from maskfile import load_masks
+from model import load_config, load_model
+
+
+def load_backbone(folder, task, length, head, fresh=True):
+    """-> (Bert with the task's label words and this head, fresh or the folder's, tokenizer) of a model folder.
+
+    Raises ValueError when they do not fit each other, the task or the length.
+    """
+    config = load_config(folder)
+    if not 4 <= length <= config.longest_input:
+        raise ValueError(f"--length {length}: the model in {folder} takes 4 to {config.longest_input} tokens")
+    tokenizer = load_tokenizer(folder, length)
+    model = load_model(folder, data.label_word_ids(task, tokenizer), head, fresh)
+    model.every_token = task is TASKS["squad"]
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(f"{folder}: tokenizer.json has more words than the vocab_size of config.json")
+    if max(tokenizer.encode("a", "b").type_ids) >= config.type_vocab_size:
+        raise ValueError(f"{folder}: tokenizer.json tells more segments apart than type_vocab_size in config.json")
+    return model, tokenizer
+
+
+def read_result(run):
+    """result.json of a finished run's folder as a dict. Raises ValueError if it is none of this code's."""
+    path = run / "result.json"
+    if not path.exists():
+        state = "an interrupted or still running" if (run / "log.jsonl").exists() else "no finished"
+        raise ValueError(f"{run} holds {state} run: there is no {path}; run its train.py command to the end")
+    try:
+        result = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return checked(result, path)
+
+
+NEEDED = {
+    "task": str, "method": str, "model": str, "head": str, "words": dict, "length": int, "device": str, "dtype": str,
+    "final": dict, "fingerprint": str, "tokenizer": str, "sha256": dict,
+}  # fmt: skip
+
+
+def checked(result, path):
+    """The description of a run, if it is one and can be evaluated. Raises ValueError if not."""
+    if not isinstance(result, dict) or not all(isinstance(result.get(key), kind) for key, kind in NEEDED.items()):
+        raise ValueError(f"{path} is not the result of a run of this train.py")
+    if result["task"] not in TASKS or result["words"] != TASKS[result["task"]].words:
+        raise ValueError(f"{path}: TASKS has no task {result['task']} with the label words {result['words']}")
+    return result
+
+
+def tokenizer_digest(folder):
+    """sha256 of a model folder's tokenizer.json: what ties a mask to its tokenizer."""
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def load_run(run, model_name=None):
+    """A finished run's folder, or a mask file -> (result, model folder, Bert, tokenizer, masks {name: bool} or {}).
+
+    Raises ValueError that says what is missing or does not fit.
+    """
+    alone = run.is_file()
+    mask_file = run if alone else run / "mask.safetensors"
+    result = checked(load_masks(run)[2], run) if alone else read_result(run)
+    if alone and result["sha256"]:
+        raise ValueError(f"{run}: the weights of this run were trained as well; name its folder, which holds them")
+    task, length, head = TASKS[result["task"]], int(result["length"]), result["head"]
+    for name, digest in result["sha256"].items():
+        fetch.check_digest(run / name, "sha256", digest, run / name)
+    own = "model.safetensors" in result["sha256"]  # its weights were trained
+    if own and model_name:
+        raise ValueError(f"--model: {run} holds its own weights, which were trained; leave the flag away")
+    folder = run if own else fetch.model_folder(model_name or result["model"])
+    model, tokenizer = load_backbone(folder, task, length, head, fresh=not own)
+    if not own and model.fingerprint() != result["fingerprint"]:
+        raise ValueError(f"--model: the weights in {folder} are not those that {run} was trained on")
+    if tokenizer_digest(folder) != result["tokenizer"]:
+        raise ValueError(f"--model: the tokenizer in {folder} is not the one that {run} was trained with")
+    if "kept" not in result:
+        return result, folder, model, tokenizer, {}
+    masks, head_weights, described = load_masks(mask_file)
+    if described != result:
+        raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
+    expected = {n: w.shape for weights in model.prunable().values() for n, w in weights.items()}
+    expected_head = {n: p.shape for n, p in model.named_parameters() if n.startswith("classifier.") and not own}
+    for wanted, found in ((expected, masks), (expected_head, head_weights)):
+        if wanted != {name: tensor.shape for name, tensor in found.items()}:
+            raise ValueError(f"{mask_file} was made for a backbone of another shape")
+    model.load_state_dict(head_weights, strict=False)
+    return result, folder, model, tokenizer, masks
