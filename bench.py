@@ -202,7 +202,7 @@ def time_inference(args, device, dtype):
 
 def main(argv=None):
     args = parse_args(argv)
-    with one_line_errors(ValueError, torch.OutOfMemoryError):
+    with one_line_errors():
         device, dtype, why = choose_device(args.device, args.dtype)
         parallel.start(device)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"

@@ -3,32 +3,48 @@
 What it is: the face that train.py, eval.py, bench.py and experiments.py have in common. What it is not: it knows no
 task and no model. Sources: none.
 
-    with one_line_errors(ValueError, OSError):
+    with one_line_errors():
         device, dtype, why = choose_device(args.device, args.dtype)
 """
 
 import argparse
+import errno
+import os
+import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 import parallel
 
+# What people or machines can get wrong; anything else is a mistake in the code, and keeps its traceback.
+ERRORS = (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError, torch.AcceleratorError)
+
 
 @contextmanager
-def one_line_errors(*kinds):
-    """Turn errors of these kinds, which name what to change, into one line on stderr and exit status 2."""
+def one_line_errors():
+    """Turn ERRORS, which name what to change, into one line on stderr and exit status 2."""
     try:
         yield
-    except kinds as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            error = "the device's memory is full; try --accumulate 2, a smaller --batch or --length, or another device"
-        print(f"error: {error}", file=sys.stderr)
+    except ERRORS as error:
+        print(f"error: {describe(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as said:
         print(f"\ninterrupted; {str(said) or 'nothing was saved'}", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def describe(error):
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the device's memory is full; try --accumulate 2, a smaller --batch or --length, or another device"
+    if isinstance(error, torch.AcceleratorError):
+        reason = str(error).splitlines()[0]
+        return f"the device failed ({reason}); python train.py --resume RUN_DIR goes on from the last evaluation"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error}: make room, or name another disk with --out (downloads: SMP_CACHE)"
+    return " ".join(str(error).split())
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,6 +78,26 @@ def cpu_computes_bf16():
     """Whether the processor multiplies matrices in bfloat16 itself (AVX512-BF16 or AMX), and so in half the time."""
     able = torch.cpu.get_capabilities()
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def make_deterministic():
+    """Let torch choose algorithms that give the same bits every time; some are slower. To be called first."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it here
+
+
+def code_version():
+    """{"commit": short hash of this code, "clean": whether no tracked file differs from it}, or {} outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commands = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    try:
+        commit, changed = (
+            subprocess.run([*git, *c], capture_output=True, text=True, check=True).stdout for c in commands
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": commit.strip(), "clean": not changed}
 
 
 def add_common_arguments(parser):

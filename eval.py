@@ -164,7 +164,7 @@ def main(argv=None):
         parser.error("--pair needs --text")
     if parallel.PROCESSES > 1:
         parser.error("eval.py is one process: start it with python, not with torchrun")
-    with one_line_errors(ValueError, OSError):
+    with one_line_errors():
         result, folder, model, tokenizer, masks = load_run(args.run, args.model)
         task = TASKS[result["task"]]
         if args.export:

@@ -103,7 +103,7 @@ def tuning():
 LISTS = {"main": compared, "ablations": ablations, "tuning": tuning}
 KEPT = (
     "task method sparsity seed steps batch lr weight_lr warmup hold penalty schedule head final best density reached "
-    "kept prunable stored_numbers stored_bits seconds device dtype versions"
+    "kept prunable stored_numbers stored_bits seconds device dtype versions commit clean"
 ).split()
 
 
@@ -118,17 +118,6 @@ def read_lines(path):
         except (ValueError, AttributeError):
             raise ValueError(f"{path}:{number} is not the result of a run; delete that line") from None
     return lines
-
-
-def commit():
-    """The short hash of the code's commit, with a + if the tree has changes; "" outside git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    except FileNotFoundError:
-        return ""
-    return found.stdout.strip() + "+" * bool(changed.stdout.strip())
 
 
 def make_run(arguments, machine, seconds, gpu):
@@ -151,7 +140,7 @@ def make_missing(name, folder, at_once, seconds, machine):
     path, lock, deadline = folder / f"{name}.jsonl", Lock(), time.time() + seconds
     done = {line["command"] for line in read_lines(path)}
     missing = [arguments for arguments in dict.fromkeys(LISTS[name]()) if f"python train.py {arguments}" not in done]
-    where = {"commit": commit(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    where = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
     where["at_once"] = at_once
     numbers = ",".join(map(str, range(torch.cuda.device_count())))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")
@@ -239,7 +228,7 @@ def main(argv=None):
     machine = [
         f"--{name.replace('_', '-')}={value}" for name in ("data_dir", "model") if (value := getattr(args, name))
     ]
-    with one_line_errors(ValueError, OSError):
+    with one_line_errors():
         if args.do == "run":
             make_missing(args.list, args.results, args.at_once, args.seconds, machine)
         else:

@@ -9,6 +9,7 @@ Gilbert, ICWSM 2014, for the reviews of `movies`.
 """
 
 import hashlib
+import http
 import http.client
 import io
 import os
@@ -86,20 +87,39 @@ def add_files(folder, files):
 def fetched(url, path, remedy):
     """Download a URL with a progress bar -> a whole partial_file of `path`.
 
+    A connection that ends too early is taken up again where it ended, as long as that brings anything new.
     Raises OSError that ends in the remedy when the server cannot be reached or breaks off.
     """
     with partial_file(path) as part:
-        try:
-            with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
-                size = int(reply.headers.get("Content-Length") or 0)
-                with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False) as bar:
-                    while block := reply.read(1 << 20):
-                        bar.update(file.write(block))
-                if file.tell() < size:
-                    raise OSError(f"the connection ended after {file.tell()} of {size} bytes")
-        except (OSError, http.client.HTTPException) as error:
-            raise OSError(f"cannot fetch {url} ({error}); {remedy}; {OFFLINE}") from None
+        with open(part, "wb") as file, tqdm(unit="B", unit_scale=True, desc=path.name, leave=False) as bar:
+            while True:
+                before = file.tell()
+                try:
+                    download_rest(url, file, bar)
+                    break
+                except (OSError, http.client.HTTPException) as error:
+                    if file.tell() <= before:
+                        raise OSError(f"cannot fetch {url} ({error}); {remedy}; {OFFLINE}") from None
         yield part
+
+
+def download_rest(url, file, bar):
+    """Append what a file still lacks of a URL; from its beginning where the server can do nothing else.
+
+    Raises OSError when the connection ends too early.
+    """
+    request = urllib.request.Request(url, headers={"Range": f"bytes={file.tell()}-"} if file.tell() else {})
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        if reply.status != http.HTTPStatus.PARTIAL_CONTENT:
+            file.seek(0)
+            file.truncate()
+        size = file.tell() + int(reply.headers.get("Content-Length") or 0)
+        bar.reset(size)
+        bar.update(file.tell())
+        while block := reply.read(1 << 20):
+            bar.update(file.write(block))
+    if file.tell() < size:
+        raise OSError(f"the connection ended after {file.tell()} of {size} bytes")
 
 
 def check_digest(content, algorithm, expected, name):

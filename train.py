@@ -27,7 +27,15 @@ import data
 import fetch
 import parallel
 from checkpoint import in_background, read_state, restore, save_checkpoint
-from cli import Parser, add_common_arguments, choose_device, dtype_name, one_line_errors
+from cli import (
+    Parser,
+    add_common_arguments,
+    choose_device,
+    code_version,
+    dtype_name,
+    make_deterministic,
+    one_line_errors,
+)
 from data import TASKS
 from eval import evaluate, load_split, show
 from mask import METHODS, density_at, penalty_at
@@ -70,6 +78,7 @@ def parse_args(argv=None):
     parser.add_argument("--evals", type=int, help="evaluations in a run")
     parser.add_argument("--accumulate", type=int, default=1, metavar="PARTS", help="take a batch in so many parts (1)")
     parser.add_argument("--compile", action="store_true", help="let torch.compile fuse the kernels of a step")
+    parser.add_argument("--deterministic", action="store_true", help="the same bits every time on a GPU too; slower")
     parser.add_argument("--eager", action="store_true", help="on CUDA: launch each kernel of a step, record no graphs")
     args = parser.parse_args(argv)
     args.argv, args.spent = sys.argv[1:] if argv is None else argv, 0.0
@@ -89,7 +98,7 @@ def continued(parser, args):
     """The arguments of the run that --resume names. Exits with status 2 and one line when it cannot go on."""
     if len(args.argv) > 2 or parallel.PROCESSES > 1:
         parser.error("--resume takes the settings of its run: no other flags, and one process")
-    with one_line_errors(ValueError, OSError):
+    with one_line_errors():
         if not (args.resume / CHECKPOINT).exists():
             raise ValueError(f"--resume: {args.resume} has no {CHECKPOINT}; a run has one from its first evaluation on")
         state = read_state(args.resume / CHECKPOINT)
@@ -313,11 +322,13 @@ def finish(args, learner, model, fingerprint, evaluations, seconds, command):
         "teacher": args.teacher and str(args.teacher), "data_dir": args.data_dir, "fingerprint": fingerprint,
         "device": parameter.device.type, "dtype": dtype_name(parameter.dtype),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "command": command,
+        "deterministic": args.deterministic,
         "words": TASKS[args.task].words, "final": evaluations[-1]["dev"], "sha256": {},
         "best": max(on_target, key=lambda e: e["dev"][TASKS[args.task].metrics[0]]),
         "seconds": round(seconds, 1), "density": 1.0, "stored_bits": 0, "tokenizer": tokenizer_digest(folder),
         "stored_numbers": sum(p.numel() for p in learner.weights),
     }  # fmt: skip
+    result |= code_version()
     trained, row = learner.trained, METHODS[args.method]
     if learner.masks:
         masks, path = learner.masks.exact(density), args.out / "mask.safetensors"
@@ -350,7 +361,9 @@ def main(argv=None):
     args.started = time.time() - args.spent
     command = shlex.join(["python", "train.py", *args.argv])
     torch.manual_seed(args.seed)
-    with one_line_errors(ValueError, OSError):
+    with one_line_errors():
+        if args.deterministic:
+            make_deterministic()
         device, dtype, why = choose_device(args.device, args.dtype)
         parallel.start(device)
         with parallel.first_process_first():
@@ -368,10 +381,10 @@ def main(argv=None):
     print(f"on {parallel.PROCESSES} x {device} in {dtype_name(dtype)}: {why}")
 
     torch.manual_seed(args.seed * parallel.PROCESSES + parallel.RANK)  # every process has dropout of its own
-    with one_line_errors(ValueError, OSError, FloatingPointError, torch.OutOfMemoryError), log_file(args) as log:
+    with one_line_errors(), log_file(args) as log:
         evaluations = loop(args, losses, train, dev, device, total, log)
     if not parallel.RANK:
-        with one_line_errors(ValueError, OSError):
+        with one_line_errors():
             result, path = finish(args, learner, model, fingerprint, evaluations, time.time() - args.started, command)
         summarize(args, result, path)
     parallel.stop()
