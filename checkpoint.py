@@ -8,6 +8,7 @@ What it is not: it decides neither when to save nor where to go on. Sources: non
     state = restore(path, learner, optimizer)
 """
 
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,7 +38,16 @@ def save_checkpoint(path, learner, optimizer, state):
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     tensors = {name: t.to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    return lambda: write_whole(path, save(tensors, {"state": json.dumps(state)}))
+    described = json.dumps(state)
+    return lambda: write_whole(path, save(tensors, {"state": described, "sha256": digest(described, tensors)}))
+
+
+def digest(described, tensors):
+    found = hashlib.sha256(described.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.flatten().numpy().data)
+    return found.hexdigest()
 
 
 @contextmanager
@@ -67,15 +77,18 @@ def read_state(path):
         with safe_open(path, "pt") as file:
             state = json.loads((file.metadata() or {})["state"])
         return {key: state[key] for key in STATE}
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a checkpoint of train.py: {error}") from None
 
 
 def restore(path, learner, optimizer):
-    """Put a checkpoint back -> its description. Raises ValueError when it is of another run."""
+    """Put a checkpoint back -> its description. Raises ValueError when it was altered, or is of another run."""
     parameters = list(learner.parameters())
     with safe_open(path, "pt") as file:
+        header = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    if header.get("sha256") != digest(header["state"], tensors):
+        raise ValueError(f"{path} was altered: its content is not what its sha256 says")
     expected = {f"parameter.{i}": p.shape for i, p in enumerate(parameters)}
     moments = ("step", "exp_avg", "exp_avg_sq")
     needed = {*expected, "random.cpu", *(f"{key}.{i}" for key in moments for i in range(len(parameters)))}

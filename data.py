@@ -127,10 +127,13 @@ def load_tokenizer(folder, length):
     path = Path(folder) / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exceptions
+        tokenizer.enable_truncation(length, strategy="longest_first")
+        tokenizer.no_padding()
+        tokenizer.encode("a \u2603", "b")  # fails where no token stands for unknown characters, or between texts
+    except BaseException as error:  # the library raises bare Exceptions, and panics, which are not even those
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise ValueError(f"{path} is not a tokenizer: {error}") from None
-    tokenizer.enable_truncation(length, strategy="longest_first")
-    tokenizer.no_padding()
     return tokenizer
 
 

@@ -115,7 +115,7 @@ def read_lines(path):
             lines.append(json.loads(line))
             if not {"command", "task", "final", "best", "density", "seconds"} <= lines[-1].keys():
                 raise ValueError
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise ValueError(f"{path}:{number} is not the result of a run; delete that line") from None
     return lines
 

@@ -12,6 +12,7 @@ import hashlib
 import http
 import http.client
 import io
+import lzma
 import os
 import subprocess
 import sys
@@ -51,6 +52,7 @@ HUB_MODELS = {
         },
     ),
 }
+LARGEST_UNZIPPED = 1 << 30  # bytes
 MODELS = ("minilm", *HUB_MODELS)
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
@@ -204,8 +206,11 @@ def unzip_splits(path, task):
     try:
         with zipfile.ZipFile(path) as archive:
             there = [name for name in tests if f"{task.folder}/{name}" in archive.namelist()]
-            return {name: archive.read(f"{task.folder}/{name}") for name in needed + there}
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+            found = [archive.getinfo(f"{task.folder}/{name}") for name in needed + there]
+            if sum(info.file_size for info in found) > LARGEST_UNZIPPED:
+                raise zipfile.BadZipFile("it would unpack to more than a gibibyte")
+            return {Path(info.filename).name: archive.read(info) for info in found}
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, RuntimeError, OSError) as error:
         raise ValueError(f"the server did not send the zip archive of {task.folder} ({error}); not kept") from None
 
 

@@ -71,7 +71,7 @@ def load_masks(path):
             raise ValueError("more weights than memory")
         masks = {name: unpacked(tensors.pop(name), shape) for name, shape in shapes.items()}
         head = {name: torch.from_numpy(array) for name, array in tensors.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, lzma.LZMAError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, lzma.LZMAError) as error:
         raise ValueError(f"{path} does not hold what its header says ({type(error).__name__}: {error})") from None
     return masks, head, run
 

@@ -82,6 +82,7 @@ class Config:
 
 
 FIELDS = fields(Config)
+LARGEST = {"num_hidden_layers": 1000}  # each takes time to make, before the weights show that they are not there
 
 
 def load_config(folder):
@@ -92,15 +93,17 @@ def load_config(folder):
         values = {f.name: stored[f.name] if f.default is MISSING else stored.get(f.name, f.default) for f in FIELDS}
     except KeyError as error:
         raise ValueError(f"{path} lacks {error.args[0]}") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON object: {error}") from None
     for field in FIELDS:
         value, lowest = values[field.name], int(field.default is MISSING)
+        highest = LARGEST.get(field.name, 1 << 24 if field.type is int else 1)
         if field.name in SUPPORTED:
             if value not in SUPPORTED[field.name]:
                 raise ValueError(f"{path}: {field.name} is {value!r}, not {' or '.join(SUPPORTED[field.name])}")
-        elif type(value) not in (int, field.type) or not lowest <= value < math.inf:
-            raise ValueError(f"{path}: {field.name} is {value!r}, not {field.type.__name__} of at least {lowest}")
+        elif type(value) not in (int, field.type) or not lowest <= value <= highest:
+            wanted = f"{field.type.__name__} of at least {lowest} and at most {highest}"
+            raise ValueError(f"{path}: {field.name} is {value!r}, not {wanted}")
     if values["hidden_size"] % values["num_attention_heads"]:
         raise ValueError(f"{path}: hidden_size is not divisible by num_attention_heads")
     return Config(**values)

@@ -42,20 +42,25 @@ def read_result(run):
         raise ValueError(f"{run} holds {state} run: there is no {path}; run its train.py command to the end")
     try:
         result = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     return checked(result, path)
 
 
 NEEDED = {
-    "task": str, "method": str, "model": str, "head": str, "words": dict, "length": int, "device": str, "dtype": str,
-    "final": dict, "fingerprint": str, "tokenizer": str, "sha256": dict,
+    "task": str, "method": str, "model": str, "words": dict, "length": int, "final": dict, "fingerprint": str,
+    "tokenizer": str, "sha256": dict, "density": float, "data_dir": str | None,
 }  # fmt: skip
+ONE_OF = {"head": ("words", "classifier"), "device": ("cuda", "mps", "cpu"), "dtype": ("float32", "bfloat16")}
 
 
 def checked(result, path):
     """The description of a run, if it is one and can be evaluated. Raises ValueError if not."""
-    if not isinstance(result, dict) or not all(isinstance(result.get(key), kind) for key, kind in NEEDED.items()):
+    fine = isinstance(result, dict) and NEEDED.keys() <= result.keys()
+    fine = fine and all(isinstance(result[key], kind) for key, kind in NEEDED.items())
+    fine = fine and all(result.get(key) in known for key, known in ONE_OF.items())
+    fine = fine and all(isinstance(value, float) for value in result["final"].values())
+    if not fine or not set(result["sha256"]) <= {"model.safetensors"}:
         raise ValueError(f"{path} is not the result of a run of this train.py")
     if result["task"] not in TASKS or result["words"] != TASKS[result["task"]].words:
         raise ValueError(f"{path}: TASKS has no task {result['task']} with the label words {result['words']}")

@@ -58,7 +58,7 @@ def read_squad(path):
             for paragraph in article.get("paragraphs") or ()
             for qa in paragraph["qas"]
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is not a SQuAD v1.1 file ({type(error).__name__}: {error})") from None
     if not questions:
         raise ValueError(f"{path} holds no questions")

@@ -1,0 +1,194 @@
+"""Every file that people may hand over, altered at random: it works, or it is one line of error; never a traceback."""
+
+import json
+import random
+import re
+import shlex
+import signal
+import zipfile
+
+import pytest
+from safetensors.numpy import save
+from test_squad import CONTEXT, question
+
+import cli
+import data
+import eval as eval_
+import fetch
+import maskfile
+import squad
+import train
+
+TIMES = 300
+HOSTILE = [
+    None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 1e308, -0.5, float("nan"), "", "x", "../../x", "/etc/passwd", "\0",
+    "y" * 5000, [], {}, [[]], {"a": {}}, [1e9] * 3, "bfloat16", "movies",
+]  # fmt: skip
+
+
+def altered_bytes(content, rng):
+    """Flip, cut, insert, repeat or drop a little of it, once or a few times."""
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 10])):
+        at, length = rng.randrange(len(content) + 1), rng.choice([1, 1, 4, 64])
+        kind = rng.choice(["flip", "flip", "cut", "insert", "repeat", "drop"])
+        if kind == "flip" and at < len(content):
+            content[at] ^= 1 << rng.randrange(8)
+        elif kind == "cut":
+            del content[at:]
+        elif kind == "insert":
+            content[at:at] = rng.choice([rng.randbytes(length), b"\n" * length, b"\t" * length, b"[" * 5000])
+        elif kind == "repeat":
+            content[at:at] = content[at : at + length]
+        else:
+            del content[at : at + length]
+    return bytes(content)
+
+
+def altered_json(value, rng):
+    """The same with one value replaced, dropped or renamed, at any depth."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.85:
+        copy = value.copy()
+        key = rng.choice(list(copy)) if isinstance(copy, dict) else rng.randrange(len(copy))
+        if rng.random() < 0.15:
+            changed = copy.pop(key)
+            if isinstance(copy, dict) and rng.random() < 0.3:
+                copy[str(key) + "x"] = changed
+        else:
+            copy[key] = altered_json(copy[key], rng)
+        return copy
+    return rng.choice(HOSTILE)
+
+
+def altered(content, rng):
+    """Bytes of a JSON file or any other -> altered ones."""
+    if content[:1] == b"{" and rng.random() < 0.7:
+        return json.dumps(altered_json(json.loads(content), rng)).encode()
+    return altered_bytes(content, rng)
+
+
+@pytest.fixture
+def survives(capsys, tmp_path):
+    """survives(command): a call that works or ends with status 2 and one line; within 10 seconds, writing nothing."""
+
+    def too_slow(*_):
+        raise KeyboardInterrupt("longer than 10 seconds")  # which nothing turns into an error of a file
+
+    def run(command):
+        files = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        signal.signal(signal.SIGALRM, too_slow)
+        signal.alarm(10)
+        try:
+            command()
+            said = None
+        except SystemExit as ended:
+            assert ended.code == 2
+            lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+            lines = [line for line in lines if line.strip() and not re.match("evaluating|movies smp-s", line)]
+            assert len(lines) == 1 and lines[0].startswith("error: "), lines
+            said = lines[0]
+        finally:
+            signal.alarm(0)
+        assert sorted(tmp_path.rglob("*")) == files
+        return said
+
+    return run
+
+
+@pytest.fixture
+def run(make_model, glue, tmp_path):
+    """A finished run's folder beside its model and data."""
+    flags = ["--model", make_model(), "--data-dir", glue, "--out", tmp_path / "run", "--steps", 2, "--batch", 4]
+    train.main([str(f) for f in [*flags, "--length", 16, "--evals", 1, "--device", "cpu"]])
+    return tmp_path / "run"
+
+
+def fuzz(path, survives, command, seed=0):
+    """Alter a file TIMES times. Both outcomes must occur, or the test shows nothing."""
+    whole, rng, outcomes = path.read_bytes(), random.Random(seed), []
+    for _ in range(TIMES):
+        path.write_bytes(altered(whole, rng))
+        outcomes.append(survives(command))
+    path.write_bytes(whole)
+    assert survives(command) is None and any(outcomes)
+    return outcomes
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_model_folders(run, survives, name):
+    fuzz(run.parent / "model" / name, survives, lambda: eval_.main([str(run), "--text", "a good film"]))
+
+
+@pytest.mark.parametrize("name", ["result.json", "mask.safetensors"])
+def test_run_folders(run, survives, name):
+    fuzz(run / name, survives, lambda: eval_.main([str(run), "--text", "a good film"]))
+
+
+def test_descriptions_of_mask_files_whose_sum_is_right(run, survives):
+    path, rng, outcomes = run / "mask.safetensors", random.Random(0), []
+    with maskfile.safe_open(path, "np") as file:
+        tensors, header = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
+    for _ in range(TIMES):
+        which = rng.choice(["run", "run", "shapes"])
+        changed = header | {which: json.dumps(altered_json(json.loads(header[which]), rng))}
+        path.write_bytes(save(tensors, changed | {"sha256": maskfile.digest(changed, tensors)}))
+        outcomes.append(survives(lambda: eval_.main([str(path), "--text", "a good film"])))
+    assert any(outcomes) and None in outcomes
+
+
+def test_tables(run, survives):
+    outcomes = fuzz(run.parent / "glue" / "movies" / "dev.tsv", survives, lambda: eval_.main([str(run)]))
+    assert None in outcomes
+
+
+def test_squad_files(run, survives, tmp_path, monkeypatch):
+    monkeypatch.setattr(squad, "STRIDE", 3)
+    (tmp_path / "squad").mkdir()
+    path = tmp_path / "squad" / "dev-v1.1.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": CONTEXT, "qas": [question("is it", "fun")]}]}]}))
+
+    def read():
+        with cli.one_line_errors():
+            tokenizer = data.load_tokenizer(run.parent / "model", 32)
+            eval_.load_split("squad", "dev-v1.1", str(tmp_path), tokenizer)
+
+    fuzz(path, survives, read)
+
+
+def test_checkpoints(run, survives, monkeypatch):
+    """A run that is interrupted before its last step, and resumed to be interrupted again."""
+    flags, path = json.loads((run / "result.json").read_text())["command"], run / train.CHECKPOINT
+    train_step = train.train_step
+
+    def interrupted(*args, **kwargs):
+        if args[4] == 1:
+            raise ValueError("that is far enough")
+        return train_step(*args, **kwargs)
+
+    (run / "result.json").unlink()
+    monkeypatch.setattr(train, "train_step", interrupted)
+    argv = [*shlex.split(flags)[2:], "--evals", "2"]
+    with pytest.raises(SystemExit):
+        train.main(argv)
+    whole, rng, outcomes = path.read_bytes(), random.Random(0), []
+    for _ in range(TIMES):
+        path.write_bytes(altered_bytes(whole, rng))
+        outcomes.append(survives(lambda: train.main(["--resume", str(run)])))
+    path.write_bytes(whole)
+    assert any("was altered" in said for said in outcomes) and any("is not a checkpoint" in said for said in outcomes)
+    assert "far enough" in survives(lambda: train.main(["--resume", str(run)]))
+
+
+def test_archives(survives, tmp_path):
+    path, task = tmp_path / "RTE.zip", data.TASKS["rte"]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("train.tsv", "dev.tsv", "test.tsv", "../../outside.tsv", "/tmp/outside.tsv"):
+            archive.writestr(f"RTE/{name}", "index\tsentence1\tsentence2\tlabel\n" * 50)
+
+    def read():
+        with cli.one_line_errors():
+            fetch.unzip_splits(path, task)
+
+    outcomes = fuzz(path, survives, read)
+    assert None in outcomes
