@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import train
+from checkpoint import digest
 from maskfile import load_masks
 
 ROOT = Path(__file__).parent.parent
@@ -101,10 +102,13 @@ def test_what_cannot_be_resumed(flags, tmp_path, fails):
     checkpoint.write_bytes(os.urandom(99))
     assert "is not a checkpoint" in fails(train.main, ["--resume", tmp_path])
     state = {"step": 50, "evaluations": [], "argv": flags, "spent": 1.0, "log": 0}
-    save_file({"parameter.0": torch.zeros(3)}, checkpoint, {"state": json.dumps(state)})
+    tensors, described = {"parameter.0": torch.zeros(3)}, json.dumps(state)
     (tmp_path / "log.jsonl").touch()
+    save_file(tensors, checkpoint, {"state": described, "sha256": "0"})
+    assert "was altered" in fails(train.main, ["--resume", tmp_path])
+    save_file(tensors, checkpoint, {"state": described, "sha256": digest(described, tensors)})
     assert "is the checkpoint of another run" in fails(train.main, ["--resume", tmp_path])
-    save_file({"parameter.0": torch.zeros(3)}, checkpoint, {"state": json.dumps(state | {"argv": None})})
+    save_file(tensors, checkpoint, {"state": json.dumps(state | {"argv": None})})
     train.main(
         [*flags[:4], "--out", str(tmp_path), "--steps", "2", "--length", "16", "--batch", "8", "--device", "cpu"]
     )
