@@ -1,11 +1,12 @@
 """Evaluate a finished run, show its mask, classify a sentence of one's own.
 
-What it is: metrics, evaluate(), and the command that looks at a run folder. What it is not: it trains nothing, and
-writes nothing but what --predict asks for. Sources: Wang et al., GLUE (ICLR 2019) for the metric of each task.
+What it is: metrics, evaluate(), and the command that looks at runs. What it is not: it trains nothing, and writes
+nothing but what --predict and --export ask for. Sources: Wang et al., GLUE (ICLR 2019) for the metric of each task.
 
-    python eval.py RUN_DIR [--text "a warm and funny film"]
+    python eval.py RUN [--text "a warm and funny film"]
 """
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ import parallel
 import squad
 from cli import Parser, add_common_arguments, choose_device, dtype_name, one_line_errors
 from data import TASKS, encode
-from export import export
+from export import export, export_compact
 from fetch import write_whole
 from mask import apply_masks
+from model import read_weights
 from runs import load_run
 
 EVAL_BATCH = 64  # one size everywhere: another would round differently
@@ -151,53 +153,83 @@ def write_predictions(model, weights, task, split, examples, path, device):
     write_whole(path, f"index\tprediction\n{rows}".encode())
 
 
-def main(argv=None):
-    parser = Parser(description="Evaluate a finished run and show its mask.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="what train.py --out wrote, or a mask file out of it")
+def write_answers(model, weights, tokenizer, name, data_dir, folder, device):
+    """write_predictions for each test split of a task, into a folder. Raises ValueError if it has none."""
+    task = TASKS[name]
+    if not task.test:
+        raise ValueError(f"--predict: {name} has no test split")
+    for split in task.test:
+        path, examples = folder / f"{task.folder}{SUBMISSION[split]}.tsv", load_split(name, split, data_dir, tokenizer)
+        write_predictions(model, weights, task, split, examples, path, device)
+        print(f"{path}: {len(examples)} predictions")
+
+
+def parse_args(argv):
+    parser = Parser(description="Evaluate finished runs and show their masks.")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="what train.py --out wrote, or a mask file out of it"
+    )
     parser.add_argument("--text", help="classify this sentence (squad: answer this question) instead")
     parser.add_argument("--pair", help="the second sentence of tasks on pairs (squad: the paragraph)")
     parser.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write a model folder with the zeros in it")
+    parser.add_argument(
+        "--export-compact", type=Path, metavar="FOLDER", help="write one without the heads and neurons that are dead"
+    )
     add_common_arguments(parser)
     args = parser.parse_args(argv)
     if args.pair is not None and args.text is None:
         parser.error("--pair needs --text")
+    for name in ("text", "predict", "export", "export_compact"):
+        if len(args.runs) > 1 and getattr(args, name):
+            parser.error(f"--{name.replace('_', '-')} is about one run, not {len(args.runs)}")
     if parallel.PROCESSES > 1:
         parser.error("eval.py is one process: start it with python, not with torchrun")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    read = cache(read_weights)  # the backbone of several masks is read once
     with one_line_errors():
-        result, folder, model, tokenizer, masks = load_run(args.run, args.model)
-        task = TASKS[result["task"]]
-        if args.export:
-            export(args.export, folder, result, masks, model.words.tolist())
-            print(f"{args.export}: an ordinary model folder; its README.md says how to use it")
-            return
-        device, dtype, why = choose_device(args.device, args.dtype)
-        if args.dtype is None and device.type == result["device"]:
-            dtype, why = getattr(torch, result["dtype"]), "as in training"
-        model.to(device, dtype)
-        masks = {name: mask.to(device) for name, mask in masks.items()}
-        weights = apply_masks(model.state_dict(), masks)
-        if args.text is not None:
-            text = (args.text,) if args.pair is None else (args.text, args.pair)
-            print("\n".join(classify(model, weights, tokenizer, task, text, device)))
-            return
-        data_dir = args.data_dir or result["data_dir"]
-        if args.predict:
-            if not task.test:
-                raise ValueError(f"--predict: {result['task']} has no test split")
-            for split in task.test:
-                path = (args.run if args.run.is_dir() else args.run.parent) / f"{task.folder}{SUBMISSION[split]}.tsv"
-                examples = load_split(result["task"], split, data_dir, tokenizer)
-                write_predictions(model, weights, task, split, examples, path, device)
-                print(f"{path}: {len(examples)} predictions")
-            return
+        for run in args.runs:
+            look(run, args, *load_run(run, args.model, read))
+
+
+def look(run, args, result, folder, model, tokenizer, masks):
+    """Do with a loaded run what the arguments ask for."""
+    task = TASKS[result["task"]]
+    device, dtype, why = choose_device(args.device, args.dtype)
+    if args.dtype is None and device.type == result["device"]:
+        dtype, why = getattr(torch, result["dtype"]), "as in training"
+    if args.export:
+        export(args.export, folder, result, masks, model.words.tolist())
+        print(f"{args.export}: an ordinary model folder; its README.md says how to use it")
+        return
+    if args.export_compact:
+        print("\n".join(export_compact(args.export_compact, folder, result, masks, model, device, dtype)))
+        return
+    model.to(device, dtype)
+    masks = {name: mask.to(device) for name, mask in masks.items()}
+    weights = apply_masks(model.state_dict(), masks)
+    data_dir = args.data_dir or result["data_dir"]
+    if args.text is not None:
+        text = (args.text,) if args.pair is None else (args.text, args.pair)
+        print("\n".join(classify(model, weights, tokenizer, task, text, device)))
+    elif args.predict:
+        folder = run if run.is_dir() else run.parent
+        write_answers(model, weights, tokenizer, result["task"], data_dir, folder, device)
+    else:
         sets = {split: load_split(result["task"], split, data_dir, tokenizer) for split in task.dev}
-        print(f"{result['task']}, {result['method']}, {result['model']} on {device} in {dtype_name(dtype)} ({why})")
+        which = f"{run}: " if len(args.runs) > 1 else ""
+        print(
+            f"{which}{result['task']}, {result['method']}, {result['model']} on {device} in {dtype_name(dtype)} ({why})"
+        )
         metrics = evaluate(model, weights, sets, task.metrics, device, progress=True)
-    if masks:
-        print("\n".join(density_table({g: list(ws) for g, ws in model.prunable().items()}, masks)))
-    examples = sum(examples.asked() for examples in sets.values())
-    print(f"dev ({examples} examples): {show(metrics)}; training reported {show(result['final'])}")
+        if masks and len(args.runs) == 1:
+            print("\n".join(density_table({g: list(ws) for g, ws in model.prunable().items()}, masks)))
+        examples = sum(examples.asked() for examples in sets.values())
+        print(f"dev ({examples} examples): {show(metrics)}; training reported {show(result['final'])}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,30 @@
 """Write a finished run as an ordinary model folder that other libraries load.
 
-What it is: the backbone's own files with the removed weights set to zero, and a README that says how to use them.
-What it is not: it makes nothing smaller or faster; zeros are multiplied like other numbers. Sources: none.
+What it is: the backbone's own files with the removed weights set to zero, and a README that says how to use them; or,
+compact, without the heads and neurons that the mask made dead. What it is not: zeros alone make nothing smaller or
+faster, they are multiplied like other numbers. Sources: none.
 
     python eval.py RUN --export FOLDER
+    python eval.py RUN --export-compact FOLDER
 """
 
+import copy
+import hashlib
 import json
 import shutil
+from functools import partial
+from statistics import median
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from bench import timed
 from data import TASKS
 from fetch import write_whole
-from model import canonical
+from mask import apply_masks
+from model import PER_LAYER, canonical, published
+from shrink import fold_dead, shrink
 
 COPIED = (
     "config.json",
@@ -44,13 +54,17 @@ print({logits})
 """
 
 
+def check_free(folder, flag):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{flag}: {folder} holds files already; name another folder")
+
+
 def export(folder, source, result, masks, words):
     """Fill a new folder from a model folder and the masks {name: bool} of a run on it; words: ids of the label words.
 
     Raises ValueError when the folder holds something already, or the run has a head that other libraries lack.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--export: {folder} holds files already; name another folder")
+    check_free(folder, "--export")
     if result["head"] != "words":
         raise ValueError("--export: a fresh head has no place in an ordinary model folder; it stays in the mask file")
     with safe_open(source / "model.safetensors", "pt") as file:  # all tensors, under the names that they had
@@ -64,6 +78,65 @@ def export(folder, source, result, masks, words):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
     write_whole(folder / "model.safetensors", save(tensors, header))
+
+
+COMPACT = """# {task}, pruned to a density of {density:.4f}, without what is dead
+
+{model}; of the weights that {method} left, {removed}. These are gone, and the rest computes the same. Layers
+differ in size, so this needs the code that wrote it (commit {commit}): `python eval.py` and this folder's path, or
+
+```python
+from model import load_model
+
+model = load_model("this folder", words={words}).eval()
+```
+"""
+
+
+@torch.no_grad()
+def export_compact(folder, source, result, masks, model, device, dtype):
+    """Fill a new folder with a run's model less its dead heads and neurons -> lines that say what was gained.
+
+    The folder is that of a finished run as well, so eval.py takes it. Raises ValueError when it holds something.
+    """
+    check_free(folder, "--export-compact")
+    model = copy.deepcopy(model)  # its biases will change
+    model.load_state_dict(apply_masks(model.state_dict(), masks), strict=False)
+    inputs = {n: torch.randint(0, model.config.vocab_size, (n, min(64, result["length"]))) for n in (1, 32)}
+    inputs = {n: (ids, torch.zeros_like(ids), torch.ones_like(ids)) for n, ids in inputs.items()}
+    model.eval()
+    logits = model(*inputs[32])
+    before, layers = copy.deepcopy(model), model.config.layers
+    heads, neurons = fold_dead(model)
+    model = shrink(model, heads, neurons)
+    difference = (model(*inputs[32]) - logits).abs().max().item()
+    all_heads, all_neurons = map(sum, zip(*layers, strict=True))
+    gone = [all_heads - sum(map(len, heads)), all_neurons - sum(map(len, neurons))]
+    removed = f"{gone[0]} of {all_heads} attention heads and {gone[1]:,} of {all_neurons:,} neurons are dead"
+    write_compact(folder, source, result, model, removed)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (before, model)]
+    lines = [f"{folder}: {removed}" + "; nothing is gained" * (gone == [0, 0])]
+    lines.append(f"parameters {sizes[0]:,} -> {sizes[1]:,}; logits differ by at most {difference:.1e}")
+    for n, batch in inputs.items():
+        batch = [tensor.to(device) for tensor in batch]
+        times = [median(timed(partial(m.to(device, dtype), *batch), device, 20)) for m in (before, model)]
+        lines.append(f"batch {n:2} of {batch[0].shape[1]} tokens: {times[0]:.2f} ms -> {times[1]:.2f} ms")
+    return lines
+
+
+def write_compact(folder, source, result, model, removed):
+    """The files of a finished run whose weights are its own."""
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    config |= {name: getattr(model.config, name) for name in PER_LAYER}
+    content = save({published(n, model.config.model_type): t.contiguous() for n, t in model.state_dict().items()})
+    result = {key: value for key, value in result.items() if key not in ("kept", "prunable", "densities")}
+    result |= {"sha256": {"model.safetensors": hashlib.sha256(content).hexdigest()}}
+    text = COMPACT.format(**{"commit": "unknown"} | result | {"removed": removed, "words": model.words.tolist()})
+    write_whole(folder / "README.md", text.encode())
+    write_whole(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+    shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
+    write_whole(folder / "model.safetensors", content)
+    write_whole(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
 def describe(result, tensors, ids, source):

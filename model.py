@@ -12,6 +12,7 @@ Sources: Devlin et al. 2019 (arXiv 1810.04805), Liu et al. 2019 (arXiv 1907.1169
 import hashlib
 import json
 import math
+import warnings
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
@@ -70,6 +71,18 @@ class Config:
     position_embedding_type: str = "absolute"
     model_type: str = "bert"
     pad_token_id: int = 0
+    heads_per_layer: tuple = ()  # of models that lost whole heads and neurons; empty: the same in every layer
+    neurons_per_layer: tuple = ()
+
+    @property
+    def layers(self):
+        """(heads, neurons) of each layer."""
+        heads = self.heads_per_layer or [self.num_attention_heads] * self.num_hidden_layers
+        return list(zip(heads, self.neurons_per_layer or [self.intermediate_size] * len(heads), strict=True))
+
+    @property
+    def head_size(self):
+        return self.hidden_size // self.num_attention_heads
 
     @property
     def first_position(self):
@@ -81,7 +94,8 @@ class Config:
         return self.max_position_embeddings - self.first_position
 
 
-FIELDS = fields(Config)
+PER_LAYER = {"heads_per_layer": "num_attention_heads", "neurons_per_layer": "intermediate_size"}  # and its maximum
+FIELDS = [field for field in fields(Config) if field.name not in PER_LAYER]
 LARGEST = {"num_hidden_layers": 1000}  # each takes time to make, before the weights show that they are not there
 
 
@@ -106,6 +120,13 @@ def load_config(folder):
             raise ValueError(f"{path}: {field.name} is {value!r}, not {wanted}")
     if values["hidden_size"] % values["num_attention_heads"]:
         raise ValueError(f"{path}: hidden_size is not divisible by num_attention_heads")
+    for name, highest in PER_LAYER.items():
+        counts = stored.get(name, [])
+        if not isinstance(counts, list) or len(counts) not in (0, values["num_hidden_layers"]):
+            raise ValueError(f"{path}: {name} is not a list of one number a layer")
+        if not all(type(count) is int and 0 <= count <= values[highest] for count in counts):
+            raise ValueError(f"{path}: {name} has a number that is not in 0 to {highest}")
+        values[name] = tuple(counts)
     return Config(**values)
 
 
@@ -126,22 +147,25 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, c):
+    """Attention of some heads, each of size D."""
+
+    def __init__(self, c, heads):
         super().__init__()
-        self.query = nn.Linear(c.hidden_size, c.hidden_size)
-        self.key = nn.Linear(c.hidden_size, c.hidden_size)
-        self.value = nn.Linear(c.hidden_size, c.hidden_size)
-        self.heads, self.dropout = c.num_attention_heads, c.attention_probs_dropout_prob
+        self.heads, self.size, self.dropout = heads, c.head_size, c.attention_probs_dropout_prob
+        self.query = nn.Linear(c.hidden_size, heads * c.head_size)
+        self.key = nn.Linear(c.hidden_size, heads * c.head_size)
+        self.value = nn.Linear(c.hidden_size, heads * c.head_size)
 
     def forward(self, x, context, attend):
-        batch, size = len(attend), x.shape[1] // self.heads
+        if not self.heads:
+            return self.query(x)  # [B * S, 0]
         split = [
-            linear(t).view(batch, -1, self.heads, size).transpose(1, 2)  # [B * S, H] -> [B, heads, S, H/heads]
+            linear(t).view(len(attend), -1, self.heads, self.size).transpose(1, 2)  # [B * S, ...] -> [B, heads, S, D]
             for linear, t in ((self.query, x), (self.key, context), (self.value, context))
         ]
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(*split, attn_mask=attend, dropout_p=dropout)
-        return mixed.transpose(1, 2).reshape(x.shape)  # [B, heads, S, H/heads] -> [B * S, H]
+        return mixed.transpose(1, 2).reshape(len(x), -1)  # [B, heads, S, D] -> [B * S, heads * D]
 
 
 class AddNorm(nn.Module):
@@ -158,11 +182,11 @@ class AddNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, heads, neurons):
         super().__init__()
-        self.attention = nn.ModuleDict({"self": SelfAttention(c), "output": AddNorm(c, c.hidden_size)})
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(c.hidden_size, c.intermediate_size)})
-        self.output = AddNorm(c, c.intermediate_size)
+        self.attention = nn.ModuleDict({"self": SelfAttention(c, heads), "output": AddNorm(c, heads * c.head_size)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(c.hidden_size, neurons)})
+        self.output = AddNorm(c, neurons)
 
     def forward(self, x, context, attend):
         """New states of the tokens x [B * R, H], which attend to all tokens of context [B * S, H]."""
@@ -176,7 +200,7 @@ class Encoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.embeddings = Embeddings(c)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))})
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(c, *sizes) for sizes in c.layers)})
 
     def forward(self, input_ids, token_type_ids, attention_mask, tokens=None):
         """[B, S] each -> states of the first `tokens` tokens (default: all) [B, tokens, H]."""
@@ -228,6 +252,24 @@ class Bert(nn.Module):
             self.bert.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
         if "classifier" in parts:
             self.classifier = nn.Linear(config.hidden_size, len(self.words))
+
+    @classmethod
+    def of(cls, config, words, tensors, head="words"):
+        """A model of tensors {name: tensor}, which it keeps. Raises ValueError that names one that does not fit."""
+        there = {part for part in ("cls", "pooler", "classifier") if any(f"{part}." in name for name in tensors)}
+        with torch.device("meta"), warnings.catch_warnings():  # no memory and no random numbers
+            warnings.simplefilter("ignore", UserWarning)  # a layer without heads has nothing to initialize
+            model = cls(config, words, {head} | there)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if missing := sorted(expected.keys() - tensors.keys()):
+            raise ValueError(f"lacks {missing[0]} ({len(missing)} missing in all)")
+        if unknown := sorted(tensors.keys() - expected.keys()):
+            raise ValueError(f"has {unknown[0]}, which is not part of this model ({len(unknown)} such tensors)")
+        for name, shape in expected.items():
+            if tuple(tensors[name].shape) != shape:
+                raise ValueError(f"has {name} of shape {tuple(tensors[name].shape)}, config.json says {shape}")
+        model.load_state_dict(tensors, assign=True)
+        return model
 
     def forward(self, input_ids, token_type_ids, attention_mask):
         """Token ids, segment ids and 0/1 mask, each [B, S] -> logits of the classes [B, C]; every_token: [B, S, C]."""
@@ -312,31 +354,23 @@ def read_weights(path):
     return tensors
 
 
-def load_model(folder, words, head="words", fresh=True):
+def load_model(folder, words, head="words", fresh=True, read=read_weights):
     """A folder with config.json and model.safetensors -> Bert in float32 on the CPU, in training mode.
 
-    head: "words", or "classifier": fresh, or the file's; on the file's pooler where there is one.
+    head: "words", or "classifier": fresh, or the file's; on the file's pooler where there is one. read: as
+    read_weights; one that remembers lets several models share what they do not change.
     Raises ValueError that names the tensor when one is missing, unknown or misshapen, and when a word id lies
     outside the vocabulary; OSError when a file is missing.
     """
     path = Path(folder) / "model.safetensors"
-    config, tensors = load_config(folder), read_weights(path)
+    config, tensors = load_config(folder), read(path)
     if max(words) >= config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has more words than the vocab_size of config.json")
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(UNUSED_BY_HEAD[head])}
     if head == "classifier" and fresh:
         tensors["classifier.weight"] = 0.02 * torch.randn(len(words), config.hidden_size)
         tensors["classifier.bias"] = torch.zeros(len(words))
-    parts = [head] + [part for part in ("cls", "pooler") if any(f"{part}." in name for name in tensors)]
-    with torch.device("meta"):  # no memory and no random numbers for weights that the file replaces
-        model = Bert(config, words, parts)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"{path} lacks {missing[0]} ({len(missing)} missing in all)")
-    if unknown := sorted(tensors.keys() - expected.keys()):
-        raise ValueError(f"{path}: {unknown[0]} is not part of this model ({len(unknown)} such tensors)")
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, config.json says {shape}")
-    model.load_state_dict(tensors, assign=True)
-    return model
+    try:
+        return Bert.of(config, words, tensors, head)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None

@@ -13,10 +13,10 @@ import data
 import fetch
 from data import TASKS, load_tokenizer
 from maskfile import load_masks
-from model import load_config, load_model
+from model import load_config, load_model, read_weights
 
 
-def load_backbone(folder, task, length, head, fresh=True):
+def load_backbone(folder, task, length, head, fresh=True, read=read_weights):
     """-> (Bert with the task's label words and this head, fresh or the folder's, tokenizer) of a model folder.
 
     Raises ValueError when they do not fit each other, the task or the length.
@@ -25,7 +25,7 @@ def load_backbone(folder, task, length, head, fresh=True):
     if not 4 <= length <= config.longest_input:
         raise ValueError(f"--length {length}: the model in {folder} takes 4 to {config.longest_input} tokens")
     tokenizer = load_tokenizer(folder, length)
-    model = load_model(folder, data.label_word_ids(task, tokenizer), head, fresh)
+    model = load_model(folder, data.label_word_ids(task, tokenizer), head, fresh, read)
     model.every_token = task is TASKS["squad"]
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has more words than the vocab_size of config.json")
@@ -72,10 +72,10 @@ def tokenizer_digest(folder):
     return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
 
 
-def load_run(run, model_name=None):
+def load_run(run, model_name=None, read=read_weights):
     """A finished run's folder, or a mask file -> (result, model folder, Bert, tokenizer, masks {name: bool} or {}).
 
-    Raises ValueError that says what is missing or does not fit.
+    read: see model.load_model. Raises ValueError that says what is missing or does not fit.
     """
     alone = run.is_file()
     mask_file = run if alone else run / "mask.safetensors"
@@ -89,7 +89,7 @@ def load_run(run, model_name=None):
     if own and model_name:
         raise ValueError(f"--model: {run} holds its own weights, which were trained; leave the flag away")
     folder = run if own else fetch.model_folder(model_name or result["model"])
-    model, tokenizer = load_backbone(folder, task, length, head, fresh=not own)
+    model, tokenizer = load_backbone(folder, task, length, head, not own, read)
     if not own and model.fingerprint() != result["fingerprint"]:
         raise ValueError(f"--model: the weights in {folder} are not those that {run} was trained on")
     if tokenizer_digest(folder) != result["tokenizer"]:

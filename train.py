@@ -170,6 +170,8 @@ def prepare(args):
     for split in (task.train, *task.dev):  # before anything large is downloaded
         data.split_path(args.task, split, args.data_dir)
     model, tokenizer = load_backbone(fetch.model_folder(args.model), task, args.length, args.head)
+    if METHODS[args.method].masking and len(set(model.config.layers)) > 1:
+        raise ValueError(f"--model: the layers of {args.model} are not of one size; it takes --method finetune alone")
     teacher = load_teacher(args, tokenizer) if args.teacher else None
     train, *dev = (load_split(args.task, split, args.data_dir, tokenizer) for split in (task.train, *task.dev))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,9 @@
 """What only a GPU can show: no step waits for the host, and a recorded step is the step."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -75,6 +79,18 @@ def test_graphs_share_their_memory():
         run(batch(8, width), schedule)
         used.append(torch.cuda.memory_allocated())
     assert used[-1] - used[1] < sum(4 * p.numel() for p in losses.learner.parameters())  # not a set of gradients each
+
+
+def test_deterministic_runs_give_the_same_bits(make_model, glue, tmp_path):
+    """In processes of their own, because cuBLAS reads its settings once."""
+    found = []
+    for name in ("a", "b"):
+        flags = ["--model", make_model(name), "--data-dir", glue, "--out", tmp_path / f"run-{name}", "--steps", 40]
+        script = [sys.executable, Path(step.__file__).with_name("train.py"), *flags, "--length", "16"]
+        subprocess.run([str(a) for a in [*script, "--deterministic", "--method", "movement"]], check=True)
+        found.append([(tmp_path / f"run-{name}" / f"{file}.safetensors").read_bytes() for file in ("model", "mask")])
+    masks = [mask[8 + int.from_bytes(mask[:8], "little") :] for _, mask in found]  # behind the header with the folder
+    assert found[0][0] == found[1][0] and masks[0] == masks[1]
 
 
 def test_thresholds_without_sorting_are_near_enough():

@@ -117,8 +117,8 @@ WORDS = "bert.embeddings.word_embeddings.weight"
     ("change", "message"),
     [
         (lambda t: t.pop(QUERY), f"lacks {QUERY}"),
-        (lambda t: t.update({QUERY: torch.ones(16, 8)}), QUERY + r" has shape \(16, 8\)"),
-        (lambda t: t.update({"bert.encoder.layer.2.x": torch.ones(1)}), "bert.encoder.layer.2.x is not part"),
+        (lambda t: t.update({QUERY: torch.ones(16, 8)}), QUERY + r" of shape \(16, 8\)"),
+        (lambda t: t.update({"bert.encoder.layer.2.x": torch.ones(1)}), "bert.encoder.layer.2.x, which is not part"),
         (lambda t: t.update({"bert.embeddings.LayerNorm.gamma": torch.ones(16)}), "holds .* twice"),
         (lambda t: t.update({"cls.predictions.decoder.weight": t[WORDS] + 1}), "only tied decoders"),
         (lambda t: t.pop("cls.predictions.bias"), "lacks cls.predictions.bias"),

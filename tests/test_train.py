@@ -125,6 +125,24 @@ def test_same_seed_same_mask_other_seed_other_mask(run):
     assert body[0] == body[1] != body[2]
 
 
+def test_several_masks_of_one_backbone(make_model, glue, tmp_path, capsys, monkeypatch, fails):
+    model, runs, reads = make_model(), [], []
+    for task in ("movies", "rte"):
+        runs.append(str(tmp_path / task))
+        given = ["--task", task, "--model", model, "--data-dir", glue, "--out", runs[-1], "--steps", 3, "--length", 16]
+        train.main([str(a) for a in [*given, "--device", "cpu"]])
+    capsys.readouterr()
+    for run in runs:
+        eval_.main([run])
+    alone = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dev")]
+    read_weights = eval_.read_weights
+    monkeypatch.setattr(eval_, "read_weights", lambda path: reads.append(path) or read_weights(path))
+    eval_.main([runs[0], f"{runs[1]}/mask.safetensors"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(reads) == 1 and lines[1::2] == alone and lines[2].startswith(f"{runs[1]}/mask.safetensors: rte")
+    assert "--text is about one run, not 2" in fails(eval_.main, [*runs, "--text", "x"])
+
+
 @pytest.mark.parametrize("pooler", [True, False])
 def test_a_fresh_classifier_beside_a_mask(make_model, glue, tmp_path, capsys, pooler):
     tensors = bert_tensors(CONFIG)
