@@ -226,6 +226,8 @@ def look(run, args, result, folder, model, tokenizer, masks):
             f"{which}{result['task']}, {result['method']}, {result['model']} on {device} in {dtype_name(dtype)} ({why})"
         )
         metrics = evaluate(model, weights, sets, task.metrics, device, progress=True)
+        if model.config.heads_per_layer and len(args.runs) == 1:
+            print("\n".join(f"layer {i}  {h:3} heads {n:5} neurons" for i, (h, n) in enumerate(model.config.layers)))
         if masks and len(args.runs) == 1:
             print("\n".join(density_table({g: list(ws) for g, ws in model.prunable().items()}, masks)))
         examples = sum(examples.asked() for examples in sets.values())

@@ -24,7 +24,7 @@ from data import TASKS
 from fetch import write_whole
 from mask import apply_masks
 from model import PER_LAYER, canonical, published
-from shrink import fold_dead, shrink
+from shrink import config_json, fold_dead, shrink
 
 COPIED = (
     "config.json",
@@ -67,6 +67,8 @@ def export(folder, source, result, masks, words):
     check_free(folder, "--export")
     if result["head"] != "words":
         raise ValueError("--export: a fresh head has no place in an ordinary model folder; it stays in the mask file")
+    if any(key in json.loads((source / "config.json").read_text("utf-8")) for key in PER_LAYER):
+        raise ValueError("--export: other libraries load no model whose layers differ in size; its own folder is all")
     with safe_open(source / "model.safetensors", "pt") as file:  # all tensors, under the names that they had
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         header = file.metadata()
@@ -126,14 +128,12 @@ def export_compact(folder, source, result, masks, model, device, dtype):
 
 def write_compact(folder, source, result, model, removed):
     """The files of a finished run whose weights are its own."""
-    config = json.loads((source / "config.json").read_text("utf-8"))
-    config |= {name: getattr(model.config, name) for name in PER_LAYER}
     content = save({published(n, model.config.model_type): t.contiguous() for n, t in model.state_dict().items()})
     result = {key: value for key, value in result.items() if key not in ("kept", "prunable", "densities")}
     result |= {"sha256": {"model.safetensors": hashlib.sha256(content).hexdigest()}}
     text = COMPACT.format(**{"commit": "unknown"} | result | {"removed": removed, "words": model.words.tolist()})
     write_whole(folder / "README.md", text.encode())
-    write_whole(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+    write_whole(folder / "config.json", config_json(source, model.config))
     shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
     write_whole(folder / "model.safetensors", content)
     write_whole(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())

@@ -245,6 +245,7 @@ class Method:
     head: str = "words"
     gates: Callable | None = None  # (scores, noise) -> what weights are multiplied with in place of the mask
     shift: float = 0.0  # the regularizer is the mean of sigmoid(S + shift)
+    units: str = ""  # no mask, but whole units go before training, chosen as cluster.UNITS says
 
     @property
     def learns_scores(self):
@@ -267,6 +268,9 @@ METHODS = {
     ),
     "random": Method(smp_l, scores="random", penalty=0.0, trains_weights=True),
     "finetune": Method(None, penalty=0.0, trains_weights=True),
+    "p-pruning": Method(None, penalty=0.0, trains_weights=True, units="clusters"),
+    "p-activation": Method(None, penalty=0.0, trains_weights=True, units="activation"),
+    "p-random": Method(None, penalty=0.0, trains_weights=True, units="random"),
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import json
 import data
 import fetch
 from data import TASKS, load_tokenizer
+from mask import METHODS
 from maskfile import load_masks
 from model import load_config, load_model, read_weights
 
@@ -60,7 +61,7 @@ def checked(result, path):
     fine = fine and all(isinstance(result[key], kind) for key, kind in NEEDED.items())
     fine = fine and all(result.get(key) in known for key, known in ONE_OF.items())
     fine = fine and all(isinstance(value, float) for value in result["final"].values())
-    if not fine or not set(result["sha256"]) <= {"model.safetensors"}:
+    if not fine or result["method"] not in METHODS or not set(result["sha256"]) <= {"model.safetensors"}:
         raise ValueError(f"{path} is not the result of a run of this train.py")
     if result["task"] not in TASKS or result["words"] != TASKS[result["task"]].words:
         raise ValueError(f"{path}: TASKS has no task {result['task']} with the label words {result['words']}")

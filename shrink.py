@@ -7,12 +7,13 @@ is not: it does not choose what else could go; cluster.py does. Sources: none.
     smaller = shrink(model, heads, neurons)
 """
 
+import json
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from model import Bert
+from model import PER_LAYER, Bert
 
 LAYER = "bert.encoder.layer."
 
@@ -61,6 +62,13 @@ def shrink(model, heads, neurons):
     smaller = Bert.of(replace(config, **counts), model.words.tolist(), tensors)
     smaller.every_token = model.every_token
     return smaller.train(model.training)
+
+
+def config_json(folder, config):
+    """config.json of a model folder, with the counts of a shrunk model if it is one -> bytes."""
+    stored = (folder / "config.json").read_bytes()
+    counts = {name: getattr(config, name) for name in PER_LAYER if getattr(config, name)}
+    return (json.dumps(json.loads(stored) | counts, indent=1) + "\n").encode() if counts else stored
 
 
 def keep(tensors, name, rows):

@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import signal
+import statistics
 import sys
 import time
 from contextlib import closing, contextmanager
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
+import cluster
 import data
 import fetch
 import parallel
@@ -42,6 +44,7 @@ from mask import METHODS, density_at, penalty_at
 from maskfile import pack_masks
 from model import load_model, published
 from runs import load_backbone, load_run, read_result, tokenizer_digest
+from shrink import config_json
 from step import Losses, make_learner, make_run, rate_at, train_step
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -67,6 +70,7 @@ def parse_args(argv=None):
     parser.add_argument("--schedule", choices=("cubic", "linear"), help="of the density; default: linear for RoBERTa")
     parser.add_argument("--head", choices=("words", "classifier"), help="label words, or a fresh linear layer")
     parser.add_argument("--teacher", type=Path, metavar="RUN_DIR", help="a finished --method finetune to learn from")
+    parser.add_argument("--ffn-share", type=float, default=5.0, help="p-pruning: what neurons lose, heads losing 1 (5)")
     parser.add_argument("--penalty", type=float, help="lambda of the regularizer at the end; default: the method's")
     parser.add_argument("--temperature", type=float, help="p of SMP-S; default: 4 when most weights stay, else 1")
     add_common_arguments(parser)
@@ -84,7 +88,8 @@ def parse_args(argv=None):
     args.argv, args.spent = sys.argv[1:] if argv is None else argv, 0.0
     if args.resume:
         args = continued(parser, args)
-    if args.sparsity and not METHODS[args.method].masking:
+    row = METHODS[args.method]
+    if args.sparsity and not row.masking and not row.units:
         parser.error(f"--sparsity: {args.method} removes nothing; leave it away, or choose another --method")
     for name in ("lr", "penalty", "temperature"):
         if getattr(args, name) is not None and not METHODS[args.method].learns_scores:
@@ -119,7 +124,7 @@ def fill_defaults(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.sparsity is None:
-        args.sparsity = 0.5 if row.masking else 0.0
+        args.sparsity = 0.5 if row.masking or row.units else 0.0
     if args.out is None:
         parts = [args.task, Path(args.model).name, args.method, f"{args.sparsity:g}"]
         parts += ["classifier"] * (args.head == "classifier") + ["taught"] * bool(args.teacher)
@@ -141,7 +146,9 @@ def check_ranges(args, error):
         error(f"--penalty must be at least 0; got {args.penalty}")
     if not 0 <= args.seed < 2**63:
         error(f"--seed must be at least 0 and less than 2^63; got {args.seed}")
-    for name in ("lr", "weight_lr", "temperature", "epochs", "steps", "batch", "evals", "accumulate"):
+    if METHODS[args.method].units and parallel.PROCESSES > 1:
+        error(f"--method {args.method} chooses its heads and neurons in one process: start it with python")
+    for name in ("lr", "weight_lr", "temperature", "epochs", "steps", "batch", "evals", "accumulate", "ffn_share"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             error(f"--{name.replace('_', '-')} must be greater than 0; got {value}")
@@ -181,7 +188,7 @@ def prepare(args):
 def load_teacher(args, tokenizer):
     """The fine-tuned model of --teacher, frozen. Raises ValueError if it cannot teach this task to this model."""
     result = read_result(args.teacher)
-    if result["method"] != "finetune":
+    if METHODS[result["method"]].masking:
         raise ValueError(f"--teacher: {args.teacher} is a run of {result['method']}; a teacher must be fine-tuned")
     if result["task"] != args.task:
         raise ValueError(f"--teacher: {args.teacher} was trained on {result['task']}, not on {args.task}")
@@ -198,7 +205,8 @@ def loop(args, losses, train, dev, device, total, log):
 
     Raises FloatingPointError when the loss, or at an evaluation a score or weight, is not finite.
     """
-    final, learner = 1 - args.sparsity, losses.learner
+    learner = losses.learner
+    final = 1 - args.sparsity if learner.masks else 1.0
     hold, ramp = round(args.hold * total), round(args.ramp * total)
     optimizer, warmup = learner.optimizer(args.lr, args.weight_lr), round(args.warmup * total)
     run = make_run(losses, args.compile, args.eager)
@@ -309,8 +317,11 @@ def dense_command(args):
     return shlex.join(words)
 
 
-def finish(args, learner, model, fingerprint, evaluations, seconds, command):
-    """Write what was learnt, check that the frozen weights did not move, write result.json -> (result, path)."""
+def finish(args, learner, model, known, evaluations, seconds, command):
+    """Write what was learnt, check that the frozen weights did not move, write result.json -> (result, path).
+
+    known: what result.json also holds.
+    """
     folder, density = fetch.model_folder(args.model), 1 - args.sparsity
     # Best on dev counts from when the target density is reached; a denser model would have an easier task.
     on_target = [e for e in evaluations if e["density"] == evaluations[-1]["density"]]
@@ -318,19 +329,17 @@ def finish(args, learner, model, fingerprint, evaluations, seconds, command):
     result = {
         "task": args.task, "model": args.model, "method": args.method, "sparsity": args.sparsity, "seed": args.seed,
         "steps": evaluations[-1]["step"], "batch": args.batch, "length": args.length, "lr": args.lr, "ramp": args.ramp,
-        "hold": args.hold,
-        "weight_lr": args.weight_lr, "warmup": args.warmup, "temperature": args.temperature,
-        "penalty": args.penalty, "schedule": args.schedule, "head": args.head,
-        "teacher": args.teacher and str(args.teacher), "data_dir": args.data_dir, "fingerprint": fingerprint,
+        "hold": args.hold, "weight_lr": args.weight_lr, "warmup": args.warmup, "temperature": args.temperature,
+        "penalty": args.penalty, "schedule": args.schedule, "head": args.head, "deterministic": args.deterministic,
+        "teacher": args.teacher and str(args.teacher), "data_dir": args.data_dir,
         "device": parameter.device.type, "dtype": dtype_name(parameter.dtype),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "command": command,
-        "deterministic": args.deterministic,
         "words": TASKS[args.task].words, "final": evaluations[-1]["dev"], "sha256": {},
         "best": max(on_target, key=lambda e: e["dev"][TASKS[args.task].metrics[0]]),
         "seconds": round(seconds, 1), "density": 1.0, "stored_bits": 0, "tokenizer": tokenizer_digest(folder),
         "stored_numbers": sum(p.numel() for p in learner.weights),
     }  # fmt: skip
-    result |= code_version()
+    result |= code_version() | known
     trained, row = learner.trained, METHODS[args.method]
     if learner.masks:
         masks, path = learner.masks.exact(density), args.out / "mask.safetensors"
@@ -347,8 +356,8 @@ def finish(args, learner, model, fingerprint, evaluations, seconds, command):
         content = save({published(n, model.config.model_type): w.detach().cpu() for n, w in trained.items()})
         result["sha256"] = {"model.safetensors": hashlib.sha256(content).hexdigest()}
         fetch.write_whole(args.out / "model.safetensors", content)
-        for name in ("config.json", "tokenizer.json"):
-            fetch.write_whole(args.out / name, (folder / name).read_bytes())
+        fetch.write_whole(args.out / "config.json", config_json(folder, model.config))
+        fetch.write_whole(args.out / "tokenizer.json", (folder / "tokenizer.json").read_bytes())
     if learner.masks:
         fetch.write_whole(path, pack_masks(masks, result, {} if row.trains_weights else trained))
     else:
@@ -370,7 +379,13 @@ def main(argv=None):
         parallel.start(device)
         with parallel.first_process_first():
             model, teacher, train, dev = prepare(args)
-    fingerprint = model.fingerprint()
+        known = {"fingerprint": model.fingerprint()}
+        if METHODS[args.method].units:
+            tokens = statistics.mean(len(ids) for examples in dev.values() for ids in examples.ids)
+            settings = {"sparsity": args.sparsity, "ffn_share": args.ffn_share, "device": device, "seed": args.seed}
+            model, facts = cluster.prune(model, METHODS[args.method].units, train, tokens, **settings)
+            known |= facts
+            print(cluster.describe(facts))
     args.schedule = args.schedule or {"bert": "cubic", "roberta": "linear"}[model.config.model_type]
     model.to(device).requires_grad_(False)
     learner = make_learner(model, args.method, 1 - args.sparsity, dtype, args.temperature)
@@ -387,7 +402,8 @@ def main(argv=None):
         evaluations = loop(args, losses, train, dev, device, total, log)
     if not parallel.RANK:
         with one_line_errors():
-            result, path = finish(args, learner, model, fingerprint, evaluations, time.time() - args.started, command)
+            seconds = time.time() - args.started
+            result, path = finish(args, learner, model, known, evaluations, seconds, command)
         summarize(args, result, path)
     parallel.stop()
 

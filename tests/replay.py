@@ -1,9 +1,11 @@
-"""Replay recorded reference numbers: the dense model, then every step of smp-l and smp-s.
+"""Replay recorded reference numbers: the dense model, every step of smp-l and smp-s; or the choices of P-pruning.
 
     python tests/replay.py FOLDER
 
 FOLDER holds a tiny BERT or RoBERTa (config.json, model.safetensors) and dense_first_batch.safetensors; for training
 batches.safetensors, scores_start.safetensors and, a method, trajectory_METHOD.json and mask_end_METHOD.safetensors.
+Or it holds activations.safetensors (head_activations.LAYER [tokens, heads * D], neuron_activations.LAYER, and the
+distances between them) and expected.json (budget, thresholds, clusters, kept units).
 Prints the largest deviation of each quantity as one JSON line; exit status 1 if one is beyond its bound.
 
 The recording cuts layer densities above 1 (it keeps 0.9999 of a layer at step 0, where the target is 1), this project
@@ -21,15 +23,17 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import cluster
 import mask
 from data import Part
 from mask import Masks, density_at, penalty_at
-from model import Encoder, load_model
+from model import Config, Encoder, load_model
 from step import Learner, Losses, make_run, rate_at, train_step
 
 BOUNDS = {
     "dense_logits": 1e-4, "density": 1e-6, "penalty": 1e-6, "ce": 1e-3, "regularizer": 1e-3,
     "layer_density": 1e-3, "mask_entries_differing": 1e-3, "logits_end": 1e-3,
+    "distance": 1e-4, "budget": 0, "threshold": 1e-3, "layers_clustered_otherwise": 0, "layers_kept_otherwise": 0,
 }  # fmt: skip
 HANDED_ON = "smp-s, excess handed on"
 PATH_DEPENDENT = {"ce", "mask_entries_differing", "logits_end"}  # not bounded for HANDED_ON
@@ -91,8 +95,50 @@ def replay_method(folder, batches, labels, method):
     }
 
 
-def main(folder):
-    folder = Path(folder)
+def replay_choice(tensors, expected, kind, costs):
+    """Of "head"s or "neuron"s -> {quantity: largest deviation}."""
+    labels, distances = expected[f"{kind}_clusters"], []
+    activations = [tensors[f"{kind}_activations.{layer}"] for layer in range(len(labels))]
+    for x, of_units in zip(activations, labels, strict=True):
+        distances.append(cluster.head_distances(x, len(of_units)) if kind == "head" else cluster.neuron_distances(x))
+    gaps = [(d - tensors[f"{kind}_distance.{layer}"]).abs().max().item() for layer, d in enumerate(distances)]
+    target, cost = expected["target_attention_macs" if kind == "head" else "target_ffn_macs"], costs[kind == "neuron"]
+    keep, merges = int(target / cost), [cluster.merges(d) for d in distances]
+    threshold = cluster.lowest_threshold(merges, keep)
+    differing = 0
+    for found, numbers in zip(merges, labels, strict=True):
+        groups = sorted([i for i, n in enumerate(numbers) if n == label] for label in set(numbers))
+        differing += groups != sorted(cluster.clusters(len(numbers), found, threshold))
+    strengths = [x.abs().mean(0).view(len(n), -1).mean(1) for x, n in zip(activations, labels, strict=True)]
+    kept = [units.tolist() for units in cluster.representatives(distances, strengths, keep)]
+    return {
+        "distance": max(gaps), "budget": abs(cost - expected[f"macs_per_{kind}"]),
+        "threshold": abs(threshold - expected[f"{kind}_threshold"]), "layers_clustered_otherwise": differing,
+        "layers_kept_otherwise": sum(a != b for a, b in zip(kept, expected[f"kept_{kind}s"], strict=True)),
+    }  # fmt: skip
+
+
+def replay_pprune(folder):
+    tensors, expected = (
+        load_file(folder / "activations.safetensors"),
+        json.loads((folder / "expected.json").read_text()),
+    )
+    c = expected["config"]
+    config = Config(1, c["d_emb"], c["layer_num"], c["head_num"], c["d_ffn"], 1, 1)
+    tokens = expected["seq_len"]
+    costs = cluster.multiply_accumulates(config, tokens)
+    worst = {kind: replay_choice(tensors, expected, kind, costs) for kind in ("head", "neuron")}
+    keep = cluster.budget(config, tokens, 1 - expected["retained_ratio"], expected["ffn_to_attention"])
+    wanted = [
+        int(expected[f"target_{part}_macs"] / expected[f"macs_per_{kind}"])
+        for part, kind in (("attention", "head"), ("ffn", "neuron"))
+    ]
+    return worst | {"split": {"budget": float(keep != wanted)}}
+
+
+def replay_all(folder):
+    if (folder / "expected.json").exists():
+        return replay_pprune(folder)
     path = folder / "batches.safetensors"
     stored = load_file(path if path.exists() else folder / "dense_first_batch.safetensors")
     types = stored.get("token_type_ids", torch.zeros_like(stored["input_ids"]))
@@ -104,12 +150,18 @@ def main(folder):
             worst[method] = replay_method(folder, batches, stored["labels"], method)
         if method == "smp-s":
             worst[HANDED_ON] = replay_method(folder, batches, stored["labels"], method)
+    return worst
+
+
+def main(folder):
+    worst = replay_all(Path(folder))
     print(json.dumps(worst))
     bounded = [(q, v) for part in worst for q, v in worst[part].items() if part != HANDED_ON or q not in PATH_DEPENDENT]
     return int(not all(value <= BOUNDS[quantity] for quantity, value in bounded))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "dense_first_batch.safetensors").exists():
+    files = ("dense_first_batch.safetensors", "expected.json")
+    if len(sys.argv) != 2 or not any((Path(sys.argv[1]) / file).exists() for file in files):
         sys.exit(__doc__)
     sys.exit(main(sys.argv[1]))

@@ -1,0 +1,157 @@
+"""cluster.py: distances by hand, clusters as brute force finds them, budgets that add up, and a whole run."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import cluster
+import data
+import eval as eval_
+import train
+from model import Config, load_model
+
+BASE = Config(30522, 768, 12, 12, 3072, 512, 2)
+
+
+def partition(groups):
+    return sorted(sorted(group) for group in groups)
+
+
+def brute_force(distances, threshold):
+    """Complete linkage by its definition: merge the two nearest clusters as long as they are near enough."""
+    profiles = distances.numpy()
+    groups = [[i] for i in range(len(profiles))]
+    apart = lambda a, b: max(np.abs(profiles[i] - profiles[j]).max() for i in a for j in b)  # noqa: E731
+    while len(groups) > 1:
+        height, a, b = min((apart(groups[a], groups[b]), a, b) for b in range(len(groups)) for a in range(b))
+        if height > threshold:
+            break
+        groups[a] += groups.pop(b)
+    return partition(groups)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_clusters_are_those_of_brute_force(seed):
+    generator = torch.Generator().manual_seed(seed)
+    n = 5 + 4 * seed
+    distances = cluster.neuron_distances(torch.randn(12, n, generator=generator))
+    found = cluster.merges(distances)
+    assert len(found) == n - 1
+    for threshold in (0.0, *np.quantile([height for height, _, _ in found], [0.2, 0.5, 0.9]), 2.0):
+        assert partition(cluster.clusters(n, found, threshold)) == brute_force(distances, threshold)
+
+
+def test_units_that_do_the_same_are_together_from_the_start():
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    same = torch.cat([x, -2 * x[:, :2]], dim=1)  # |cos| does not see sign or size
+    assert partition(cluster.clusters(6, cluster.merges(cluster.neuron_distances(same)), 1e-5)) == [
+        [0, 4],
+        [1, 5],
+        [2],
+        [3],
+    ]
+    one = torch.ones(3, 1)
+    assert cluster.merges(cluster.neuron_distances(one)) == [] and cluster.clusters(1, [], 0.5) == [[0]]
+    assert not cluster.neuron_distances(torch.zeros(5, 3)).isnan().any()  # a neuron that never fires
+
+
+def test_heads_are_matched_dimension_by_dimension():
+    assert cluster.matched(torch.tensor([[0.9, 0.8], [0.85, 0.1]])) == pytest.approx((0.9 + 0.1) / 2)  # not 0.8 + 0.85
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    shuffled = x[:, [2, 0, 1]] * torch.tensor([-1.0, 3.0, 0.5])
+    other = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
+    distances = cluster.head_distances(torch.cat([x, other, shuffled], dim=1), heads=3)
+    assert distances[0, 2] == pytest.approx(0, abs=1e-6) and distances[0, 1] > 0.3
+    assert torch.equal(distances, distances.T)
+
+
+def test_the_threshold_is_the_lowest_that_is_enough():
+    layers = [[(0.5, 0, 1), (0.2, 1, 2)], [(0.3, 0, 1)]]  # 3 and 2 units
+    wanted = {5: -1.0, 4: 0.2, 3: 0.3, 2: 0.5, 9: -1.0}
+    assert {keep: cluster.lowest_threshold(layers, keep) for keep in wanted} == wanted
+
+
+def test_the_strongest_of_a_cluster_stays():
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([x, 3 * x[:, :1], 0.5 * x[:, 1:2]], dim=1)
+    distances, strength = cluster.neuron_distances(x), x.abs().mean(0)
+    (kept,) = cluster.representatives([distances], [strength], keep=4)
+    assert kept.tolist() == [1, 2, 3, 4]
+
+
+def test_budgets_add_up():
+    head, neuron = cluster.multiply_accumulates(BASE, 100)
+    assert (head, neuron) == (4 * 100 * 768 * 64 + 2 * 100**2 * 64, 2 * 100 * 768)
+    heads, neurons = cluster.budget(BASE, 100, 0.4, 5.0)
+    gone = [(144 - heads) * head, (12 * 3072 - neurons) * neuron]
+    whole = 144 * head + 12 * 3072 * neuron
+    assert 0.4 * whole <= sum(gone) < 0.4 * whole + head + neuron  # rounded up to whole units
+    assert gone[1] / gone[0] == pytest.approx(5, rel=0.05)
+    assert cluster.budget(BASE, 100, 0.0, 5.0) == [144, 12 * 3072]
+
+
+def test_impossible_budgets_name_possible_ones():
+    with pytest.raises(ValueError, match=r"--sparsity 0.999: no more than 0.97\d can go"):
+        cluster.budget(BASE, 100, 0.999, 5.0)
+    with pytest.raises(ValueError, match="--ffn-share 0.1 is not possible at --sparsity 0.7, .* to .* is") as said:
+        cluster.budget(BASE, 100, 0.7, 0.1)
+    lowest, highest = (float(word) for word in re.search(r"(\S+) to (\S+) is", str(said.value)).groups())
+    for share in (lowest, highest):
+        cluster.budget(BASE, 100, 0.7, share)
+    with pytest.raises(ValueError, match="--ffn-share"):
+        cluster.budget(BASE, 100, 0.7, highest + 0.1)
+
+
+@pytest.fixture
+def examples(make_model, glue):
+    tokenizer = data.load_tokenizer(make_model(), 16)
+    return data.load_split("movies", "train", glue, tokenizer)
+
+
+def test_activations_are_what_goes_into_the_projections(examples, tmp_path, monkeypatch):
+    """All tokens, in batches of several lengths, against one text at a time."""
+    model = load_model(tmp_path / "model", [3, 4])
+    lengths = sorted(len(ids) for ids in examples.ids)
+    monkeypatch.setattr(cluster, "TOKENS", sum(lengths))
+    heads, neurons = cluster.activations(model, examples, "cpu", seed=0)
+    assert [x.shape for x in (*heads, *neurons)] == [(sum(lengths), 16)] * 2 + [(sum(lengths), 24)] * 2
+    model.eval()
+    layer, sums = model.bert.encoder["layer"][1], [0.0, 0.0]
+    for n, linear in enumerate((layer.attention["output"].dense, layer.output.dense)):
+        linear.register_forward_pre_hook(lambda m, x, n=n: sums.__setitem__(n, sums[n] + x[0].double().sum(0)))
+    with torch.no_grad():
+        for row in range(len(examples)):
+            inputs, _ = data.collate(examples, [row], width=len(examples.ids[row]))
+            model.bert(*inputs)
+    assert torch.allclose(heads[1].double().sum(0), sums[0], rtol=1e-3, atol=1e-3)
+    assert torch.allclose(neurons[1].double().sum(0), sums[1], rtol=1e-3, atol=1e-3)
+    monkeypatch.setattr(cluster, "TOKENS", 7)
+    few = [cluster.activations(model, examples, "cpu", seed) for seed in (1, 1, 2)]
+    assert few[0][0][0].shape == (7, 16) and few[0][0][0].equal(few[1][0][0]) and not few[0][0][0].equal(few[2][0][0])
+
+
+@pytest.mark.parametrize("method", ["p-pruning", "p-activation", "p-random"])
+def test_a_run_is_smaller_and_can_be_looked_at_and_teach(make_model, glue, tmp_path, capsys, fails, method):
+    model, run = make_model(), tmp_path / "run"
+    given = ["--data-dir", glue, "--steps", 40, "--length", 16, "--evals", 2, "--device", "cpu", "--weight-lr", 1e-3]
+    flags = ["--method", method, "--sparsity", 0.4, "--ffn-share", 2]
+    train.main([str(a) for a in ["--model", model, "--out", run, *given, *flags]])
+    said, result = capsys.readouterr().out, json.loads((run / "result.json").read_text())
+    heads, neurons = (sum(part) for part in zip(*result["layers"], strict=True))
+    costs = cluster.multiply_accumulates(load_model(model, [3]).config, result["tokens"])
+    share = (heads * costs[0] + neurons * costs[1]) / (8 * costs[0] + 48 * costs[1])
+    assert f"{heads} of 8 heads and {neurons} of 48 neurons stay: {share:.4f}" in said
+    assert share == pytest.approx(result["multiply_accumulates"]) and 0.45 < share <= 0.6
+    assert (run / "model.safetensors").stat().st_size < (model / "model.safetensors").stat().st_size
+    eval_.main([str(run)])
+    said = capsys.readouterr().out
+    assert f"accuracy {result['final']['accuracy']:.4f}; training reported" in said
+    assert f"layer 0  {result['layers'][0][0]:3} heads" in said
+    train.main([str(a) for a in ["--model", model, "--out", tmp_path / "taught", *given[:-2], "--teacher", run]])
+    assert "differ in size" in fails(eval_.main, [run, "--export", tmp_path / "out"])
+    if len(set(map(tuple, result["layers"]))) > 1:
+        assert "one size" in fails(train.main, ["--model", run, *given[:2], "--length", 16, "--out", tmp_path / "x"])
+    assert method != "p-pruning" or len(set(map(tuple, result["layers"]))) > 1
