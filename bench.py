@@ -1,7 +1,7 @@
 """Time one training step and its parts, beside dense fine-tuning of the same model, on random weights.
 
 What it is: warm-up apart, medians, the spread, the share of what the device's matrix units reach here, and one JSON
-line. What it is not: it trains nothing and reads no files.
+line. What it is not: it trains nothing, and reads no files but those of --model.
 
     python bench.py --layers 12 --hidden 768 --batch 32 --length 128 [--compile]      # bert-base
     python bench.py --layers 6 --hidden 384 --batch 32 --length 64                    # MiniLM
@@ -21,7 +21,7 @@ import parallel
 from cli import Parser, choose_device, dtype_name, one_line_errors
 from data import Part
 from mask import METHODS, mean_sigmoid
-from model import Bert, Config
+from model import Bert, Config, load_model
 from step import Losses, make_learner, make_run, train_step
 
 DENSITY = 0.5
@@ -44,7 +44,10 @@ def parse_args(argv=None):
     parser.add_argument("--compile", action="store_true", help="as in train.py")
     parser.add_argument("--eager", action="store_true", help="as in train.py; so parts of a step can be timed")
     parser.add_argument("--inference", action="store_true", help="time evaluation with baked weights instead")
+    parser.add_argument("--model", metavar="FOLDER", help="with --inference: time this model, as it is")
     args = parser.parse_args(argv)
+    if args.model and not args.inference:
+        parser.error("--model needs --inference")
     for name in ("layers", "hidden", "batch", "length", "steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
@@ -190,13 +193,17 @@ def time_training(args, device, dtype):
 @torch.inference_mode()
 def time_inference(args, device, dtype):
     """Evaluation with baked weights: examples a second at this length."""
-    model = make_model(args).to(device).eval()
-    weights = make_learner(model, args.method, DENSITY, dtype).baked(DENSITY)
-    inputs = tuple(make_batch(args, device)[0])
+    if args.model:
+        model, weights = load_model(args.model, [0, 1]).to(device, dtype).eval(), {}
+    else:
+        model = make_model(args).to(device).eval()
+        weights = make_learner(model, args.method, DENSITY, dtype).baked(DENSITY)
+    inputs = tuple(make_batch(args, device)[0] % model.config.vocab_size)
     times = timed(partial(functional_call, model, weights, inputs, tie_weights=False), device, args.steps)
     speed = args.batch / statistics.median(times) * 1000
     median = show("evaluation", times, f"  {speed:,.0f} examples/s, {speed * args.length:,.0f} tokens/s")
-    print("zeros are multiplied like other numbers: sparsity makes no difference")
+    if not args.model:
+        print("zeros are multiplied like other numbers: sparsity makes no difference")
     return {"evaluation": median, "examples/s": round(speed, 1)}
 
 
@@ -209,10 +216,12 @@ def main(argv=None):
         print(f"{name}, {dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.PROCESSES} process(es)")
         launched = "" if args.eager or args.inference or device.type != "cuda" else ", recorded as CUDA graphs"
         launched += ", compiled" * args.compile
-        print(f"{args.layers} layers of {args.hidden}, batch {args.batch}, length {args.length}{launched}")
+        shape = args.model or f"{args.layers} layers of {args.hidden}"
+        print(f"{shape}, batch {args.batch}, length {args.length}{launched}")
         print("medians, in brackets the fastest and the slowest; parts are timed alone and overlap")
         found = (time_inference if args.inference else time_training)(args, device, dtype)
-    settings = {k: v for k, v in vars(args).items() if k not in ("device", "dtype")}
+    of_the_file = ("layers", "hidden", "method") if args.model else ("model",)
+    settings = {k: v for k, v in vars(args).items() if k not in ("device", "dtype", *of_the_file)}
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     line = {"device": name, "dtype": dtype_name(dtype), "processes": parallel.PROCESSES} | settings | found | versions
     print(json.dumps(line))

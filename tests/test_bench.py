@@ -18,6 +18,15 @@ def test_a_line_of_json_comes_last(capsys, monkeypatch, flags):
     assert line["evaluation"] > 0 if flags else line["smp-s"] > 0 < line["finetune"] and line["select"] > 0
 
 
+def test_a_model_of_ones_own(capsys, make_model, fails):
+    folder = str(make_model())
+    bench.main([*SMALL[4:], "--inference", "--model", folder])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["model"] == folder and line["evaluation"] > 0 and "layers" not in line
+    assert "--model needs --inference" in fails(bench.main, ["--model", folder])
+    assert "No such file" in fails(bench.main, ["--inference", "--model", f"{folder}/x", "--device", "cpu"])
+
+
 def test_operations_by_hand():
     args = bench.parse_args(SMALL)
     # Per token and layer: 12 weights matrices of 64 x 64, and products with 8 keys and 8 values; 2 operations each.
