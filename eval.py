@@ -24,6 +24,7 @@ from export import export, export_compact
 from fetch import write_whole
 from mask import apply_masks
 from model import read_weights
+from picture import comparison, densities, density_map, head_densities, head_map, plot, read_log
 from runs import load_run
 
 EVAL_BATCH = 64  # one size everywhere: another would round differently
@@ -112,14 +113,6 @@ def show(metrics):
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-def density_table(groups, masks):
-    """Lines of a table: density of each group (columns) in each layer (rows), and of all."""
-    kept = np.array([[masks[name].float().mean().item() for name in names] for names in groups.values()])  # [G, L]
-    lines = ["density  " + "".join(f"{group:>13}" for group in groups)]
-    lines += [f"layer {i:<3}" + "".join(f"{v:13.4f}" for v in row) for i, row in enumerate(kept.T)]
-    return lines + ["all      " + "".join(f"{v:13.4f}" for v in kept.mean(axis=1))]
-
-
 # --- the command ---------------------------------------------------------------------------------------------
 
 
@@ -176,11 +169,12 @@ def parse_args(argv):
     parser.add_argument(
         "--export-compact", type=Path, metavar="FOLDER", help="write one without the heads and neurons that are dead"
     )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the mask and the training curves instead")
     add_common_arguments(parser)
     args = parser.parse_args(argv)
     if args.pair is not None and args.text is None:
         parser.error("--pair needs --text")
-    for name in ("text", "predict", "export", "export_compact"):
+    for name in ("text", "predict", "export", "export_compact", "plot"):
         if len(args.runs) > 1 and getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} is about one run, not {len(args.runs)}")
     if parallel.PROCESSES > 1:
@@ -192,23 +186,28 @@ def main(argv=None):
     args = parse_args(argv)
     read = cache(read_weights)  # the backbone of several masks is read once
     with one_line_errors():
-        for run in args.runs:
-            look(run, args, *load_run(run, args.model, read))
+        seen = [look(run, args, *load_run(run, args.model, read)) for run in args.runs]
+        if len(seen) == 2 and all(masks for _, masks in seen):
+            (groups, first), (_, second) = seen
+            print("\n".join(comparison(groups, first, second)))
 
 
 def look(run, args, result, folder, model, tokenizer, masks):
-    """Do with a loaded run what the arguments ask for."""
-    task = TASKS[result["task"]]
+    """Do with a loaded run what the arguments ask for -> ({group: [matrix names]}, masks {name: bool})."""
+    task, groups = TASKS[result["task"]], {group: list(weights) for group, weights in model.prunable().items()}
     device, dtype, why = choose_device(args.device, args.dtype)
     if args.dtype is None and device.type == result["device"]:
         dtype, why = getattr(torch, result["dtype"]), "as in training"
     if args.export:
         export(args.export, folder, result, masks, model.words.tolist())
         print(f"{args.export}: an ordinary model folder; its README.md says how to use it")
-        return
+        return groups, masks
     if args.export_compact:
         print("\n".join(export_compact(args.export_compact, folder, result, masks, model, device, dtype)))
-        return
+        return groups, masks
+    if args.plot:
+        draw(args.plot, run, result, groups, masks)
+        return groups, masks
     model.to(device, dtype)
     masks = {name: mask.to(device) for name, mask in masks.items()}
     weights = apply_masks(model.state_dict(), masks)
@@ -228,10 +227,22 @@ def look(run, args, result, folder, model, tokenizer, masks):
         metrics = evaluate(model, weights, sets, task.metrics, device, progress=True)
         if model.config.heads_per_layer and len(args.runs) == 1:
             print("\n".join(f"layer {i}  {h:3} heads {n:5} neurons" for i, (h, n) in enumerate(model.config.layers)))
-        if masks and len(args.runs) == 1:
-            print("\n".join(density_table({g: list(ws) for g, ws in model.prunable().items()}, masks)))
+        elif masks and len(args.runs) == 1:
+            print("\n".join(density_map(densities(groups, masks))))
+            print("\n".join(head_map(head_densities(groups, masks, model.config.num_attention_heads))))
         examples = sum(examples.asked() for examples in sets.values())
         print(f"dev ({examples} examples): {show(metrics)}; training reported {show(result['final'])}")
+    return groups, masks
+
+
+def draw(path, run, result, groups, masks):
+    """--plot: the mask of a run, and its training curves if its folder is there."""
+    if not masks:
+        raise ValueError(f"--plot: {run} has no mask to draw")
+    log = run / "log.jsonl"
+    title = f"{result['task']}, {result['method']}, density {result['density']:.2f}"
+    plot(path, title, densities(groups, masks), read_log(log) if log.exists() else ([], []))
+    print(f"{path}: the mask{' and the training curves' if log.exists() else ''}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from eval import evaluate, load_split, show
 from mask import METHODS, density_at, penalty_at
 from maskfile import pack_masks
 from model import load_model, published
+from picture import densities, density_map
 from runs import load_backbone, load_run, read_result, tokenizer_digest
 from shrink import config_json
 from step import Losses, make_learner, make_run, rate_at, train_step
@@ -288,7 +289,8 @@ def summarize(args, result, path):
     best = result["best"]
     print(f"final  dev {show(result['final'])}")
     print(f"best   dev {show(best['dev'])} at step {best['step']}, chosen on dev (as papers report)")
-    if "kept" in result:
+    if "densities" in result:
+        print("\n".join(density_map(result["densities"])))
         print(f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}")
         if abs(result["reached"] - result["density"]) > 1e-3:
             print(f"training by itself keeps a share of {result['reached']:.4f}; no more is kept than was asked for")
@@ -347,8 +349,7 @@ def finish(args, learner, model, known, evaluations, seconds, command):
         result |= {"density": kept / prunable, "kept": kept, "prunable": prunable}
         result |= {"reached": learner.masks.reached(density), "stored_bits": prunable}
         result["stored_numbers"] += kept if row.trains_weights else 0
-        groups = learner.masks.names.items()
-        result["densities"] = {group: [masks[n].float().mean().item() for n in names] for group, names in groups}
+        result["densities"] = densities(learner.masks.names, masks)
         if not row.trains_weights and not frozen_unchanged(args, model, learner, folder):
             raise ValueError(f"the frozen weights no longer equal those of {folder}; the run counts as unfinished")
     if row.trains_weights:

@@ -1,0 +1,92 @@
+"""picture.py: numbers by hand, 80 columns, and what is drawn."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import eval as eval_
+import picture
+import train
+
+GROUPS = {
+    group: [f"{group}.{layer}" for layer in range(2)]
+    for group in ("query", "key", "value", "attn_output", "intermediate", "output")
+}
+
+
+@pytest.fixture
+def masks():
+    made = {name: torch.zeros(4, 4, dtype=torch.bool) for names in GROUPS.values() for name in names}
+    made["query.0"][:2] = True  # half: all of head 0, nothing of head 1
+    made["attn_output.0"][:, 2:] = True  # all of head 1
+    made["key.1"][0, 0] = True
+    return made
+
+
+def test_density_of_matrices_and_heads(masks):
+    found = picture.densities(GROUPS, masks)
+    assert found["query"] == [0.5, 0.0] and found["key"] == [0.0, 1 / 16] and found["output"] == [0.0, 0.0]
+    heads = picture.head_densities(GROUPS, masks, heads=2)
+    assert np.allclose(heads, [[0.25, 0.25], [1 / 32, 0]])
+
+
+def test_maps_fit_the_terminal(masks, monkeypatch):
+    lines = picture.density_map(picture.densities(GROUPS, masks))
+    assert all(len(line) <= 80 for line in lines) and lines[0].split()[:3] == ["density", "query", "key"]
+    assert [line.split()[-1] for line in lines[1:]] == ["0.000", "0.000", "0.0000"]
+    assert "█████ 0.500" in lines[1] and "░░░░░ 0.062" in lines[2] and "0.2500" in lines[3]
+    (row,) = picture.head_map(np.full((1, 16), 0.5))[1:]
+    assert len(row) <= 80 and row.count("█50") == 16
+    assert picture.head_map(np.zeros((1, 2)))[1].split() == ["layer", "0", "0", "0"]
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    print("\n".join(picture.density_map(picture.densities(GROUPS, masks))))
+
+
+def test_comparison_by_hand(masks):
+    other = {name: mask.clone() for name, mask in masks.items()}
+    other["query.0"] = torch.zeros(4, 4, dtype=torch.bool)
+    other["query.0"][1:3] = True  # shares one of two rows
+    lines = picture.comparison(GROUPS, masks, other)
+    assert all(len(line) <= 80 for line in lines[:-1])
+    assert lines[1].split()[2:4] == ["0.50", "(0.50)"] and "1.00 (0.50)" in lines[1] and "1.00 (0.06)" in lines[2]
+    shared, chance = (4 + 8 + 1) / 17, (8 * 0.5 + 8 * 0.5 + 1 / 16) / 17
+    assert lines[-1].startswith(f"{shared:.3f} of what") and lines[-1].endswith(f"{chance:.3f}")
+    with pytest.raises(ValueError, match="different shapes"):
+        picture.comparison(GROUPS, masks, {"query.0": masks["query.0"]})
+
+
+@pytest.fixture
+def runs(make_model, glue, tmp_path):
+    model, made = make_model(), []
+    for seed in (0, 1):
+        made.append(str(tmp_path / f"run{seed}"))
+        given = ["--model", model, "--data-dir", glue, "--out", made[-1], "--steps", 20, "--length", 16, "--seed", seed]
+        train.main([str(a) for a in [*given, "--device", "cpu", "--evals", 2]])
+    return made
+
+
+def test_what_people_see(capsys, runs):
+    assert "density " in (said := capsys.readouterr().out) and said.index("density ") < said.index("kept ")
+    eval_.main([runs[0]])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["density", *["layer"] * 2, "all", "heads", *["layer"] * 2, "dev"]
+    eval_.main(runs)
+    assert "chance would share 0.5" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_plot_without_matplotlib(runs, fails, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "--plot draws with matplotlib: pip install" in fails(eval_.main, [runs[0], "--plot", tmp_path / "x.png"])
+
+
+def test_plot(runs, fails, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    eval_.main([runs[0], "--plot", str(tmp_path / "x.png")])
+    assert "the mask and the training curves" in capsys.readouterr().out
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    eval_.main([f"{runs[0]}/mask.safetensors", "--plot", str(tmp_path / "y.svg")])
+    assert "<svg" in (tmp_path / "y.svg").read_text()
+    assert "--plot: " in fails(eval_.main, [runs[0], "--plot", tmp_path / "x.bad"])
