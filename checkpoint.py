@@ -19,7 +19,8 @@ from safetensors.torch import save
 
 from fetch import write_whole
 
-STATE = ("step", "evaluations", "argv", "spent", "log")  # seconds spent so far; bytes of the log so far
+# What describes a checkpoint: argv and identity are the run's; seconds spent and bytes of the log so far.
+STATE = {"step": int, "evaluations": list, "argv": list, "identity": dict, "spent": float, "log": int}
 
 
 def tensors_of(learner, optimizer):
@@ -71,24 +72,29 @@ def in_background():
             start()
 
 
-def read_state(path):
-    """The description in a checkpoint, a dict with the keys of STATE. Raises ValueError when it is none."""
+def read(path):
+    """A checkpoint -> (description, a dict with the keys of STATE; tensors {name: tensor}).
+
+    Raises ValueError when it is none, or was altered.
+    """
     try:
         with safe_open(path, "pt") as file:
-            state = json.loads((file.metadata() or {})["state"])
-        return {key: state[key] for key in STATE}
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if header["sha256"] != digest(header["state"], tensors):
+            raise ValueError("it was altered, its content is not what its sha256 says")
+        state = json.loads(header["state"])
+        if not all(isinstance(state[key], kind) for key, kind in STATE.items()) or state["log"] < 0:
+            raise ValueError("its description is none")
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a checkpoint of train.py: {error}") from None
+    return state, tensors
 
 
 def restore(path, learner, optimizer):
     """Put a checkpoint back -> its description. Raises ValueError when it was altered, or is of another run."""
     parameters = list(learner.parameters())
-    with safe_open(path, "pt") as file:
-        header = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    if header.get("sha256") != digest(header["state"], tensors):
-        raise ValueError(f"{path} was altered: its content is not what its sha256 says")
+    state, tensors = read(path)
     expected = {f"parameter.{i}": p.shape for i, p in enumerate(parameters)}
     moments = ("step", "exp_avg", "exp_avg_sq")
     needed = {*expected, "random.cpu", *(f"{key}.{i}" for key in moments for i in range(len(parameters)))}
@@ -100,4 +106,4 @@ def restore(path, learner, optimizer):
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
-    return read_state(path)
+    return state

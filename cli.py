@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ import torch
 import parallel
 
 # What people or machines can get wrong; anything else is a mistake in the code, and keeps its traceback.
-ERRORS = (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError, torch.AcceleratorError)
+ERRORS = (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+SMALLER = "memory is full; make it smaller (train.py: --accumulate 2, --batch, --length), or take another --device"
 
 
 @contextmanager
@@ -31,20 +33,25 @@ def one_line_errors():
     except ERRORS as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:  # how torch says it of a CPU
+        if "allocate memory" not in str(error):
+            raise
+        print(f"error: {SMALLER}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt as said:
         print(f"\ninterrupted; {str(said) or 'nothing was saved'}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 def describe(error):
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the device's memory is full; try --accumulate 2, a smaller --batch or --length, or another device"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return SMALLER
     if isinstance(error, torch.AcceleratorError):
         reason = str(error).splitlines()[0]
         return f"the device failed ({reason}); python train.py --resume RUN_DIR goes on from the last evaluation"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error}: make room, or name another disk with --out (downloads: SMP_CACHE)"
-    return " ".join(str(error).split())
+        return f"{error}: make room, or name another place (train.py: --out; eval.py: --export; downloads: SMP_CACHE)"
+    return " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()  # names in files may be anything
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,13 +95,13 @@ def make_deterministic():
 
 
 def code_version():
-    """{"commit": short hash of this code, "clean": whether no tracked file differs from it}, or {} outside git."""
+    """{"commit": short hash of this code, "clean": whether no tracked file differs from it}, or {} if not in git."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    commands = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    ask = partial(subprocess.run, capture_output=True, text=True, check=True)
     try:
-        commit, changed = (
-            subprocess.run([*git, *c], capture_output=True, text=True, check=True).stdout for c in commands
-        )
+        ask([*git, "ls-files", "--error-unmatch", Path(__file__).name])  # or it is another repository that it lies in
+        commit = ask([*git, "rev-parse", "--short", "HEAD"]).stdout
+        changed = ask([*git, "status", "--porcelain", "--untracked-files=no"]).stdout
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {"commit": commit.strip(), "clean": not changed}

@@ -9,6 +9,7 @@ Sources: Wang et al., GLUE (ICLR 2019).
     for [((input_ids, token_type_ids, attention_mask), labels, *_)] in training_batches(train, 32, 600, seed=0): ...
 """
 
+import hashlib
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -117,6 +118,13 @@ class Examples:
     def __len__(self):
         return len(self.ids)
 
+    def digest(self):
+        """sha256 of all rows: what ties a checkpoint to its data."""
+        found = hashlib.sha256()
+        for row in zip(self.ids, self.labels, strict=True):
+            found.update(repr(row).encode())
+        return found.hexdigest()
+
     def asked(self):
         """Number of questions that the rows put: as many as there are."""
         return len(self)
@@ -201,9 +209,17 @@ def read_label(task, cell, place):
 
 def encode(texts, labels, tokenizer):
     """Tokenise texts (tuples of one sentence or a pair) once -> Examples."""
-    encoded = tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
+    encoded = encode_texts(tokenizer, [text if len(text) == 2 else text[0] for text in texts])
     limit = tokenizer.truncation["max_length"]
     return Examples([e.ids for e in encoded], [e.type_ids for e in encoded], labels, limit)
+
+
+def encode_texts(tokenizer, texts):
+    """encode_batch. Raises ValueError when the tokenizer cannot read a text, or the text is not Unicode."""
+    try:
+        return tokenizer.encode_batch(texts)
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"tokenizer.json, or a text, is none that can be read: {error}") from None
 
 
 def split_path(name, split, data_dir):

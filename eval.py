@@ -6,7 +6,7 @@ nothing but what --predict and --export ask for. Sources: Wang et al., GLUE (ICL
     python eval.py RUN [--text "a warm and funny film"]
 """
 
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -162,14 +162,15 @@ def parse_args(argv):
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="what train.py --out wrote, or a mask file out of it"
     )
-    parser.add_argument("--text", help="classify this sentence (squad: answer this question) instead")
-    parser.add_argument("--pair", help="the second sentence of tasks on pairs (squad: the paragraph)")
-    parser.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
-    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write a model folder with the zeros in it")
-    parser.add_argument(
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--text", help="classify this sentence (squad: answer this question) instead")
+    asked.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
+    asked.add_argument("--export", type=Path, metavar="FOLDER", help="write a model folder with the zeros in it")
+    asked.add_argument(
         "--export-compact", type=Path, metavar="FOLDER", help="write one without the heads and neurons that are dead"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the mask and the training curves instead")
+    asked.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the mask and the training curves instead")
+    parser.add_argument("--pair", help="the second sentence of tasks on pairs (squad: the paragraph)")
     add_common_arguments(parser)
     args = parser.parse_args(argv)
     if args.pair is not None and args.text is None:
@@ -184,7 +185,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    read = cache(read_weights)  # the backbone of several masks is read once
+    read = lru_cache(maxsize=1)(read_weights)  # the backbone of several masks is read once
     with one_line_errors():
         seen = [look(run, args, *load_run(run, args.model, read)) for run in args.runs]
         if len(seen) == 2 and all(masks for _, masks in seen):

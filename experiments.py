@@ -124,13 +124,16 @@ KEPT = (
 ).split()
 
 
+NEEDED = {"command", "task", "final", "best", "density", "seconds", "stored_numbers", "stored_bits"}
+
+
 def read_lines(path):
     """Results of a list's file. Raises ValueError that names the line that is none."""
     lines = []
     for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else (), 1):
         try:
             lines.append(json.loads(line))
-            if not {"command", "task", "final", "best", "density", "seconds"} <= lines[-1].keys():
+            if not lines[-1].keys() >= NEEDED:
                 raise ValueError
         except (ValueError, AttributeError, RecursionError):
             raise ValueError(f"{path}:{number} is not the result of a run; delete that line") from None

@@ -88,9 +88,10 @@ COMPACT = """# {task}, pruned to a density of {density:.4f}, without what is dea
 differ in size, so this needs the code that wrote it (commit {commit}): `python eval.py` and this folder's path, or
 
 ```python
-from model import load_model
+from pathlib import Path
+from runs import load_run
 
-model = load_model("this folder", words={words}).eval()
+model = load_run(Path("this folder"))[2].eval()
 ```
 """
 
@@ -112,6 +113,8 @@ def export_compact(folder, source, result, masks, model, device, dtype):
     heads, neurons = fold_dead(model)
     model = shrink(model, heads, neurons)
     difference = (model(*inputs[32]) - logits).abs().max().item()
+    if difference > 1e-4:
+        raise ValueError(f"the smaller model would compute something else, by {difference:.1e}; nothing was written")
     all_heads, all_neurons = map(sum, zip(*layers, strict=True))
     gone = [all_heads - sum(map(len, heads)), all_neurons - sum(map(len, neurons))]
     removed = f"{gone[0]} of {all_heads} attention heads and {gone[1]:,} of {all_neurons:,} neurons are dead"
@@ -131,7 +134,7 @@ def write_compact(folder, source, result, model, removed):
     content = save({published(n, model.config.model_type): t.contiguous() for n, t in model.state_dict().items()})
     result = {key: value for key, value in result.items() if key not in ("kept", "prunable", "densities")}
     result |= {"sha256": {"model.safetensors": hashlib.sha256(content).hexdigest()}}
-    text = COMPACT.format(**{"commit": "unknown"} | result | {"removed": removed, "words": model.words.tolist()})
+    text = COMPACT.format(**{"commit": "unknown"} | result | {"removed": removed})
     write_whole(folder / "README.md", text.encode())
     write_whole(folder / "config.json", config_json(source, model.config))
     shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")

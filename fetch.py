@@ -12,8 +12,10 @@ import hashlib
 import http
 import http.client
 import io
+import json
 import lzma
 import os
+import secrets
 import subprocess
 import sys
 import tarfile
@@ -25,6 +27,7 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 CACHE = Path(os.environ.get("SMP_CACHE") or "~/.cache/smp").expanduser()
@@ -61,7 +64,7 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 def partial_file(path):
     """A Path beside `path` to write to and then move there; what is not moved is removed. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    part = path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
     try:
         yield part
     finally:
@@ -99,7 +102,7 @@ def fetched(url, path, remedy):
                 try:
                     download_rest(url, file, bar)
                     break
-                except (OSError, http.client.HTTPException) as error:
+                except (OSError, ValueError, http.client.HTTPException) as error:
                     if file.tell() <= before:
                         raise OSError(f"cannot fetch {url} ({error}); {remedy}; {OFFLINE}") from None
         yield part
@@ -145,11 +148,23 @@ def fetch_hub_model(name):
         with fetched(url, folder / filename, remedy) as part:
             if isinstance(check, str):
                 check_digest(part, "sha256", check, url)
-            else:
-                with open(part, "rb") as file:
-                    if check not in file.read(1 << 20):  # an error page, say
-                        raise ValueError(f"{url} did not answer with a model's {filename}; not kept")
+            elif not looks_whole(part, check):  # an error page, say
+                raise ValueError(f"{url} did not answer with a model's {filename}; not kept")
             part.replace(folder / filename)
+
+
+def looks_whole(path, mark):
+    """Whether a file holds these bytes near its beginning, and is whole JSON or a whole safetensors file."""
+    with open(path, "rb") as file:
+        beginning = file.read(1 << 20)
+    try:
+        if path.name.endswith(".json"):
+            json.loads(path.read_text("utf-8"))
+        else:
+            safe_open(path, "pt").__enter__()
+    except (ValueError, RecursionError, SafetensorError):
+        return False
+    return mark in beginning
 
 
 def fetch_assets():
@@ -209,6 +224,8 @@ def unzip_splits(path, task):
             found = [archive.getinfo(f"{task.folder}/{name}") for name in needed + there]
             if sum(info.file_size for info in found) > LARGEST_UNZIPPED:
                 raise zipfile.BadZipFile("it would unpack to more than a gibibyte")
+            if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in found):
+                raise zipfile.BadZipFile("its method of compression is none that GLUE uses")  # and some have no bounds
             return {Path(info.filename).name: archive.read(info) for info in found}
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, RuntimeError, OSError) as error:
         raise ValueError(f"the server did not send the zip archive of {task.folder} ({error}); not kept") from None

@@ -50,8 +50,8 @@ def digest(header, tensors):
     return found.hexdigest()
 
 
-def load_masks(path):
-    """Read a mask file -> ({name: bool [out, in]}, {name: tensor of the head}, the run's description).
+def read(path):
+    """A mask file -> (tensors {name: array}, shapes {name: [out, in]}, the run's description), nothing unpacked yet.
 
     Raises ValueError that says why the file cannot be used.
     """
@@ -59,7 +59,7 @@ def load_masks(path):
         with safe_open(path, "np") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
+    except (SafetensorError, TypeError, AttributeError) as error:  # the last two: of numbers that numpy does not know
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is not a mask file of format {FORMAT}")
@@ -67,23 +67,42 @@ def load_masks(path):
         raise ValueError(f"{path} was altered: its content is not what its sha256 says")
     try:
         shapes, run = json.loads(header["shapes"]), json.loads(header["run"])
+        if not all(len(shape) == 2 and all(type(n) is int and n > 0 for n in shape) for shape in shapes.values()):
+            raise ValueError("shapes that are none")
         if sum(math.prod(shape) for shape in shapes.values()) > MOST_WEIGHTS:
             raise ValueError("more weights than memory")
+        if any(tensors[name].dtype != (np.uint8 if name in shapes else np.float32) for name in {*tensors, *shapes}):
+            raise ValueError("numbers of another kind")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise wrong(path, error) from None
+    return tensors, shapes, run
+
+
+def load_masks(path, expected=None):
+    """Read a mask file -> ({name: bool [out, in]}, {name: tensor of the head}, the run's description).
+
+    expected: {name: shape} of the matrices that there must be. Raises ValueError that says why the file cannot be used.
+    """
+    tensors, shapes, run = read(path)
+    if expected is not None and {name: tuple(shape) for name, shape in shapes.items()} != expected:
+        raise ValueError(f"{path} was made for a backbone of another shape")
+    try:
         masks = {name: unpacked(tensors.pop(name), shape) for name, shape in shapes.items()}
-        head = {name: torch.from_numpy(array) for name, array in tensors.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, lzma.LZMAError) as error:
-        raise ValueError(f"{path} does not hold what its header says ({type(error).__name__}: {error})") from None
-    return masks, head, run
+    except (ValueError, lzma.LZMAError) as error:
+        raise wrong(path, error) from None
+    return masks, {name: torch.from_numpy(array) for name, array in tensors.items()}, run
+
+
+def wrong(path, error):
+    return ValueError(f"{path} does not hold what its header says ({type(error).__name__}: {error})")
 
 
 def unpacked(bits, shape):
     """A tensor of the file -> bool [out, in]. Raises ValueError or LZMAError when it is not one bit a weight."""
     weights = math.prod(shape)
     size = -(-weights // 8)
-    if bits.dtype != np.uint8 or min(shape) < 1:
-        raise ValueError(f"{bits.dtype} {shape}")
     if bits.size < size:
         bits = np.frombuffer(lzma.LZMADecompressor().decompress(bits.tobytes(), max_length=size + 1), np.uint8)
     if bits.size != size:
         raise ValueError(f"{bits.size} bytes for {weights} weights")
-    return torch.from_numpy(np.unpackbits(bits, count=weights).reshape(shape).astype(bool))
+    return torch.from_numpy(np.unpackbits(bits, count=weights).reshape(shape).view(bool))

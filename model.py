@@ -347,6 +347,8 @@ def read_weights(path):
         if canonical(name) in tensors:
             raise ValueError(f"{path} holds {canonical(name)} twice, once as {name}")
         if not canonical(name).startswith(UNUSED):
+            if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                raise ValueError(f"{path}: {name} is of {tensor.dtype}; weights of 16, 32 or 64 bits are known")
             tensors[canonical(name)] = tensor.float()
     for copy, original in TIED.items():
         if copy in tensors and not torch.equal(tensors.pop(copy), tensors.get(original, torch.empty(0))):

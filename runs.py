@@ -8,12 +8,13 @@ and writes nothing. Sources: none.
 
 import hashlib
 import json
+from dataclasses import asdict
 
 import data
 import fetch
+import maskfile
 from data import TASKS, load_tokenizer
 from mask import METHODS
-from maskfile import load_masks
 from model import load_config, load_model, read_weights
 
 
@@ -28,9 +29,11 @@ def load_backbone(folder, task, length, head, fresh=True, read=read_weights):
     tokenizer = load_tokenizer(folder, length)
     model = load_model(folder, data.label_word_ids(task, tokenizer), head, fresh, read)
     model.every_token = task is TASKS["squad"]
-    if tokenizer.get_vocab_size() > config.vocab_size:
+    probes = [tokenizer.encode("a"), tokenizer.encode("a", "b")]  # with what the tokenizer puts around texts
+    ids = max(*tokenizer.get_vocab().values(), *(i for e in probes for i in e.ids))
+    if ids >= config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has more words than the vocab_size of config.json")
-    if max(tokenizer.encode("a", "b").type_ids) >= config.type_vocab_size:
+    if max(i for e in probes for i in e.type_ids) >= config.type_vocab_size:
         raise ValueError(f"{folder}: tokenizer.json tells more segments apart than type_vocab_size in config.json")
     return model, tokenizer
 
@@ -50,7 +53,7 @@ def read_result(run):
 
 NEEDED = {
     "task": str, "method": str, "model": str, "words": dict, "length": int, "final": dict, "fingerprint": str,
-    "tokenizer": str, "sha256": dict, "density": float, "data_dir": str | None,
+    "tokenizer": str, "sha256": dict, "config": dict, "density": float, "data_dir": str | None,
 }  # fmt: skip
 ONE_OF = {"head": ("words", "classifier"), "device": ("cuda", "mps", "cpu"), "dtype": ("float32", "bfloat16")}
 
@@ -68,6 +71,11 @@ def checked(result, path):
     return result
 
 
+def plain(config):
+    """A model.Config as JSON gives it back."""
+    return json.loads(json.dumps(asdict(config)))
+
+
 def tokenizer_digest(folder):
     """sha256 of a model folder's tokenizer.json: what ties a mask to its tokenizer."""
     return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
@@ -80,7 +88,7 @@ def load_run(run, model_name=None, read=read_weights):
     """
     alone = run.is_file()
     mask_file = run if alone else run / "mask.safetensors"
-    result = checked(load_masks(run)[2], run) if alone else read_result(run)
+    result = checked(maskfile.read(run)[2], run) if alone else read_result(run)
     if alone and result["sha256"]:
         raise ValueError(f"{run}: the weights of this run were trained as well; name its folder, which holds them")
     task, length, head = TASKS[result["task"]], int(result["length"]), result["head"]
@@ -93,17 +101,18 @@ def load_run(run, model_name=None, read=read_weights):
     model, tokenizer = load_backbone(folder, task, length, head, not own, read)
     if not own and model.fingerprint() != result["fingerprint"]:
         raise ValueError(f"--model: the weights in {folder} are not those that {run} was trained on")
+    if not own and result["config"] != plain(model.config):
+        raise ValueError(f"--model: config.json in {folder} is not the one that {run} was trained with")
     if tokenizer_digest(folder) != result["tokenizer"]:
         raise ValueError(f"--model: the tokenizer in {folder} is not the one that {run} was trained with")
     if "kept" not in result:
         return result, folder, model, tokenizer, {}
-    masks, head_weights, described = load_masks(mask_file)
+    expected = {n: tuple(w.shape) for weights in model.prunable().values() for n, w in weights.items()}
+    masks, head_weights, described = maskfile.load_masks(mask_file, expected)
     if described != result:
         raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
-    expected = {n: w.shape for weights in model.prunable().values() for n, w in weights.items()}
     expected_head = {n: p.shape for n, p in model.named_parameters() if n.startswith("classifier.") and not own}
-    for wanted, found in ((expected, masks), (expected_head, head_weights)):
-        if wanted != {name: tensor.shape for name, tensor in found.items()}:
-            raise ValueError(f"{mask_file} was made for a backbone of another shape")
+    if expected_head != {name: tensor.shape for name, tensor in head_weights.items()}:
+        raise ValueError(f"{mask_file} was made for a head of another shape")
     model.load_state_dict(head_weights, strict=False)
     return result, folder, model, tokenizer, masks

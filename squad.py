@@ -92,14 +92,15 @@ def make_windows(questions, tokenizer, length):
     tokenizer.no_truncation()
     special = tokenizer.num_special_tokens_to_add(True)
     for question in questions:
-        size = len(tokenizer.encode(question["question"], add_special_tokens=False).ids)
+        (encoded,) = data.encode_texts(tokenizer, [question["question"]])
+        size = len(encoded.ids) - tokenizer.num_special_tokens_to_add(False)
         if size + special + STRIDE >= length:
             raise ValueError(f"question {question['id']} has {size} tokens, too many for --length {length}")
     tokenizer.enable_truncation(length, stride=STRIDE, strategy="only_second")
     windows = Windows([], [], [], length, [], [], questions)
     for start in tqdm(range(0, len(questions), 256), "cutting windows", leave=False):  # in parts: encodings are large
         part = questions[start : start + 256]
-        encodings = tokenizer.encode_batch([(q["question"], q["context"]) for q in part])
+        encodings = data.encode_texts(tokenizer, [(q["question"], q["context"]) for q in part])
         for number, (question, encoding) in enumerate(zip(part, encodings, strict=True), start):
             for window in (encoding, *encoding.overflowing):
                 inside = np.array([text == 1 for text in window.sequence_ids])

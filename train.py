@@ -24,11 +24,12 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
+import checkpoint
 import cluster
 import data
 import fetch
 import parallel
-from checkpoint import in_background, read_state, restore, save_checkpoint
+from checkpoint import in_background, restore, save_checkpoint
 from cli import (
     Parser,
     add_common_arguments,
@@ -44,7 +45,7 @@ from mask import METHODS, density_at, penalty_at
 from maskfile import pack_masks
 from model import load_model, published
 from picture import densities, density_map
-from runs import load_backbone, load_run, read_result, tokenizer_digest
+from runs import load_backbone, load_run, plain, read_result, tokenizer_digest
 from shrink import config_json
 from step import Losses, make_learner, make_run, rate_at, train_step
 
@@ -102,14 +103,18 @@ def parse_args(argv=None):
 
 def continued(parser, args):
     """The arguments of the run that --resume names. Exits with status 2 and one line when it cannot go on."""
-    if len(args.argv) > 2 or parallel.PROCESSES > 1:
+    if len(args.argv) > 1 + (args.argv[0] == "--resume") or parallel.PROCESSES > 1:
         parser.error("--resume takes the settings of its run: no other flags, and one process")
     with one_line_errors():
+        if (args.resume / "result.json").exists():
+            raise ValueError(f"--resume: {args.resume} is finished; look at it with: python eval.py {args.resume}")
         if not (args.resume / CHECKPOINT).exists():
             raise ValueError(f"--resume: {args.resume} has no {CHECKPOINT}; a run has one from its first evaluation on")
-        state = read_state(args.resume / CHECKPOINT)
+        state, _ = checkpoint.read(args.resume / CHECKPOINT)
+        if not all(isinstance(word, str) for word in state["argv"]):
+            raise ValueError(f"{args.resume / CHECKPOINT} is not a checkpoint of train.py: its command is none")
     again = parser.parse_args(state["argv"])
-    again.argv, again.spent, again.log = state["argv"], state["spent"], state["log"]
+    again.argv, again.spent, again.log, again.identity = (state[key] for key in ("argv", "spent", "log", "identity"))
     again.resume = again.out = args.resume
     return again
 
@@ -183,7 +188,17 @@ def prepare(args):
     teacher = load_teacher(args, tokenizer) if args.teacher else None
     train, *dev = (load_split(args.task, split, args.data_dir, tokenizer) for split in (task.train, *task.dev))
     args.out.mkdir(parents=True, exist_ok=True)
+    for part in args.out.glob(".part-*"):  # of a run that was killed while it wrote
+        part.unlink(missing_ok=True)
     return model, teacher, train, dict(zip(task.dev, dev, strict=True))
+
+
+def check_identity(args, identity):
+    """Raise ValueError when a resumed run is not on the backbone, data and device that it began with; note them."""
+    for what, value in identity.items() if args.resume else ():
+        if args.identity.get(what) != value:
+            raise ValueError(f"--resume: {what} is {value} now, and was {args.identity.get(what)} when the run began")
+    args.identity = identity
 
 
 def load_teacher(args, tokenizer):
@@ -243,6 +258,7 @@ def loop(args, losses, train, dev, device, total, log):
             if (done in eval_steps or stopped) and done < total and parallel.PROCESSES == 1:
                 spent, size = time.time() - args.started, (args.out / "log.jsonl").stat().st_size
                 state = {"step": done, "evaluations": evaluations, "argv": args.argv, "spent": spent, "log": size}
+                state["identity"] = args.identity
                 start_saving(save_checkpoint(args.out / CHECKPOINT, learner, optimizer, state))
             if stopped and done < total:
                 resumable = parallel.PROCESSES == 1
@@ -269,7 +285,7 @@ class Stopped(list):
 
     def note(self, number, _):
         if self:  # the second time is meant
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("what the last evaluation saved is kept: --resume RUN_DIR goes on from there")
         self.append(number)
 
     def __exit__(self, *_):
@@ -380,7 +396,8 @@ def main(argv=None):
         parallel.start(device)
         with parallel.first_process_first():
             model, teacher, train, dev = prepare(args)
-        known = {"fingerprint": model.fingerprint()}
+        known = {"fingerprint": model.fingerprint(), "config": plain(model.config)}
+        check_identity(args, known | {"train": train.digest(), "device": device.type, "dtype": dtype_name(dtype)})
         if METHODS[args.method].units:
             tokens = statistics.mean(len(ids) for examples in dev.values() for ids in examples.ids)
             settings = {"sparsity": args.sparsity, "ffn_share": args.ffn_share, "device": device, "seed": args.seed}
@@ -417,7 +434,7 @@ def log_file(args):
         return
     path = args.out / "log.jsonl"
     if args.resume:
-        os.truncate(path, args.log)  # what came after the checkpoint will come again
+        os.truncate(path, min(args.log, path.stat().st_size))  # what came after the checkpoint will come again
     else:
         (args.out / CHECKPOINT).unlink(missing_ok=True)  # of the unfinished run that this one replaces
     with open(path, "a" if args.resume else "w") as file:

@@ -104,10 +104,10 @@ def test_a_full_disk(argv, fails, monkeypatch, tmp_path, nth):
         if len(calls) == nth:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(fetch.os, "fsync", fsync)
-    assert "No space left on device" in (said := fails(train.main, argv)) and "--out" in said
+    with monkeypatch.context() as patched:
+        patched.setattr(fetch.os, "fsync", fsync)
+        assert "No space left on device" in (said := fails(train.main, argv)) and "--out" in said
     assert not (tmp_path / "run" / "result.json").exists() and not list((tmp_path / "run").glob(".part*"))
-    monkeypatch.undo()
     train.main(["--resume", str(tmp_path / "run")] if nth > 1 else argv)
     assert (tmp_path / "run" / "result.json").exists()
 
@@ -132,7 +132,9 @@ def test_a_folder_that_cannot_be_written(argv, fails):
             torch.AcceleratorError("CUDA error: launch failure\nlong advice"),
             "launch failure); python train.py --resume",
         ),
-        (torch.OutOfMemoryError("CUDA out of memory"), "--accumulate 2, a smaller --batch or --length"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "--accumulate 2, --batch, --length"),
+        (MemoryError(), "--accumulate 2, --batch, --length"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "--accumulate 2, --batch, --length"),
     ],
 )
 def test_a_gpu_that_fails(argv, fails, monkeypatch, tmp_path, error, remedy):

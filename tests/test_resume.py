@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CONFIG, bert_tensors
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import train
@@ -101,15 +103,60 @@ def test_what_cannot_be_resumed(flags, tmp_path, fails):
     checkpoint = tmp_path / "checkpoint.safetensors"
     checkpoint.write_bytes(os.urandom(99))
     assert "is not a checkpoint" in fails(train.main, ["--resume", tmp_path])
-    state = {"step": 50, "evaluations": [], "argv": flags, "spent": 1.0, "log": 0}
+    state = {"step": 50, "evaluations": [], "argv": flags, "spent": 1.0, "log": 0, "identity": {}}
     tensors, described = {"parameter.0": torch.zeros(3)}, json.dumps(state)
     (tmp_path / "log.jsonl").touch()
     save_file(tensors, checkpoint, {"state": described, "sha256": "0"})
     assert "was altered" in fails(train.main, ["--resume", tmp_path])
     save_file(tensors, checkpoint, {"state": described, "sha256": digest(described, tensors)})
-    assert "is the checkpoint of another run" in fails(train.main, ["--resume", tmp_path])
+    assert "when the run began" in fails(train.main, ["--resume", tmp_path])
+    assert "no other flags" in fails(train.main, [f"--resume={tmp_path}", "--steps=20"])
     save_file(tensors, checkpoint, {"state": json.dumps(state | {"argv": None})})
     train.main(
         [*flags[:4], "--out", str(tmp_path), "--steps", "2", "--length", "16", "--batch", "8", "--device", "cpu"]
     )
     assert not checkpoint.exists()  # that of a run that was replaced
+
+
+@pytest.fixture
+def interrupted(flags, tmp_path, monkeypatch, fails):
+    """A run that ended after 60 of its 400 steps."""
+    train_step = train.train_step
+
+    def step(run, optimizer, parts, schedule, number, rate):
+        if number == 60:
+            raise ValueError("enough")
+        return train_step(run, optimizer, parts, schedule, number, rate)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_step", step)
+        assert "enough" in fails(train.main, [*flags, "--out", tmp_path / "run"])
+    return tmp_path / "run"
+
+
+def test_another_backbone_or_other_data_are_not_gone_on_with(interrupted, flags, fails, glue):
+    weights = Path(flags[1]) / "model.safetensors"
+    whole, table = weights.read_bytes(), glue / "movies" / "train.tsv"
+    save_file(bert_tensors(CONFIG, seed=9), weights)
+    assert "--resume: fingerprint is" in fails(train.main, ["--resume", interrupted])
+    weights.write_bytes(whole)
+    rows = table.read_text()
+    table.write_text(rows.replace("dull", "very dull", 1))
+    assert "--resume: train is" in fails(train.main, ["--resume", interrupted])
+    table.write_text(rows)
+    (interrupted / ".part-1-model.safetensors").touch()
+    train.main(["--resume", str(interrupted)])
+    assert not list(interrupted.glob(".part-*"))
+    assert "is finished" in fails(train.main, ["--resume", interrupted])
+
+
+@pytest.mark.parametrize(
+    "change", [{"argv": 5}, {"argv": [1]}, {"spent": "x"}, {"log": -1}, {"identity": 1}, {"step": []}]
+)
+def test_descriptions_that_are_none(interrupted, fails, change):
+    path = interrupted / "checkpoint.safetensors"
+    with safe_open(path, "pt") as file:
+        described, tensors = json.loads(file.metadata()["state"]), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    described = json.dumps(described | change)
+    save_file(tensors, path, {"state": described, "sha256": digest(described, tensors)})
+    assert "is not a checkpoint of train.py" in fails(train.main, ["--resume", interrupted])

@@ -69,11 +69,11 @@ def test_a_run_from_end_to_end(run, capsys, method):
     out = capsys.readouterr().out
     reported = f"accuracy {result['final']['accuracy']:.4f}"
     assert f"{reported}; training reported {reported}" in out
-    table = [line.split() for line in out.splitlines() if line.startswith(("density", "layer", "all"))]
+    header, *layers, total = (line.split() for line in out[out.index("density ") :].splitlines()[:4])
     masks = load_masks(folder, result)
-    assert table[0] == ["density", *mask_groups(run.model)] and len(table) == 4
-    assert table[1][2] == f"{masks['bert.encoder.layer.0.attention.self.query.weight'].float().mean():.4f}"
-    assert table[3][1] == f"{int(0.7 * 512 + 1e-6) / 512 if method == 'smp-s' else 179 / 256:.4f}"
+    assert header == "density query key value attn output intermed. output".split()
+    assert layers[0][3] == f"{masks['bert.encoder.layer.0.attention.self.query.weight'].float().mean():.3f}"
+    assert total[1] == f"{int(0.7 * 512 + 1e-6) / 512 if method == 'smp-s' else 179 / 256:.4f}"
 
     eval_.main([str(folder), "--text", "a good film"])
     lines = capsys.readouterr().out.splitlines()
@@ -139,7 +139,7 @@ def test_several_masks_of_one_backbone(make_model, glue, tmp_path, capsys, monke
     monkeypatch.setattr(eval_, "read_weights", lambda path: reads.append(path) or read_weights(path))
     eval_.main([runs[0], f"{runs[1]}/mask.safetensors"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(reads) == 1 and lines[1::2] == alone and lines[2].startswith(f"{runs[1]}/mask.safetensors: rte")
+    assert len(reads) == 1 and [lines[1], lines[3]] == alone and lines[2].startswith(f"{runs[1]}/mask.safetensors: rte")
     assert "--text is about one run, not 2" in fails(eval_.main, [*runs, "--text", "x"])
 
 
