@@ -107,14 +107,15 @@ def code_version():
     return {"commit": commit.strip(), "clean": not changed}
 
 
-def add_common_arguments(parser):
-    """The flags that train.py and eval.py share."""
-    parser.add_argument("--model", metavar="NAME|FOLDER", help="minilm, bert-base-uncased, roberta-base, or a folder")
-    parser.add_argument("--data-dir", metavar="FOLDER", help="a folder in GLUE's layout; default: download")
-    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 if native; eval.py: as trained"
-    )
+def add_files(add):
+    """The flags for files that train.py and eval.py share; add: a parser's add_argument."""
+    add("--model", metavar="MODEL", help="minilm, bert-base-uncased, roberta-base, or a folder")
+    add("--data-dir", metavar="FOLDER", help="a folder in GLUE's layout; default: download")
+
+
+def add_machine(add):
+    add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 if native; eval.py: as trained")
 
 
 def dtype_name(dtype):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import data
 import parallel
 import squad
-from cli import Parser, add_common_arguments, choose_device, dtype_name, one_line_errors
+from cli import Parser, add_files, add_machine, choose_device, dtype_name, one_line_errors
 from data import TASKS, encode
 from export import export, export_compact
 from fetch import write_whole
@@ -171,7 +171,8 @@ def parse_args(argv):
     )
     asked.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the mask and the training curves instead")
     parser.add_argument("--pair", help="the second sentence of tasks on pairs (squad: the paragraph)")
-    add_common_arguments(parser)
+    add_files(parser.add_argument)
+    add_machine(parser.add_argument)
     args = parser.parse_args(argv)
     if args.pair is not None and args.text is None:
         parser.error("--pair needs --text")
