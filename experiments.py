@@ -27,6 +27,7 @@ import torch
 
 from cli import Parser, one_line_errors
 from data import TASKS
+from picture import plot_curves
 
 # Steps of MiniLM's runs, the same for all methods of a task: about a third of the paper's for bert-base.
 STEPS = {"rte": 3120, "mrpc": 3450, "cola": 3216, "stsb": 3600, "sst2": 3159, "movies": 1196, "squad": 2870}
@@ -116,7 +117,14 @@ def units():
                 yield run(task, "smp-s", sparsity, seed, tuned=False)
 
 
-LISTS = {"main": compared, "ablations": ablations, "units": units, "tuning": tuning}
+def curve():
+    """Accuracy over sparsity of the default task, as short as it is by default."""
+    yield run("movies", "finetune", tuned=False, steps=598, weight_lr=1e-4)
+    for sparsity in (0.5, 0.9, 0.7, 0.97, 0.8, 0.95, 0.3):
+        yield run("movies", "smp-s", sparsity, tuned=False, steps=598)
+
+
+LISTS = {"main": compared, "ablations": ablations, "units": units, "curve": curve, "tuning": tuning}
 KEPT = (
     "task method sparsity seed steps batch lr weight_lr warmup hold penalty schedule head final best density reached "
     "kept prunable stored_numbers stored_bits seconds device dtype versions commit clean "
@@ -210,6 +218,15 @@ def cell(lines, which):
     return f"{statistics.mean(values):.1f}{spread} ({len(values)})"
 
 
+def curves(lines):
+    """-> {"task, method": [(sparsity, first metric of the last evaluation, mean over seeds)]}, by sparsity."""
+    found = {}
+    for line in lines:
+        at = found.setdefault(f"{line['task']}, {line['method']}", {})
+        at.setdefault(line["sparsity"], []).append(line["final"][TASKS[line["task"]].metrics[0]])
+    return {name: sorted((s, statistics.mean(v)) for s, v in at.items()) for name, at in found.items()}
+
+
 def table(lines, which="final"):
     """Markdown: a row for every method with its flags, a column for every task, what is stored, minutes a run."""
     kinds, tasks = dict.fromkeys(map(kind, lines)), [t for t in TASKS if any(line["task"] == t for line in lines)]
@@ -232,7 +249,7 @@ def table(lines, which="final"):
 
 def main(argv=None):
     parser = Parser(description="Make the missing runs of a list, or show a list as a table.")
-    parser.add_argument("do", choices=("run", "table"))
+    parser.add_argument("do", choices=("run", "table", "plot"), help="plot: the metric over sparsity, into LIST.png")
     sizes = ", ".join(f"{name} ({len(dict.fromkeys(make()))} runs)" for name, make in LISTS.items())
     parser.add_argument("list", choices=LISTS, help=sizes)
     folder = Path(__file__).with_name("results")
@@ -255,7 +272,11 @@ def main(argv=None):
             path = args.results / f"{args.list}.jsonl"
             if not (lines := read_lines(path)):
                 raise ValueError(f"{path} has no results; make them with: python experiments.py run {args.list}")
-            print(table(lines, "best" if args.best else "final"))
+            if args.do == "plot":
+                plot_curves(path.with_suffix(".png"), curves(lines), "dev metric")
+                print(path.with_suffix(".png"))
+            else:
+                print(table(lines, "best" if args.best else "final"))
 
 
 if __name__ == "__main__":

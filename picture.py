@@ -87,16 +87,42 @@ def read_log(path):
         raise ValueError(f"{path} is not the log of a run: {error}") from None
 
 
-def plot(path, title, found, log):
-    """Draw densities() and, from (loss lines, evaluation lines) of a log, the training curves.
-
-    Raises ValueError when matplotlib is missing or does not know the kind of file.
-    """
+def figure_of(width, height):
+    """An empty matplotlib Figure. Raises ValueError when matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("--plot draws with matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+        raise ValueError("pictures are drawn with matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure, path):
+    """Raises ValueError when matplotlib does not know the kind of file."""
+    try:
+        figure.savefig(path, dpi=110)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def plot_curves(path, curves, label):
+    """Draw {name: [(sparsity, value)]}; a curve of one point becomes a line across."""
+    figure = figure_of(6, 3.6)
+    axes = figure.subplots()
+    for name, points in curves.items():
+        if len(points) == 1:
+            axes.axhline(points[0][1], ls="--", color="gray", label=name)
+        else:
+            axes.plot(*zip(*points, strict=True), "o-", label=name)
+    axes.set_xlabel("sparsity: share of weights removed")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def plot(path, title, found, log):
+    """Draw densities() and, from (loss lines, evaluation lines) of a log, the training curves."""
+    figure = figure_of(11, 4.2)
     left, right = figure.subplots(1, 2)
     table = np.array(list(found.values())).T
     image = left.imshow(table, vmin=0, vmax=table.max(), cmap="viridis", aspect="auto")
@@ -116,7 +142,4 @@ def plot(path, title, found, log):
     right.set_xlabel("step")
     right.set_ylim(bottom=0)
     right.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=110)
-    except ValueError as error:
-        raise ValueError(f"--plot: {error}") from None
+    save(figure, path)

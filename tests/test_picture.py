@@ -79,7 +79,7 @@ def test_what_people_see(capsys, runs):
 
 def test_plot_without_matplotlib(runs, fails, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "--plot draws with matplotlib: pip install" in fails(eval_.main, [runs[0], "--plot", tmp_path / "x.png"])
+    assert "drawn with matplotlib: pip install" in fails(eval_.main, [runs[0], "--plot", tmp_path / "x.png"])
 
 
 def test_plot(runs, fails, tmp_path, capsys):
@@ -89,4 +89,4 @@ def test_plot(runs, fails, tmp_path, capsys):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     eval_.main([f"{runs[0]}/mask.safetensors", "--plot", str(tmp_path / "y.svg")])
     assert "<svg" in (tmp_path / "y.svg").read_text()
-    assert "--plot: " in fails(eval_.main, [runs[0], "--plot", tmp_path / "x.bad"])
+    assert "x.bad: " in fails(eval_.main, [runs[0], "--plot", tmp_path / "x.bad"])
