@@ -160,3 +160,22 @@ def test_descriptions_that_are_none(interrupted, fails, change):
     described = json.dumps(described | change)
     save_file(tensors, path, {"state": described, "sha256": digest(described, tensors)})
     assert "is not a checkpoint of train.py" in fails(train.main, ["--resume", interrupted])
+
+
+def test_a_shrunk_model_goes_on_too(flags, tmp_path, monkeypatch, fails):
+    """Its heads and neurons are chosen again, and are the same."""
+    argv = [*flags, "--method", "p-pruning", "--sparsity", "0.3", "--ffn-share", "2"]
+    train.main([*argv, "--out", str(tmp_path / "whole")])
+    train_step = train.train_step
+
+    def step(*args):
+        if args[4] == 60:
+            raise ValueError("enough")
+        return train_step(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_step", step)
+        assert "enough" in fails(train.main, [*argv, "--out", tmp_path / "run"])
+    train.main(["--resume", str(tmp_path / "run")])
+    whole, run = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run"))
+    assert whole == run
