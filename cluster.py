@@ -186,6 +186,8 @@ def budget(config, tokens, sparsity, ffn_share):
     ffn_share: what the neurons lose for each that the heads lose. Raises ValueError, with what would be possible, when
     one of them cannot lose that much; every layer keeps a head and a neuron.
     """
+    if 0 in (count for counts in config.layers for count in counts):
+        raise ValueError("--model: a layer of it has lost all its heads or neurons already; it takes --method finetune")
     counts, costs = [sum(part) for part in zip(*config.layers, strict=True)], multiply_accumulates(config, tokens)
     whole = sum(count * cost for count, cost in zip(counts, costs, strict=True))
     removed = sparsity * whole

@@ -1,5 +1,6 @@
 """cluster.py: distances by hand, clusters as brute force finds them, budgets that add up, and a whole run."""
 
+import dataclasses
 import json
 import re
 
@@ -103,6 +104,11 @@ def test_impossible_budgets_name_possible_ones():
         cluster.budget(BASE, 100, 0.7, share)
     with pytest.raises(ValueError, match="--ffn-share"):
         cluster.budget(BASE, 100, 0.7, highest + 0.1)
+
+
+def test_what_has_lost_a_block_is_not_shrunk_again():
+    with pytest.raises(ValueError, match="--model: a layer of it has lost"):
+        cluster.budget(dataclasses.replace(BASE, heads_per_layer=(0,) + (12,) * 11), 100, 0.2, 5.0)
 
 
 @pytest.fixture
