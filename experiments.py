@@ -80,6 +80,8 @@ def ablations():
         for method in ("smp-g", "smp-t", "l0", "random"):
             yield run(task, method, sparsity, seed)
         yield run(task, "movement", sparsity, seed, tuned=False, penalty=400, weight_lr=1e-4)
+    for sparsity, hold in itertools.product(SPARSITIES, (0, 0.3)):  # whether movement needs more time than all others
+        yield run("sst2", "movement", sparsity, tuned=False, steps=4 * STEPS["sst2"], hold=hold)
 
 
 def tuning():
