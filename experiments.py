@@ -231,8 +231,9 @@ def curves(lines):
 
 def table(lines, which="final"):
     """Markdown: a row for every method with its flags, a column for every task, what is stored, minutes a run."""
-    kinds, tasks = dict.fromkeys(map(kind, lines)), [t for t in TASKS if any(line["task"] == t for line in lines)]
-    rows = [["method", *tasks, "numbers stored", "bits stored", "density reached", "minutes"]]
+    kinds, tasks = sorted(set(map(kind, lines))), [t for t in TASKS if any(line["task"] == t for line in lines)]
+    names = [f"{task}, {TASKS[task].metrics[0]} (seeds)" for task in tasks]
+    rows = [["method", *names, "numbers stored", "bits stored", "density reached", "minutes"]]
     rows.append(["---"] * len(rows[0]))
     for wanted in kinds:
         mine = [line for line in lines if kind(line) == wanted]

@@ -49,7 +49,7 @@ def density_map(found):
 
 def head_map(found):
     """Lines: the density of each attention head in percent, a row a layer, from head_densities()."""
-    lines = [f"heads{'':4}" + "".join(f"{h:>4}" for h in range(found.shape[1]))]
+    lines = ["heads, % " + "".join(f"{h:>4}" for h in range(found.shape[1]))]
     for i, row in enumerate(found):
         lines.append(f"layer {i:<3}" + "".join(f" {shade(v, found.max(), 1)}{100 * v:2.0f}" for v in row))
     return lines
@@ -131,8 +131,8 @@ def plot(path, title, found, log):
     for (i, j), v in np.ndenumerate(table):
         color = "black" if v > 0.6 * table.max() else "white"
         left.text(j, i, f"{v:.3f}", ha="center", va="center", color=color, fontsize=8)
-    figure.colorbar(image, ax=left, label="density: share of weights kept")
-    left.set_title(title)
+    figure.colorbar(image, ax=left)
+    left.set_title(f"{title}: share of weights kept", fontsize=10)
     losses, evaluations = log
     right.plot([line["step"] for line in losses], [line["density"] for line in losses], label="density")
     right.plot([line["step"] for line in losses], [line["loss"] for line in losses], label="training loss", lw=0.8)
@@ -140,6 +140,7 @@ def plot(path, title, found, log):
         steps = [line["step"] for line in evaluations]
         right.plot(steps, [line["dev"][metric] for line in evaluations], "o-", label=f"dev {metric}")
     right.set_xlabel("step")
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.set_ylim(bottom=0)
     right.legend(fontsize=8)
     save(figure, path)

@@ -43,7 +43,9 @@ def read_result(run):
     path = run / "result.json"
     if not path.exists():
         state = "an interrupted or still running" if (run / "log.jsonl").exists() else "no finished"
-        raise ValueError(f"{run} holds {state} run: there is no {path}; run its train.py command to the end")
+        saved = (run / "checkpoint.safetensors").exists()
+        remedy = f"python train.py --resume {run} goes on" if saved else "run its train.py command to the end"
+        raise ValueError(f"{run} holds {state} run: there is no {path}; {remedy}")
     try:
         result = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -64,7 +66,9 @@ def checked(result, path):
     fine = fine and all(isinstance(result[key], kind) for key, kind in NEEDED.items())
     fine = fine and all(result.get(key) in known for key, known in ONE_OF.items())
     fine = fine and all(isinstance(value, float) for value in result["final"].values())
-    if not fine or result["method"] not in METHODS or not set(result["sha256"]) <= {"model.safetensors"}:
+    if fine and result["method"] not in METHODS:
+        raise ValueError(f"{path}: METHODS has no method {result['method']}")
+    if not fine or not set(result["sha256"]) <= {"model.safetensors"}:
         raise ValueError(f"{path} is not the result of a run of this train.py")
     if result["task"] not in TASKS or result["words"] != TASKS[result["task"]].words:
         raise ValueError(f"{path}: TASKS has no task {result['task']} with the label words {result['words']}")

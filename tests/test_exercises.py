@@ -72,11 +72,20 @@ WRONG = [
     (9, DEAD.replace(" or ", " and "), "one side without weights is enough"),
     (9, DEAD.replace(".any() or", ".all() or"), "is named, and has weights on both sides"),
     (9, DEAD.replace("not incoming[n].any() or ", ""), "has no incoming weights|one side without weights"),
-    (9, DEAD.replace("[n for", "sum([1 for").replace("any()]", "any()])"), "not a list of indices"),
+    (9, DEAD.replace("[n for", "sum([1 for").replace("any()]", "any()])"), "must return a list of indices"),
+    (9, "def dead_neurons(incoming, outgoing):\n    return [True] * len(incoming)", "must return a list of indices"),
+    (3, "from torch import topk\ndef top_v(scores, k):\n    return topk(scores, k)", "that sorts"),
+    (3, "def top_v(scores, k):\n    s = scores.tolist()\n    s.sort()", "that sorts"),
+    (3, "def top_v(scores, k):\n    while True: pass", "no answer"),
     (9, "def dead(incoming, outgoing):\n    return []", "defines no function dead_neurons"),
     (9, DEAD.replace("len(incoming)", "incoming + None"), "TypeError.*, line 3 of"),
     (9, "def dead_neurons(:", "SyntaxError"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(check, "SECONDS", 2)
 
 
 def run(tmp_path, capsys, exercise, code, *flags):

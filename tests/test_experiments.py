@@ -79,9 +79,10 @@ def test_a_table_by_hand():
     lines = [line("movies", "smp-s", 0, 0.85), line("movies", "smp-s", 1, 0.87), line("mrpc", "smp-s", 0, 0.8)]
     lines.append(line("mrpc", "l0", 0, 0.7, reached=0.31, stored_numbers=2_500_000))
     rows = table(lines).splitlines()
-    assert rows[0] == "| method | movies | mrpc | numbers stored | bits stored | density reached | minutes |"
-    assert rows[2] == "| smp-s | 86.0 ± 1.4 (2) | 80.0 (1) | 0.0 M | 10.6 M | 0.50 | 1.5 |"
-    assert rows[3] == "| l0 |  | 70.0 (1) | 2.5 M | 10.6 M | 0.31 | 1.5 |"
+    tasks = "movies, accuracy (seeds) | mrpc, accuracy (seeds)"
+    assert rows[0] == f"| method | {tasks} | numbers stored | bits stored | density reached | minutes |"
+    assert rows[3] == "| smp-s | 86.0 ± 1.4 (2) | 80.0 (1) | 0.0 M | 10.6 M | 0.50 | 1.5 |"
+    assert rows[2] == "| l0 |  | 70.0 (1) | 2.5 M | 10.6 M | 0.31 | 1.5 |"
     assert "| 87.0 ± 1.4 (2) |" in table(lines, "best")
 
 

@@ -72,7 +72,14 @@ def test_what_people_see(capsys, runs):
     assert "density " in (said := capsys.readouterr().out) and said.index("density ") < said.index("kept ")
     eval_.main([runs[0]])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["density", *["layer"] * 2, "all", "heads", *["layer"] * 2, "dev"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        "density",
+        *["layer"] * 2,
+        "all",
+        "heads,",
+        *["layer"] * 2,
+        "dev",
+    ]
     eval_.main(runs)
     assert "chance would share 0.5" in capsys.readouterr().out.splitlines()[-1]
 

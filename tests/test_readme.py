@@ -125,10 +125,10 @@ def test_a_new_task_takes_one_row(make_model, tmp_path, monkeypatch, glue):
 def test_a_new_masking_function_takes_one_function(make_model, tmp_path, glue):
     try:
         exec(blocks()[1], vars(mask))
-        assert run(make_model, glue, tmp_path, "--method", "smp-rows")["density"] == 0.5
+        assert run(make_model, glue, tmp_path, "--method", "smp-shared")["density"] == 0.5
     finally:
-        mask.METHODS.pop("smp-rows")
-        del mask.by_rows
+        mask.METHODS.pop("smp-shared")
+        del mask.shared
 
 
 def test_a_new_scoring_rule_takes_one_function(make_model, tmp_path, glue, monkeypatch):
