@@ -22,6 +22,7 @@ import parallel
 
 # What people or machines can get wrong; anything else is a mistake in the code, and keeps its traceback.
 ERRORS = (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+FULL = "allocate memory"  # what torch says when a CPU's memory is, in a plain RuntimeError
 SMALLER = "memory is full; make it smaller (train.py: --accumulate 2, --batch, --length), or take another --device"
 
 
@@ -30,13 +31,10 @@ def one_line_errors():
     """Turn ERRORS, which name what to change, into one line on stderr and exit status 2."""
     try:
         yield
-    except ERRORS as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except RuntimeError as error:  # how torch says it of a CPU
-        if "allocate memory" not in str(error):
+    except (*ERRORS, RuntimeError) as error:
+        if not isinstance(error, ERRORS) and FULL not in str(error):
             raise
-        print(f"error: {SMALLER}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as said:
         print(f"\ninterrupted; {str(said) or 'nothing was saved'}", file=sys.stderr)
@@ -44,7 +42,7 @@ def one_line_errors():
 
 
 def describe(error):
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or FULL in str(error):
         return SMALLER
     if isinstance(error, torch.AcceleratorError):
         reason = str(error).splitlines()[0]
@@ -107,15 +105,17 @@ def code_version():
     return {"commit": commit.strip(), "clean": not changed}
 
 
-def add_files(add):
-    """The flags for files that train.py and eval.py share; add: a parser's add_argument."""
-    add("--model", metavar="MODEL", help="minilm, bert-base-uncased, roberta-base, or a folder")
-    add("--data-dir", metavar="FOLDER", help="a folder in GLUE's layout; default: download")
+def add_files(parser):
+    """The flags for files that train.py and eval.py share."""
+    parser.add_argument("--model", metavar="MODEL", help="minilm, bert-base-uncased, roberta-base, or a folder")
+    parser.add_argument("--data-dir", metavar="FOLDER", help="a folder in GLUE's layout; default: download")
 
 
-def add_machine(add):
-    add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 if native; eval.py: as trained")
+def add_machine(parser):
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 if native; eval.py: as trained"
+    )
 
 
 def dtype_name(dtype):

@@ -18,7 +18,6 @@ import data
 from shrink import shrink
 
 INPUTS, TOKENS, BATCH = 3000, 200, 64
-UNITS = ("clusters", "activation", "random")
 
 # --- what units do -------------------------------------------------------------------------------------------
 
@@ -210,10 +209,11 @@ def evenly(scores, keep):
 
 
 def prune(model, units, examples, tokens, sparsity, ffn_share, device, seed):
-    """-> (a new Bert with the heads and neurons that are chosen by `units`, one of UNITS; what stays, see facts_of).
+    """-> (a new Bert with the heads and neurons that are chosen by `units`; what stays, see facts_of).
 
-    examples: of training, whose labels are not read; tokens: mean length of an input; sparsity: share of the
-    multiply-accumulates of all heads and neurons that goes. Raises ValueError as budget does.
+    units: "clusters"; or, the same share of each layer, "activation", the strongest, or "random". examples: those of
+    training, whose labels are not read; tokens: mean length of an input; sparsity: share of the multiply-accumulates of
+    all heads and neurons that goes. Raises ValueError as budget does.
     """
     config = model.config
     keep = budget(config, tokens, sparsity, ffn_share)

@@ -171,8 +171,8 @@ def parse_args(argv):
     )
     asked.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the mask and the training curves instead")
     parser.add_argument("--pair", help="the second sentence of tasks on pairs (squad: the paragraph)")
-    add_files(parser.add_argument)
-    add_machine(parser.add_argument)
+    add_files(parser)
+    add_machine(parser)
     args = parser.parse_args(argv)
     if args.pair is not None and args.text is None:
         parser.error("--pair needs --text")

@@ -129,11 +129,8 @@ def curve():
 LISTS = {"main": compared, "ablations": ablations, "units": units, "curve": curve, "tuning": tuning}
 KEPT = (
     "task method sparsity seed steps batch lr weight_lr warmup hold penalty schedule head final best density reached "
-    "kept prunable stored_numbers stored_bits seconds device dtype versions commit clean "
-    "multiply_accumulates layers"
+    "kept prunable stored_numbers stored_bits seconds device dtype versions commit clean multiply_accumulates layers"
 ).split()
-
-
 NEEDED = {"command", "task", "final", "best", "density", "seconds", "stored_numbers", "stored_bits"}
 
 

@@ -245,7 +245,7 @@ class Method:
     head: str = "words"
     gates: Callable | None = None  # (scores, noise) -> what weights are multiplied with in place of the mask
     shift: float = 0.0  # the regularizer is the mean of sigmoid(S + shift)
-    units: str = ""  # no mask, but whole units go before training, chosen as cluster.UNITS says
+    units: str = ""  # no mask, but whole units go before training, chosen as cluster.prune says
 
     @property
     def learns_scores(self):

@@ -205,9 +205,8 @@ class Encoder(nn.Module):
     def forward(self, input_ids, token_type_ids, attention_mask, tokens=None):
         """[B, S] each -> states of the first `tokens` tokens (default: all) [B, tokens, H]."""
         batch, width = input_ids.shape
-        x = self.embeddings(input_ids, token_type_ids).flatten(
-            0, 1
-        )  # [B, S, H] -> [B * S, H]: fewer views to keep track of
+        # [B, S, H] -> [B * S, H], which saves every linear layer two views, and autograd their inverses.
+        x = self.embeddings(input_ids, token_type_ids).flatten(0, 1)
         # [B, S] -> [B, heads, queries, S], as what is added to the products; given a mask, every layer would make this.
         attend = torch.zeros_like(attention_mask, dtype=x.dtype).masked_fill(attention_mask == 0, -math.inf)
         attend = attend[:, None, None, :]

@@ -108,8 +108,7 @@ def run(make_model, folder, tmp_path, *flags):
     return json.loads((tmp_path / "run" / "result.json").read_text())
 
 
-def test_a_new_task_takes_one_row(make_model, tmp_path, monkeypatch, glue):
-    monkeypatch.setattr(data, "TASKS", data.TASKS)
+def test_a_new_task_takes_one_row(make_model, tmp_path, glue):
     code = blocks()[0].replace("sport", "bad").replace("politics", "good")  # words that the tests' tokenizer knows
     try:
         exec(code, vars(data))
