@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch.func import functional_call
 
+import fetch
 import parallel
 from cli import Parser, choose_device, dtype_name, one_line_errors
 from data import Part
@@ -44,7 +45,7 @@ def parse_args(argv=None):
     parser.add_argument("--compile", action="store_true", help="as in train.py")
     parser.add_argument("--eager", action="store_true", help="as in train.py; so parts of a step can be timed")
     parser.add_argument("--inference", action="store_true", help="time evaluation with baked weights instead")
-    parser.add_argument("--model", metavar="FOLDER", help="with --inference: time this model, as it is")
+    parser.add_argument("--model", metavar="NAME", help="with --inference: time this model or folder, as it is")
     args = parser.parse_args(argv)
     if args.model and not args.inference:
         parser.error("--model needs --inference")
@@ -194,7 +195,7 @@ def time_training(args, device, dtype):
 def time_inference(args, device, dtype):
     """Evaluation with baked weights: examples a second at this length."""
     if args.model:
-        model, weights = load_model(args.model, [0, 1]).to(device, dtype).eval(), {}
+        model, weights = load_model(fetch.model_folder(args.model), [0, 1]).to(device, dtype).eval(), {}
     else:
         model = make_model(args).to(device).eval()
         weights = make_learner(model, args.method, DENSITY, dtype).baked(DENSITY)
