@@ -1,4 +1,4 @@
-"""mask.py against hand-computed cases, recorded reference values and invariants."""
+"""mask.py and topk.py against hand-computed cases, recorded reference values and invariants."""
 
 import math
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mask
+import topk
 from mask import Masks, density_at, penalty_at, proportional_densities, whole_counts
 
 
@@ -69,8 +70,8 @@ def test_whole_counts_give_the_remainder_to_the_largest_fractions():
 
 
 def top_k(scores, k, exact):
-    """mask.highest of a single group."""
-    return mask.highest({"g": scores}, torch.as_tensor(k)[None], exact)["g"]
+    """topk.highest of a single group."""
+    return topk.highest({"g": scores}, torch.as_tensor(k)[None], exact)["g"]
 
 
 def test_top_k_by_hand_and_with_ties():
@@ -162,7 +163,7 @@ def test_start_keeps_everything_and_changes_nothing():
 
 
 def test_kth_largest_of_nothing_is_infinite():
-    assert mask.kth_largest(torch.zeros(2, 3), torch.tensor([0, 3])).tolist() == [math.inf, 0.0]
+    assert topk.kth_largest(torch.zeros(2, 3), torch.tensor([0, 3])).tolist() == [math.inf, 0.0]
 
 
 @pytest.mark.parametrize("kind", ["normal", "clusters", "columns"])
@@ -176,7 +177,7 @@ def test_thresholds_without_sorting_are_off_by_a_thousandth_at_most(kind, densit
         scores = scores * (1 + torch.arange(768).remainder(24)) ** 2
     groups = [scores.flatten(1), scores[:, :200].flatten(1)]  # the smaller one is sampled more densely
     k = torch.tensor([[int(density * s.shape[1]), 0] for s in groups])
-    found = mask.about_kth_largest(groups, k)
+    found = topk.about_kth_largest(groups, k)
     for s, row, threshold in zip(groups, k, found, strict=True):
         assert abs((s[0] >= threshold[0]).sum() - row[0]) <= 1e-3 * s.shape[1] and threshold[1] == math.inf
 
@@ -184,5 +185,5 @@ def test_thresholds_without_sorting_are_off_by_a_thousandth_at_most(kind, densit
 def test_thresholds_of_few_scores_are_exact():
     scores = torch.randn(4, 999, generator=torch.Generator().manual_seed(2))
     k = torch.tensor([0, 1, 500, 999])
-    assert mask.about_kth_largest([scores], k[None])[0].equal(mask.kth_largest(scores, k))
-    assert mask.about_kth_largest([torch.zeros(1, 99_999)], torch.tensor([[5000]])).item() == 0  # all equal: all kept
+    assert topk.about_kth_largest([scores], k[None])[0].equal(topk.kth_largest(scores, k))
+    assert topk.about_kth_largest([torch.zeros(1, 99_999)], torch.tensor([[5000]])).item() == 0  # all equal: all kept
