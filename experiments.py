@@ -135,7 +135,7 @@ KEPT = (
     "task method sparsity seed steps batch lr weight_lr warmup hold penalty schedule head final best density reached "
     "kept prunable stored_numbers stored_bits seconds device dtype versions commit clean multiply_accumulates layers"
 ).split()
-NEEDED = {"command", "task", "final", "best", "density", "seconds", "stored_numbers", "stored_bits"}
+NEEDED = {"command", "task", "sparsity", "final", "best", "density", "seconds", "stored_numbers", "stored_bits"}
 
 
 def read_lines(path):
@@ -221,6 +221,18 @@ def cell(lines, which):
     return f"{statistics.mean(values):.1f}{spread} ({len(values)})"
 
 
+def stored(lines):
+    """Mean size of what is kept for a task: numbers of weights that trained, bits of a mask."""
+    numbers, bits = (statistics.mean(line[key] for line in lines) / 1e6 for key in ("stored_numbers", "stored_bits"))
+    return " + ".join([f"{numbers:.1f} M numbers"] * (numbers > 0) + [f"{bits:.1f} Mbit"] * (bits > 0))
+
+
+def reached(lines):
+    """The density that training came to by itself, or its range."""
+    found = [line.get("reached", line["density"]) for line in lines]
+    return f"{min(found):.2f} to {max(found):.2f}" if max(found) - min(found) > 0.01 else f"{found[0]:.2f}"
+
+
 def curves(lines):
     """-> {"task, method": [(sparsity, first metric of the last evaluation, mean over seeds)]}, by sparsity."""
     found = {}
@@ -231,23 +243,17 @@ def curves(lines):
 
 
 def table(lines, which="final"):
-    """Markdown: a row for every method with its flags, a column for every task, what is stored, minutes a run."""
-    kinds, tasks = sorted(set(map(kind, lines))), [t for t in TASKS if any(line["task"] == t for line in lines)]
+    """Markdown: a row for every method with its flags, by sparsity; a column for every task, then what a run costs."""
+    kinds = dict.fromkeys(kind(line) for line in sorted(lines, key=lambda line: (line["sparsity"], kind(line))))
+    tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
     names = [f"{task}, {TASKS[task].metrics[0]} (seeds)" for task in tasks]
-    rows = [["method", *names, "numbers stored", "bits stored", "density reached", "minutes"]]
+    rows = [["method", *names, "stored a task", "density reached", "minutes"]]
     rows.append(["---"] * len(rows[0]))
     for wanted in kinds:
         mine = [line for line in lines if kind(line) == wanted]
         by_task = [[line for line in mine if line["task"] == task] for task in tasks]
-        row = [wanted, *(cell(some, which) if some else "" for some in by_task)]
-        row += [
-            f"{statistics.mean(line[key] for line in mine) / 1e6:.1f} M" for key in ("stored_numbers", "stored_bits")
-        ]
-        reached = [line.get("reached", line["density"]) for line in mine]
-        row += [
-            f"{min(reached):.2f} to {max(reached):.2f}" if max(reached) - min(reached) > 0.01 else f"{reached[0]:.2f}"
-        ]
-        rows.append([*row, f"{statistics.mean(line['seconds'] for line in mine) / 60:.1f}"])
+        costs = [stored(mine), reached(mine), f"{statistics.mean(line['seconds'] for line in mine) / 60:.1f}"]
+        rows.append([wanted, *(cell(some, which) if some else "" for some in by_task), *costs])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

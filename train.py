@@ -51,7 +51,7 @@ from shrink import config_json
 from step import Losses, make_learner, make_run, rate_at, train_step
 
 CHECKPOINT = "checkpoint.safetensors"
-DENSE = {("movies", "minilm", 598): "accuracy 0.865 with all weights fine-tuned, at --weight-lr 1e-4 (see README)"}
+DENSE = {("movies", "minilm", 598): ("accuracy 0.865", "--weight-lr 1e-4")}  # and the flags it took, see README
 LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
 
 
@@ -323,8 +323,9 @@ def summarize(args, result, path):
     best = result["best"]
     print(f"final  dev {show(result['final'])}")
     print(f"best   dev {show(best['dev'])} at step {best['step']}, chosen on dev (as papers report)")
-    if args.method != "finetune" and (args.task, args.model, result["steps"]) in DENSE:
-        print(f"dense  dev {DENSE[args.task, args.model, result['steps']]}")
+    known, flags = DENSE.get((args.task, args.model, result["steps"]), ("", ""))
+    if known and args.method != "finetune":
+        print(f"dense  dev {known} with all weights fine-tuned, at {flags} (see README)")
     if "densities" in result:
         print("\n".join(density_map(result["densities"])))
         print(f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}")
@@ -339,7 +340,7 @@ def summarize(args, result, path):
     pair = ' --pair "..."' if len(TASKS[args.task].text) == 2 else ""
     print(f'next   {look}\n       {look} --text "..."{pair}')
     if args.method != "finetune":
-        print(f"       {dense_command(args)}")
+        print(f"       {dense_command(args)} {'' if METHODS[args.method].trains_weights else flags}".rstrip())
 
 
 def dense_command(args):
