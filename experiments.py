@@ -207,9 +207,9 @@ def make_missing(name, folder, at_once, seconds, machine):
 
 
 def kind(line):
-    """What a table's row stands for: a command without its task and seed."""
+    """What a table's row stands for: a command without its task, seed and, if they are STEPS, steps."""
     words = shlex.split(line["command"].removeprefix("python train.py "))
-    dropped = ("--task=", "--model=", "--seed=", "--steps=")
+    dropped = ("--task=", "--model=", "--seed=", f"--steps={STEPS[line['task']]}")
     return " ".join(word.removeprefix("--method=") for word in words if not word.startswith(dropped))
 
 
@@ -223,8 +223,9 @@ def cell(lines, which):
 
 def stored(lines):
     """Mean size of what is kept for a task: numbers of weights that trained, bits of a mask."""
-    numbers, bits = (statistics.mean(line[key] for line in lines) / 1e6 for key in ("stored_numbers", "stored_bits"))
-    return " + ".join([f"{numbers:.1f} M numbers"] * (numbers > 0) + [f"{bits:.1f} Mbit"] * (bits > 0))
+    numbers, bits = (statistics.mean(line[key] for line in lines) for key in ("stored_numbers", "stored_bits"))
+    count = f"{numbers:,.0f}" if numbers < 1e5 else f"{numbers / 1e6:.1f} M"
+    return " + ".join([f"{count} numbers"] * (numbers > 0) + [f"{bits / 1e6:.1f} Mbit"] * (bits > 0))
 
 
 def reached(lines):

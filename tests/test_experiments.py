@@ -63,7 +63,8 @@ def test_missing_runs_are_made_once(tiny, capsys):
 
 
 def line(task, method, seed, value, **more):
-    command = f"python train.py --task={task} --model=minilm --method={method} --steps=9 --seed={seed}"
+    steps = experiments.STEPS[task]
+    command = f"python train.py --task={task} --model=minilm --method={method} --steps={steps} --seed={seed}"
     result = {
         "command": command,
         "task": task,
@@ -79,11 +80,14 @@ def line(task, method, seed, value, **more):
 def test_a_table_by_hand():
     lines = [line("movies", "smp-s", 0, 0.85), line("movies", "smp-s", 1, 0.87), line("mrpc", "smp-s", 0, 0.8)]
     lines.append(line("mrpc", "l0", 0, 0.7, reached=0.31, stored_numbers=2_500_000))
+    lines.append(line("mrpc", "smp-s", 2, 0.5, stored_numbers=770))
+    lines[-1]["command"] = lines[-1]["command"].replace("steps=", "steps=1")  # another row, which says so
     rows = table(lines).splitlines()
     tasks = "movies, accuracy (seeds) | mrpc, accuracy (seeds)"
     assert rows[0] == f"| method | {tasks} | stored a task | density reached | minutes |"
     assert rows[2] == "| smp-s | 86.0 ± 1.4 (2) | 80.0 (1) | 10.6 Mbit | 0.50 | 1.5 |"  # less sparse comes first
-    assert rows[3] == "| l0 |  | 70.0 (1) | 2.5 M numbers + 10.6 Mbit | 0.31 | 1.5 |"
+    assert rows[3] == "| smp-s --steps=13450 |  | 50.0 (1) | 770 numbers + 10.6 Mbit | 0.50 | 1.5 |"
+    assert rows[4] == "| l0 |  | 70.0 (1) | 2.5 M numbers + 10.6 Mbit | 0.31 | 1.5 |"
     assert "| 87.0 ± 1.4 (2) |" in table(lines, "best")
 
 

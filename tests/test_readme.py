@@ -17,7 +17,7 @@ import squad
 import train
 
 ROOT = Path(__file__).parent.parent
-README, EXERCISES = (ROOT / "README.md").read_text(), (ROOT / "EXERCISES.md").read_text()
+README, EXERCISES, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "EXERCISES.md", "results/README.md"))
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "exercises").glob("*.py")]
 COMMANDS = {"train": train, "eval": eval_, "bench": bench, "experiments": experiments, "squad": squad}
 
@@ -59,7 +59,7 @@ def test_packages():
 def commands():
     """(script, its arguments) of what stands in code blocks and between backquotes."""
     found = []
-    for text in (README, EXERCISES):
+    for text in (README, EXERCISES, RESULTS):
         fences = re.findall(r"```\w*\n(.*?)```", text, re.S)
         spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
         lines = [line.split(" # ")[0] for fence in fences for line in fence.splitlines()]
