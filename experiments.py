@@ -40,7 +40,7 @@ TUNED = {
     "finetune": {"weight_lr": 1e-4},
     ("magnitude", 0.5): {"weight_lr": 1e-4},
     ("magnitude", 0.9): {"weight_lr": 1e-4, "hold": 0.1},
-    "movement": {"lr": 1e-3},
+    "movement": {"weight_lr": 1e-4, "hold": 0.3},
     ("soft-movement", 0.5): {"weight_lr": 1e-4, "penalty": 50},
     ("soft-movement", 0.9): {"weight_lr": 1e-4, "penalty": 800},
     ("smp-s", 0.5): {"lr": 4e-2},
