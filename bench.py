@@ -196,6 +196,8 @@ def time_inference(args, device, dtype):
     """Evaluation with baked weights: examples a second at this length."""
     if args.model:
         model, weights = load_model(fetch.model_folder(args.model), [0, 1]).to(device, dtype).eval(), {}
+        if args.length > model.config.longest_input:
+            raise ValueError(f"--length: {args.model} takes {model.config.longest_input} tokens, not {args.length}")
     else:
         model = make_model(args).to(device).eval()
         weights = make_learner(model, args.method, DENSITY, dtype).baked(DENSITY)

@@ -5,7 +5,7 @@ What it is not: it decides neither when to save nor where to go on. Sources: non
 
     with in_background() as start:
         start(save_checkpoint(path, learner, optimizer, {"step": 300, ...}))
-    state = restore(path, learner, optimizer)
+    state = restore(path, learner, optimizer, total=598)
 """
 
 import hashlib
@@ -84,26 +84,38 @@ def read(path):
         if header["sha256"] != digest(header["state"], tensors):
             raise ValueError("it was altered, its content is not what its sha256 says")
         state = json.loads(header["state"])
-        if not all(isinstance(state[key], kind) for key, kind in STATE.items()) or state["log"] < 0:
+        if not all(type(state[key]) is kind for key, kind in STATE.items()) or min(state["log"], state["step"]) < 0:
             raise ValueError("its description is none")
+        if not all(type(e["dev"]) is dict and e["step"] >= 0 and 0 <= e["density"] <= 1 for e in state["evaluations"]):
+            raise ValueError("its evaluations are none")
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a checkpoint of train.py: {error}") from None
     return state, tensors
 
 
-def restore(path, learner, optimizer):
-    """Put a checkpoint back -> its description. Raises ValueError when it was altered, or is of another run."""
+def restore(path, learner, optimizer, total):
+    """Put a checkpoint back -> its description.
+
+    total: steps of the run. Raises ValueError when the file was altered, or is of another run.
+    """
     parameters = list(learner.parameters())
     state, tensors = read(path)
-    expected = {f"parameter.{i}": p.shape for i, p in enumerate(parameters)}
-    moments = ("step", "exp_avg", "exp_avg_sq")
-    needed = {*expected, "random.cpu", *(f"{key}.{i}" for key in moments for i in range(len(parameters)))}
-    if not needed <= tensors.keys() or any(tensors[name].shape != shape for name, shape in expected.items()):
-        raise ValueError(f"{path} is the checkpoint of another run")
+    moments, expected = ("step", "exp_avg", "exp_avg_sq"), {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        expected["random.cuda"] = torch.cuda.get_rng_state()
+    for i, p in enumerate(parameters):
+        expected |= {f"parameter.{i}": p, f"step.{i}": torch.tensor(0.0), f"exp_avg.{i}": p, f"exp_avg_sq.{i}": p}
+    # The optimizer trusts its state: one of another shape would have it write outside of it.
+    there = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    if there != {name: (like.shape, like.dtype) for name, like in expected.items()} or not 0 < state["step"] <= total:
+        raise ValueError(f"{path} is the checkpoint of another run, or of another kind of device")
+    try:
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in expected:
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds no state of random numbers: {error}") from None
     for i, p in enumerate(parameters):
         p.data.copy_(tensors[f"parameter.{i}"])
         optimizer.state[p] = {key: tensors[f"{key}.{i}"].to(p.device) for key in moments}
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
     return state

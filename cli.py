@@ -8,7 +8,6 @@ task and no model. Sources: none.
 """
 
 import argparse
-import errno
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 import parallel
+from fetch import DISK_FULL
 
 # What people or machines can get wrong; anything else is a mistake in the code, and keeps its traceback.
 ERRORS = (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
@@ -37,7 +37,7 @@ def one_line_errors():
         print(f"error: {describe(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as said:
-        print(f"\ninterrupted; {str(said) or 'nothing was saved'}", file=sys.stderr)
+        print(f"\ninterrupted{'; ' * bool(str(said))}{said}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -47,7 +47,7 @@ def describe(error):
     if isinstance(error, torch.AcceleratorError):
         reason = str(error).splitlines()[0]
         return f"the device failed ({reason}); python train.py --resume RUN_DIR goes on from the last evaluation"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return f"{error}: make room, or name another place (train.py: --out; eval.py: --export; downloads: SMP_CACHE)"
     return " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()  # names in files may be anything
 

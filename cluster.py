@@ -54,6 +54,8 @@ def activations(model, examples, device, seed):
         hook.remove()
     model.train().to("cpu")
     found = [torch.cat(parts) for parts in found]
+    if not all(x.isfinite().all() for x in found):
+        raise ValueError("--model: its activations are not finite, so no clusters can be made of them")
     return found[: len(layers)], found[len(layers) :]
 
 
@@ -195,17 +197,25 @@ def budget(config, tokens, sparsity, ffn_share):
     if removed > sum(most):
         raise ValueError(f"--sparsity {sparsity:g}: no more than {sum(most) / whole:.3f} can go, a unit a layer stays")
     if any(part > limit for part, limit in zip(parts, most, strict=True)):
-        lowest = max(removed / most[0] - 1, 0)
-        highest = most[1] / (removed - most[1]) if removed > most[1] else 1000.0
-        possible = f"{math.ceil(100 * lowest) / 100:g} to {math.floor(100 * highest) / 100:g}"
-        raise ValueError(f"--ffn-share {ffn_share:g} is not possible at --sparsity {sparsity:g}, {possible} is")
+        lowest = max(removed / most[0] - 1, 0.01) if most[0] else math.inf
+        highest = min(most[1] / (removed - most[1]) if removed > most[1] else math.inf, 1000.0)
+        ends = [round_(100 * end) / 100 for round_, end in ((math.ceil, min(lowest, 1e6)), (math.floor, highest))]
+        possible = f"{ends[0]:g} to {ends[1]:g} is" if ends[0] <= ends[1] else "and no other is; lower --sparsity"
+        raise ValueError(f"--ffn-share {ffn_share:g} is not possible at --sparsity {sparsity:g}, {possible}")
     return [int((count * cost - part) / cost + 1e-9) for count, cost, part in zip(counts, costs, parts, strict=True)]
 
 
 def evenly(scores, keep):
-    """Scores [n] of each layer -> the units with the highest ones in each, `keep` in all, the same share everywhere."""
-    counts = [keep // len(scores) + (i < keep % len(scores)) for i in range(len(scores))]
-    return [s.topk(min(count, len(s))).indices.sort().values for s, count in zip(scores, counts, strict=True)]
+    """Scores [n] of each layer -> the units with the highest ones in each, `keep` in all, the same share everywhere.
+
+    One unit of each layer stays in any case; the share is that of the others. Rounded down; what is missing goes to the
+    layers with the largest fractions.
+    """
+    others = np.array([len(s) - 1 for s in scores])
+    wanted = 1 + others * (keep - len(scores)) / max(others.sum(), 1)
+    counts = np.floor(wanted + 1e-9).astype(int)
+    counts[np.argsort(counts - wanted, kind="stable")[: keep - counts.sum()]] += 1
+    return [s.topk(int(count)).indices.sort().values for s, count in zip(scores, counts, strict=True)]
 
 
 def prune(model, units, examples, tokens, sparsity, ffn_share, device, seed):
@@ -213,7 +223,7 @@ def prune(model, units, examples, tokens, sparsity, ffn_share, device, seed):
 
     units: "clusters"; or, the same share of each layer, "activation", the strongest, or "random". examples: those of
     training, whose labels are not read; tokens: mean length of an input; sparsity: share of the multiply-accumulates of
-    all heads and neurons that goes. Raises ValueError as budget does.
+    all heads and neurons that goes. Raises ValueError as budget does, and when activations are not finite.
     """
     config = model.config
     keep = budget(config, tokens, sparsity, ffn_share)

@@ -1,7 +1,7 @@
 """Evaluate a finished run, show its mask, classify a sentence of one's own.
 
 What it is: metrics, evaluate(), and the command that looks at runs. What it is not: it trains nothing, and writes
-nothing but what --predict and --export ask for. Sources: Wang et al., GLUE (ICLR 2019) for the metric of each task.
+nothing but what --predict, --export and --plot ask for. Sources: Wang et al., GLUE (ICLR 2019) for the metrics.
 
     python eval.py RUN [--text "a warm and funny film"]
 """
@@ -16,6 +16,8 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import data
+import fetch
+import maskfile
 import parallel
 import squad
 from cli import Parser, add_files, add_machine, choose_device, dtype_name, one_line_errors
@@ -25,7 +27,7 @@ from fetch import write_whole
 from mask import apply_masks
 from model import read_weights
 from picture import comparison, densities, density_map, head_densities, head_map, plot, read_log
-from runs import load_run
+from runs import load_run, read_result
 
 EVAL_BATCH = 64  # one size everywhere: another would round differently
 
@@ -188,10 +190,14 @@ def main(argv=None):
     args = parse_args(argv)
     read = lru_cache(maxsize=1)(read_weights)  # the backbone of several masks is read once
     with one_line_errors():
+        for run in args.runs if len(args.runs) > 1 else ():  # before the first is evaluated
+            maskfile.read(run) if run.is_file() else read_result(run)
         seen = [look(run, args, *load_run(run, args.model, read)) for run in args.runs]
         if len(seen) == 2 and all(masks for _, masks in seen):
             (groups, first), (_, second) = seen
             print("\n".join(comparison(groups, first, second)))
+        elif len(seen) == 2:
+            print("there are no two masks to compare: a run of each is needed whose method has one")
 
 
 def look(run, args, result, folder, model, tokenizer, masks):
@@ -214,6 +220,9 @@ def look(run, args, result, folder, model, tokenizer, masks):
     masks = {name: mask.to(device) for name, mask in masks.items()}
     weights = apply_masks(model.state_dict(), masks)
     data_dir = args.data_dir or result["data_dir"]
+    if not args.data_dir and data_dir and not Path(data_dir).is_dir():  # a mask that was handed on
+        print(f"--data-dir: {data_dir}, which the run used, is not here; taking the files in {fetch.CACHE}")
+        data_dir = None
     if args.text is not None:
         text = (args.text,) if args.pair is None else (args.text, args.pair)
         print("\n".join(classify(model, weights, tokenizer, task, text, device)))
@@ -227,11 +236,11 @@ def look(run, args, result, folder, model, tokenizer, masks):
             f"{which}{result['task']}, {result['method']}, {result['model']} on {device} in {dtype_name(dtype)} ({why})"
         )
         metrics = evaluate(model, weights, sets, task.metrics, device, progress=True)
-        if model.config.heads_per_layer and len(args.runs) == 1:
-            print("\n".join(f"layer {i}  {h:3} heads {n:5} neurons" for i, (h, n) in enumerate(model.config.layers)))
-        elif masks and len(args.runs) == 1:
+        if masks and len(args.runs) == 1:
             print("\n".join(density_map(densities(groups, masks))))
-            print("\n".join(head_map(head_densities(groups, masks, model.config.num_attention_heads))))
+            print("\n".join(head_map(head_densities(groups, masks, model.config.layers[0][0]))))
+        elif model.config.heads_per_layer and len(args.runs) == 1:
+            print("\n".join(f"layer {i}  {h:3} heads {n:5} neurons" for i, (h, n) in enumerate(model.config.layers)))
         examples = sum(examples.asked() for examples in sets.values())
         print(f"dev ({examples} examples): {show(metrics)}; training reported {show(result['final'])}")
     return groups, masks

@@ -22,8 +22,9 @@ from safetensors.torch import save
 from bench import timed
 from data import TASKS
 from fetch import write_whole
-from mask import apply_masks
+from mask import METHODS, apply_masks
 from model import PER_LAYER, canonical, published
+from runs import plain
 from shrink import config_json, fold_dead, shrink
 
 COPIED = (
@@ -37,7 +38,7 @@ COPIED = (
 
 README = """# {task}, pruned to a density of {density:.4f}
 
-{model} with the weights that {method} removed set to zero; nothing else changed{head}. Dev: {final}.
+{model}{trained}{removed}{head}. Dev: {final}.
 
 The logit of a class is the logit of its label word, read at {where}:
 
@@ -47,7 +48,7 @@ The logit of a class is the logit of its label word, read at {where}:
 import torch
 from transformers import AutoTokenizer, {loader}
 
-tokenizer, model = AutoTokenizer.from_pretrained("."), {loader}.from_pretrained(".").eval()
+tokenizer, model = AutoTokenizer.from_pretrained("."), {loader}.from_pretrained("."{arguments}).eval()
 hidden = model(**tokenizer({text}, return_tensors="pt")){output}
 print({logits})
 ```
@@ -56,7 +57,7 @@ print({logits})
 
 def check_free(folder, flag):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{flag}: {folder} holds files already; name another folder")
+        raise ValueError(f"{flag}: {folder} holds files already; delete it, or name another folder")
 
 
 def export(folder, source, result, masks, words):
@@ -66,9 +67,9 @@ def export(folder, source, result, masks, words):
     """
     check_free(folder, "--export")
     if result["head"] != "words":
-        raise ValueError("--export: a fresh head has no place in an ordinary model folder; it stays in the mask file")
+        raise ValueError("--export: a fresh head has no place in an ordinary model folder; it stays in the run folder")
     if any(key in json.loads((source / "config.json").read_text("utf-8")) for key in PER_LAYER):
-        raise ValueError("--export: other libraries load no model whose layers differ in size; its own folder is all")
+        raise ValueError("--export: other libraries load no model that has lost heads or neurons; use its folder")
     with safe_open(source / "model.safetensors", "pt") as file:  # all tensors, under the names that they had
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         header = file.metadata()
@@ -113,7 +114,7 @@ def export_compact(folder, source, result, masks, model, device, dtype):
     heads, neurons = fold_dead(model)
     model = shrink(model, heads, neurons)
     difference = (model(*inputs[32]) - logits).abs().max().item()
-    if difference > 1e-4:
+    if difference > 1e-5 * max(1.0, logits.abs().max().item()):
         raise ValueError(f"the smaller model would compute something else, by {difference:.1e}; nothing was written")
     all_heads, all_neurons = map(sum, zip(*layers, strict=True))
     gone = [all_heads - sum(map(len, heads)), all_neurons - sum(map(len, neurons))]
@@ -133,7 +134,7 @@ def write_compact(folder, source, result, model, removed):
     """The files of a finished run whose weights are its own."""
     content = save({published(n, model.config.model_type): t.contiguous() for n, t in model.state_dict().items()})
     result = {key: value for key, value in result.items() if key not in ("kept", "prunable", "densities")}
-    result |= {"sha256": {"model.safetensors": hashlib.sha256(content).hexdigest()}}
+    result |= {"sha256": {"model.safetensors": hashlib.sha256(content).hexdigest()}, "config": plain(model.config)}
     text = COMPACT.format(**{"commit": "unknown"} | result | {"removed": removed})
     write_whole(folder / "README.md", text.encode())
     write_whole(folder / "config.json", config_json(source, model.config))
@@ -152,8 +153,12 @@ def describe(result, tensors, ids, source):
         f"- {label}: {word!r}, id {i}" for (label, word), i in zip(result["words"].items(), ids, strict=True)
     )
     embedding = "model.embeddings.word_embeddings.weight"
+    row, pooler = METHODS[result["method"]], any("pooler." in name for name in tensors)
     return README.format(
-        **{key: result[key] for key in ("task", "density", "model", "method")},
+        **{key: result[key] for key in ("task", "density", "model")},
+        trained=f", its weights trained ({result['method']})" if row.trains_weights else "",
+        removed=f"; the weights that {result['method']} removed are zero" if row.masking else "",
+        arguments="" if with_head or pooler else ", add_pooling_layer=False",
         final=", ".join(f"{name} {value:.4f}" for name, value in result["final"].items()),
         head=""
         if with_head

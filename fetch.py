@@ -8,6 +8,7 @@ Gilbert, ICWSM 2014, for the reviews of `movies`.
     fetch_glue(data.TASKS["rte"])
 """
 
+import errno
 import hashlib
 import http
 import http.client
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 CACHE = Path(os.environ.get("SMP_CACHE") or "~/.cache/smp").expanduser()
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data"
-OFFLINE = "`python train.py` without flags needs no network but the package index"
+OFFLINE = "`python train.py` without flags, and --model minilm, need no network but the package index"
 
 # Hub models: repository, revision, and for each file its sha256 or, where that is not known, bytes near its beginning.
 HUB_MODELS = {
@@ -56,8 +57,21 @@ HUB_MODELS = {
     ),
 }
 LARGEST_UNZIPPED = 1 << 30  # bytes
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # what a disk says that has no room
 MODELS = ("minilm", *HUB_MODELS)
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+def lock(file):
+    """Hold a file as long as it is open, where the system has locks. Raises ValueError when another process does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is writing to {file.name}; name another --out") from None
 
 
 @contextmanager
@@ -103,6 +117,8 @@ def fetched(url, path, remedy):
                     download_rest(url, file, bar)
                     break
                 except (OSError, ValueError, http.client.HTTPException) as error:
+                    if getattr(error, "errno", None) in DISK_FULL:
+                        raise
                     if file.tell() <= before:
                         raise OSError(f"cannot fetch {url} ({error}); {remedy}; {OFFLINE}") from None
         yield part

@@ -157,8 +157,8 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(c.hidden_size, heads * c.head_size)
 
     def forward(self, x, context, attend):
-        if not self.heads:
-            return self.query(x)  # [B * S, 0]
+        if not self.heads:  # [B * S, 0]; all three, so that all have gradients, if empty ones
+            return self.query(x) + self.key(x) + self.value(x)
         split = [
             linear(t).view(len(attend), -1, self.heads, self.size).transpose(1, 2)  # [B * S, ...] -> [B, heads, S, D]
             for linear, t in ((self.query, x), (self.key, context), (self.value, context))

@@ -64,7 +64,7 @@ def comparison(groups, a, b):
         raise ValueError("the two masks are of models of different shapes; they cannot be compared")
     both = {name: (a[name] & b[name]).float().mean().item() for name in a}
     kept = [densities(groups, masks) for masks in (a, b)]
-    lines = [header("shared", groups)]
+    lines = ["share of the first mask's weights that the second keeps too (by chance)", header("shared", groups)]
     for i in range(len(next(iter(groups.values())))):
         cells = []
         for group, names in groups.items():
@@ -72,8 +72,9 @@ def comparison(groups, a, b):
             cells.append(f"{share:.2f} ({kept[1][group][i]:.2f})")
         lines.append(f"layer {i:<2}" + "".join(f"{cell:>{WIDTH}}" for cell in cells))
     sizes = {name: mask.numel() for name, mask in a.items()}
-    total = sum(both[n] * sizes[n] for n in a) / sum(int(m.sum()) for m in a.values())
-    chance = sum(a[n].sum().item() * b[n].float().mean().item() for n in a) / sum(int(m.sum()) for m in a.values())
+    kept_by_a = max(sum(int(mask.sum()) for mask in a.values()), 1)
+    total = sum(both[n] * sizes[n] for n in a) / kept_by_a
+    chance = sum(a[n].sum().item() * b[n].float().mean().item() for n in a) / kept_by_a
     lines.append(f"{total:.3f} of what the first mask keeps is kept by the second too; chance would share {chance:.3f}")
     return lines
 
@@ -98,6 +99,7 @@ def figure_of(width, height):
 
 def save(figure, path):
     """Raises ValueError when matplotlib does not know the kind of file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(path, dpi=110)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Finished runs: a run folder or a mask file, its description, its backbone and its masks, brought together.
 
-What it is: reading what train.py wrote, and refusing what does not fit together. What it is not: it evaluates nothing
-and writes nothing. Sources: none.
+What it is: reading what train.py wrote, and refusing what does not fit together. What it is not: it evaluates nothing,
+and writes nothing but a backbone that the cache still lacks. Sources: none.
 
     result, folder, model, tokenizer, masks = load_run(Path("runs/movies-minilm-smp-s-0.5-seed0"))
 """
@@ -105,8 +105,8 @@ def load_run(run, model_name=None, read=read_weights):
     model, tokenizer = load_backbone(folder, task, length, head, not own, read)
     if not own and model.fingerprint() != result["fingerprint"]:
         raise ValueError(f"--model: the weights in {folder} are not those that {run} was trained on")
-    if not own and result["config"] != plain(model.config):
-        raise ValueError(f"--model: config.json in {folder} is not the one that {run} was trained with")
+    if result["config"] != plain(model.config):
+        raise ValueError(f"--model: {folder / 'config.json'} is not the one that {run} was trained with")
     if tokenizer_digest(folder) != result["tokenizer"]:
         raise ValueError(f"--model: the tokenizer in {folder} is not the one that {run} was trained with")
     if "kept" not in result:

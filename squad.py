@@ -183,6 +183,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         articles = json.loads(args.file.read_text("utf-8"))["data"]
+        if not isinstance(articles, list):
+            raise ValueError(f"{args.file} is not a SQuAD v1.1 file: its data is no list of articles")
         if not 0 < args.dev < len(articles):
             raise ValueError(f"--dev must be between 0 and {len(articles)}, the number of articles; got {args.dev}")
         for name, part in (("train", articles[: -args.dev]), ("dev", articles[-args.dev :])):
@@ -191,7 +193,7 @@ def main(argv=None):
                 raise ValueError(f"{path} is there already; delete it or name another folder")
             fetch.write_whole(path, json.dumps({"version": "1.1", "data": part}, ensure_ascii=False).encode())
             print(f"{path}: {len(part)} articles")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         parser.exit(2, f"error: {error}\n")
 
 

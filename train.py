@@ -29,6 +29,7 @@ import cluster
 import data
 import fetch
 import parallel
+import summary
 from checkpoint import in_background, restore, save_checkpoint
 from cli import (
     Parser,
@@ -42,16 +43,16 @@ from cli import (
 )
 from data import TASKS
 from eval import evaluate, load_split, show
-from mask import METHODS, density_at, penalty_at
+from mask import METHODS, density_at, penalty_at, smp_s
 from maskfile import pack_masks
 from model import load_model, published
-from picture import densities, density_map
+from picture import densities
 from runs import load_backbone, load_run, plain, read_result, tokenizer_digest
 from shrink import config_json
 from step import Losses, make_learner, make_run, rate_at, train_step
 
 CHECKPOINT = "checkpoint.safetensors"
-DENSE = {("movies", "minilm", 598): ("accuracy 0.865", "--weight-lr 1e-4")}  # and the flags it took, see README
+MOST_STEPS = 10_000_000  # each has an entry in the schedule
 LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
 
 
@@ -67,7 +68,9 @@ def make_parser():
     what.add_argument(
         "--method", choices=METHODS, default="smp-s", metavar="METHOD", help=f"{', '.join(METHODS)} (smp-s)"
     )
-    what.add_argument("--sparsity", type=float, help="share of the prunable weights removed, in [0, 1) (0.5)")
+    what.add_argument(
+        "--sparsity", type=float, help="share of the weights removed; p-...: of the multiply-accumulates (0.5)"
+    )
     what.add_argument("--seed", type=int, default=0, help="of batches, dropout and fresh weights (0)")
     what.add_argument("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/ and the settings")
     what.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with an interrupted run; no other flags")
@@ -83,9 +86,7 @@ def make_parser():
     method.add_argument("--temperature", type=float, help="p of SMP-S; default: 4 when most weights stay, else 1")
     method.add_argument("--head", choices=("words", "classifier"), help="label words, or a fresh linear layer")
     method.add_argument("--teacher", type=Path, metavar="RUN_DIR", help="a finished --method finetune to learn from")
-    method.add_argument(
-        "--ffn-share", type=float, default=5.0, help="p-pruning: what neurons lose for 1 that heads lose (5)"
-    )
+    method.add_argument("--ffn-share", type=float, help="p-...: what neurons lose for 1 that heads lose (5)")
     length = parser.add_argument_group("length")
     length.add_argument("--epochs", type=float, help="passes over the training set")
     length.add_argument("--steps", type=int, help="train for so many steps, whatever --epochs says")
@@ -111,9 +112,13 @@ def parse_args(argv=None):
     row = METHODS[args.method]
     if args.sparsity and not row.masking and not row.units:
         parser.error(f"--sparsity: {args.method} removes nothing; leave it away, or choose another --method")
-    for name in ("lr", "penalty", "temperature"):
-        if getattr(args, name) is not None and not METHODS[args.method].learns_scores:
+    for name in ("lr", "penalty"):
+        if getattr(args, name) is not None and not row.learns_scores:
             parser.error(f"--{name}: {args.method} learns no scores; its weights have --weight-lr")
+    if args.temperature and row.masking is not smp_s:
+        parser.error(f"--temperature: {args.method} gives layers no share by their importance; smp-s does")
+    if args.ffn_share and not row.units:
+        parser.error(f"--ffn-share: {args.method} removes no heads and neurons; leave it away")
     fill_defaults(args)
     check_ranges(args, parser.error)
     return args
@@ -127,9 +132,9 @@ def continued(parser, args):
         if (args.resume / "result.json").exists():
             raise ValueError(f"--resume: {args.resume} is finished; look at it with: python eval.py {args.resume}")
         if not (args.resume / CHECKPOINT).exists():
-            raise ValueError(f"--resume: {args.resume} has no {CHECKPOINT}; a run has one from its first evaluation on")
+            raise ValueError(f"--resume: there is no {args.resume / CHECKPOINT}; a run has one once it has evaluated")
         state, _ = checkpoint.read(args.resume / CHECKPOINT)
-        if not all(isinstance(word, str) for word in state["argv"]):
+        if not all(isinstance(word, str) and word not in ("-h", "--help") for word in state["argv"]):
             raise ValueError(f"{args.resume / CHECKPOINT} is not a checkpoint of train.py: its command is none")
     again = parser.parse_args(state["argv"])
     again.argv, again.spent, again.log, again.identity = (state[key] for key in ("argv", "spent", "log", "identity"))
@@ -144,7 +149,7 @@ def fill_defaults(args):
             setattr(args, name, getattr(TASKS[args.task], name))
     row = METHODS[args.method]
     lr = row.score_lr if row.learns_scores else None
-    for name, value in (("lr", lr), ("penalty", row.penalty), ("head", row.head)):
+    for name, value in (("lr", lr), ("penalty", row.penalty), ("head", row.head), ("ffn_share", 5.0)):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.sparsity is None:
@@ -176,6 +181,8 @@ def check_ranges(args, error):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             error(f"--{name.replace('_', '-')} must be greater than 0; got {value}")
+    if args.epochs > MOST_STEPS or (args.steps or 0) > MOST_STEPS:
+        error(f"--steps and --epochs can be at most {MOST_STEPS:,}")
     if args.accumulate * parallel.PROCESSES > args.batch:
         error(
             f"--accumulate: a batch of {args.batch} has no {args.accumulate} parts in {parallel.PROCESSES} process(es)"
@@ -183,9 +190,11 @@ def check_ranges(args, error):
 
 
 def check_run_folder(folder):
-    """Raise ValueError unless the folder is new, empty, or holds an unfinished run, which the new one replaces."""
+    """Raise ValueError unless the folder is new, empty, or of a run that saved nothing, which the new one replaces."""
     if (folder / "result.json").exists():
         raise ValueError(f"--out: {folder} holds a finished run; name another folder or seed, or delete it")
+    if (folder / CHECKPOINT).exists():
+        raise ValueError(f"--out: {folder} holds an interrupted run; --resume {folder} goes on, or delete it")
     if folder.exists() and any(folder.iterdir()) and not (folder / "log.jsonl").exists():
         raise ValueError(f"--out: {folder} holds files that are not of a run; name another folder")
 
@@ -202,13 +211,18 @@ def prepare(args):
         data.split_path(args.task, split, args.data_dir)
     model, tokenizer = load_backbone(fetch.model_folder(args.model), task, args.length, args.head)
     if METHODS[args.method].masking and len(set(model.config.layers)) > 1:
-        raise ValueError(f"--model: the layers of {args.model} are not of one size; it takes --method finetune alone")
+        raise ValueError(f"--method {args.method} needs layers of one size, which {args.model} lacks; try finetune")
     teacher = load_teacher(args, tokenizer) if args.teacher else None
     train, *dev = (load_split(args.task, split, args.data_dir, tokenizer) for split in (task.train, *task.dev))
     args.out.mkdir(parents=True, exist_ok=True)
-    for part in args.out.glob(".part-*"):  # of a run that was killed while it wrote
-        part.unlink(missing_ok=True)
     return model, teacher, train, dict(zip(task.dev, dev, strict=True))
+
+
+def described(train, dev, teacher, device, dtype):
+    """What a run depends on beside its command and its backbone, for check_identity."""
+    sets = {"train": train.digest()} | {name: examples.digest() for name, examples in dev.items()}
+    sets |= {"teacher": teacher.fingerprint()} if teacher else {}
+    return sets | {"device": device.type, "dtype": dtype_name(dtype)}
 
 
 def check_identity(args, identity):
@@ -249,7 +263,9 @@ def loop(args, losses, train, dev, device, total, log):
     schedule = [(density, penalty_at(t, total, args.penalty)) for t, density in enumerate(densities)]
     schedule_there = torch.tensor(schedule, device=device)
     eval_steps = {math.ceil(total * i / args.evals) for i in range(1, args.evals + 1)}
-    state = restore(args.out / CHECKPOINT, learner, optimizer) if args.resume else {"step": 0, "evaluations": []}
+    state = {"step": 0, "evaluations": []}
+    if args.resume:
+        state = restore(args.out / CHECKPOINT, learner, optimizer, total)
     start, evaluations, recent = state["step"], state["evaluations"], []
     world = {"rank": parallel.RANK, "processes": parallel.PROCESSES, "parts": args.accumulate}
     batches = data.training_batches(train, args.batch, total, args.seed, device, **world, first=start)
@@ -303,7 +319,7 @@ class Stopped(list):
 
     def note(self, number, _):
         if self:  # the second time is meant
-            raise KeyboardInterrupt("what the last evaluation saved is kept: --resume RUN_DIR goes on from there")
+            raise KeyboardInterrupt("what an evaluation saved is kept: --resume RUN_DIR goes on from there")
         self.append(number)
 
     def __exit__(self, *_):
@@ -318,48 +334,10 @@ def frozen_unchanged(args, model, learner, folder):
     return all(torch.equal(t.to(now[n].dtype), now[n].cpu()) for n, t in file.items() if n not in learner.names)
 
 
-def summarize(args, result, path):
-    """What a finished run says last."""
-    best = result["best"]
-    print(f"final  dev {show(result['final'])}")
-    print(f"best   dev {show(best['dev'])} at step {best['step']}, chosen on dev (as papers report)")
-    known, flags = DENSE.get((args.task, args.model, result["steps"]), ("", ""))
-    if known and args.method != "finetune":
-        print(f"dense  dev {known} with all weights fine-tuned, at {flags} (see README)")
-    if "densities" in result:
-        print("\n".join(density_map(result["densities"])))
-        print(f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}")
-        if abs(result["reached"] - result["density"]) > 1e-3:
-            print(f"training by itself keeps a share of {result['reached']:.4f}; no more is kept than was asked for")
-        if not METHODS[args.method].trains_weights:
-            print(f"frozen weights are bit-identical to those of {args.model} ({result['fingerprint'][:12]})")
-    saved = [path, *(args.out / name for name in result["sha256"] if args.out / name != path)]
-    sizes = " and ".join(f"{file} ({file.stat().st_size / 1e6:.1f} MB)" for file in saved)
-    print(f"saved  {sizes} after {result['seconds']:.0f} s")
-    look = shlex.join(["python", "eval.py", str(args.out)])
-    pair = ' --pair "..."' if len(TASKS[args.task].text) == 2 else ""
-    print(f'next   {look}\n       {look} --text "..."{pair}')
-    if args.method != "finetune":
-        print(f"       {dense_command(args)} {'' if METHODS[args.method].trains_weights else flags}".rstrip())
-
-
-def dense_command(args):
-    """The command of the dense reference point of a run: the same but for the method."""
-    words = ["python", "train.py", "--task", args.task, "--method", "finetune"]
-    duration = "steps" if args.steps else "epochs"
-    names = ["model", "data_dir", "seed", "head", duration, "batch", "length", "evals", "device", "dtype", "accumulate"]
-    names += ["weight_lr", "warmup"] * METHODS[args.method].trains_weights
-    defaults = {"seed": 0, "head": "words", "accumulate": 1, "weight_lr": 3e-5, "warmup": 0.0}
-    for name in names:
-        if getattr(args, name) not in (None, defaults.get(name), getattr(TASKS[args.task], name, None)):
-            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return shlex.join(words)
-
-
 def finish(args, learner, model, known, evaluations, seconds, command):
-    """Write what was learnt, check that the frozen weights did not move, write result.json -> (result, path).
+    """Write what was learnt, check that the frozen weights did not move, write result.json -> what it holds.
 
-    known: what result.json also holds.
+    known: what it also holds.
     """
     folder, density = fetch.model_folder(args.model), 1 - args.sparsity
     # Best on dev counts from when the target density is reached; a denser model would have an easier task.
@@ -381,7 +359,7 @@ def finish(args, learner, model, known, evaluations, seconds, command):
     result |= code_version() | known
     trained, row = learner.trained, METHODS[args.method]
     if learner.masks:
-        masks, path = learner.masks.exact(density), args.out / "mask.safetensors"
+        masks = learner.masks.exact(density)
         kept, prunable = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
         result |= {"density": kept / prunable, "kept": kept, "prunable": prunable}
         result |= {"reached": learner.masks.reached(density), "stored_bits": prunable}
@@ -397,12 +375,11 @@ def finish(args, learner, model, known, evaluations, seconds, command):
         fetch.write_whole(args.out / "config.json", config_json(folder, model.config))
         fetch.write_whole(args.out / "tokenizer.json", (folder / "tokenizer.json").read_bytes())
     if learner.masks:
-        fetch.write_whole(path, pack_masks(masks, result, {} if row.trains_weights else trained))
-    else:
-        path = args.out / "model.safetensors"
+        packed = pack_masks(masks, result, {} if row.trains_weights else trained)
+        fetch.write_whole(args.out / "mask.safetensors", packed)
     fetch.write_whole(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     (args.out / CHECKPOINT).unlink(missing_ok=True)
-    return result, path
+    return result
 
 
 def main(argv=None):
@@ -419,22 +396,24 @@ def main(argv=None):
             model, teacher, train, dev = prepare(args)
         args.density = 1.0  # of what is left before training
         known = {"fingerprint": model.fingerprint(), "config": plain(model.config)}
-        check_identity(args, known | {"train": train.digest(), "device": device.type, "dtype": dtype_name(dtype)})
+        check_identity(args, known | described(train, dev, teacher, device, dtype))
         if METHODS[args.method].units:
             tokens = statistics.mean(len(ids) for examples in dev.values() for ids in examples.ids)
             settings = {"sparsity": args.sparsity, "ffn_share": args.ffn_share, "device": device, "seed": args.seed}
             model, facts = cluster.prune(model, METHODS[args.method].units, train, tokens, **settings)
-            known, args.density = known | facts, facts["density"]
+            known |= facts | {"config": plain(model.config), "ffn_share": args.ffn_share}
+            args.density = facts["density"]
             print(cluster.describe(facts))
     args.schedule = args.schedule or {"bert": "cubic", "roberta": "linear"}[model.config.model_type]
     model.to(device).requires_grad_(False)
     learner = make_learner(model, args.method, 1 - args.sparsity, dtype, args.temperature)
     losses = Losses(model, learner, teacher and teacher.to(device, dtype))
-    total = args.steps or math.ceil(args.epochs * math.ceil(len(train) / args.batch))
+    total = args.steps or math.ceil(min(args.epochs * math.ceil(len(train) / args.batch), MOST_STEPS))
     sizes = " + ".join(str(len(examples)) for examples in dev.values())
     padding = f"{data.padding(train, args.batch):.1%} of it padding"
     print(f"{args.task}: {len(train)} train and {sizes} dev examples; {total} steps of {args.batch}, {padding}")
-    print(f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {1 - args.sparsity:g}) -> {args.out}")
+    density = 1 - args.sparsity if learner.masks else args.density
+    print(f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {density:.4g}) -> {args.out}")
     print(f"on {parallel.PROCESSES} x {device} in {dtype_name(dtype)}: {why}")
 
     torch.manual_seed(args.seed * parallel.PROCESSES + parallel.RANK)  # every process has dropout of its own
@@ -443,8 +422,8 @@ def main(argv=None):
     if not parallel.RANK:
         with one_line_errors():
             seconds = time.time() - args.started
-            result, path = finish(args, learner, model, known, evaluations, seconds, command)
-        summarize(args, result, path)
+            result = finish(args, learner, model, known, evaluations, seconds, command)
+        print("\n".join(summary.lines(result, args.argv, args.out)))
     parallel.stop()
 
 
@@ -454,12 +433,14 @@ def log_file(args):
     if parallel.RANK:
         yield lambda **line: None
         return
-    path = args.out / "log.jsonl"
-    if args.resume:
-        os.truncate(path, min(args.log, path.stat().st_size))  # what came after the checkpoint will come again
-    else:
-        (args.out / CHECKPOINT).unlink(missing_ok=True)  # of the unfinished run that this one replaces
-    with open(path, "a" if args.resume else "w") as file:
+    with open(args.out / "log.jsonl", "a") as file:
+        fetch.lock(file)
+        if not args.resume:
+            check_run_folder(args.out)  # again: another process may have written there meanwhile
+        for part in args.out.glob(".part-*"):  # of a run that was killed while it wrote
+            part.unlink(missing_ok=True)
+        if size := os.path.getsize(file.name):  # after a checkpoint comes what will come again
+            file.truncate(min(args.log, size) if args.resume else 0)
         yield lambda **line: print(json.dumps(line), file=file, flush=True)
 
 

@@ -51,6 +51,15 @@ def test_the_exported_model_is_the_pruned_one(make_model, trained, tmp_path, nam
     assert "- 1: 'great', id 8" in readme and (out / "config.json").read_bytes() == (model / "config.json").read_bytes()
 
 
+@pytest.mark.parametrize("method", ["movement", "finetune"])
+def test_what_was_trained_is_not_called_unchanged(make_model, trained, tmp_path, method):
+    run, out = trained(make_model("m", bert_tensors(CONFIG, False, "")), "--method", method), tmp_path / "out"
+    eval_.main([str(run), "--export", str(out)])
+    readme = (out / "README.md").read_text()
+    assert f"its weights trained ({method})" in readme and "add_pooling_layer=False" in readme
+    assert ("removed are zero" in readme) == (method == "movement")
+
+
 def test_what_cannot_be_exported_is_refused(make_model, trained, fails, tmp_path):
     run = trained(make_model(), "--head", "classifier")
     assert "--export: a fresh head" in fails(eval_.main, [run, "--export", tmp_path / "out"])

@@ -84,6 +84,7 @@ def test_two_processes_fill_one_cache(unreliable, tmp_path):
     url, digest = unreliable(content, []), hashlib.sha256(content).hexdigest()
     script = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
+import cli
 import fetch
 fetch.HUB_MODELS = {{"bert": ("a/b", "main", {{"model.safetensors": {digest!r}}})}}
 fetch.fetch_hub_model("bert")
@@ -93,6 +94,18 @@ fetch.fetch_hub_model("bert")
     assert [process.wait(60) for process in processes] == [0, 0]
     (file,) = (tmp_path / "models" / "bert").iterdir()
     assert file.read_bytes() == content
+
+
+def test_a_full_disk_during_a_download(unreliable, tmp_path, monkeypatch):
+    url = unreliable(b"x" * 1000, [])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(fetch, "download_rest", full)
+    with pytest.raises(OSError, match="No space left") as said, fetch.fetched(url, tmp_path / "x", "remedy"):
+        pass
+    assert said.value.errno == errno.ENOSPC and "SMP_CACHE" in cli.describe(said.value)
 
 
 @pytest.mark.parametrize("nth", [1, 3, 4])  # two of three checkpoints, the mask file

@@ -51,9 +51,11 @@ def test_comparison_by_hand(masks):
     other["query.0"][1:3] = True  # shares one of two rows
     lines = picture.comparison(GROUPS, masks, other)
     assert all(len(line) <= 80 for line in lines[:-1])
-    assert lines[1].split()[2:4] == ["0.50", "(0.50)"] and "1.00 (0.50)" in lines[1] and "1.00 (0.06)" in lines[2]
+    assert lines[2].split()[2:4] == ["0.50", "(0.50)"] and "1.00 (0.50)" in lines[2] and "1.00 (0.06)" in lines[3]
     shared, chance = (4 + 8 + 1) / 17, (8 * 0.5 + 8 * 0.5 + 1 / 16) / 17
     assert lines[-1].startswith(f"{shared:.3f} of what") and lines[-1].endswith(f"{chance:.3f}")
+    nothing = {name: torch.zeros_like(mask) for name, mask in masks.items()}
+    assert picture.comparison(GROUPS, nothing, masks)[-1].startswith("0.000 of what")
     with pytest.raises(ValueError, match="different shapes"):
         picture.comparison(GROUPS, masks, {"query.0": masks["query.0"]})
 

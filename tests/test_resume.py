@@ -14,6 +14,7 @@ from conftest import CONFIG, bert_tensors
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import fetch
 import train
 from checkpoint import digest
 from maskfile import load_masks
@@ -98,7 +99,7 @@ def test_interrupted_finishes_the_step_and_says_how_to_go_on(flags, tmp_path):
 
 
 def test_what_cannot_be_resumed(flags, tmp_path, fails):
-    assert "has no checkpoint.safetensors" in fails(train.main, ["--resume", tmp_path])
+    assert "checkpoint.safetensors; a run has one once" in fails(train.main, ["--resume", tmp_path])
     assert "no other flags" in fails(train.main, ["--resume", tmp_path, "--steps", "3"])
     checkpoint = tmp_path / "checkpoint.safetensors"
     checkpoint.write_bytes(os.urandom(99))
@@ -111,11 +112,13 @@ def test_what_cannot_be_resumed(flags, tmp_path, fails):
     save_file(tensors, checkpoint, {"state": described, "sha256": digest(described, tensors)})
     assert "when the run began" in fails(train.main, ["--resume", tmp_path])
     assert "no other flags" in fails(train.main, [f"--resume={tmp_path}", "--steps=20"])
-    save_file(tensors, checkpoint, {"state": json.dumps(state | {"argv": None})})
-    train.main(
-        [*flags[:4], "--out", str(tmp_path), "--steps", "2", "--length", "16", "--batch", "8", "--device", "cpu"]
-    )
-    assert not checkpoint.exists()  # that of a run that was replaced
+    again = [*flags[:4], "--out", tmp_path, "--steps", "2", "--length", "16", "--batch", "8", "--device", "cpu"]
+    assert "holds an interrupted run; --resume" in fails(train.main, again)  # nothing is lost
+    checkpoint.unlink()
+    for path in (tmp_path / "model", tmp_path / "glue"):
+        path.rename(path.parent.parent / f"{tmp_path.name}-{path.name}")  # they stand in that folder
+    again[1], again[3] = (f"{tmp_path}-{name}" for name in ("model", "glue"))
+    train.main([str(a) for a in again])
 
 
 @pytest.fixture
@@ -144,6 +147,11 @@ def test_another_backbone_or_other_data_are_not_gone_on_with(interrupted, flags,
     table.write_text(rows.replace("dull", "very dull", 1))
     assert "--resume: train is" in fails(train.main, ["--resume", interrupted])
     table.write_text(rows)
+    dev = glue / "movies" / "dev.tsv"
+    rows = dev.read_text()
+    dev.write_text(rows.rsplit("\n", 2)[0] + "\n")
+    assert "--resume: dev is" in fails(train.main, ["--resume", interrupted])
+    dev.write_text(rows)
     (interrupted / ".part-1-model.safetensors").touch()
     train.main(["--resume", str(interrupted)])
     assert not list(interrupted.glob(".part-*"))
@@ -151,15 +159,44 @@ def test_another_backbone_or_other_data_are_not_gone_on_with(interrupted, flags,
 
 
 @pytest.mark.parametrize(
-    "change", [{"argv": 5}, {"argv": [1]}, {"spent": "x"}, {"log": -1}, {"identity": 1}, {"step": []}]
+    "change",
+    [
+        *({"argv": 5}, {"argv": [1]}, {"argv": ["--help"]}, {"spent": "x"}, {"log": -1}, {"identity": 1}, {"step": []}),
+        *({"step": -1}, {"step": True}, {"evaluations": [1]}, {"evaluations": [{}]}),
+        {"evaluations": [{"step": 1, "density": 2.0, "dev": {}}]},
+    ],
 )
 def test_descriptions_that_are_none(interrupted, fails, change):
-    path = interrupted / "checkpoint.safetensors"
-    with safe_open(path, "pt") as file:
-        described, tensors = json.loads(file.metadata()["state"]), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-    described = json.dumps(described | change)
-    save_file(tensors, path, {"state": described, "sha256": digest(described, tensors)})
+    sealed(interrupted / "checkpoint.safetensors", change)
     assert "is not a checkpoint of train.py" in fails(train.main, ["--resume", interrupted])
+
+
+def sealed(path, change, tensors=None):
+    """Alter a checkpoint, and its sum with it."""
+    with safe_open(path, "pt") as file:
+        described, there = json.loads(file.metadata()["state"]), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    described, there = json.dumps(described | change), there | (tensors or {})
+    save_file(there, path, {"state": described, "sha256": digest(described, there)})
+
+
+@pytest.mark.parametrize(
+    ("change", "tensors"),
+    [
+        ({"step": 0}, {}),
+        ({"step": 401}, {}),
+        ({"step": 10**9}, {}),
+        ({}, {"exp_avg.0": torch.zeros(3)}),  # the optimizer would write beyond its end
+        ({}, {"exp_avg_sq.1": torch.zeros(2, 16, 16, dtype=torch.float64)}),
+        ({}, {"step.0": torch.zeros(5)}),
+        ({}, {"more": torch.zeros(5)}),
+        ({}, {"random.cpu": torch.zeros(5, dtype=torch.uint8)}),
+        ({}, {"random.cpu": torch.zeros(5056, dtype=torch.uint8)}),
+    ],
+)
+def test_states_that_would_do_harm(interrupted, fails, change, tensors):
+    sealed(interrupted / "checkpoint.safetensors", change, tensors)
+    said = fails(train.main, ["--resume", interrupted])
+    assert "checkpoint of another run" in said or "no state of random numbers" in said
 
 
 def test_a_shrunk_model_goes_on_too(flags, tmp_path, monkeypatch, fails):
@@ -179,3 +216,57 @@ def test_a_shrunk_model_goes_on_too(flags, tmp_path, monkeypatch, fails):
     train.main(["--resume", str(tmp_path / "run")])
     whole, run = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run"))
     assert whole == run
+
+
+def test_another_teacher_is_not_gone_on_with(flags, tmp_path, fails, monkeypatch):
+    short = [*flags, "--steps", "2", "--evals", "1", "--method", "finetune"]
+    for name in ("teacher", "other"):
+        train.main([*short, "--seed", str(len(name)), "--out", str(tmp_path / name)])
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "report", lambda step, *_: 1 / (step < 60))
+        with pytest.raises(ZeroDivisionError):
+            train.main([*flags, "--teacher", str(tmp_path / "teacher"), "--out", str(tmp_path / "run")])
+    (tmp_path / "teacher").rename(tmp_path / "before")
+    (tmp_path / "other").rename(tmp_path / "teacher")
+    assert "--resume: teacher is" in fails(train.main, ["--resume", tmp_path / "run"])
+
+
+def test_a_layer_without_heads_goes_on_too(flags, tmp_path, fails, monkeypatch, make_model):
+    tensors = bert_tensors(CONFIG)
+    for name in ("query", "key", "value"):
+        for part in ("weight", "bias"):
+            at = f"bert.encoder.layer.1.attention.self.{name}.{part}"
+            tensors[at] = tensors[at][:0]
+    at = "bert.encoder.layer.1.attention.output.dense.weight"
+    tensors[at] = tensors[at][:, :0].contiguous()
+    argv = ["--model", str(make_model("headless", tensors, heads_per_layer=[4, 0])), *flags[2:], "--method", "finetune"]
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "report", lambda step, *_: 1 / (step < 60))
+        with pytest.raises(ZeroDivisionError):
+            train.main([*argv, "--out", str(tmp_path / "run")])
+    train.main(["--resume", str(tmp_path / "run")])
+    train.main([*argv, "--out", str(tmp_path / "whole")])
+    whole, run = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run"))
+    assert whole == run
+
+
+def test_two_processes_do_not_write_to_one_folder(flags, tmp_path, fails):
+    out = tmp_path / "run"
+    out.mkdir()
+    with open(out / "log.jsonl", "a") as file:
+        fetch.lock(file)
+        assert "another process is writing" in fails(train.main, [*flags, "--out", out])
+    assert (out / "log.jsonl").read_bytes() == b""
+
+
+def test_a_run_that_was_finished_meanwhile_stays(flags, tmp_path, fails, monkeypatch):
+    prepare = train.prepare
+
+    def late(args):
+        prepared = prepare(args)
+        (args.out / "result.json").write_text("{}")  # of another process
+        return prepared
+
+    monkeypatch.setattr(train, "prepare", late)
+    assert "holds a finished run" in fails(train.main, [*flags, "--out", tmp_path / "run"])
+    assert (tmp_path / "run" / "result.json").read_text() == "{}"

@@ -22,6 +22,7 @@ import eval as eval_
 import mask
 import maskfile
 import step
+import summary
 import train
 from cli import choose_device
 from eval import accuracy, correlation, f1, spearman
@@ -548,10 +549,11 @@ def test_device_and_dtype_choose_themselves(monkeypatch):
 
 
 def test_the_dense_reference_is_named_with_the_flags_of_the_run():
-    args = train.parse_args(["--task", "rte", "--model", "my model", "--seed", "3", "--batch", "32", "--steps", "9"])
-    named = "python train.py --task rte --method finetune --model 'my model' --seed 3 --steps 9"
-    assert train.dense_command(args) == named
-    assert train.dense_command(train.parse_args([])) == "python train.py --task movies --method finetune"
+    argv = "--task rte --sparsity 0.9 --seed 3 --lr=1e-2 --method=smp-l --steps 9 --out x".split()
+    named = "python train.py --model 'my model' --task rte --seed 3 --steps 9 --method finetune"
+    assert summary.dense_command(["--model", "my model", *argv], "my model") == named
+    assert summary.dense_command([], "minilm") == "python train.py --weight-lr 1e-4 --method finetune"
+    assert summary.dense_command(["--weight-lr=3e-5"], "minilm") == "python train.py --weight-lr=3e-5 --method finetune"
 
 
 def test_dense_training_starts_from_unrounded_weights(run):
