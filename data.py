@@ -176,7 +176,7 @@ def read_rows(path, task, labelled=True):
     if isinstance(columns[-1], str):
         header, start = rows[0] if rows else [], 1
         if absent := [name for name in columns if name not in header]:
-            raise ValueError(f"{path}:1: no column {absent[0]!r} in the header {header}")
+            raise ValueError(f"{path}:1: no column {absent[0]!r} in the header {header} (tabs separate columns)")
         columns, width = [header.index(name) for name in columns], len(header)
     texts, labels = [], []
     for number, row in enumerate(rows[start:], start + 1):

@@ -178,7 +178,8 @@ def make_missing(name, folder, at_once, seconds, machine):
     free = Queue()  # a GPU for each run that there may be at a time
     for slot in range(at_once):
         free.put(gpus[slot % len(gpus)])
-    print(f"{len(done)} runs are in {path}, {len(missing)} are missing", flush=True)
+    anew = "" if missing else "; make them anew with --results FOLDER"
+    print(f"{len(done)} runs are in {path}, {len(missing)} are missing{anew}", flush=True)
 
     def work(arguments):
         """Whether the run did not fail; one that the time does not allow is none."""
@@ -284,7 +285,7 @@ def main(argv=None):
             if not (lines := read_lines(path)):
                 raise ValueError(f"{path} has no results; make them with: python experiments.py run {args.list}")
             if args.do == "plot":
-                plot_curves(path.with_suffix(".png"), curves(lines), "dev metric")
+                plot_curves(path.with_suffix(".png"), curves(lines), f"dev {TASKS[lines[0]['task']].metrics[0]}")
                 print(path.with_suffix(".png"))
             else:
                 print(table(lines, "best" if args.best else "final"))

@@ -8,7 +8,6 @@ data and metrics; Devlin et al. 2019 for windows and decoding.
     python squad.py dev-v1.1.json FOLDER --dev 8     # FOLDER/squad/{train,dev}-v1.1.json, 8 articles in dev
 """
 
-import argparse
 import collections
 import json
 import os
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 import data
 import fetch
+from cli import Parser, one_line_errors
 
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
 STRIDE = 128  # tokens that neighbouring windows share
@@ -175,16 +175,25 @@ def score(logits, windows):
     return {"f1": float(np.mean(best)), "em": float(np.mean(exact))}
 
 
+def read_articles(path):
+    """The articles of a SQuAD file, as it has them. Raises ValueError when it has none."""
+    try:
+        articles = json.loads(path.read_text("utf-8"))["data"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a SQuAD v1.1 file ({type(error).__name__}: {error})") from None
+    if not isinstance(articles, list):
+        raise ValueError(f"{path} is not a SQuAD v1.1 file: its data is no list of articles")
+    return articles
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Split a SQuAD file by articles into a training and a dev file.")
+    parser = Parser(description="Split a SQuAD file by articles into a training and a dev file.")
     parser.add_argument("file", type=Path, help="a SQuAD v1.1 file")
     parser.add_argument("folder", type=Path, help="for --data-dir; gets squad/{train,dev}-v1.1.json")
     parser.add_argument("--dev", type=int, default=8, help="articles in the dev part, the last of the file (8)")
     args = parser.parse_args(argv)
-    try:
-        articles = json.loads(args.file.read_text("utf-8"))["data"]
-        if not isinstance(articles, list):
-            raise ValueError(f"{args.file} is not a SQuAD v1.1 file: its data is no list of articles")
+    with one_line_errors():
+        articles = read_articles(args.file)
         if not 0 < args.dev < len(articles):
             raise ValueError(f"--dev must be between 0 and {len(articles)}, the number of articles; got {args.dev}")
         for name, part in (("train", articles[: -args.dev]), ("dev", articles[-args.dev :])):
@@ -193,8 +202,6 @@ def main(argv=None):
                 raise ValueError(f"{path} is there already; delete it or name another folder")
             fetch.write_whole(path, json.dumps({"version": "1.1", "data": part}, ensure_ascii=False).encode())
             print(f"{path}: {len(part)} articles")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,9 @@ def top_v(function, rng):
         require(torch.equal(before, scores), "top_v changed the scores that it was given")
         count, case = int(kept.sum()), f"top_v({short(scores)}, {k})"
         ties = len(set(values)) < n
-        hint = "; some scores are equal, and of equal ones only so many may stay as there is room for" if ties else ""
+        hint = "; is the threshold that was found really one of the scores?"
+        if ties:
+            hint = "; some scores are equal, and of equal ones only so many may stay as there is room for"
         require(count == k, f"{case} keeps {count} of {n}, not {k}{hint}")
         if 0 < k < n:
             lowest, highest = scores[kept].min().item(), scores[~kept].max().item()
@@ -128,6 +130,7 @@ def straight_through(score_gradient, rng):
             "that of the weight, not of its score: the chain rule has another factor": product.grad,
             "that of the weight under the mask, not of its score": product.grad * mask,
             "of the wrong sign": -wanted,
+            "the weight alone; it lacks what comes from the loss": weight,
         }
         for sentence, mistake in mistakes.items():
             require(not torch.allclose(found, mistake, atol=1e-5), f"the gradient is {sentence}")
@@ -220,7 +223,9 @@ def time_limit():
     """Raise Wrong when it takes too long; nothing on systems without alarms."""
 
     def over(*_):
-        raise Wrong(f"after {SECONDS} seconds there is no answer; is there a loop that does not end?")
+        raise Wrong(
+            f"after {SECONDS} seconds there is no answer; is there a loop that does not end, on equal scores say?"
+        )
 
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, over)
@@ -236,10 +241,17 @@ def load(path, name):
     """A function of the student's file, which is run. Raises Wrong if there is none."""
     require(path.is_file(), f"there is no file {path}")
     sys.path.insert(0, str(Path(__file__).parent.parent))  # so that answers may import mask and the others
-    scope = {"__name__": "answer", "__file__": str(path)}
-    exec(compile(path.read_text("utf-8"), str(path), "exec"), scope)
+    scope, text = {"__name__": "answer", "__file__": str(path)}, path.read_text("utf-8")
+    require(name != "top_v" or ".sort(" not in text, "that sorts; find the k-th largest score by another way")
+    exec(compile(text, str(path), "exec"), scope)
     require(callable(scope.get(name)), f"{path} defines no function {name}")
-    return scope[name]
+
+    def answer(*given):
+        found = scope[name](*given)
+        require(found is not None, f"{name} returned None; is there a return on every way through it?")
+        return found
+
+    return answer
 
 
 def main(argv=None):

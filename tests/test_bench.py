@@ -24,7 +24,8 @@ def test_a_model_of_ones_own(capsys, make_model, fails):
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["model"] == folder and line["evaluation"] > 0 and "layers" not in line
     assert "--model needs --inference" in fails(bench.main, ["--model", folder])
-    assert "No such file" in fails(bench.main, ["--inference", "--model", f"{folder}/x", "--device", "cpu"])
+    assert "there is no folder" in fails(bench.main, ["--inference", "--model", f"{folder}/x", "--device", "cpu"])
+    assert "--length: " in fails(bench.main, ["--inference", "--model", folder, "--length", 64, "--device", "cpu"])
 
 
 def test_operations_by_hand():

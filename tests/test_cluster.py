@@ -140,7 +140,7 @@ def test_even_shares_add_up_in_layers_of_any_size():
 
 @pytest.mark.parametrize("units", ["clusters", "activation", "random"])
 def test_what_stays(examples, tmp_path, units):
-    """Neurons 0 to 11 of a layer are copies of 12 to 23, half as strong: of each two, clustering keeps the strong one."""
+    """Neurons 0 to 11 are copies of 12 to 23, half as strong: of each two, clustering keeps the strong one."""
     model = load_model(tmp_path / "model", [3, 4])
     for layer in model.bert.encoder["layer"]:
         inner, outer = layer.intermediate["dense"], layer.output.dense

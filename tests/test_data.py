@@ -312,7 +312,7 @@ def test_an_empty_answer_for_mrpc_is_not_kept(server, tokenizer):
 def test_no_server_at_all(monkeypatch, tmp_path, tokenizer):
     monkeypatch.setenv("GLUE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(fetch, "CACHE", tmp_path / "cache")
-    with pytest.raises(OSError, match="RTE.zip.*Connection refused.*by hand.*`python train.py` without flags needs no"):
+    with pytest.raises(OSError, match="RTE.zip.*Connection refused.*by hand.*`python train.py` without flags, and"):
         data.load_split("rte", "dev", None, tokenizer)
 
 

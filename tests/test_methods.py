@@ -141,6 +141,10 @@ def test_what_a_method_does_not_have_is_refused(fails):
     assert "--lr: magnitude learns no scores" in fails(train.main, ["--method", "magnitude", "--lr", "1"])
     assert "--sparsity: finetune removes nothing" in fails(train.main, ["--method", "finetune", "--sparsity", "0.5"])
     assert "--penalty: random learns no scores" in fails(train.main, ["--method", "random", "--penalty", "1"])
+    assert "--temperature: movement gives" in fails(train.main, ["--method", "movement", "--temperature", "2"])
+    assert "--ffn-share: smp-s removes no heads" in fails(train.main, ["--ffn-share", "2"])
+    for flag in ("--epochs", "--steps"):
+        assert "can be at most 10,000,000" in fails(train.main, [flag, "10000001"])
     assert "--weight-lr must be greater than 0" in fails(train.main, ["--weight-lr", "-1"])
     assert "--warmup is a share of the steps" in fails(train.main, ["--warmup", "1"])
 

@@ -216,3 +216,9 @@ def test_split_by_articles(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             squad.main([str(tmp_path / argv[0]), str(tmp_path), *argv[1:]])
         assert capsys.readouterr().err.startswith("error: ")
+    for content in ("[" * 100_000, json.dumps({"data": "articles"}), "{}"):
+        (tmp_path / "odd.json").write_text(content)
+        with pytest.raises(SystemExit, match="2"):
+            squad.main([str(tmp_path / "odd.json"), str(tmp_path / "new")])
+        assert "is not a SQuAD v1.1 file" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
