@@ -9,6 +9,7 @@ to, what it means is done here.
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -147,7 +148,8 @@ def lowest_threshold(layers, keep):
 
 def representatives(distances, strengths, keep):
     """Distances [n, n] and mean |activation| [n] of each layer -> units kept in each, about `keep` in all."""
-    layers = [merges(d) for d in tqdm(distances, "clustering", leave=False)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        layers = list(tqdm(pool.map(merges, distances), "clustering", len(distances), leave=False))
     threshold = lowest_threshold(layers, keep)
     kept = []
     for found, strength in zip(layers, strengths, strict=True):

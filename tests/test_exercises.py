@@ -80,6 +80,10 @@ WRONG = [
     (9, "def dead(incoming, outgoing):\n    return []", "defines no function dead_neurons"),
     (9, DEAD.replace("len(incoming)", "incoming + None"), "TypeError.*, line 3 of"),
     (9, "def dead_neurons(:", "SyntaxError"),
+    (2, CUBIC.replace("return ", ""), "density_at returned None; is there a return"),
+    (4, GRADIENT.replace("grad * weight", "weight"), "the weight alone"),
+    (3, "def top_v(scores, k):\n    return scores > sum(scores.neg().sort().values)", "that sorts"),
+    (3, BISECTION.replace("range(80)", "range(2)"), "keeps a score of .* and removes one of"),
 ]
 
 
