@@ -8,7 +8,6 @@ What it is not: it decides neither when to save nor where to go on. Sources: non
     state = restore(path, learner, optimizer, total=598)
 """
 
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fetch import write_whole
+from model import digest
 
 # What describes a checkpoint: argv and identity are the run's; seconds spent and bytes of the log so far.
 STATE = {"step": int, "evaluations": list, "argv": list, "identity": dict, "spent": float, "log": int}
@@ -40,15 +40,7 @@ def save_checkpoint(path, learner, optimizer, state):
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     tensors = {name: t.to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     described = json.dumps(state)
-    return lambda: write_whole(path, save(tensors, {"state": described, "sha256": digest(described, tensors)}))
-
-
-def digest(described, tensors):
-    found = hashlib.sha256(described.encode())
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.flatten().numpy().data)
-    return found.hexdigest()
+    return lambda: write_whole(path, save(tensors, {"state": described, "sha256": digest(tensors, described)}))
 
 
 @contextmanager
@@ -81,7 +73,7 @@ def read(path):
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        if header["sha256"] != digest(header["state"], tensors):
+        if header["sha256"] != digest(tensors, header["state"]):
             raise ValueError("it was altered, its content is not what its sha256 says")
         state = json.loads(header["state"])
         if not all(type(state[key]) is kind for key, kind in STATE.items()) or min(state["log"], state["step"]) < 0:

@@ -199,10 +199,10 @@ def budget(config, tokens, sparsity, ffn_share):
     if removed > sum(most):
         raise ValueError(f"--sparsity {sparsity:g}: no more than {sum(most) / whole:.3f} can go, a unit a layer stays")
     if any(part > limit for part, limit in zip(parts, most, strict=True)):
-        lowest = max(removed / most[0] - 1, 0.01) if most[0] else math.inf
-        highest = min(most[1] / (removed - most[1]) if removed > most[1] else math.inf, 1000.0)
-        ends = [round_(100 * end) / 100 for round_, end in ((math.ceil, min(lowest, 1e6)), (math.floor, highest))]
-        possible = f"{ends[0]:g} to {ends[1]:g} is" if ends[0] <= ends[1] else "and no other is; lower --sparsity"
+        lowest = max(removed / most[0] - 1, 0.01) if most[0] else 2000.0  # more than the highest
+        highest = min(most[1] / (removed - most[1]), 1000.0) if removed > most[1] else 1000.0
+        lowest, highest = math.ceil(100 * lowest) / 100, math.floor(100 * highest) / 100
+        possible = f"{lowest:g} to {highest:g} is" if lowest <= highest else "and no other is; lower --sparsity"
         raise ValueError(f"--ffn-share {ffn_share:g} is not possible at --sparsity {sparsity:g}, {possible}")
     return [int((count * cost - part) / cost + 1e-9) for count, cost, part in zip(counts, costs, parts, strict=True)]
 

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 import data
 import fetch
-import maskfile
 import parallel
 import squad
 from cli import Parser, add_files, add_machine, choose_device, dtype_name, one_line_errors
@@ -190,8 +189,8 @@ def main(argv=None):
     args = parse_args(argv)
     read = lru_cache(maxsize=1)(read_weights)  # the backbone of several masks is read once
     with one_line_errors():
-        for run in args.runs if len(args.runs) > 1 else ():  # before the first is evaluated
-            maskfile.read(run) if run.is_file() else read_result(run)
+        for run in args.runs:  # what is missing is said before anything is evaluated
+            read_result(run)
         seen = [look(run, args, *load_run(run, args.model, read)) for run in args.runs]
         if len(seen) == 2 and all(masks for _, masks in seen):
             (groups, first), (_, second) = seen

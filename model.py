@@ -306,13 +306,16 @@ class Bert(nn.Module):
 
     def fingerprint(self):
         """sha256 of all pretrained weights, by name: what ties a mask to its backbone."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            if name.startswith("classifier."):
-                continue
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return digest({n: t for n, t in self.state_dict().items() if not n.startswith("classifier.")})
+
+
+def digest(tensors, described=""):
+    """sha256 of a text and of tensors {name: tensor} on the CPU, in the order of their names."""
+    found = hashlib.sha256(described.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.detach().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def canonical(name):

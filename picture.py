@@ -71,9 +71,8 @@ def comparison(groups, a, b):
             share = both[names[i]] / kept[0][group][i] if kept[0][group][i] else 0.0
             cells.append(f"{share:.2f} ({kept[1][group][i]:.2f})")
         lines.append(f"layer {i:<2}" + "".join(f"{cell:>{WIDTH}}" for cell in cells))
-    sizes = {name: mask.numel() for name, mask in a.items()}
     kept_by_a = max(sum(int(mask.sum()) for mask in a.values()), 1)
-    total = sum(both[n] * sizes[n] for n in a) / kept_by_a
+    total = sum(int((a[n] & b[n]).sum()) for n in a) / kept_by_a
     chance = sum(a[n].sum().item() * b[n].float().mean().item() for n in a) / kept_by_a
     lines.append(f"{total:.3f} of what the first mask keeps is kept by the second too; chance would share {chance:.3f}")
     return lines

@@ -39,7 +39,12 @@ def load_backbone(folder, task, length, head, fresh=True, read=read_weights):
 
 
 def read_result(run):
-    """result.json of a finished run's folder as a dict. Raises ValueError if it is none of this code's."""
+    """What describes a finished run's folder (result.json) or a mask file, as a dict.
+
+    Raises ValueError if it is none of this code's.
+    """
+    if run.is_file():
+        return checked(maskfile.read(run)[2], run)
     path = run / "result.json"
     if not path.exists():
         state = "an interrupted or still running" if (run / "log.jsonl").exists() else "no finished"
@@ -92,7 +97,7 @@ def load_run(run, model_name=None, read=read_weights):
     """
     alone = run.is_file()
     mask_file = run if alone else run / "mask.safetensors"
-    result = checked(maskfile.read(run)[2], run) if alone else read_result(run)
+    result = read_result(run)
     if alone and result["sha256"]:
         raise ValueError(f"{run}: the weights of this run were trained as well; name its folder, which holds them")
     task, length, head = TASKS[result["task"]], int(result["length"]), result["head"]

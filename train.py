@@ -419,17 +419,19 @@ def main(argv=None):
     torch.manual_seed(args.seed * parallel.PROCESSES + parallel.RANK)  # every process has dropout of its own
     with one_line_errors(), log_file(args) as log:
         evaluations = loop(args, losses, train, dev, device, total, log)
-    if not parallel.RANK:
-        with one_line_errors():
+        if not parallel.RANK:
             seconds = time.time() - args.started
             result = finish(args, learner, model, known, evaluations, seconds, command)
-        print("\n".join(summary.lines(result, args.argv, args.out)))
+            print("\n".join(summary.lines(result, args.argv, args.out)))
     parallel.stop()
 
 
 @contextmanager
 def log_file(args):
-    """A function that writes a line of log.jsonl; in all processes but the first, nothing."""
+    """A function that writes a line of log.jsonl; in all processes but the first, nothing.
+
+    The run folder is this process's as long as the file is open.
+    """
     if parallel.RANK:
         yield lambda **line: None
         return

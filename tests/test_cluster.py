@@ -139,7 +139,7 @@ def test_even_shares_add_up_in_layers_of_any_size():
 
 
 @pytest.mark.parametrize("units", ["clusters", "activation", "random"])
-def test_what_stays(examples, tmp_path, units):
+def test_what_stays(examples, tmp_path, monkeypatch, units):
     """Neurons 0 to 11 are copies of 12 to 23, half as strong: of each two, clustering keeps the strong one."""
     model = load_model(tmp_path / "model", [3, 4])
     for layer in model.bert.encoder["layer"]:
@@ -150,13 +150,9 @@ def test_what_stays(examples, tmp_path, units):
     sparsity = 24.5 * costs[1] / (8 * costs[0] + 48 * costs[1])
     given = {"tokens": 8.0, "sparsity": sparsity, "ffn_share": 1000.0, "device": "cpu", "seed": 0}
     before = [layer.intermediate["dense"].weight.detach().clone() for layer in model.bert.encoder["layer"]]
-    heads, neurons = [], []
-    shrink = cluster.shrink
-    try:
-        cluster.shrink = lambda m, h, n: heads.extend(h) or neurons.extend(n) or shrink(m, h, n)
-        smaller, facts = cluster.prune(model, units, examples, **given)
-    finally:
-        cluster.shrink = shrink
+    neurons, shrink = [], cluster.shrink
+    monkeypatch.setattr(cluster, "shrink", lambda m, h, n: neurons.extend(n) or shrink(m, h, n))
+    smaller, facts = cluster.prune(model, units, examples, **given)
     kept = sum(map(len, neurons))
     assert 22 <= kept <= 24 and facts["layers"] == smaller.config.layers
     strong = sum(int((k >= 12).sum()) for k in neurons)
