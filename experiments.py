@@ -33,9 +33,10 @@ from picture import plot_curves
 STEPS = {"rte": 3120, "mrpc": 3450, "cola": 3216, "stsb": 3600, "sst2": 3159, "movies": 1196, "squad": 2870}
 SEEDS = {"rte": 5, "mrpc": 5, "cola": 5, "stsb": 5, "sst2": 3, "movies": 5}
 SPARSITIES = (0.5, 0.9)
+CURVE = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97)
 COMPARED = ("magnitude", "movement", "soft-movement", "smp-l", "smp-s")
 
-# What tuning found for a method, or for a method at a sparsity: see the list `tuning`.
+# What tuning found for a method, at a sparsity, on a task: see the list `tuning`.
 TUNED = {
     "finetune": {"weight_lr": 1e-4},
     ("magnitude", 0.5): {"weight_lr": 1e-4},
@@ -54,12 +55,16 @@ TUNED = {
 }
 
 
+def found(method, sparsity, task):
+    """What tuning found, as flags."""
+    return TUNED.get(method) or TUNED.get((method, sparsity, task)) or TUNED.get((method, sparsity), {})
+
+
 def run(task, method, sparsity=None, seed=0, tuned=True, **flags):
     """The arguments of a run as one line, by which it is known."""
     given = {"task": task, "model": "minilm", "method": method, "sparsity": sparsity}
     given |= {"steps": STEPS[task], "seed": seed}
-    found = TUNED.get(method, {}) | TUNED.get((method, sparsity), {}) if tuned else {}
-    given |= dict(sorted((found | flags).items()))
+    given |= dict(sorted(((found(method, sparsity, task) if tuned else {}) | flags).items()))
     return shlex.join(f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None)
 
 
@@ -108,8 +113,14 @@ def tuning():
             yield untuned("mrpc", "smp-s", sparsity, lr=lr, penalty=penalty)
     for weight_lr, hold, lr in itertools.product((1e-4, 3e-5), (0.3, 0), (1e-2, 1e-3, 3e-2)):
         yield untuned("movies", "movement", 0.5, weight_lr=weight_lr, hold=hold, lr=lr)
-    for sparsity, penalty in ((0.5, 200), (0.5, 400), (0.9, 1600), (0.9, 3200)):
-        yield untuned("movies", "soft-movement", sparsity, weight_lr=1e-4, penalty=penalty)
+    for task, sparsity, lr in itertools.product(("mrpc", "movies"), SPARSITIES, (1e-2, 3e-2)):
+        yield untuned(task, "movement", sparsity, weight_lr=1e-4, hold=0.5, lr=lr)
+    for task in ("movies", "rte", "cola", "stsb", "sst2"):  # where a lambda ends depends on the task
+        more = task == "movies"
+        for penalty in (200, 400, 800, 1600) if more else (100, 200, 400):
+            yield untuned(task, "soft-movement", 0.5, weight_lr=1e-4, penalty=penalty)
+        for penalty in (1600, 3200, 6400) if more else (1600, 3200):
+            yield untuned(task, "soft-movement", 0.9, weight_lr=1e-4, penalty=penalty)
 
 
 def units():
@@ -124,10 +135,12 @@ def units():
 
 
 def curve():
-    """Accuracy over sparsity of the default task, as short as it is by default."""
-    yield run("movies", "finetune", tuned=False, steps=598, weight_lr=1e-4)
-    for sparsity in (0.5, 0.9, 0.7, 0.97, 0.8, 0.95, 0.3):
-        yield run("movies", "smp-s", sparsity, tuned=False, steps=598)
+    """Accuracy over sparsity of the default task; between the tuned sparsities, with the settings of the nearer one."""
+    for seed in range(3):
+        yield run("movies", "finetune", seed=seed)
+        for sparsity, method in itertools.product(CURVE, ("smp-s", "movement", "magnitude")):
+            nearer = found(method, SPARSITIES[sparsity > 0.7], "movies")
+            yield run("movies", method, sparsity, seed, tuned=False, **nearer)
 
 
 LISTS = {"main": compared, "ablations": ablations, "units": units, "curve": curve, "tuning": tuning}
