@@ -90,7 +90,7 @@ def ablations():
 
 
 def tuning():
-    """Of each method its own knobs, on MRPC, one seed; of those that MRPC told little about, on movies too."""
+    """Of each method its own knobs, on MRPC, one seed; then what that leaves open."""
     untuned = partial(run, tuned=False)
     weights = list(itertools.product((3e-5, 1e-4, 3e-4), (0, 0.1)))
     for weight_lr, warmup in weights:
@@ -111,16 +111,27 @@ def tuning():
             yield untuned("mrpc", "l0", sparsity, weight_lr=1e-4, penalty=penalty)
         for lr, penalty in itertools.product((1e-2, 2e-2, 4e-2), (100, 400)):
             yield untuned("mrpc", "smp-s", sparsity, lr=lr, penalty=penalty)
+    yield from tuning_elsewhere()
+
+
+def tuning_elsewhere():
+    """What MRPC tells little about: movement pruning, where lambdas end, whether SMP-S would gain from other rates."""
+    untuned = partial(run, tuned=False, weight_lr=1e-4)
     for weight_lr, hold, lr in itertools.product((1e-4, 3e-5), (0.3, 0), (1e-2, 1e-3, 3e-2)):
         yield untuned("movies", "movement", 0.5, weight_lr=weight_lr, hold=hold, lr=lr)
-    for task, sparsity, lr in itertools.product(("mrpc", "movies"), SPARSITIES, (1e-2, 3e-2)):
-        yield untuned(task, "movement", sparsity, weight_lr=1e-4, hold=0.5, lr=lr)
-    for task in ("movies", "rte", "cola", "stsb", "sst2"):  # where a lambda ends depends on the task
+    for task, sparsity in itertools.product(("mrpc", "movies"), SPARSITIES):
+        for lr in (1e-2, 3e-2):
+            yield untuned(task, "movement", sparsity, hold=0.5, lr=lr)
+        for seed, hold in itertools.product(range(3), (0.1, 0.3)):
+            yield untuned(task, "movement", sparsity, seed, hold=hold, schedule="linear")
+    for task in ("movies", "rte", "cola", "stsb", "sst2"):
         more = task == "movies"
         for penalty in (200, 400, 800, 1600) if more else (100, 200, 400):
-            yield untuned(task, "soft-movement", 0.5, weight_lr=1e-4, penalty=penalty)
-        for penalty in (1600, 3200, 6400) if more else (1600, 3200):
-            yield untuned(task, "soft-movement", 0.9, weight_lr=1e-4, penalty=penalty)
+            yield untuned(task, "soft-movement", 0.5, penalty=penalty)
+        for penalty in (1600, 3200, 4800, 6400) if more else (1200, 1600, 3200):
+            yield untuned(task, "soft-movement", 0.9, penalty=penalty)
+        for sparsity, lr in ((0.5, 1e-2), (0.5, 2e-2), (0.9, 5e-3), (0.9, 2e-2)):
+            yield untuned(task, "smp-s", sparsity, lr=lr, weight_lr=None)
 
 
 def units():
