@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from queue import Queue
 from threading import Lock
@@ -36,14 +35,18 @@ SPARSITIES = (0.5, 0.9)
 CURVE = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97)
 COMPARED = ("magnitude", "movement", "soft-movement", "smp-l", "smp-s")
 
-# What tuning found for a method, at a sparsity, on a task: see the list `tuning`.
+# Lambda of soft movement: which share of the weights it leaves depends on the task.
+PENALTIES = {
+    0.5: {"movies": 400, "rte": 50, "mrpc": 50, "cola": 200, "stsb": 100, "sst2": 200},
+    0.9: {"movies": 6400, "rte": 800, "mrpc": 800, "cola": 1200, "stsb": 1600, "sst2": 800},
+}
+# What tuning found for a method, at a sparsity: see the list `tuning`.
 TUNED = {
     "finetune": {"weight_lr": 1e-4},
     ("magnitude", 0.5): {"weight_lr": 1e-4},
     ("magnitude", 0.9): {"weight_lr": 1e-4, "hold": 0.1},
-    "movement": {"weight_lr": 1e-4, "hold": 0.3},
-    ("soft-movement", 0.5): {"weight_lr": 1e-4, "penalty": 50},
-    ("soft-movement", 0.9): {"weight_lr": 1e-4, "penalty": 800},
+    "movement": {"weight_lr": 1e-4, "hold": 0.3, "schedule": "linear"},
+    "soft-movement": {"weight_lr": 1e-4},
     ("smp-s", 0.5): {"lr": 4e-2},
     ("smp-s", 0.9): {"lr": 1e-2},
     ("smp-l", 0.5): {"lr": 4e-2},
@@ -55,103 +58,104 @@ TUNED = {
 }
 
 
-def found(method, sparsity, task):
-    """What tuning found, as flags."""
-    return TUNED.get(method) or TUNED.get((method, sparsity, task)) or TUNED.get((method, sparsity), {})
+def tuned(task, method, sparsity=None):
+    """What tuning found for a method at a sparsity, as flags."""
+    own = {"penalty": PENALTIES[sparsity][task]} if method == "soft-movement" else {}
+    return TUNED.get(method, {}) | TUNED.get((method, sparsity), {}) | own
 
 
-def run(task, method, sparsity=None, seed=0, tuned=True, **flags):
+def run(task, method, sparsity=None, seed=0, **flags):
     """The arguments of a run as one line, by which it is known."""
     given = {"task": task, "model": "minilm", "method": method, "sparsity": sparsity}
-    given |= {"steps": STEPS[task], "seed": seed}
-    given |= dict(sorted(((found(method, sparsity, task) if tuned else {}) | flags).items()))
+    given |= {"steps": STEPS[task], "seed": seed} | dict(sorted(flags.items()))
     return shlex.join(f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None)
 
 
 def compared():
     for task, seeds in SEEDS.items():
         for seed in range(seeds):
-            yield run(task, "finetune", seed=seed)
+            yield run(task, "finetune", seed=seed, **TUNED["finetune"])
             for method, sparsity in itertools.product(COMPARED, SPARSITIES):
-                yield run(task, method, sparsity, seed)
+                yield run(task, method, sparsity, seed, **tuned(task, method, sparsity))
 
 
 def ablations():
     """Without the regularizer, with a fresh head, ranked together or by threshold; two tasks, three seeds."""
-    for sparsity, hold in itertools.product(SPARSITIES, (0, 0.3)):  # whether movement needs more time than all others
-        yield run("sst2", "movement", sparsity, tuned=False, steps=4 * STEPS["sst2"], hold=hold)
+    for sparsity in SPARSITIES:  # whether movement needs more time than all others
+        for settings in ({"hold": 0}, {"hold": 0.3}, TUNED["movement"]):
+            yield run("sst2", "movement", sparsity, steps=4 * STEPS["sst2"], **settings)
+        yield run("mrpc", "movement", sparsity, steps=4 * STEPS["mrpc"], **TUNED["movement"])
     for task, seed, sparsity in itertools.product(("mrpc", "sst2"), range(3), SPARSITIES):
         for method in ("smp-s", "smp-l"):
-            yield run(task, method, sparsity, seed, penalty=0)
-            yield run(task, method, sparsity, seed, head="classifier")
+            yield run(task, method, sparsity, seed, **tuned(task, method, sparsity) | {"penalty": 0})
+            yield run(task, method, sparsity, seed, **tuned(task, method, sparsity) | {"head": "classifier"})
         for method in ("smp-g", "smp-t", "l0", "random"):
-            yield run(task, method, sparsity, seed)
-        yield run(task, "movement", sparsity, seed, tuned=False, penalty=400, weight_lr=1e-4)
+            yield run(task, method, sparsity, seed, **tuned(task, method, sparsity))
+        yield run(task, "movement", sparsity, seed, penalty=400, weight_lr=1e-4)
 
 
 def tuning():
     """Of each method its own knobs, on MRPC, one seed; then what that leaves open."""
-    untuned = partial(run, tuned=False)
     weights = list(itertools.product((3e-5, 1e-4, 3e-4), (0, 0.1)))
     for weight_lr, warmup in weights:
-        yield untuned("mrpc", "finetune", weight_lr=weight_lr, warmup=warmup)
+        yield run("mrpc", "finetune", weight_lr=weight_lr, warmup=warmup)
     for sparsity in SPARSITIES:
         for weight_lr, warmup in weights:
-            yield untuned("mrpc", "magnitude", sparsity, weight_lr=weight_lr, warmup=warmup)
+            yield run("mrpc", "magnitude", sparsity, weight_lr=weight_lr, warmup=warmup)
             for lr in (1e-3, 1e-2):
-                yield untuned("mrpc", "movement", sparsity, weight_lr=weight_lr, warmup=warmup, lr=lr)
+                yield run("mrpc", "movement", sparsity, weight_lr=weight_lr, warmup=warmup, lr=lr)
         for method, hold, weight_lr in itertools.product(("magnitude", "movement"), (0.1, 0.3), (3e-5, 1e-4)):
-            yield untuned("mrpc", method, sparsity, hold=hold, weight_lr=weight_lr)
+            yield run("mrpc", method, sparsity, hold=hold, weight_lr=weight_lr)
         for penalty in (50, 400):  # no longer movement pruning, but it shows whether the regularizer is what it lacks
-            yield untuned("mrpc", "movement", sparsity, penalty=penalty, weight_lr=1e-4)
-        yield untuned("mrpc", "movement", sparsity, weight_lr=1e-4, steps=4 * STEPS["mrpc"])
+            yield run("mrpc", "movement", sparsity, penalty=penalty, weight_lr=1e-4)
+        yield run("mrpc", "movement", sparsity, weight_lr=1e-4, steps=4 * STEPS["mrpc"])
         for weight_lr, penalty in itertools.product((3e-5, 1e-4), (10, 50, 100, 400, 800, 1600)):
-            yield untuned("mrpc", "soft-movement", sparsity, weight_lr=weight_lr, penalty=penalty)
+            yield run("mrpc", "soft-movement", sparsity, weight_lr=weight_lr, penalty=penalty)
         for penalty in (25, 100, 400):
-            yield untuned("mrpc", "l0", sparsity, weight_lr=1e-4, penalty=penalty)
+            yield run("mrpc", "l0", sparsity, weight_lr=1e-4, penalty=penalty)
+        for lr, penalty in itertools.product((3e-2, 1e-1), (50, 200) if sparsity == 0.5 else (200, 800)):
+            yield run("mrpc", "l0", sparsity, weight_lr=1e-4, penalty=penalty, lr=lr)
         for lr, penalty in itertools.product((1e-2, 2e-2, 4e-2), (100, 400)):
-            yield untuned("mrpc", "smp-s", sparsity, lr=lr, penalty=penalty)
+            yield run("mrpc", "smp-s", sparsity, lr=lr, penalty=penalty)
     yield from tuning_elsewhere()
 
 
 def tuning_elsewhere():
     """What MRPC tells little about: movement pruning, where lambdas end, whether SMP-S would gain from other rates."""
-    untuned = partial(run, tuned=False, weight_lr=1e-4)
     for weight_lr, hold, lr in itertools.product((1e-4, 3e-5), (0.3, 0), (1e-2, 1e-3, 3e-2)):
-        yield untuned("movies", "movement", 0.5, weight_lr=weight_lr, hold=hold, lr=lr)
+        yield run("movies", "movement", 0.5, weight_lr=weight_lr, hold=hold, lr=lr)
     for task, sparsity in itertools.product(("mrpc", "movies"), SPARSITIES):
         for lr in (1e-2, 3e-2):
-            yield untuned(task, "movement", sparsity, hold=0.5, lr=lr)
+            yield run(task, "movement", sparsity, weight_lr=1e-4, hold=0.5, lr=lr)
         for seed, hold in itertools.product(range(3), (0.1, 0.3)):
-            yield untuned(task, "movement", sparsity, seed, hold=hold, schedule="linear")
+            yield run(task, "movement", sparsity, seed, weight_lr=1e-4, hold=hold, schedule="linear")
     for task in ("movies", "rte", "cola", "stsb", "sst2"):
         more = task == "movies"
         for penalty in (200, 400, 800, 1600) if more else (100, 200, 400):
-            yield untuned(task, "soft-movement", 0.5, penalty=penalty)
+            yield run(task, "soft-movement", 0.5, weight_lr=1e-4, penalty=penalty)
         for penalty in (1600, 3200, 4800, 6400) if more else (1200, 1600, 3200):
-            yield untuned(task, "soft-movement", 0.9, penalty=penalty)
+            yield run(task, "soft-movement", 0.9, weight_lr=1e-4, penalty=penalty)
         for sparsity, lr in ((0.5, 1e-2), (0.5, 2e-2), (0.9, 5e-3), (0.9, 2e-2)):
-            yield untuned(task, "smp-s", sparsity, lr=lr, weight_lr=None)
+            yield run(task, "smp-s", sparsity, lr=lr)
 
 
 def units():
     """P-pruning beside simpler choices of heads and neurons, SMP at the same share removed, and the dense model."""
     for task, seeds in (("movies", 3), ("mrpc", 3), ("sst2", 1), ("squad", 1)):
         for seed in range(seeds):
-            yield run(task, "finetune", seed=seed)
+            yield run(task, "finetune", seed=seed, **TUNED["finetune"])
             for sparsity in (0.2, 0.4, 0.6):
                 for method in ("p-pruning", "p-activation", "p-random"):
-                    yield run(task, method, sparsity, seed, tuned=False, **TUNED["finetune"])
-                yield run(task, "smp-s", sparsity, seed, tuned=False)
+                    yield run(task, method, sparsity, seed, **TUNED["finetune"])
+                yield run(task, "smp-s", sparsity, seed)
 
 
 def curve():
     """Accuracy over sparsity of the default task; between the tuned sparsities, with the settings of the nearer one."""
     for seed in range(3):
-        yield run("movies", "finetune", seed=seed)
+        yield run("movies", "finetune", seed=seed, **TUNED["finetune"])
         for sparsity, method in itertools.product(CURVE, ("smp-s", "movement", "magnitude")):
-            nearer = found(method, SPARSITIES[sparsity > 0.7], "movies")
-            yield run("movies", method, sparsity, seed, tuned=False, **nearer)
+            yield run("movies", method, sparsity, seed, **tuned("movies", method, SPARSITIES[sparsity > 0.7]))
 
 
 LISTS = {"main": compared, "ablations": ablations, "units": units, "curve": curve, "tuning": tuning}
@@ -232,10 +236,14 @@ def make_missing(name, folder, at_once, seconds, machine):
 
 
 def kind(line):
-    """What a table's row stands for: a command without its task, seed and, if they are STEPS, steps."""
+    """What a table's row stands for: a command without its task, seed and what comes from STEPS; PENALTIES by name."""
     words = shlex.split(line["command"].removeprefix("python train.py "))
     dropped = ("--task=", "--model=", "--seed=", f"--steps={STEPS[line['task']]}")
-    return " ".join(word.removeprefix("--method=") for word in words if not word.startswith(dropped))
+    words = [word.removeprefix("--method=") for word in words if not word.startswith(dropped)]
+    own = PENALTIES.get(line["sparsity"], {}).get(line["task"])
+    if words[0] == "soft-movement":
+        words = ["--penalty=PENALTIES" if word == f"--penalty={own}" else word for word in words]
+    return " ".join(words)
 
 
 def cell(lines, which):
