@@ -160,16 +160,12 @@ def write_answers(model, weights, tokenizer, name, data_dir, folder, device):
 
 def parse_args(argv):
     parser = Parser(description="Evaluate finished runs and show their masks.")
-    parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="what train.py --out wrote, or a mask file out of it"
-    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or a mask file out of one")
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--text", help="classify this sentence (squad: answer this question) instead")
     asked.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
     asked.add_argument("--export", type=Path, metavar="FOLDER", help="write a model folder with the zeros in it")
-    asked.add_argument(
-        "--export-compact", type=Path, metavar="FOLDER", help="write one without the heads and neurons that are dead"
-    )
+    asked.add_argument("--export-compact", type=Path, metavar="FOLDER", help="one without dead heads and neurons")
     asked.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the mask and the training curves instead")
     parser.add_argument("--pair", help="the second sentence of tasks on pairs (squad: the paragraph)")
     add_files(parser)
@@ -231,9 +227,8 @@ def look(run, args, result, folder, model, tokenizer, masks):
     else:
         sets = {split: load_split(result["task"], split, data_dir, tokenizer) for split in task.dev}
         which = f"{run}: " if len(args.runs) > 1 else ""
-        print(
-            f"{which}{result['task']}, {result['method']}, {result['model']} on {device} in {dtype_name(dtype)} ({why})"
-        )
+        where = f"{device} in {dtype_name(dtype)} ({why})"
+        print(f"{which}{result['task']}, {result['method']}, {result['model']} on {where}")
         metrics = evaluate(model, weights, sets, task.metrics, device, progress=True)
         if masks and len(args.runs) == 1:
             print("\n".join(density_map(densities(groups, masks))))

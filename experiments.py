@@ -10,6 +10,7 @@ tables 1 to 3, for what is compared.
 
 import itertools
 import json
+import math
 import os
 import shlex
 import statistics
@@ -49,13 +50,10 @@ TUNED = {
     "soft-movement": {"weight_lr": 1e-4},
     ("smp-s", 0.5): {"lr": 4e-2},
     ("smp-s", 0.9): {"lr": 1e-2},
-    ("smp-l", 0.5): {"lr": 4e-2},
-    ("smp-l", 0.9): {"lr": 1e-2},
-    ("smp-g", 0.5): {"lr": 4e-2},
-    ("smp-g", 0.9): {"lr": 1e-2},
     ("l0", 0.5): {"weight_lr": 1e-4, "penalty": 25},
     ("l0", 0.9): {"weight_lr": 1e-4, "penalty": 100},
 }
+TUNED |= {(method, s): TUNED["smp-s", s] for method in ("smp-l", "smp-g") for s in SPARSITIES}
 
 
 def tuned(task, method, sparsity=None):
@@ -94,49 +92,41 @@ def ablations():
         yield run(task, "movement", sparsity, seed, penalty=400, weight_lr=1e-4)
 
 
+ONLY = {"weight_lr": (1e-4,)}
+WEIGHTS = {"weight_lr": (3e-5, 1e-4, 3e-4), "warmup": (0, 0.1)}
+HOLDS = {"weight_lr": (3e-5, 1e-4), "hold": (0.1, 0.3)}
+OTHERS = "rte cola stsb sst2"
+# Of each method its own knobs: tasks, methods, sparsities, and values of flags, all with all.
+GRIDS = (
+    ("mrpc", "finetune", (None,), WEIGHTS),
+    ("mrpc", "magnitude", SPARSITIES, WEIGHTS),
+    ("mrpc", "movement", SPARSITIES, WEIGHTS | {"lr": (1e-3, 1e-2)}),
+    ("mrpc", "magnitude movement", SPARSITIES, HOLDS),
+    ("mrpc", "movement", SPARSITIES, ONLY | {"penalty": (50, 400)}),  # whether the regularizer is what it lacks
+    ("mrpc", "movement", SPARSITIES, ONLY | {"steps": (4 * STEPS["mrpc"],)}),
+    ("mrpc movies", "movement", SPARSITIES, ONLY | {"hold": (0.5,), "lr": (1e-2, 3e-2)}),
+    ("mrpc movies", "movement", SPARSITIES, ONLY | {"hold": (0.1, 0.3), "schedule": ("linear",), "seed": (0, 1, 2)}),
+    ("movies", "movement", (0.5,), {"weight_lr": (3e-5, 1e-4), "hold": (0, 0.3), "lr": (1e-3, 1e-2, 3e-2)}),
+    ("mrpc", "soft-movement", SPARSITIES, {"weight_lr": (3e-5, 1e-4), "penalty": (10, 50, 100, 400, 800, 1600)}),
+    ("movies", "soft-movement", (0.5,), ONLY | {"penalty": (200, 400, 800, 1600)}),
+    ("movies", "soft-movement", (0.9,), ONLY | {"penalty": (1600, 3200, 4800, 6400)}),
+    (OTHERS, "soft-movement", (0.5,), ONLY | {"penalty": (100, 200, 400)}),
+    (OTHERS, "soft-movement", (0.9,), ONLY | {"penalty": (1200, 1600, 3200)}),
+    ("mrpc", "l0", SPARSITIES, ONLY | {"penalty": (25, 100, 400)}),
+    ("mrpc", "l0", (0.5,), ONLY | {"lr": (3e-2, 1e-1), "penalty": (50, 200)}),
+    ("mrpc", "l0", (0.9,), ONLY | {"lr": (3e-2, 1e-1), "penalty": (200, 800)}),
+    ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 2e-2, 4e-2), "penalty": (100, 400)}),
+    (f"movies {OTHERS}", "smp-s", (0.5,), {"lr": (1e-2, 2e-2)}),
+    (f"movies {OTHERS}", "smp-s", (0.9,), {"lr": (5e-3, 2e-2)}),
+)
+
+
 def tuning():
-    """Of each method its own knobs, on MRPC, one seed; then what that leaves open."""
-    weights = list(itertools.product((3e-5, 1e-4, 3e-4), (0, 0.1)))
-    for weight_lr, warmup in weights:
-        yield run("mrpc", "finetune", weight_lr=weight_lr, warmup=warmup)
-    for sparsity in SPARSITIES:
-        for weight_lr, warmup in weights:
-            yield run("mrpc", "magnitude", sparsity, weight_lr=weight_lr, warmup=warmup)
-            for lr in (1e-3, 1e-2):
-                yield run("mrpc", "movement", sparsity, weight_lr=weight_lr, warmup=warmup, lr=lr)
-        for method, hold, weight_lr in itertools.product(("magnitude", "movement"), (0.1, 0.3), (3e-5, 1e-4)):
-            yield run("mrpc", method, sparsity, hold=hold, weight_lr=weight_lr)
-        for penalty in (50, 400):  # no longer movement pruning, but it shows whether the regularizer is what it lacks
-            yield run("mrpc", "movement", sparsity, penalty=penalty, weight_lr=1e-4)
-        yield run("mrpc", "movement", sparsity, weight_lr=1e-4, steps=4 * STEPS["mrpc"])
-        for weight_lr, penalty in itertools.product((3e-5, 1e-4), (10, 50, 100, 400, 800, 1600)):
-            yield run("mrpc", "soft-movement", sparsity, weight_lr=weight_lr, penalty=penalty)
-        for penalty in (25, 100, 400):
-            yield run("mrpc", "l0", sparsity, weight_lr=1e-4, penalty=penalty)
-        for lr, penalty in itertools.product((3e-2, 1e-1), (50, 200) if sparsity == 0.5 else (200, 800)):
-            yield run("mrpc", "l0", sparsity, weight_lr=1e-4, penalty=penalty, lr=lr)
-        for lr, penalty in itertools.product((1e-2, 2e-2, 4e-2), (100, 400)):
-            yield run("mrpc", "smp-s", sparsity, lr=lr, penalty=penalty)
-    yield from tuning_elsewhere()
-
-
-def tuning_elsewhere():
-    """What MRPC tells little about: movement pruning, where lambdas end, whether SMP-S would gain from other rates."""
-    for weight_lr, hold, lr in itertools.product((1e-4, 3e-5), (0.3, 0), (1e-2, 1e-3, 3e-2)):
-        yield run("movies", "movement", 0.5, weight_lr=weight_lr, hold=hold, lr=lr)
-    for task, sparsity in itertools.product(("mrpc", "movies"), SPARSITIES):
-        for lr in (1e-2, 3e-2):
-            yield run(task, "movement", sparsity, weight_lr=1e-4, hold=0.5, lr=lr)
-        for seed, hold in itertools.product(range(3), (0.1, 0.3)):
-            yield run(task, "movement", sparsity, seed, weight_lr=1e-4, hold=hold, schedule="linear")
-    for task in ("movies", "rte", "cola", "stsb", "sst2"):
-        more = task == "movies"
-        for penalty in (200, 400, 800, 1600) if more else (100, 200, 400):
-            yield run(task, "soft-movement", 0.5, weight_lr=1e-4, penalty=penalty)
-        for penalty in (1600, 3200, 4800, 6400) if more else (1200, 1600, 3200):
-            yield run(task, "soft-movement", 0.9, weight_lr=1e-4, penalty=penalty)
-        for sparsity, lr in ((0.5, 1e-2), (0.5, 2e-2), (0.9, 5e-3), (0.9, 2e-2)):
-            yield run(task, "smp-s", sparsity, lr=lr)
+    """What TUNED and PENALTIES come from."""
+    for tasks, methods, sparsities, grid in GRIDS:
+        for task, method, sparsity in itertools.product(tasks.split(), methods.split(), sparsities):
+            for values in itertools.product(*grid.values()):
+                yield run(task, method, sparsity, **dict(zip(grid, values, strict=True)))
 
 
 def units():
@@ -246,12 +236,17 @@ def kind(line):
     return " ".join(words)
 
 
+def mean_and_spread(values):
+    """-> mean and standard deviation; of one value, nan."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
 def cell(lines, which):
     """Mean and standard deviation over seeds of a task's first metric, in percent; then the number of seeds."""
     metric = TASKS[lines[0]["task"]].metrics[0]
     values = [100 * (line["best"]["dev"] if which == "best" else line["final"])[metric] for line in lines]
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread} ({len(values)})"
+    mean, spread = mean_and_spread(values)
+    return f"{mean:.1f} ± {spread:.1f} ({len(values)})" if len(values) > 1 else f"{mean:.1f} (1)"
 
 
 def stored(lines):
@@ -268,12 +263,12 @@ def reached(lines):
 
 
 def curves(lines):
-    """-> {"task, method": [(sparsity, first metric of the last evaluation, mean over seeds)]}, by sparsity."""
+    """-> {"task, method": [(sparsity, mean, standard deviation)]} of the first metric at the end, by sparsity."""
     found = {}
-    for line in lines:
+    for line in sorted(lines, key=lambda line: line["sparsity"]):
         at = found.setdefault(f"{line['task']}, {line['method']}", {})
         at.setdefault(line["sparsity"], []).append(line["final"][TASKS[line["task"]].metrics[0]])
-    return {name: sorted((s, statistics.mean(v)) for s, v in at.items()) for name, at in found.items()}
+    return {name: [(sparsity, *mean_and_spread(v)) for sparsity, v in at.items()] for name, at in found.items()}
 
 
 def table(lines, which="final"):

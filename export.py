@@ -149,9 +149,7 @@ def describe(result, tensors, ids, source):
     kind = "Roberta" if config.get("model_type") == "roberta" else "Bert"
     with_head = any(canonical(name).startswith("cls.") for name in tensors)
     at = "" if result["task"] == "squad" else "[:, 0]"
-    words = "\n".join(
-        f"- {label}: {word!r}, id {i}" for (label, word), i in zip(result["words"].items(), ids, strict=True)
-    )
+    classes = zip(result["words"].items(), ids, strict=True)
     embedding = "model.embeddings.word_embeddings.weight"
     row, pooler = METHODS[result["method"]], any("pooler." in name for name in tensors)
     return README.format(
@@ -163,7 +161,7 @@ def describe(result, tensors, ids, source):
         head=""
         if with_head
         else "; it has no masked-LM head, so the first state times the word's embedding is the logit",
-        words=words,
+        words="\n".join(f"- {label}: {word!r}, id {i}" for (label, word), i in classes),
         loader=f"{kind}ForMaskedLM" if with_head else f"{kind}Model",
         where="the first token" if at else "every token, for start and end of the answer",
         text='"a text", "its pair"' if len(TASKS[result["task"]].text) == 2 else '"a text"',

@@ -310,11 +310,11 @@ class Bert(nn.Module):
 
 
 def digest(tensors, described=""):
-    """sha256 of a text and of tensors {name: tensor} on the CPU, in the order of their names."""
+    """sha256 of a text and of tensors {name: tensor}, in the order of their names."""
     found = hashlib.sha256(described.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().flatten().view(torch.uint8).numpy())
+        found.update(tensor.detach().flatten().view(torch.uint8).cpu().numpy())
     return found.hexdigest()
 
 

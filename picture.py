@@ -106,14 +106,15 @@ def save(figure, path):
 
 
 def plot_curves(path, curves, label):
-    """Draw {name: [(sparsity, value)]}; a curve of one point becomes a line across."""
+    """Draw {name: [(sparsity, mean, standard deviation)]}; a curve of one point becomes a line across."""
     figure = figure_of(6, 3.6)
     axes = figure.subplots()
     for name, points in curves.items():
         if len(points) == 1:
             axes.axhline(points[0][1], ls="--", color="gray", label=name)
         else:
-            axes.plot(*zip(*points, strict=True), "o-", label=name)
+            sparsities, means, spreads = zip(*points, strict=True)
+            axes.errorbar(sparsities, means, spreads, fmt="o-", capsize=3, label=name)
     axes.set_xlabel("sparsity: share of weights removed")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)

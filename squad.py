@@ -40,13 +40,24 @@ class Windows(data.Examples):
         return len(self.questions)
 
 
+def read_articles(path):
+    """The articles of a SQuAD file, as it has them. Raises ValueError when it has none."""
+    try:
+        articles = json.loads(path.read_text("utf-8"))["data"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a SQuAD v1.1 file ({type(error).__name__}: {error})") from None
+    if not isinstance(articles, list):
+        raise ValueError(f"{path} is not a SQuAD v1.1 file: its data is no list of articles")
+    return articles
+
+
 def read_squad(path):
     """Questions of a file -> (list of dicts, notes on what is odd in the file but not fatal).
 
     Raises ValueError that names the file when it is not SQuAD v1.1 or holds no question.
     """
+    articles = read_articles(path)
     try:
-        articles = json.loads(path.read_text("utf-8"))["data"]
         questions = [
             {
                 "id": str(qa["id"]),
@@ -58,7 +69,7 @@ def read_squad(path):
             for paragraph in article.get("paragraphs") or ()
             for qa in paragraph["qas"]
         ]
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is not a SQuAD v1.1 file ({type(error).__name__}: {error})") from None
     if not questions:
         raise ValueError(f"{path} holds no questions")
@@ -173,17 +184,6 @@ def score(logits, windows):
     best = [max(f1(text, true) for _, true in q["answers"]) for text, q in found]
     exact = [any(normalise(text) == normalise(true) for _, true in q["answers"]) for text, q in found]
     return {"f1": float(np.mean(best)), "em": float(np.mean(exact))}
-
-
-def read_articles(path):
-    """The articles of a SQuAD file, as it has them. Raises ValueError when it has none."""
-    try:
-        articles = json.loads(path.read_text("utf-8"))["data"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a SQuAD v1.1 file ({type(error).__name__}: {error})") from None
-    if not isinstance(articles, list):
-        raise ValueError(f"{path} is not a SQuAD v1.1 file: its data is no list of articles")
-    return articles
 
 
 def main(argv=None):

@@ -15,9 +15,7 @@ from picture import density_map
 # Known dense reference points of (task, model, steps), see results/README.md.
 DENSE = {("movies", "minilm", 598): "accuracy 0.865 +- 0.005, three seeds, fine-tuned at --weight-lr 1e-4"}
 DENSE_LR = {"minilm": "1e-4"}  # where another than the default is known to be better
-OF_PRUNING = (
-    "--method --sparsity --lr --ramp --hold --schedule --penalty --temperature --teacher --ffn-share --out".split()
-)
+OF_PRUNING = "--method --sparsity --lr --ramp --hold --schedule --penalty --temperature --teacher --ffn-share --out"
 
 
 def lines(result, argv, folder):
@@ -35,9 +33,8 @@ def lines(result, argv, folder):
             share = f"{result['reached']:.4f}"
             found.append(f"training by itself keeps a share of {share}; no more is kept than was asked for")
         if not row.trains_weights:
-            found.append(
-                f"frozen weights are bit-identical to those of {result['model']} ({result['fingerprint'][:12]})"
-            )
+            weights = f"{result['model']} ({result['fingerprint'][:12]})"
+            found.append(f"frozen weights are bit-identical to those of {weights}")
     saved = [folder / name for name in ("mask.safetensors", *result["sha256"]) if (folder / name).exists()]
     sizes = " and ".join(f"{file} ({file.stat().st_size / 1e6:.1f} MB)" for file in saved)
     found.append(f"saved  {sizes} after {result['seconds']:.0f} s")
@@ -53,7 +50,7 @@ def dense_command(argv, model):
     """The command of the dense reference point of a run: its own words, less those about pruning."""
     kept, value_follows = [], False
     for word in argv:
-        if value_follows or word.partition("=")[0] in OF_PRUNING:
+        if value_follows or word.partition("=")[0] in OF_PRUNING.split():
             value_follows = not value_follows and "=" not in word
         else:
             kept.append(word)

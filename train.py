@@ -65,12 +65,9 @@ def make_parser():
     )
     what = parser.add_argument_group("what")
     what.add_argument("--task", choices=TASKS, default="movies", metavar="TASK", help=f"{', '.join(TASKS)} (movies)")
-    what.add_argument(
-        "--method", choices=METHODS, default="smp-s", metavar="METHOD", help=f"{', '.join(METHODS)} (smp-s)"
-    )
-    what.add_argument(
-        "--sparsity", type=float, help="share of the weights removed; p-...: of the multiply-accumulates (0.5)"
-    )
+    methods = f"{', '.join(METHODS)} (smp-s)"
+    what.add_argument("--method", choices=METHODS, default="smp-s", metavar="METHOD", help=methods)
+    what.add_argument("--sparsity", type=float, help="share of weights removed; p-...: of multiply-accumulates (0.5)")
     what.add_argument("--seed", type=int, default=0, help="of batches, dropout and fresh weights (0)")
     what.add_argument("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/ and the settings")
     what.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with an interrupted run; no other flags")
@@ -184,9 +181,8 @@ def check_ranges(args, error):
     if args.epochs > MOST_STEPS or (args.steps or 0) > MOST_STEPS:
         error(f"--steps and --epochs can be at most {MOST_STEPS:,}")
     if args.accumulate * parallel.PROCESSES > args.batch:
-        error(
-            f"--accumulate: a batch of {args.batch} has no {args.accumulate} parts in {parallel.PROCESSES} process(es)"
-        )
+        processes = f"{parallel.PROCESSES} process(es)"
+        error(f"--accumulate: a batch of {args.batch} has no {args.accumulate} parts in {processes}")
 
 
 def check_run_folder(folder):
@@ -282,7 +278,7 @@ def loop(args, losses, train, dev, device, total, log):
             if done in eval_steps:
                 if not all(p.isfinite().all() for p in learner.parameters()):
                     raise FloatingPointError(f"scores or weights are not finite at step {done}: try a smaller --lr")
-                parallel.check_equal(learner.parameters())
+                parallel.check_equal(dict(learner.named_parameters()))
                 density = schedule[done][0]  # of the next step, so that the last is the target
                 with torch.compiler.set_stance("force_eager"):  # as eval.py will compute it
                     scores = evaluate(losses.model, learner.baked(density), dev, metrics, device)

@@ -198,9 +198,8 @@ def dead(dead_neurons, rng):
         require(fine, "dead_neurons must return a list of indices, [0, 3] say")
         found = [int(n) for n in found]
         wanted = set(no_input) | set(no_output)
-        require(
-            set(found) != set(no_input) & set(no_output) or set(found) == wanted, "one side without weights is enough"
-        )
+        both = set(no_input) & set(no_output)
+        require(set(found) != both or set(found) == wanted, "one side without weights is enough")
         if missed := sorted(wanted - set(found)):
             side = "incoming" if missed[0] in no_input else "outgoing"
             raise Wrong(f"neuron {missed[0]} of {neurons} has no {side} weights, and is not named")
@@ -223,9 +222,7 @@ def time_limit():
     """Raise Wrong when it takes too long; nothing on systems without alarms."""
 
     def over(*_):
-        raise Wrong(
-            f"after {SECONDS} seconds there is no answer; is there a loop that does not end, on equal scores say?"
-        )
+        raise Wrong(f"after {SECONDS} seconds there is no answer; does a loop never end, on equal scores say?")
 
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, over)

@@ -68,6 +68,7 @@ def line(task, method, seed, value, **more):
     result = {
         "command": command,
         "task": task,
+        "method": method,
         "sparsity": 0.5 if method == "l0" else 0.2,
         "final": {"accuracy": value, "f1": 0.1},
         "density": 0.5,
@@ -89,6 +90,30 @@ def test_a_table_by_hand():
     assert rows[3] == "| smp-s --steps=13450 |  | 50.0 (1) | 770 numbers + 10.6 Mbit | 0.50 | 1.5 |"
     assert rows[4] == "| l0 |  | 70.0 (1) | 2.5 M numbers + 10.6 Mbit | 0.31 | 1.5 |"
     assert "| 87.0 ± 1.4 (2) |" in table(lines, "best")
+
+
+def test_a_penalty_of_the_task_is_named_as_such_and_another_is_said():
+    own = experiments.PENALTIES[0.5]
+    assert own["movies"] != own["mrpc"]
+    made = [experiments.run(t, "soft-movement", 0.5, penalty=own[t], weight_lr=1e-4) for t in ("movies", "mrpc")]
+    made.append(experiments.run("mrpc", "soft-movement", 0.5, penalty=own["movies"], weight_lr=1e-4))
+    tasks = ("movies", "mrpc", "mrpc")
+    kinds = [
+        experiments.kind({"command": f"python train.py {arguments}", "task": task, "sparsity": 0.5})
+        for arguments, task in zip(made, tasks, strict=True)
+    ]
+    assert kinds[0] == kinds[1] == "soft-movement --sparsity=0.5 --penalty=PENALTIES --weight-lr=0.0001"
+    assert kinds[2] == f"soft-movement --sparsity=0.5 --penalty={own['movies']} --weight-lr=0.0001"
+
+
+def test_curves_by_hand():
+    lines = [line("movies", "smp-s", seed, value, sparsity=0.9) for seed, value in ((0, 0.8), (1, 0.84))]
+    lines += [line("movies", "smp-s", 0, 0.85, sparsity=0.5), line("movies", "finetune", 0, 0.86, sparsity=0.0)]
+    found = experiments.curves(lines)
+    assert list(found) == ["movies, finetune", "movies, smp-s"]
+    (half, mean, spread), tenth = found["movies, smp-s"]
+    assert (half, mean) == (0.5, 0.85) and spread != spread  # of one seed there is no deviation
+    assert tenth == (0.9, pytest.approx(0.82), pytest.approx(0.04 / 2**0.5))
 
 
 def test_a_broken_results_file_is_named(tmp_path, fails):

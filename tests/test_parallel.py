@@ -41,7 +41,7 @@ def learn(folder, glue, parts):
     for t, batch in enumerate(batches):
         schedule = torch.tensor([density_at(t, 9, 0.5), penalty_at(t, TOTAL)])
         both = step.train_step(run, adam, batch, schedule, t, step.rate_at(t, TOTAL))
-    parallel.check_equal(learner.parameters())
+    parallel.check_equal(dict(learner.named_parameters()))
     return learner.masks.exact(0.5), parallel.mean(both)
 
 
@@ -78,10 +78,10 @@ def test_processes_that_disagree_are_noticed(monkeypatch):
     for other, fine in ((0, True), (1, False)):
         monkeypatch.setattr(parallel, "gather", lambda items, other=other: [*items, items[0] if not other else b""])
         if fine:
-            parallel.check_equal([torch.ones(3)])
+            parallel.check_equal({"a": torch.ones(3)})
         else:
             with pytest.raises(FloatingPointError, match="no longer hold the same scores"):
-                parallel.check_equal([torch.ones(3)])
+                parallel.check_equal({"a": torch.ones(3)})
 
 
 def test_gather_undoes_share(monkeypatch):
