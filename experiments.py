@@ -75,6 +75,8 @@ def compared():
             yield run(task, "finetune", seed=seed, **TUNED["finetune"])
             for method, sparsity in itertools.product(COMPARED, SPARSITIES):
                 yield run(task, method, sparsity, seed, **tuned(task, method, sparsity))
+            # What movement pruning gained from, SMP may gain from too: on STS-B it does.
+            yield run(task, "smp-s", 0.9, seed, **tuned(task, "smp-s", 0.9) | {"schedule": "linear"})
 
 
 def ablations():
@@ -116,6 +118,11 @@ GRIDS = (
     ("mrpc", "l0", (0.5,), ONLY | {"lr": (3e-2, 1e-1), "penalty": (50, 200)}),
     ("mrpc", "l0", (0.9,), ONLY | {"lr": (3e-2, 1e-1), "penalty": (200, 800)}),
     ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 2e-2, 4e-2), "penalty": (100, 400)}),
+    ("mrpc", "magnitude", SPARSITIES, ONLY | {"hold": (0, 0.1, 0.3), "schedule": ("linear",)}),
+    ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 4e-2), "schedule": ("linear",)}),
+    ("stsb", "smp-s", (0.9,), {"lr": (1e-2,), "schedule": ("linear",), "seed": (0, 3)}),
+    ("stsb", "smp-s", (0.9,), {"lr": (1e-2,), "penalty": (100, 200, 800), "seed": (0, 3)}),
+    ("stsb", "smp-s", (0.9,), {"lr": (1e-2,), "ramp": (0.4, 0.8), "seed": (0, 3)}),
     (f"movies {OTHERS}", "smp-s", (0.5,), {"lr": (1e-2, 2e-2)}),
     (f"movies {OTHERS}", "smp-s", (0.9,), {"lr": (5e-3, 2e-2)}),
 )

@@ -125,7 +125,7 @@ def test_a_broken_results_file_is_named(tmp_path, fails):
 
 def test_lists_have_the_runs_that_are_reported():
     main = list(experiments.compared())
-    assert len(main) == len(set(main)) == 11 * (5 * 5 + 3)
+    assert len(main) == len(set(main)) == 12 * (5 * 5 + 3)
     for make in experiments.LISTS.values():
         for arguments in make():
             train.parse_args(experiments.shlex.split(arguments))  # exits if a flag is unknown or out of range
