@@ -120,7 +120,6 @@ GRIDS = (
     ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 2e-2, 4e-2), "penalty": (100, 400)}),
     ("mrpc", "magnitude", SPARSITIES, ONLY | {"hold": (0, 0.1, 0.3), "schedule": ("linear",)}),
     ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 4e-2), "schedule": ("linear",)}),
-    ("stsb", "smp-s", (0.9,), {"lr": (1e-2,), "schedule": ("linear",), "seed": (0, 3)}),
     ("stsb", "smp-s", (0.9,), {"lr": (1e-2,), "penalty": (100, 200, 800), "seed": (0, 3)}),
     ("stsb", "smp-s", (0.9,), {"lr": (1e-2,), "ramp": (0.4, 0.8), "seed": (0, 3)}),
     (f"movies {OTHERS}", "smp-s", (0.5,), {"lr": (1e-2, 2e-2)}),
