@@ -22,7 +22,8 @@ import parallel
 from cli import Parser, choose_device, dtype_name, one_line_errors
 from data import Part
 from mask import METHODS, mean_sigmoid
-from model import Bert, Config, load_model
+from model import Bert, Config
+from pretrained import load_model
 from step import Losses, make_learner, make_run, train_step
 
 DENSITY = 0.5
@@ -31,7 +32,7 @@ DENSITY = 0.5
 def parse_args(argv=None):
     parser = Parser(description="Time one training step and its parts.")
     parser.add_argument("--layers", type=int, default=6, help="(6)")
-    parser.add_argument("--hidden", type=int, default=384, help="width (384); heads of 32, or 64 from 768 on; FFN 4x")
+    parser.add_argument("--hidden", type=int, default=384, help="width (384); heads of 32, or 64 from 768 on")
     parser.add_argument("--batch", type=int, default=32, help="examples a step, over all processes (32)")
     parser.add_argument("--length", type=int, default=64, help="tokens an example (64)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each kind (20)")

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from fetch import write_whole
 from model import digest
 
+CHECKPOINT = "checkpoint.safetensors"  # in a run folder
 # What describes a checkpoint: argv and identity are the run's; seconds spent and bytes of the log so far.
 STATE = {"step": int, "evaluations": list, "argv": list, "identity": dict, "spent": float, "log": int}
 

@@ -113,7 +113,9 @@ def add_files(parser):
 
 def add_machine(parser):
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 if native; eval.py: as trained")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 if native; eval: as trained"
+    )
 
 
 def dtype_name(dtype):

@@ -24,8 +24,8 @@ from data import TASKS, encode
 from export import export, export_compact
 from fetch import write_whole
 from mask import apply_masks
-from model import read_weights
 from picture import comparison, densities, density_map, head_densities, head_map, plot, read_log
+from pretrained import read_weights
 from runs import load_run, read_result
 
 EVAL_BATCH = 64  # one size everywhere: another would round differently
@@ -165,7 +165,7 @@ def parse_args(argv):
     asked.add_argument("--text", help="classify this sentence (squad: answer this question) instead")
     asked.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
     asked.add_argument("--export", type=Path, metavar="FOLDER", help="write a model folder with the zeros in it")
-    asked.add_argument("--export-compact", type=Path, metavar="FOLDER", help="one without dead heads and neurons")
+    asked.add_argument("--export-compact", type=Path, metavar="FOLDER", help="write what is not dead as a folder")
     asked.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the mask and the training curves instead")
     parser.add_argument("--pair", help="the second sentence of tasks on pairs (squad: the paragraph)")
     add_files(parser)

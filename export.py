@@ -23,7 +23,8 @@ from bench import timed
 from data import TASKS
 from fetch import write_whole
 from mask import METHODS, apply_masks
-from model import PER_LAYER, canonical, published
+from model import PER_LAYER
+from pretrained import canonical, published
 from runs import plain
 from shrink import config_json, fold_dead, shrink
 

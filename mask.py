@@ -205,8 +205,8 @@ METHODS = {
     # Without noise a gate is open where sigmoid(S) > -gamma / (zeta - gamma); with it, with probability
     # sigmoid(S - beta log(-gamma / zeta)), which is what the regularizer counts.
     "l0": Method(
-        partial(threshold, tau=-GAMMA / (ZETA - GAMMA)), start=2.197, score_lr=1e-2, trains_weights=True,
-        gates=hard_concrete, shift=-BETA * math.log(-GAMMA / ZETA),
+        partial(threshold, tau=-GAMMA / (ZETA - GAMMA)), start=math.log(0.9 / 0.1), score_lr=1e-2,
+        trains_weights=True, gates=hard_concrete, shift=-BETA * math.log(-GAMMA / ZETA),
     ),
     "random": Method(smp_l, scores="random", penalty=0.0, trains_weights=True),
     "finetune": Method(None, penalty=0.0, trains_weights=True),

@@ -1,25 +1,20 @@
 """BERT and RoBERTa as an ordinary nn.Module whose state-dict names are those of BERT checkpoints.
 
-What it is: embeddings, post-norm encoder, optional masked-LM head, and a classifier that reads the logits
-of label words at [CLS]. Loading is strict: every tensor of the file is used once or known to be unused.
-What it is not: it does not train, prune, download or tokenise, and it has no decoder.
-Sources: Devlin et al. 2019 (arXiv 1810.04805), Liu et al. 2019 (arXiv 1907.11692); names as published.
+What it is: embeddings, post-norm encoder, optional masked-LM head, and a classifier that reads the logits of label
+words at [CLS]. What it is not: it does not train, prune or tokenise, it reads no files (pretrained.py does), and it has
+no decoder. Sources: Devlin et al. 2019 (arXiv 1810.04805), Liu et al. 2019 (arXiv 1907.11692); names as published.
 
-    model = load_model("folder/with/config.json and model.safetensors", words=[2053, 2748])
+    model = Bert(Config(30522, 384, 6, 12, 1536, 512, 2), words=[2053, 2748])
     logits = model(input_ids, token_type_ids, attention_mask)  # [B, 2]
 """
 
 import hashlib
-import json
 import math
 import warnings
-from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 # The six groups of prunable matrices and where each stands inside a layer.
@@ -31,26 +26,6 @@ GROUPS = {
     "intermediate": "intermediate.dense",
     "output": "output.dense",
 }
-
-# Tensors that checkpoints carry and that no model here uses, or none with that head.
-UNUSED = ("cls.seq_relationship.", "bert.embeddings.position_ids")
-UNUSED_BY_HEAD = {"words": ("bert.pooler.", "classifier."), "classifier": ("cls.",)}
-
-# Stored copies of tied tensors: name in the file -> the tensor that must hold the same numbers.
-TIED = {
-    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
-
-# RoBERTa's names for the same tensors.
-ROBERTA = {
-    "roberta.": "bert.",
-    "lm_head.dense.": "cls.predictions.transform.dense.",
-    "lm_head.layer_norm.": "cls.predictions.transform.LayerNorm.",
-    "lm_head.": "cls.predictions.",
-}
-
-SUPPORTED = {"hidden_act": ["gelu"], "position_embedding_type": ["absolute"], "model_type": ["bert", "roberta"]}
 
 
 @dataclass(frozen=True)
@@ -95,39 +70,6 @@ class Config:
 
 
 PER_LAYER = {"heads_per_layer": "num_attention_heads", "neurons_per_layer": "intermediate_size"}  # and its maximum
-FIELDS = [field for field in fields(Config) if field.name not in PER_LAYER]
-LARGEST = {"num_hidden_layers": 1000}  # each takes time to make, before the weights show that they are not there
-
-
-def load_config(folder):
-    """Read FOLDER/config.json. Raises ValueError that names the key when it is no model we can compute."""
-    path = Path(folder) / "config.json"
-    try:
-        stored = json.loads(path.read_text("utf-8"))
-        values = {f.name: stored[f.name] if f.default is MISSING else stored.get(f.name, f.default) for f in FIELDS}
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error.args[0]}") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}") from None
-    for field in FIELDS:
-        value, lowest = values[field.name], int(field.default is MISSING)
-        highest = LARGEST.get(field.name, 1 << 24 if field.type is int else 1)
-        if field.name in SUPPORTED:
-            if value not in SUPPORTED[field.name]:
-                raise ValueError(f"{path}: {field.name} is {value!r}, not {' or '.join(SUPPORTED[field.name])}")
-        elif type(value) not in (int, field.type) or not lowest <= value <= highest:
-            wanted = f"{field.type.__name__} of at least {lowest} and at most {highest}"
-            raise ValueError(f"{path}: {field.name} is {value!r}, not {wanted}")
-    if values["hidden_size"] % values["num_attention_heads"]:
-        raise ValueError(f"{path}: hidden_size is not divisible by num_attention_heads")
-    for name, highest in PER_LAYER.items():
-        counts = stored.get(name, [])
-        if not isinstance(counts, list) or len(counts) not in (0, values["num_hidden_layers"]):
-            raise ValueError(f"{path}: {name} is not a list of one number a layer")
-        if not all(type(count) is int and 0 <= count <= values[highest] for count in counts):
-            raise ValueError(f"{path}: {name} has a number that is not in 0 to {highest}")
-        values[name] = tuple(counts)
-    return Config(**values)
 
 
 class Embeddings(nn.Module):
@@ -316,65 +258,3 @@ def digest(tensors, described=""):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         found.update(tensor.detach().flatten().view(torch.uint8).cpu().numpy())
     return found.hexdigest()
-
-
-def canonical(name):
-    """A checkpoint's tensor name -> this model's: RoBERTa's, LayerNorm.gamma/beta, encoders saved without `bert.`."""
-    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    for theirs, ours in ROBERTA.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name if name.startswith(("bert.", "cls.", "classifier.")) else f"bert.{name}"
-
-
-def published(name, model_type):
-    """The inverse of canonical: the name under which checkpoints of this model_type store a tensor."""
-    for theirs, ours in ROBERTA.items() if model_type == "roberta" else ():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
-
-
-def read_weights(path):
-    """Tensors of a safetensors file in float32 under canonical names, without the unused and the tied ones.
-
-    Raises ValueError for an unreadable file, a tensor stored twice, or a decoder that is not tied.
-    """
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    tensors = {}
-    for name, tensor in stored.items():
-        if canonical(name) in tensors:
-            raise ValueError(f"{path} holds {canonical(name)} twice, once as {name}")
-        if not canonical(name).startswith(UNUSED):
-            if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-                raise ValueError(f"{path}: {name} is of {tensor.dtype}; weights of 16, 32 or 64 bits are known")
-            tensors[canonical(name)] = tensor.float()
-    for copy, original in TIED.items():
-        if copy in tensors and not torch.equal(tensors.pop(copy), tensors.get(original, torch.empty(0))):
-            raise ValueError(f"{path}: {copy} differs from {original}; only tied decoders are supported")
-    return tensors
-
-
-def load_model(folder, words, head="words", fresh=True, read=read_weights):
-    """A folder with config.json and model.safetensors -> Bert in float32 on the CPU, in training mode.
-
-    head: "words", or "classifier": fresh, or the file's; on the file's pooler where there is one. read: as
-    read_weights; one that remembers lets several models share what they do not change.
-    Raises ValueError that names the tensor when one is missing, unknown or misshapen, and when a word id lies
-    outside the vocabulary; OSError when a file is missing.
-    """
-    path = Path(folder) / "model.safetensors"
-    config, tensors = load_config(folder), read(path)
-    if max(words) >= config.vocab_size:
-        raise ValueError(f"{folder}: tokenizer.json has more words than the vocab_size of config.json")
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(UNUSED_BY_HEAD[head])}
-    if head == "classifier" and fresh:
-        tensors["classifier.weight"] = 0.02 * torch.randn(len(words), config.hidden_size)
-        tensors["classifier.bias"] = torch.zeros(len(words))
-    try:
-        return Bert.of(config, words, tensors, head)
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from None

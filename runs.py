@@ -15,7 +15,7 @@ import fetch
 import maskfile
 from data import TASKS, load_tokenizer
 from mask import METHODS
-from model import load_config, load_model, read_weights
+from pretrained import load_config, load_model, read_weights
 
 
 def load_backbone(folder, task, length, head, fresh=True, read=read_weights):
@@ -93,7 +93,7 @@ def tokenizer_digest(folder):
 def load_run(run, model_name=None, read=read_weights):
     """A finished run's folder, or a mask file -> (result, model folder, Bert, tokenizer, masks {name: bool} or {}).
 
-    read: see model.load_model. Raises ValueError that says what is missing or does not fit.
+    read: see pretrained.load_model. Raises ValueError that says what is missing or does not fit.
     """
     alone = run.is_file()
     mask_file = run if alone else run / "mask.safetensors"

@@ -48,9 +48,9 @@ def lines(result, argv, folder):
 
 def dense_command(argv, model):
     """The command of the dense reference point of a run: its own words, less those about pruning."""
-    kept, value_follows = [], False
+    kept, value_follows, of_pruning = [], False, OF_PRUNING.split()
     for word in argv:
-        if value_follows or word.partition("=")[0] in OF_PRUNING.split():
+        if value_follows or word.partition("=")[0] in of_pruning:
             value_follows = not value_follows and "=" not in word
         else:
             kept.append(word)

@@ -1,7 +1,8 @@
 """Learn a task by switching off weights of a frozen BERT, or fine-tune it as the dense reference.
 
-What it is: arguments, the loop, and the run folder (mask.safetensors, log.jsonl, result.json). What it is not: the
-method, which is mask.py. Sources: Jiang et al., ACL 2023 (arXiv 2210.06210), and its authors' code for the recipe.
+What it is: the loop, and the run folder (mask.safetensors, log.jsonl, result.json). What it is not: the method, which
+is mask.py, or the flags, which are arguments.py. Sources: Jiang et al., ACL 2023 (arXiv 2210.06210), and its authors'
+code for the recipe.
 
     python train.py                               # MiniLM on movie reviews: nothing to prepare, minutes on a laptop
     python train.py --task rte --sparsity 0.5     # the paper's setting: bert-base-uncased on GLUE
@@ -15,174 +16,32 @@ import platform
 import shlex
 import signal
 import statistics
-import sys
 import time
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
-import checkpoint
 import cluster
 import data
 import fetch
 import parallel
 import summary
-from checkpoint import in_background, restore, save_checkpoint
-from cli import (
-    Parser,
-    add_files,
-    add_machine,
-    choose_device,
-    code_version,
-    dtype_name,
-    make_deterministic,
-    one_line_errors,
-)
+from arguments import MOST_STEPS, parse_args
+from checkpoint import CHECKPOINT, in_background, restore, save_checkpoint
+from cli import choose_device, code_version, dtype_name, make_deterministic, one_line_errors
 from data import TASKS
 from eval import evaluate, load_split, show
-from mask import METHODS, density_at, penalty_at, smp_s
+from mask import METHODS, density_at, penalty_at
 from maskfile import pack_masks
-from model import load_model, published
 from picture import densities
+from pretrained import load_model, published
 from runs import load_backbone, load_run, plain, read_result, tokenizer_digest
 from shrink import config_json
 from step import Losses, make_learner, make_run, rate_at, train_step
 
-CHECKPOINT = "checkpoint.safetensors"
-MOST_STEPS = 10_000_000  # each has an entry in the schedule
 LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
-
-
-def make_parser():
-    """The flags, in groups."""
-    parser = Parser(
-        usage="python train.py [flags]",
-        description="Learn a task by switching off weights of a frozen BERT.",
-        epilog="Defaults that are not named are the task's (data.TASKS) or the method's (mask.METHODS).",
-    )
-    what = parser.add_argument_group("what")
-    what.add_argument("--task", choices=TASKS, default="movies", metavar="TASK", help=f"{', '.join(TASKS)} (movies)")
-    methods = f"{', '.join(METHODS)} (smp-s)"
-    what.add_argument("--method", choices=METHODS, default="smp-s", metavar="METHOD", help=methods)
-    what.add_argument("--sparsity", type=float, help="share of weights removed; p-...: of multiply-accumulates (0.5)")
-    what.add_argument("--seed", type=int, default=0, help="of batches, dropout and fresh weights (0)")
-    what.add_argument("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/ and the settings")
-    what.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with an interrupted run; no other flags")
-    add_files(what)
-    method = parser.add_argument_group("method")
-    method.add_argument("--lr", type=float, help="highest learning rate of the scores")
-    method.add_argument("--weight-lr", type=float, default=3e-5, help="the same of weights that train (3e-5)")
-    method.add_argument("--warmup", type=float, default=0.0, help="share of the steps in which both rise (0)")
-    method.add_argument("--hold", type=float, default=0.0, help="share of the steps before any weight is removed (0)")
-    method.add_argument("--ramp", type=float, help="share of the steps after which the density is at its target")
-    method.add_argument("--schedule", choices=("cubic", "linear"), help="of the density; default: linear for RoBERTa")
-    method.add_argument("--penalty", type=float, help="lambda of the regularizer at the end")
-    method.add_argument("--temperature", type=float, help="p of SMP-S; default: 4 when most weights stay, else 1")
-    method.add_argument("--head", choices=("words", "classifier"), help="label words, or a fresh linear layer")
-    method.add_argument("--teacher", type=Path, metavar="RUN_DIR", help="a finished --method finetune to learn from")
-    method.add_argument("--ffn-share", type=float, help="p-...: what neurons lose for 1 that heads lose (5)")
-    length = parser.add_argument_group("length")
-    length.add_argument("--epochs", type=float, help="passes over the training set")
-    length.add_argument("--steps", type=int, help="train for so many steps, whatever --epochs says")
-    length.add_argument("--batch", type=int, help="examples a step")
-    length.add_argument("--length", type=int, help="longest input in tokens; longer ones are cut")
-    length.add_argument("--evals", type=int, help="evaluations in a run")
-    machine = parser.add_argument_group("machine")
-    add_machine(machine)
-    machine.add_argument("--accumulate", type=int, default=1, metavar="PARTS", help="take a batch in so many parts (1)")
-    machine.add_argument("--compile", action="store_true", help="let torch.compile fuse the kernels of a step")
-    machine.add_argument("--eager", action="store_true", help="on CUDA: launch each kernel of a step, record no graphs")
-    machine.add_argument("--deterministic", action="store_true", help="the same bits every time on a GPU too; slower")
-    return parser
-
-
-def parse_args(argv=None):
-    """Arguments with the task's defaults filled in. Exits with status 2 and one line when they make no sense."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    args.argv, args.spent = sys.argv[1:] if argv is None else argv, 0.0
-    if args.resume:
-        args = continued(parser, args)
-    row = METHODS[args.method]
-    if args.sparsity and not row.masking and not row.units:
-        parser.error(f"--sparsity: {args.method} removes nothing; leave it away, or choose another --method")
-    for name in ("lr", "penalty"):
-        if getattr(args, name) is not None and not row.learns_scores:
-            parser.error(f"--{name}: {args.method} learns no scores; its weights have --weight-lr")
-    if args.temperature and row.masking is not smp_s:
-        parser.error(f"--temperature: {args.method} gives layers no share by their importance; smp-s does")
-    if args.ffn_share and not row.units:
-        parser.error(f"--ffn-share: {args.method} removes no heads and neurons; leave it away")
-    fill_defaults(args)
-    check_ranges(args, parser.error)
-    return args
-
-
-def continued(parser, args):
-    """The arguments of the run that --resume names. Exits with status 2 and one line when it cannot go on."""
-    if len(args.argv) > 1 + (args.argv[0] == "--resume") or parallel.PROCESSES > 1:
-        parser.error("--resume takes the settings of its run: no other flags, and one process")
-    with one_line_errors():
-        if (args.resume / "result.json").exists():
-            raise ValueError(f"--resume: {args.resume} is finished; look at it with: python eval.py {args.resume}")
-        if not (args.resume / CHECKPOINT).exists():
-            raise ValueError(f"--resume: there is no {args.resume / CHECKPOINT}; a run has one once it has evaluated")
-        state, _ = checkpoint.read(args.resume / CHECKPOINT)
-        if not all(isinstance(word, str) and word not in ("-h", "--help") for word in state["argv"]):
-            raise ValueError(f"{args.resume / CHECKPOINT} is not a checkpoint of train.py: its command is none")
-    again = parser.parse_args(state["argv"])
-    again.argv, again.spent, again.log, again.identity = (state[key] for key in ("argv", "spent", "log", "identity"))
-    again.resume = again.out = args.resume
-    return again
-
-
-def fill_defaults(args):
-    """Put the defaults of the task and the method where no flag was given."""
-    for name in ("model", "epochs", "batch", "length", "ramp", "evals"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(TASKS[args.task], name))
-    row = METHODS[args.method]
-    lr = row.score_lr if row.learns_scores else None
-    for name, value in (("lr", lr), ("penalty", row.penalty), ("head", row.head), ("ffn_share", 5.0)):
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.sparsity is None:
-        args.sparsity = 0.5 if row.masking or row.units else 0.0
-    if args.out is None:
-        parts = [args.task, Path(args.model).name, args.method, f"{args.sparsity:g}"]
-        parts += ["classifier"] * (args.head == "classifier") + ["taught"] * bool(args.teacher)
-        parts += [f"{args.steps}steps"] * bool(args.steps) + [f"seed{args.seed}"]
-        args.out = Path("runs") / "-".join(parts)
-
-
-def check_ranges(args, error):
-    """Call error with one line that names the flag if a number is out of its range."""
-    if not 0 <= args.sparsity < 1:
-        error(f"--sparsity is the share of weights removed, in [0, 1); got {args.sparsity}")
-    if not 0 <= args.ramp <= 1:
-        error(f"--ramp is a share of the steps, in [0, 1]; got {args.ramp}")
-    if not 0 <= args.hold <= args.ramp:
-        error(f"--hold is a share of the steps, from 0 to that of --ramp, {args.ramp}; got {args.hold}")
-    if not 0 <= args.warmup < 1:
-        error(f"--warmup is a share of the steps, in [0, 1); got {args.warmup}")
-    if not 0 <= args.penalty < math.inf:
-        error(f"--penalty must be at least 0; got {args.penalty}")
-    if not 0 <= args.seed < 2**63:
-        error(f"--seed must be at least 0 and less than 2^63; got {args.seed}")
-    if METHODS[args.method].units and parallel.PROCESSES > 1:
-        error(f"--method {args.method} chooses its heads and neurons in one process: start it with python")
-    for name in ("lr", "weight_lr", "temperature", "epochs", "steps", "batch", "evals", "accumulate", "ffn_share"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            error(f"--{name.replace('_', '-')} must be greater than 0; got {value}")
-    if args.epochs > MOST_STEPS or (args.steps or 0) > MOST_STEPS:
-        error(f"--steps and --epochs can be at most {MOST_STEPS:,}")
-    if args.accumulate * parallel.PROCESSES > args.batch:
-        processes = f"{parallel.PROCESSES} process(es)"
-        error(f"--accumulate: a batch of {args.batch} has no {args.accumulate} parts in {processes}")
 
 
 def check_run_folder(folder):

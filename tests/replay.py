@@ -27,7 +27,8 @@ import cluster
 import mask
 from data import Part
 from mask import Masks, density_at, penalty_at
-from model import Config, Encoder, load_model
+from model import Config, Encoder
+from pretrained import load_model
 from step import Learner, Losses, make_run, rate_at, train_step
 
 BOUNDS = {

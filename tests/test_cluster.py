@@ -12,7 +12,8 @@ import cluster
 import data
 import eval as eval_
 import train
-from model import Config, load_model
+from model import Config
+from pretrained import load_model
 
 BASE = Config(30522, 768, 12, 12, 3072, 512, 2)
 

@@ -1,45 +1,39 @@
-"""experiments.py: missing runs are made once, failures are said and tried again, tables are right."""
+"""experiments.py and lists.py: missing runs are made once, failures are said and tried again, tables are right."""
 
 import json
+import shlex
+import subprocess
+import threading
 
 import pytest
 
+import arguments
 import experiments
-import train
-from experiments import table
+import lists
+from experiments import curves, kind, table
 
 
 @pytest.fixture
 def tiny(monkeypatch, make_model, glue, tmp_path):
     """tiny() makes the missing of two runs, one of which fails until its temperature is mended."""
-    monkeypatch.setattr(experiments, "STEPS", {"movies": 2})
+    monkeypatch.setattr(lists, "STEPS", {"movies": 2})
     small = {"length": 16, "batch": 8, "device": "cpu"}
     bad = [-1]
 
     def runs():
-        yield experiments.run("movies", "smp-s", 0.5, 0, **small)
-        yield experiments.run("movies", "smp-s", 0.5, 1, temperature=bad[0], **small)
+        yield lists.run("movies", "smp-s", 0.5, 0, **small)
+        yield lists.run("movies", "smp-s", 0.5, 1, temperature=bad[0], **small)
+        yield lists.run("movies", "smp-s", 0.5, 0, **small)  # again, but it is one run
 
     monkeypatch.setattr(experiments, "LISTS", {"tiny": runs})
-    model = str(make_model())
+    machine = ["--data-dir", glue, "--model", make_model()]
 
     def go():
-        argv = [
-            "run",
-            "tiny",
-            "--at-once",
-            "2",
-            "--results",
-            tmp_path / "results",
-            "--data-dir",
-            glue,
-            "--model",
-            model,
-        ]
+        argv = ["run", "tiny", "--at-once", "2", "--results", tmp_path / "results", *machine]
         experiments.main([str(a) for a in argv])
         return read(go.path)
 
-    go.path = tmp_path / "results" / "tiny.jsonl"
+    go.path = tmp_path / "results" / "runs.jsonl"
     return go, bad
 
 
@@ -53,34 +47,68 @@ def test_missing_runs_are_made_once(tiny, capsys):
         go()
     (line,) = read(go.path)
     out = capsys.readouterr().out
-    assert "0 runs are in" in out and "2 are missing" in out and "--temperature must be greater than 0" in out
+    assert "0 runs of tiny are in" in out and "2 are missing" in out and "--temperature must be greater than 0" in out
     assert line["command"].startswith("python train.py --task=movies --model=minilm --method=smp-s --sparsity=0.5")
-    assert line["seed"] == 0 and line["final"]["accuracy"] >= 0 and line["at_once"] == 2 and "commit" in line
+    assert line["seed"] == 0 and line["final"]["accuracy"] >= 0 and line["at_once"] == 2 and line["gpus"] == 0
+    assert len(line["fingerprint"]) == 64 and "commit" in line
     bad[0] = 2
     assert [line["seed"] for line in go()] == [0, 1]
-    assert "1 runs are in" in capsys.readouterr().out
+    assert "1 runs of tiny are in" in capsys.readouterr().out
     assert len(go()) == 2
 
 
+@pytest.fixture
+def pretend(monkeypatch, tmp_path):
+    """pretend(make_run, *flags) makes six runs with a make_run of one's own -> the lines of the file."""
+    monkeypatch.setattr(experiments, "LISTS", {"six": lambda: (f"--seed={n}" for n in range(6))})
+
+    def go(make_run, *flags):
+        monkeypatch.setattr(experiments, "make_run", make_run)
+        experiments.main(["run", "six", "--results", str(tmp_path), *flags])
+        path = tmp_path / "runs.jsonl"
+        return read(path) if path.exists() else []
+
+    return go
+
+
+def test_runs_at_a_time_have_gpus_of_their_own(pretend, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    together, seen = threading.Barrier(2, timeout=20), []
+
+    def make_run(command, machine, seconds, gpu):
+        seen.append((together.wait(), gpu))  # two are there at a time, or it breaks
+        return {"command": command, "final": 1}
+
+    assert len(pretend(make_run, "--at-once", "2")) == 6
+    assert sorted(gpu for _, gpu in seen) == ["3"] * 3 + ["5"] * 3
+
+
+def test_time_over_is_no_failure(pretend, capsys):
+    left = []
+
+    def make_run(command, machine, seconds, gpu):
+        left.append(seconds)
+        raise subprocess.TimeoutExpired(command, seconds)
+
+    assert pretend(make_run, "--seconds", "100") == []
+    assert len(left) == 6 and all(90 < seconds <= 100 for seconds in left)
+    assert capsys.readouterr().out.count("stopped, out of time") == 6
+    assert pretend(make_run, "--seconds", "0.5") == [] and len(left) == 6  # too late to begin
+
+
 def line(task, method, seed, value, **more):
-    steps = experiments.STEPS[task]
+    steps = lists.STEPS[task]
     command = f"python train.py --task={task} --model=minilm --method={method} --steps={steps} --seed={seed}"
-    result = {
-        "command": command,
-        "task": task,
-        "method": method,
-        "sparsity": 0.5 if method == "l0" else 0.2,
-        "final": {"accuracy": value, "f1": 0.1},
-        "density": 0.5,
-        "seconds": 90.0,
-    }
-    result |= {"best": {"dev": {"accuracy": value + 0.01}}, "stored_numbers": 0, "stored_bits": 10_600_000}
-    return result | more
+    sparsity, final = 0.5 if method == "l0" else 0.2, {"accuracy": value, "f1": 0.1}
+    result = {"command": command, "task": task, "method": method, "sparsity": sparsity, "final": final}
+    result |= {"density": 0.5, "seconds": 90.0, "stored_numbers": 0, "stored_bits": 10_600_000}
+    return result | {"best": {"dev": {"accuracy": value + 0.01}}} | more
 
 
 def test_a_table_by_hand():
     lines = [line("movies", "smp-s", 0, 0.85), line("movies", "smp-s", 1, 0.87), line("mrpc", "smp-s", 0, 0.8)]
     lines.append(line("mrpc", "l0", 0, 0.7, reached=0.31, stored_numbers=2_500_000))
+    lines.append(line("mrpc", "l0", 1, 0.7, reached=0.42, stored_numbers=2_500_000))
     lines.append(line("mrpc", "smp-s", 2, 0.5, stored_numbers=770))
     lines[-1]["command"] = lines[-1]["command"].replace("steps=", "steps=1")  # another row, which says so
     rows = table(lines).splitlines()
@@ -88,44 +116,74 @@ def test_a_table_by_hand():
     assert rows[0] == f"| method | {tasks} | stored a task | density reached | minutes |"
     assert rows[2] == "| smp-s | 86.0 ± 1.4 (2) | 80.0 (1) | 10.6 Mbit | 0.50 | 1.5 |"  # less sparse comes first
     assert rows[3] == "| smp-s --steps=13450 |  | 50.0 (1) | 770 numbers + 10.6 Mbit | 0.50 | 1.5 |"
-    assert rows[4] == "| l0 |  | 70.0 (1) | 2.5 M numbers + 10.6 Mbit | 0.31 | 1.5 |"
+    assert rows[4] == "| l0 |  | 70.0 ± 0.0 (2) | 2.5 M numbers + 10.6 Mbit | 0.31 to 0.42 | 1.5 |"
     assert "| 87.0 ± 1.4 (2) |" in table(lines, "best")
 
 
-def test_a_penalty_of_the_task_is_named_as_such_and_another_is_said():
-    own = experiments.PENALTIES[0.5]
+def test_a_row_may_have_a_lambda_for_each_task():
+    own = lists.PENALTIES[0.5]
     assert own["movies"] != own["mrpc"]
-    made = [experiments.run(t, "soft-movement", 0.5, penalty=own[t], weight_lr=1e-4) for t in ("movies", "mrpc")]
-    made.append(experiments.run("mrpc", "soft-movement", 0.5, penalty=own["movies"], weight_lr=1e-4))
-    tasks = ("movies", "mrpc", "mrpc")
-    kinds = [
-        experiments.kind({"command": f"python train.py {arguments}", "task": task, "sparsity": 0.5})
-        for arguments, task in zip(made, tasks, strict=True)
-    ]
-    assert kinds[0] == kinds[1] == "soft-movement --sparsity=0.5 --penalty=PENALTIES --weight-lr=0.0001"
-    assert kinds[2] == f"soft-movement --sparsity=0.5 --penalty={own['movies']} --weight-lr=0.0001"
+
+    def made(task, penalty, method="soft-movement"):
+        command = f"python train.py {lists.run(task, method, 0.5, penalty=penalty, weight_lr=1e-4)}"
+        return line(task, method, 0, 0.8) | {"command": command, "sparsity": 0.5}
+
+    lines = [made("movies", own["movies"]), made("mrpc", own["mrpc"]), made("mrpc", own["movies"])]
+    lines.append(made("mrpc", own["mrpc"], "movement"))
+    soft, rest = "soft-movement --sparsity=0.5 --penalty=", " --weight-lr=0.0001"
+    named = [f"{soft}PENALTIES{rest}", f"{soft}PENALTIES{rest}", f"{soft}{own['movies']}{rest}"]
+    assert [kind(made, by_task=True) for made in lines[:3]] == named
+    assert kind(lines[3], by_task=True) == f"movement --sparsity=0.5 --penalty={own['mrpc']}{rest}"
+    assert [kind(made) for made in lines[:2]] == [f"{soft}{own[task]}{rest}" for task in ("movies", "mrpc")]
+    assert sum(row.startswith("| soft") for row in table(lines, by_task=True).splitlines()) == 2
+    assert all(row.count("80.0 (1)") == 1 for row in table(lines[:3]).splitlines()[3:])  # each row has its results
 
 
 def test_curves_by_hand():
-    lines = [line("movies", "smp-s", seed, value, sparsity=0.9) for seed, value in ((0, 0.8), (1, 0.84))]
-    lines += [line("movies", "smp-s", 0, 0.85, sparsity=0.5), line("movies", "finetune", 0, 0.86, sparsity=0.0)]
-    found = experiments.curves(lines)
-    assert list(found) == ["movies, finetune", "movies, smp-s"]
-    (half, mean, spread), tenth = found["movies, smp-s"]
+    lines = [line("movies", "l0", seed, value, sparsity=0.9) for seed, value in ((0, 0.8), (1, 0.84))]
+    lines += [line("movies", "l0", 0, 0.85, sparsity=0.5), line("movies", "finetune", 0, 0.86, sparsity=0.0)]
+    for made in lines:
+        made["command"] += f" --sparsity={made['sparsity']}"
+    found = curves(lines)
+    assert list(found) == ["movies, finetune", "movies, l0"]
+    (half, mean, spread), tenth = found["movies, l0"]
     assert (half, mean) == (0.5, 0.85) and spread != spread  # of one seed there is no deviation
     assert tenth == (0.9, pytest.approx(0.82), pytest.approx(0.04 / 2**0.5))
+    for other in (line("mrpc", "l0", 0, 0.8), lines[0] | {"command": lines[0]["command"] + " --hold=0.3"}):
+        with pytest.raises(ValueError, match="plot is for lists of one task"):
+            curves([*lines, other])
 
 
-def test_a_broken_results_file_is_named(tmp_path, fails):
-    (tmp_path / "main.jsonl").write_text("5\n")
-    assert "main.jsonl:1 is not the result of a run" in fails(
+def test_what_cannot_be_shown_is_refused(tmp_path, fails):
+    for text in ("5", "{}", json.dumps(line("movies", "l0", 0, 0.8) | {"task": "none"})):
+        (tmp_path / "runs.jsonl").write_text(text + "\n")
+        error = fails(experiments.main, ["table", "main", "--results", tmp_path])
+        assert "runs.jsonl:1 is not the result of a run; delete that line" in error
+    (tmp_path / "runs.jsonl").unlink()
+    assert "make them with: python experiments.py run main" in fails(
         experiments.main, ["table", "main", "--results", tmp_path]
     )
+    assert "--best is for table" in fails(experiments.main, ["plot", "curve", "--best"])
 
 
-def test_lists_have_the_runs_that_are_reported():
-    main = list(experiments.compared())
-    assert len(main) == len(set(main)) == 12 * (5 * 5 + 3)
-    for make in experiments.LISTS.values():
-        for arguments in make():
-            train.parse_args(experiments.shlex.split(arguments))  # exits if a flag is unknown or out of range
+def test_the_lists_are_what_is_reported():
+    done = [
+        line["command"] for line in read(experiments.Path(experiments.__file__).with_name("results") / "runs.jsonl")
+    ]
+    wanted = {command for name in lists.LISTS for command in experiments.commands(name)}
+    assert len(done) == len(set(done)) and set(done) == wanted
+    for command in wanted:
+        arguments.parse_args(shlex.split(command)[2:])  # exits if a flag is unknown or out of range
+    main = experiments.commands("main")
+    assert len(main) == 12 * (5 * 5 + 3)  # dense; five methods at two sparsities, and one of them once more
+
+
+def test_what_was_chosen_is_among_what_was_tried():
+    tried = set(experiments.commands("tuning"))
+    defaults = {("finetune", None): {"warmup": 0}, ("magnitude", 0.5): {"warmup": 0}}  # as they stand in the grids
+    defaults |= {("smp-s", sparsity): {"penalty": 400} for sparsity in lists.SPARSITIES}
+    on = {"soft-movement": lists.SEEDS, "movement": ("movies",)}
+    for method, sparsity in lists.TUNED:
+        for task in on.get(method, ("mrpc",)) if method not in ("smp-l", "smp-g") else ():  # those two follow smp-s
+            flags = lists.tuned(task, method, sparsity) | defaults.get((method, sparsity), {})
+            assert f"python train.py {lists.run(task, method, sparsity, **flags)}" in tried

@@ -11,7 +11,7 @@ from test_model import roberta_name
 import eval as eval_
 import train
 from mask import apply_masks
-from model import load_model
+from pretrained import load_model
 from runs import load_run
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import arguments
 import eval as eval_
 import train
 from mask import METHODS, Masks, hard_concrete
@@ -103,6 +104,24 @@ def test_l0_counts_the_chance_of_an_open_gate_and_learns_through_it():
     assert np.allclose(masks.baked(0.5)["w"], WEIGHTS * median * [[0, 0], [1, 1]], atol=1e-5)
 
 
+def test_l0_starts_nine_tenths_open_and_counts_gates_that_are_open_without_noise():
+    assert torch.sigmoid(one("l0").learnt["g"]).tolist() == [[[pytest.approx(0.9)] * 2] * 2]
+    masks = one("l0", scores=[[-2.5, -2.3], [1.0, 1.0]])  # sigmoid: 0.076 0.091; 1.2 s - 0.1 > 0 from 1/12 = 0.083 on
+    assert masks.reached(0.5) == 0.75 and (masks.baked(1.0)["w"] != 0).tolist() == [[False, True], [True, True]]
+
+
+def test_what_scores_are_and_what_trains():
+    rows = {m: (r.scores if r.masking else None, r.penalty, r.trains_weights) for m, r in METHODS.items()}
+    assert rows == {
+        **dict.fromkeys(("smp-s", "smp-l", "smp-g", "smp-t"), ("learnt", 400, False)),
+        **dict.fromkeys(("soft-movement", "l0"), ("learnt", 400, True)),
+        "movement": ("learnt", 0, True),
+        "magnitude": ("magnitude", 0, True),
+        "random": ("random", 0, True),
+        **dict.fromkeys(("finetune", "p-pruning", "p-activation", "p-random"), (None, 0, True)),
+    }
+
+
 def test_temperature_can_be_set():
     assert (
         one("smp-s").temperature == 1
@@ -143,9 +162,14 @@ def test_what_a_method_does_not_have_is_refused(fails):
     assert "--penalty: random learns no scores" in fails(train.main, ["--method", "random", "--penalty", "1"])
     assert "--temperature: movement gives" in fails(train.main, ["--method", "movement", "--temperature", "2"])
     assert "--ffn-share: smp-s removes no heads" in fails(train.main, ["--ffn-share", "2"])
+    assert "--weight-lr: smp-s trains no weights" in fails(train.main, ["--weight-lr", "1"])
+    arguments.parse_args(["--weight-lr", "1", "--head", "classifier"])  # it does
+    for method, flag in (("l0", "--hold"), ("soft-movement", "--ramp"), ("finetune", "--hold"), ("smp-t", "--hold")):
+        assert f"{flag}: {method} has no schedule" in fails(train.main, ["--method", method, flag, "0.2"])
+    assert "--schedule: p-pruning has no" in fails(train.main, ["--method", "p-pruning", "--schedule", "linear"])
     for flag in ("--epochs", "--steps"):
         assert "can be at most 10,000,000" in fails(train.main, [flag, "10000001"])
-    assert "--weight-lr must be greater than 0" in fails(train.main, ["--weight-lr", "-1"])
+    assert "--weight-lr must be greater than 0" in fails(train.main, ["--method", "random", "--weight-lr", "-1"])
     assert "--warmup is a share of the steps" in fails(train.main, ["--warmup", "1"])
 
 

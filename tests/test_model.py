@@ -10,7 +10,7 @@ from conftest import CONFIG, bert_tensors
 from safetensors.torch import save_file
 from torch import nn
 
-from model import load_model
+from pretrained import load_model
 
 IDS = torch.tensor([[2, 5, 9, 13, 3], [2, 7, 3, 0, 0]])
 TYPES = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])

@@ -20,7 +20,7 @@ import eval as eval_  # noqa: E402
 import parallel  # noqa: E402
 import step  # noqa: E402
 from mask import density_at, penalty_at  # noqa: E402
-from model import load_model  # noqa: E402
+from pretrained import load_model  # noqa: E402
 
 TOTAL = 12
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -71,6 +71,16 @@ def test_two_processes_from_end_to_end(make_model, glue, tmp_path, capsys):
     assert [line["step"] for line in lines if "dev" in line] == [3, 6, 9, 12]
     eval_.main([str(tmp_path / "run")])  # alone, all of the dev set: the answers were gathered in order
     assert f"accuracy {result['final']['accuracy']:.4f}; training reported" in capsys.readouterr().out
+
+
+def test_processes_compare_names_and_numbers(monkeypatch):
+    told = []
+    monkeypatch.setattr(parallel, "PROCESSES", 2)
+    monkeypatch.setattr(parallel, "gather", lambda items: told.extend(items) or items)
+    one = torch.ones(3)
+    for tensors in ({"a": one}, {"b": one}, {"a": one[:2]}, {"a": one.nextafter(2 * one)}, {"a": one.clone()}):
+        parallel.check_equal(tensors)
+    assert told[0] == told[-1] and len(set(told)) == 4
 
 
 def test_processes_that_disagree_are_noticed(monkeypatch):

@@ -8,7 +8,8 @@ import torch
 
 import eval as eval_
 import train
-from model import Bert, Config, load_config
+from model import Bert, Config
+from pretrained import load_config
 from shrink import fold_dead, shrink
 
 CONFIG = Config(60, 32, 3, 4, 48, 32, 2)

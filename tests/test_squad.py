@@ -15,7 +15,7 @@ import fetch
 import squad
 import step
 import train
-from model import load_model
+from pretrained import load_model
 
 CONTEXT = "the film was good , it was fun . a bad film is dull and very bad"
 

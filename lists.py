@@ -1,0 +1,156 @@
+"""What is run for the comparisons: lists of runs, and what tuning found.
+
+What it is: every run behind the tables as the arguments of train.py, by which it is known. What it is not: it runs
+nothing and shows nothing; that is experiments.py. Sources: Jiang et al., ACL 2023, tables 1 to 3, for what is compared.
+
+    for arguments in LISTS["main"](): ...  # "--task=movies --model=minilm --method=finetune --steps=1196 --seed=0 ..."
+"""
+
+import itertools
+import shlex
+
+# Steps of MiniLM's runs, the same for all methods of a task: for GLUE a fifth to a half of the defaults.
+STEPS = {"movies": 1196, "rte": 3120, "mrpc": 3450, "cola": 3216, "stsb": 3600, "sst2": 3159, "squad": 2870}
+SEEDS = {"movies": 5, "rte": 5, "mrpc": 5, "cola": 5, "stsb": 5, "sst2": 3}
+SPARSITIES = (0.5, 0.9)
+COMPARED = ("magnitude", "movement", "soft-movement", "smp-l", "smp-s")
+
+# What the list `tuning` found, by method and sparsity.
+MOVEMENT = {"weight_lr": 1e-4, "hold": 0.3, "schedule": "linear"}
+TUNED = {
+    ("finetune", None): {"weight_lr": 1e-4},
+    ("magnitude", 0.5): {"weight_lr": 1e-4},
+    ("magnitude", 0.9): {"weight_lr": 1e-4, "hold": 0.1},
+    ("movement", 0.5): MOVEMENT,
+    ("movement", 0.9): MOVEMENT,
+    ("soft-movement", 0.5): {"weight_lr": 1e-4},
+    ("soft-movement", 0.9): {"weight_lr": 1e-4},
+    ("l0", 0.5): {"weight_lr": 1e-4, "penalty": 25},
+    ("l0", 0.9): {"weight_lr": 1e-4, "penalty": 100},
+}
+TUNED |= {(method, 0.5): {"lr": 4e-2} for method in ("smp-s", "smp-l", "smp-g")}
+TUNED |= {(method, 0.9): {"lr": 1e-2} for method in ("smp-s", "smp-l", "smp-g")}
+# Lambda of soft movement: which share of the weights it leaves depends on the task.
+PENALTIES = {
+    0.5: {"movies": 400, "rte": 50, "mrpc": 50, "cola": 200, "stsb": 100, "sst2": 200},
+    0.9: {"movies": 6400, "rte": 800, "mrpc": 800, "cola": 1200, "stsb": 1600, "sst2": 800},
+}
+
+
+def tuned(task, method, sparsity=None):
+    """What tuning found for a method at a sparsity, as flags."""
+    own = {"penalty": PENALTIES[sparsity][task]} if method == "soft-movement" else {}
+    return TUNED.get((method, sparsity), {}) | own
+
+
+def run(task, method, sparsity=None, seed=0, **flags):
+    """The arguments of a run as one line, by which it is known."""
+    given = {"task": task, "model": "minilm", "method": method, "sparsity": sparsity}
+    given |= {"steps": STEPS[task], "seed": seed} | dict(sorted(flags.items()))
+    return shlex.join(f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None)
+
+
+def main():
+    """Every method on every task, tuned, with equal steps."""
+    for task, seeds in SEEDS.items():
+        for seed in range(seeds):
+            yield run(task, "finetune", seed=seed, **tuned(task, "finetune"))
+            for method, sparsity in itertools.product(COMPARED, SPARSITIES):
+                yield run(task, method, sparsity, seed, **tuned(task, method, sparsity))
+            # What movement pruning gained from, SMP may gain from too: on STS-B it does.
+            yield run(task, "smp-s", 0.9, seed, **tuned(task, "smp-s", 0.9) | {"schedule": "linear"})
+
+
+def ablations():
+    """Without the regularizer, with a fresh head, ranked together or by threshold; two tasks, three seeds."""
+    for sparsity in SPARSITIES:  # whether movement needs more time than all others
+        for settings in ({"hold": 0}, {"hold": 0.3}, MOVEMENT):
+            yield run("sst2", "movement", sparsity, steps=4 * STEPS["sst2"], **settings)
+        yield run("mrpc", "movement", sparsity, steps=4 * STEPS["mrpc"], **MOVEMENT)
+    for task, seed, sparsity in itertools.product(("mrpc", "sst2"), range(3), SPARSITIES):
+        for method in ("smp-s", "smp-l"):
+            yield run(task, method, sparsity, seed, **tuned(task, method, sparsity) | {"penalty": 0})
+            yield run(task, method, sparsity, seed, **tuned(task, method, sparsity) | {"head": "classifier"})
+        for method in ("smp-g", "smp-t", "l0", "random"):
+            yield run(task, method, sparsity, seed, **tuned(task, method, sparsity))
+        yield run(task, "movement", sparsity, seed, penalty=400, weight_lr=1e-4)
+
+
+def abandoned():
+    """What tuning chose first, on all tasks: movement without a late or a linear start, MRPC's lambdas everywhere."""
+    for task, seeds in SEEDS.items():
+        for seed, sparsity in itertools.product(range(seeds), SPARSITIES):
+            yield run(task, "movement", sparsity, seed, lr=1e-3)
+            yield run(task, "movement", sparsity, seed, hold=0.3, weight_lr=1e-4)
+            yield run(task, "soft-movement", sparsity, seed, penalty=PENALTIES[sparsity]["mrpc"], weight_lr=1e-4)
+
+
+def units():
+    """P-pruning beside simpler choices of heads and neurons, SMP at the same share removed, and the dense model."""
+    for task, seeds in (("movies", 3), ("mrpc", 3), ("sst2", 1), ("squad", 1)):
+        for seed in range(seeds):
+            yield run(task, "finetune", seed=seed, **tuned(task, "finetune"))
+            for sparsity in (0.2, 0.4, 0.6):
+                for method in ("p-pruning", "p-activation", "p-random"):
+                    yield run(task, method, sparsity, seed, **tuned(task, "finetune"))
+                yield run(task, "smp-s", sparsity, seed)
+
+
+def curve():
+    """Accuracy over sparsity of the default task, with what was tuned at 0.5, or from 0.8 on at 0.9."""
+    for seed in range(3):
+        yield run("movies", "finetune", seed=seed, **tuned("movies", "finetune"))
+        for sparsity in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97):
+            for method in ("smp-s", "movement", "magnitude"):
+                flags = tuned("movies", method, 0.5 if sparsity < 0.8 else 0.9)
+                yield run("movies", method, sparsity, seed, **flags)
+
+
+RATE = {"weight_lr": (1e-4,)}
+RATES = {"weight_lr": (3e-5, 1e-4)}
+WARMUPS = {"weight_lr": (3e-5, 1e-4, 3e-4), "warmup": (0, 0.1)}
+STSB = {"lr": (1e-2,), "seed": (0, 3)}  # where SMP-S is weak
+OTHERS = "rte cola stsb sst2"
+# Of each method its own knobs: tasks, methods, sparsities, and values of flags, all with all.
+GRIDS = (
+    ("mrpc", "finetune", (None,), WARMUPS),
+    ("mrpc", "magnitude", SPARSITIES, WARMUPS),
+    ("mrpc", "magnitude movement", SPARSITIES, RATES | {"hold": (0.1, 0.3)}),
+    ("mrpc", "magnitude", SPARSITIES, RATE | {"hold": (0, 0.1, 0.3), "schedule": ("linear",)}),
+    ("mrpc", "movement", SPARSITIES, WARMUPS | {"lr": (1e-3, 1e-2)}),
+    ("mrpc", "movement", SPARSITIES, RATE | {"penalty": (50, 400)}),  # whether the regularizer is what it lacks
+    ("mrpc", "movement", SPARSITIES, RATE | {"steps": (4 * STEPS["mrpc"],)}),
+    ("movies", "movement", (0.5,), RATES | {"hold": (0, 0.3), "lr": (1e-3, 1e-2, 3e-2)}),
+    ("movies", "movement", (0.3, 0.7, 0.8, 0.95, 0.97), RATE | {"hold": (0.3,), "seed": (0, 1, 2)}),
+    ("mrpc movies", "movement", SPARSITIES, RATE | {"hold": (0.5,), "lr": (1e-2, 3e-2)}),
+    ("mrpc movies", "movement", SPARSITIES, RATE | {"hold": (0.1, 0.3), "schedule": ("linear",), "seed": (0, 1, 2)}),
+    ("mrpc", "soft-movement", SPARSITIES, RATES | {"penalty": (10, 50, 100, 400, 800, 1600)}),
+    ("movies", "soft-movement", (0.5,), RATE | {"penalty": (50, 200, 400, 800, 1600)}),
+    ("movies", "soft-movement", (0.9,), RATE | {"penalty": (800, 1600, 3200, 4800, 6400)}),
+    (OTHERS, "soft-movement", (0.5,), RATE | {"penalty": (50, 100, 200, 400)}),
+    (OTHERS, "soft-movement", (0.9,), RATE | {"penalty": (800, 1200, 1600, 3200)}),
+    ("mrpc", "l0", SPARSITIES, RATE | {"penalty": (25, 100, 400)}),
+    ("mrpc", "l0", (0.5,), RATE | {"lr": (3e-2, 1e-1), "penalty": (50, 200)}),
+    ("mrpc", "l0", (0.9,), RATE | {"lr": (3e-2, 1e-1), "penalty": (200, 800)}),
+    ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 2e-2, 4e-2), "penalty": (100, 400)}),
+    ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 4e-2), "schedule": ("linear",)}),
+    (f"movies {OTHERS}", "smp-s", (0.5,), {"lr": (1e-2, 2e-2)}),
+    (f"movies {OTHERS}", "smp-s", (0.9,), {"lr": (5e-3, 2e-2)}),
+    ("stsb", "smp-s", (0.9,), STSB | {"lr": (2e-2,)}),
+    ("stsb", "smp-s", (0.9,), STSB | {"penalty": (100, 200, 800)}),
+    ("stsb", "smp-s", (0.9,), STSB | {"ramp": (0.4, 0.8)}),
+    ("stsb", "smp-s", (0.9,), STSB | {"hold": (0.1,)}),
+    ("stsb", "smp-s", (0.9,), STSB | {"warmup": (0.1,)}),
+    ("stsb", "smp-s", (0.9,), STSB | {"temperature": (4,)}),
+)
+
+
+def tuning():
+    """What TUNED and PENALTIES were chosen from, with seed 0 if no other is named."""
+    for tasks, methods, sparsities, grid in GRIDS:
+        for task, method, sparsity in itertools.product(tasks.split(), methods.split(), sparsities):
+            for values in itertools.product(*grid.values()):
+                yield run(task, method, sparsity, **dict(zip(grid, values, strict=True)))
+
+
+LISTS = {make.__name__: make for make in (main, ablations, units, curve, tuning, abandoned)}
