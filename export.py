@@ -124,7 +124,7 @@ def export_compact(folder, source, result, masks, model, device, dtype):
     sizes = [sum(p.numel() for p in m.parameters()) for m in (before, model)]
     lines = [f"{folder}: {removed}" + "; nothing is gained" * (gone == [0, 0])]
     lines.append(f"parameters {sizes[0]:,} -> {sizes[1]:,}; logits differ by at most {difference:.1e}")
-    for n, batch in inputs.items():
+    for n, batch in inputs.items() if gone != [0, 0] else ():
         batch = [tensor.to(device) for tensor in batch]
         times = [median(timed(partial(m.to(device, dtype), *batch), device, 20)) for m in (before, model)]
         lines.append(f"batch {n:2} of {batch[0].shape[1]} tokens: {times[0]:.2f} ms -> {times[1]:.2f} ms")
