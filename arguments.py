@@ -14,7 +14,7 @@ import parallel
 from checkpoint import CHECKPOINT, read
 from cli import Parser, add_files, add_machine, one_line_errors
 from data import TASKS
-from mask import METHODS, smp_s, threshold
+from mask import METHODS, smp_s
 
 MOST_STEPS = 10_000_000  # each has an entry in the schedule
 
@@ -69,7 +69,8 @@ def parse_args(argv=None):
     args.argv, args.spent = sys.argv[1:] if argv is None else argv, 0.0
     if args.resume:
         args = continued(parser, args)
-    refuse_unused(args, parser.error)
+    else:  # what has begun may go on
+        refuse_unused(args, parser.error)
     fill_defaults(args)
     check_ranges(args, parser.error)
     return args
@@ -85,9 +86,8 @@ def refuse_unused(args, error):
         "weight_lr": (row.trains_weights or args.head == "classifier", "trains no weights; its scores have --lr"),
     }
     used |= dict.fromkeys(("lr", "penalty"), (row.learns_scores, "learns no scores; its weights have --weight-lr"))
-    scheduled = getattr(row.masking, "func", row.masking) not in (None, threshold)  # l0's is a partial of that
     unscheduled = "has no schedule of the density; leave it away"
-    used |= dict.fromkeys(("hold", "ramp", "schedule"), (scheduled, unscheduled))
+    used |= dict.fromkeys(("hold", "ramp", "schedule"), (row.masking, unscheduled))
     for name, (is_used, why) in used.items():
         if getattr(args, name) is not None and not is_used:
             error(f"--{name.replace('_', '-')}: {args.method} {why}")

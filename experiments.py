@@ -78,7 +78,7 @@ def make_missing(name, folder, at_once, seconds, machine):
     numbers = ",".join(map(str, range(torch.cuda.device_count())))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")
     where = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
-    where |= {"gpus": torch.cuda.device_count() and len(gpus), "at_once": at_once}
+    where |= {"gpus": sum(map(bool, gpus)), "at_once": at_once}
     free = Queue()  # a GPU for each run that there may be at a time
     for slot in range(at_once):
         free.put(gpus[slot % len(gpus)])
@@ -117,8 +117,8 @@ def kind(line, by_task=False):
     by_task: a row may have a lambda for each task, which is then called PENALTIES.
     """
     words = shlex.split(line["command"].removeprefix("python train.py "))
-    dropped = ("--task=", "--model=", "--seed=", f"--steps={STEPS[line['task']]}")
-    words = [word.removeprefix("--method=") for word in words if not word.startswith(dropped)]
+    words = [word for word in words if not word.startswith(("--task=", "--model=", "--seed="))]
+    words = [word.removeprefix("--method=") for word in words if word != f"--steps={STEPS[line['task']]}"]
     if by_task and line["method"] == "soft-movement":
         own = f"--penalty={PENALTIES[line['sparsity']][line['task']]}"
         words = ["--penalty=PENALTIES" if word == own else word for word in words]
@@ -210,7 +210,9 @@ def main(argv=None):
         wanted = set(commands(args.list))
         lines = [line for line in read_lines(args.results / RUNS) if line["command"] in wanted]
         if not lines:
-            raise ValueError(f"{args.results / RUNS} has none; make them with: python experiments.py run {args.list}")
+            elsewhere = f" --results {args.results}" * (args.results != folder)
+            command = f"python experiments.py run {args.list}{elsewhere}"
+            raise ValueError(f"{args.results / RUNS} has none; make them with: {command}")
         if args.do == "plot":
             path = args.results / f"{args.list}.png"
             plot_curves(path, curves(lines), f"dev {TASKS[lines[0]['task']].metrics[0]}")

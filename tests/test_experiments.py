@@ -79,7 +79,8 @@ def test_runs_at_a_time_have_gpus_of_their_own(pretend, monkeypatch):
         seen.append((together.wait(), gpu))  # two are there at a time, or it breaks
         return {"command": command, "final": 1}
 
-    assert len(pretend(make_run, "--at-once", "2")) == 6
+    lines = pretend(make_run, "--at-once", "2")
+    assert [line["gpus"] for line in lines] == [2] * 6
     assert sorted(gpu for _, gpu in seen) == ["3"] * 3 + ["5"] * 3
 
 
@@ -110,12 +111,12 @@ def test_a_table_by_hand():
     lines.append(line("mrpc", "l0", 0, 0.7, reached=0.31, stored_numbers=2_500_000))
     lines.append(line("mrpc", "l0", 1, 0.7, reached=0.42, stored_numbers=2_500_000))
     lines.append(line("mrpc", "smp-s", 2, 0.5, stored_numbers=770))
-    lines[-1]["command"] = lines[-1]["command"].replace("steps=", "steps=1")  # another row, which says so
+    lines[-1]["command"] = lines[-1]["command"].replace("--seed", "0 --seed").replace(" 0 ", "0 ")  # another row
     rows = table(lines).splitlines()
     tasks = "movies, accuracy (seeds) | mrpc, accuracy (seeds)"
     assert rows[0] == f"| method | {tasks} | stored a task | density reached | minutes |"
     assert rows[2] == "| smp-s | 86.0 ± 1.4 (2) | 80.0 (1) | 10.6 Mbit | 0.50 | 1.5 |"  # less sparse comes first
-    assert rows[3] == "| smp-s --steps=13450 |  | 50.0 (1) | 770 numbers + 10.6 Mbit | 0.50 | 1.5 |"
+    assert rows[3] == "| smp-s --steps=34500 |  | 50.0 (1) | 770 numbers + 10.6 Mbit | 0.50 | 1.5 |"
     assert rows[4] == "| l0 |  | 70.0 ± 0.0 (2) | 2.5 M numbers + 10.6 Mbit | 0.31 to 0.42 | 1.5 |"
     assert "| 87.0 ± 1.4 (2) |" in table(lines, "best")
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
 from test_squad import CONTEXT, question
 
+import checkpoint
 import cli
 import data
 import eval as eval_
@@ -167,7 +168,7 @@ def test_squad_files(run, survives, tmp_path, monkeypatch):
 
 def test_checkpoints(run, survives, monkeypatch):
     """A run that is interrupted before its last step, and resumed to be interrupted again."""
-    flags, path = json.loads((run / "result.json").read_text())["command"], run / train.CHECKPOINT
+    flags, path = json.loads((run / "result.json").read_text())["command"], run / checkpoint.CHECKPOINT
     train_step = train.train_step
 
     def interrupted(*args, **kwargs):

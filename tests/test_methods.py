@@ -164,8 +164,10 @@ def test_what_a_method_does_not_have_is_refused(fails):
     assert "--ffn-share: smp-s removes no heads" in fails(train.main, ["--ffn-share", "2"])
     assert "--weight-lr: smp-s trains no weights" in fails(train.main, ["--weight-lr", "1"])
     arguments.parse_args(["--weight-lr", "1", "--head", "classifier"])  # it does
-    for method, flag in (("l0", "--hold"), ("soft-movement", "--ramp"), ("finetune", "--hold"), ("smp-t", "--hold")):
+    for method, flag in (("finetune", "--hold"), ("p-random", "--ramp")):
         assert f"{flag}: {method} has no schedule" in fails(train.main, ["--method", method, flag, "0.2"])
+    assert "--hold: finetune has no schedule" in fails(train.main, ["--method", "finetune", "--hold", "0"])
+    arguments.parse_args(["--method", "l0", "--hold", "0.2"])  # evaluations cut to what the schedule says
     assert "--schedule: p-pruning has no" in fails(train.main, ["--method", "p-pruning", "--schedule", "linear"])
     for flag in ("--epochs", "--steps"):
         assert "can be at most 10,000,000" in fails(train.main, [flag, "10000001"])

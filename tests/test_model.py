@@ -1,4 +1,4 @@
-"""model.py against torch's own encoder layer, and strict loading."""
+"""model.py against torch's own encoder layer, and pretrained.py's strict loading."""
 
 import json
 import math

@@ -140,4 +140,4 @@ def test_a_new_scoring_rule_takes_one_function(make_model, tmp_path, glue, monke
 @pytest.mark.parametrize("name", ["main", "ablations", "abandoned", "units"])
 def test_tables_are_those_of_the_results(name, capsys):
     experiments.main(["table", name])
-    assert capsys.readouterr().out in README + RESULTS
+    assert f"\n\n{capsys.readouterr().out}\n" in README + RESULTS  # the whole of a table
