@@ -127,6 +127,8 @@ GRIDS = (
     ("mrpc", "soft-movement", SPARSITIES, RATES | {"penalty": (10, 50, 100, 400, 800, 1600)}),
     ("movies", "soft-movement", (0.5,), RATE | {"penalty": (50, 200, 400, 800, 1600)}),
     ("movies", "soft-movement", (0.9,), RATE | {"penalty": (800, 1600, 3200, 4800, 6400)}),
+    ("movies", "soft-movement", (0.5,), RATE | {"penalty": (400,), "warmup": (0.1,)}),
+    ("movies", "soft-movement", (0.9,), RATE | {"penalty": (3200,), "warmup": (0.1,)}),
     (OTHERS, "soft-movement", (0.5,), RATE | {"penalty": (50, 100, 200, 400)}),
     (OTHERS, "soft-movement", (0.9,), RATE | {"penalty": (800, 1200, 1600, 3200)}),
     ("mrpc", "l0", SPARSITIES, RATE | {"penalty": (25, 100, 400)}),
