@@ -15,7 +15,9 @@ from picture import density_map
 # Known dense reference points of (task, model, steps), see results/README.md.
 DENSE = {("movies", "minilm", 598): "accuracy 0.865 +- 0.005, three seeds, fine-tuned at --weight-lr 1e-4"}
 DENSE_LR = {"minilm": "1e-4"}  # where another than the default is known to be better
-OF_PRUNING = "--method --sparsity --lr --ramp --hold --schedule --penalty --temperature --teacher --ffn-share --out"
+OF_PRUNING = (
+    "--method --sparsity --lr --ramp --hold --schedule --penalty --temperature --teacher --ffn-share --out".split()
+)
 
 
 def lines(result, argv, folder):
@@ -33,8 +35,9 @@ def lines(result, argv, folder):
             share = f"{result['reached']:.4f}"
             found.append(f"training by itself keeps a share of {share}; no more is kept than was asked for")
         if not row.trains_weights:
-            weights = f"{result['model']} ({result['fingerprint'][:12]})"
-            found.append(f"frozen weights are bit-identical to those of {weights}")
+            found.append(
+                f"frozen weights are bit-identical to those of {result['model']} ({result['fingerprint'][:12]})"
+            )
     saved = [folder / name for name in ("mask.safetensors", *result["sha256"]) if (folder / name).exists()]
     sizes = " and ".join(f"{file} ({file.stat().st_size / 1e6:.1f} MB)" for file in saved)
     found.append(f"saved  {sizes} after {result['seconds']:.0f} s")
@@ -48,9 +51,9 @@ def lines(result, argv, folder):
 
 def dense_command(argv, model):
     """The command of the dense reference point of a run: its own words, less those about pruning."""
-    kept, value_follows, of_pruning = [], False, OF_PRUNING.split()
+    kept, value_follows = [], False
     for word in argv:
-        if value_follows or word.partition("=")[0] in of_pruning:
+        if value_follows or word.partition("=")[0] in OF_PRUNING:
             value_follows = not value_follows and "=" not in word
         else:
             kept.append(word)
