@@ -107,6 +107,7 @@ def curve():
 
 
 RATE = {"weight_lr": (1e-4,)}
+WARM = RATE | {"warmup": (0.1,)}
 RATES = {"weight_lr": (3e-5, 1e-4)}
 WARMUPS = {"weight_lr": (3e-5, 1e-4, 3e-4), "warmup": (0, 0.1)}
 STSB = {"lr": (1e-2,), "seed": (0, 3)}  # where SMP-S is weak
@@ -127,15 +128,24 @@ GRIDS = (
     ("mrpc", "soft-movement", SPARSITIES, RATES | {"penalty": (10, 50, 100, 400, 800, 1600)}),
     ("movies", "soft-movement", (0.5,), RATE | {"penalty": (50, 200, 400, 800, 1600)}),
     ("movies", "soft-movement", (0.9,), RATE | {"penalty": (800, 1600, 3200, 4800, 6400)}),
-    ("movies", "soft-movement", (0.5,), RATE | {"penalty": (400,), "warmup": (0.1,)}),
-    ("movies", "soft-movement", (0.9,), RATE | {"penalty": (3200,), "warmup": (0.1,)}),
+    ("movies", "soft-movement", (0.5,), WARM | {"penalty": (200, 400, 800)}),
+    ("movies", "soft-movement", (0.9,), WARM | {"penalty": (800, 1600, 3200, 6400)}),
+    (f"mrpc {OTHERS}", "soft-movement", (0.5,), WARM | {"penalty": (50, 100, 200, 400)}),
+    (f"mrpc {OTHERS}", "soft-movement", (0.9,), WARM | {"penalty": (400, 800, 1600, 3200)}),
     (OTHERS, "soft-movement", (0.5,), RATE | {"penalty": (50, 100, 200, 400)}),
     (OTHERS, "soft-movement", (0.9,), RATE | {"penalty": (800, 1200, 1600, 3200)}),
     ("mrpc", "l0", SPARSITIES, RATE | {"penalty": (25, 100, 400)}),
     ("mrpc", "l0", (0.5,), RATE | {"lr": (3e-2, 1e-1), "penalty": (50, 200)}),
     ("mrpc", "l0", (0.9,), RATE | {"lr": (3e-2, 1e-1), "penalty": (200, 800)}),
+    ("mrpc", "l0", (0.5,), RATE | {"penalty": (10, 50)}),
+    ("mrpc", "l0", (0.5,), WARM | {"penalty": (25, 50)}),
+    ("mrpc", "l0", (0.9,), RATE | {"penalty": (50,)}),
+    ("mrpc", "l0", (0.9,), WARM | {"penalty": (50, 100)}),
+    ("sst2", "l0", (0.5,), RATE | {"penalty": (50, 100)}),
+    ("sst2", "l0", (0.9,), RATE | {"penalty": (200, 400)}),
     ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 2e-2, 4e-2), "penalty": (100, 400)}),
     ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 4e-2), "schedule": ("linear",)}),
+    ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 4e-2), "warmup": (0.1,)}),
     (f"movies {OTHERS}", "smp-s", (0.5,), {"lr": (1e-2, 2e-2)}),
     (f"movies {OTHERS}", "smp-s", (0.9,), {"lr": (5e-3, 2e-2)}),
     ("stsb", "smp-s", (0.9,), STSB | {"lr": (2e-2,)}),
