@@ -25,7 +25,7 @@ import torch
 
 from cli import Parser, one_line_errors
 from data import TASKS
-from lists import LISTS, PENALTIES, STEPS
+from lists import LISTS, STEPS, by_task, words
 from picture import plot_curves
 
 RUNS = "runs.jsonl"
@@ -111,18 +111,18 @@ def make_missing(name, folder, at_once, seconds, machine):
         raise ValueError(f"{failed} runs failed; the same command makes them again")
 
 
-def kind(line, by_task=False):
+def kind(line, own=False):
     """What a table's row stands for: a command without its task and seed, and what comes from STEPS.
 
-    by_task: a row may have a lambda for each task, which is then called PENALTIES.
+    own: a row may have settings of its own on each task, those of BY_TASK, and is then called so.
     """
-    words = shlex.split(line["command"].removeprefix("python train.py "))
-    words = [word for word in words if not word.startswith(("--task=", "--model=", "--seed="))]
-    words = [word.removeprefix("--method=") for word in words if word != f"--steps={STEPS[line['task']]}"]
-    if by_task and line["method"] == "soft-movement":
-        own = f"--penalty={PENALTIES[line['sparsity']][line['task']]}"
-        words = ["--penalty=PENALTIES" if word == own else word for word in words]
-    return " ".join(words)
+    given = shlex.split(line["command"].removeprefix("python train.py "))
+    given = [word for word in given if not word.startswith(("--task=", "--model=", "--seed="))]
+    given = [word.removeprefix("--method=") for word in given if word != f"--steps={STEPS[line['task']]}"]
+    chosen = words(by_task(line["task"], line["method"], line["sparsity"])) if own else []
+    if chosen and set(chosen) <= set(given):
+        given = [word for word in given if word not in chosen] + ["BY_TASK"]
+    return " ".join(given)
 
 
 def mean_and_spread(values):
@@ -166,18 +166,18 @@ def curves(lines):
     return {name: [(sparsity, *mean_and_spread(v)) for sparsity, v in at.items()] for name, at in found.items()}
 
 
-def table(lines, which="final", by_task=False):
+def table(lines, which="final", own=False):
     """Markdown: a row for every method with its flags, by sparsity; a column for every task, then what a run costs.
 
-    which: "best" for the best evaluation on dev in place of the last; by_task: see kind.
+    which: "best" for the best evaluation on dev in place of the last; own: see kind.
     """
-    kinds = sorted({(line["sparsity"], kind(line, by_task)) for line in lines})
+    kinds = sorted({(line["sparsity"], kind(line, own)) for line in lines})
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
     names = [f"{task}, {TASKS[task].metrics[0]} (seeds)" for task in tasks]
     rows = [["method", *names, "stored a task", "density reached", "minutes"]]
     rows.append(["---"] * len(rows[0]))
     for _, wanted in kinds:
-        mine = [line for line in lines if kind(line, by_task) == wanted]
+        mine = [line for line in lines if kind(line, own) == wanted]
         of_tasks = [[line for line in mine if line["task"] == task] for task in tasks]
         costs = [stored(mine), reached(mine), f"{statistics.mean(line['seconds'] for line in mine) / 60:.1f}"]
         rows.append([wanted, *(cell(some, which) if some else "" for some in of_tasks), *costs])
@@ -218,7 +218,7 @@ def main(argv=None):
             plot_curves(path, curves(lines), f"dev {TASKS[lines[0]['task']].metrics[0]}")
             print(path)
         else:
-            print(table(lines, "best" if args.best else "final", by_task=args.list == "main"))
+            print(table(lines, "best" if args.best else "final", own=args.list == "main"))
 
 
 if __name__ == "__main__":

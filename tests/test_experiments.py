@@ -121,22 +121,24 @@ def test_a_table_by_hand():
     assert "| 87.0 ± 1.4 (2) |" in table(lines, "best")
 
 
-def test_a_row_may_have_a_lambda_for_each_task():
-    own = lists.PENALTIES[0.5]
+def test_a_row_may_have_settings_of_its_own_on_each_task():
+    own = {task: lists.by_task(task, "soft-movement", 0.5) for task in ("movies", "mrpc")}
     assert own["movies"] != own["mrpc"]
 
-    def made(task, penalty, method="soft-movement"):
-        command = f"python train.py {lists.run(task, method, 0.5, penalty=penalty, weight_lr=1e-4)}"
+    def made(task, flags, method="soft-movement"):
+        command = f"python train.py {lists.run(task, method, 0.5, weight_lr=1e-4, **flags)}"
         return line(task, method, 0, 0.8) | {"command": command, "sparsity": 0.5}
 
-    lines = [made("movies", own["movies"]), made("mrpc", own["mrpc"]), made("mrpc", own["movies"])]
+    lines = [made("movies", own["movies"]), made("mrpc", own["mrpc"]), made("mrpc", {"penalty": 9, "warmup": 0.1})]
     lines.append(made("mrpc", own["mrpc"], "movement"))
-    soft, rest = "soft-movement --sparsity=0.5 --penalty=", " --weight-lr=0.0001"
-    named = [f"{soft}PENALTIES{rest}", f"{soft}PENALTIES{rest}", f"{soft}{own['movies']}{rest}"]
-    assert [kind(made, by_task=True) for made in lines[:3]] == named
-    assert kind(lines[3], by_task=True) == f"movement --sparsity=0.5 --penalty={own['mrpc']}{rest}"
-    assert [kind(made) for made in lines[:2]] == [f"{soft}{own[task]}{rest}" for task in ("movies", "mrpc")]
-    assert sum(row.startswith("| soft") for row in table(lines, by_task=True).splitlines()) == 2
+    soft, rate = "soft-movement --sparsity=0.5", "--weight-lr=0.0001"
+    other = f"{soft} --penalty=9 --warmup=0.1 {rate}"
+    assert [kind(made, own=True) for made in lines[:3]] == [f"{soft} {rate} BY_TASK"] * 2 + [other]
+    assert kind(lines[3], own=True) == kind(lines[3]) and "BY_TASK" not in kind(lines[3])
+    assert [kind(made) for made in lines[:2]] == [
+        f"{soft} --penalty={own[task]['penalty']} --warmup=0.1 {rate}" for task in ("movies", "mrpc")
+    ]
+    assert sum(row.startswith("| soft") for row in table(lines, own=True).splitlines()) == 2
     assert all(row.count("80.0 (1)") == 1 for row in table(lines[:3]).splitlines()[3:])  # each row has its results
 
 
@@ -176,7 +178,7 @@ def test_the_lists_are_what_is_reported():
     for command in wanted:
         arguments.parse_args(shlex.split(command)[2:])  # exits if a flag is unknown or out of range
     main = experiments.commands("main")
-    assert len(main) == 12 * (5 * 5 + 3)  # dense; five methods at two sparsities, and one of them once more
+    assert len(main) == 13 * (5 * 5 + 3)  # dense; five methods at two sparsities, and two of them once more
 
 
 def test_what_was_chosen_is_among_what_was_tried():
