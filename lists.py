@@ -29,7 +29,8 @@ TUNED = {
 TUNED |= {("soft-movement", sparsity): {"weight_lr": 1e-4} for sparsity in SPARSITIES}
 TUNED |= {(method, 0.5): {"lr": 4e-2} for method in ("smp-s", "smp-l", "smp-g")}
 TUNED |= {(method, 0.9): {"lr": 1e-2} for method in ("smp-s", "smp-l", "smp-g")}
-# Which share of the weights soft movement leaves depends on the task, and so does what it needs: lambda, warm-up.
+SMP_TOO = {0.5: {"warmup": 0.1}, 0.9: {"schedule": "linear"}}
+# Which share of the weights soft movement and l0 leave depends on the task, and so does what they need.
 BY_TASK = {
     ("soft-movement", 0.5): {
         "movies": {"penalty": 400, "warmup": 0.1},
@@ -47,6 +48,8 @@ BY_TASK = {
         "stsb": {"penalty": 1600},
         "sst2": {"penalty": 800},
     },
+    ("l0", 0.5): {"sst2": {"penalty": 100}},
+    ("l0", 0.9): {"sst2": {"penalty": 400}},
 }
 
 
@@ -78,9 +81,9 @@ def main():
             yield run(task, "finetune", seed=seed, **tuned(task, "finetune"))
             for method, sparsity in itertools.product(COMPARED, SPARSITIES):
                 yield run(task, method, sparsity, seed, **tuned(task, method, sparsity))
-            # What movement pruning gained from, SMP may gain from too: on STS-B it does.
-            for method in ("smp-l", "smp-s"):
-                yield run(task, method, 0.9, seed, **tuned(task, method, 0.9) | {"schedule": "linear"})
+            # What the others gained from, SMP may gain from too: on MRPC it does.
+            for method, (sparsity, more) in itertools.product(("smp-l", "smp-s"), SMP_TOO.items()):
+                yield run(task, method, sparsity, seed, **tuned(task, method, sparsity) | more)
 
 
 def ablations():
@@ -99,7 +102,9 @@ def ablations():
 
 
 def abandoned():
-    """What tuning chose before: movement without a late or a linear start, soft movement without a warm-up."""
+    """What tuning chose before: movement without a late or a linear start, lambdas of MRPC, no warm-up."""
+    for seed, (sparsity, penalty) in itertools.product(range(3), zip(SPARSITIES, (25, 100), strict=True)):
+        yield run("sst2", "l0", sparsity, seed, penalty=penalty, weight_lr=1e-4)
     first = (50, 800)  # lambdas of soft movement at either sparsity, found on MRPC; then a task's own
     own = {"movies": (400, 6400), "sst2": (200, 800)}
     for task, seeds in SEEDS.items():
@@ -167,8 +172,8 @@ GRIDS = (
     ("mrpc", "l0", (0.5,), WARM | {"penalty": (25, 50)}),
     ("mrpc", "l0", (0.9,), RATE | {"penalty": (50,)}),
     ("mrpc", "l0", (0.9,), WARM | {"penalty": (50, 100)}),
-    ("sst2", "l0", (0.5,), RATE | {"penalty": (50, 100)}),
-    ("sst2", "l0", (0.9,), RATE | {"penalty": (200, 400)}),
+    ("sst2", "l0", (0.5,), RATE | {"penalty": (25, 50, 100, 200)}),
+    ("sst2", "l0", (0.9,), RATE | {"penalty": (100, 200, 400, 800)}),
     ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 2e-2, 4e-2), "penalty": (100, 400)}),
     ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 4e-2), "schedule": ("linear",)}),
     ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 4e-2), "warmup": (0.1,)}),

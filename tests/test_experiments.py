@@ -178,7 +178,7 @@ def test_the_lists_are_what_is_reported():
     for command in wanted:
         arguments.parse_args(shlex.split(command)[2:])  # exits if a flag is unknown or out of range
     main = experiments.commands("main")
-    assert len(main) == 13 * (5 * 5 + 3)  # dense; five methods at two sparsities, and two of them once more
+    assert len(main) == 15 * (5 * 5 + 3)  # dense; five methods at two sparsities, and two of them once more
 
 
 def test_what_was_chosen_is_among_what_was_tried():
