@@ -32,30 +32,26 @@ TUNED |= {(method, 0.9): {"lr": 1e-2} for method in ("smp-s", "smp-l", "smp-g")}
 SMP_TOO = {0.5: {"warmup": 0.1}, 0.9: {"schedule": "linear"}}
 # Which share of the weights soft movement and l0 leave depends on the task, and so does what they need.
 BY_TASK = {
-    ("soft-movement", 0.5): {
-        "movies": {"penalty": 400, "warmup": 0.1},
-        "rte": {"penalty": 50},
-        "mrpc": {"penalty": 100, "warmup": 0.1},
-        "cola": {"penalty": 200},
-        "stsb": {"penalty": 100},
-        "sst2": {"penalty": 100, "warmup": 0.1},
-    },
-    ("soft-movement", 0.9): {
-        "movies": {"penalty": 3200, "warmup": 0.1},
-        "rte": {"penalty": 800},
-        "mrpc": {"penalty": 800, "warmup": 0.1},
-        "cola": {"penalty": 1200},
-        "stsb": {"penalty": 1600},
-        "sst2": {"penalty": 800},
-    },
-    ("l0", 0.5): {"sst2": {"penalty": 100}},
-    ("l0", 0.9): {"sst2": {"penalty": 400}},
+    ("soft-movement", 0.5, "movies"): {"penalty": 400, "warmup": 0.1},
+    ("soft-movement", 0.5, "rte"): {"penalty": 50},
+    ("soft-movement", 0.5, "mrpc"): {"penalty": 100, "warmup": 0.1},
+    ("soft-movement", 0.5, "cola"): {"penalty": 200},
+    ("soft-movement", 0.5, "stsb"): {"penalty": 100},
+    ("soft-movement", 0.5, "sst2"): {"penalty": 100, "warmup": 0.1},
+    ("soft-movement", 0.9, "movies"): {"penalty": 3200, "warmup": 0.1},
+    ("soft-movement", 0.9, "rte"): {"penalty": 800},
+    ("soft-movement", 0.9, "mrpc"): {"penalty": 800, "warmup": 0.1},
+    ("soft-movement", 0.9, "cola"): {"penalty": 1200},
+    ("soft-movement", 0.9, "stsb"): {"penalty": 1600},
+    ("soft-movement", 0.9, "sst2"): {"penalty": 800},
+    ("l0", 0.5, "sst2"): {"penalty": 100},
+    ("l0", 0.9, "sst2"): {"penalty": 400},
 }
 
 
 def by_task(task, method, sparsity=None):
     """What tuning found for a method on one task alone, as flags."""
-    return BY_TASK.get((method, sparsity), {}).get(task, {})
+    return BY_TASK.get((method, sparsity, task), {})
 
 
 def tuned(task, method, sparsity=None):

@@ -185,7 +185,7 @@ def test_what_was_chosen_is_among_what_was_tried():
     tried = set(experiments.commands("tuning"))
     defaults = {("finetune", None): {"warmup": 0}, ("magnitude", 0.5): {"warmup": 0}}  # as they stand in the grids
     defaults |= {("smp-s", sparsity): {"penalty": 400} for sparsity in lists.SPARSITIES}
-    on = {"soft-movement": lists.SEEDS, "movement": ("movies",)}
+    on = {"soft-movement": lists.SEEDS, "movement": ("movies",), "l0": ("mrpc", "sst2")}
     for method, sparsity in lists.TUNED:
         for task in on.get(method, ("mrpc",)) if method not in ("smp-l", "smp-g") else ():  # those two follow smp-s
             flags = lists.tuned(task, method, sparsity) | defaults.get((method, sparsity), {})
