@@ -25,7 +25,7 @@ import torch
 
 from cli import Parser, one_line_errors
 from data import TASKS
-from lists import LISTS, STEPS, by_task, words
+from lists import BY_TASK, LISTS, STEPS, words
 from picture import plot_curves
 
 RUNS = "runs.jsonl"
@@ -60,9 +60,9 @@ def make_run(command, machine, seconds, gpu):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         script = Path(__file__).with_name("train.py")
-        words = [sys.executable, script, *shlex.split(command)[2:], *machine, "--out", out]
+        argv = [sys.executable, script, *shlex.split(command)[2:], *machine, "--out", out]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
-        ended = subprocess.run(words, capture_output=True, text=True, timeout=seconds, env=environment)
+        ended = subprocess.run(argv, capture_output=True, text=True, timeout=seconds, env=environment)
         if ended.returncode:
             said = [line for line in ended.stderr.splitlines() if "rror" in line]
             raise ValueError(said[-1] if said else f"train.py ended with status {ended.returncode}")
@@ -111,17 +111,17 @@ def make_missing(name, folder, at_once, seconds, machine):
         raise ValueError(f"{failed} runs failed; the same command makes them again")
 
 
-def kind(line, own=False):
+def kind(line, merge=False):
     """What a table's row stands for: a command without its task and seed, and what comes from STEPS.
 
-    own: a row may have settings of its own on each task, those of BY_TASK, and is then called so.
+    merge: what comes from BY_TASK is named so, and the tasks share a row.
     """
     given = shlex.split(line["command"].removeprefix("python train.py "))
     given = [word for word in given if not word.startswith(("--task=", "--model=", "--seed="))]
     given = [word.removeprefix("--method=") for word in given if word != f"--steps={STEPS[line['task']]}"]
-    chosen = words(by_task(line["task"], line["method"], line["sparsity"])) if own else []
-    if chosen and set(chosen) <= set(given):
-        given = [word for word in given if word not in chosen] + ["BY_TASK"]
+    own = words(BY_TASK.get((line["task"], line["method"], line["sparsity"]), {})) if merge else []
+    if own and set(own) <= set(given):
+        given = [word for word in given if word not in own] + ["BY_TASK"]
     return " ".join(given)
 
 
@@ -166,18 +166,18 @@ def curves(lines):
     return {name: [(sparsity, *mean_and_spread(v)) for sparsity, v in at.items()] for name, at in found.items()}
 
 
-def table(lines, which="final", own=False):
+def table(lines, which="final", merge=False):
     """Markdown: a row for every method with its flags, by sparsity; a column for every task, then what a run costs.
 
-    which: "best" for the best evaluation on dev in place of the last; own: see kind.
+    which: "best" for the best evaluation on dev in place of the last; merge: see kind.
     """
-    kinds = sorted({(line["sparsity"], kind(line, own)) for line in lines})
+    kinds = sorted({(line["sparsity"], kind(line, merge)) for line in lines})
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
     names = [f"{task}, {TASKS[task].metrics[0]} (seeds)" for task in tasks]
     rows = [["method", *names, "stored a task", "density reached", "minutes"]]
     rows.append(["---"] * len(rows[0]))
     for _, wanted in kinds:
-        mine = [line for line in lines if kind(line, own) == wanted]
+        mine = [line for line in lines if kind(line, merge) == wanted]
         of_tasks = [[line for line in mine if line["task"] == task] for task in tasks]
         costs = [stored(mine), reached(mine), f"{statistics.mean(line['seconds'] for line in mine) / 60:.1f}"]
         rows.append([wanted, *(cell(some, which) if some else "" for some in of_tasks), *costs])
@@ -218,7 +218,7 @@ def main(argv=None):
             plot_curves(path, curves(lines), f"dev {TASKS[lines[0]['task']].metrics[0]}")
             print(path)
         else:
-            print(table(lines, "best" if args.best else "final", own=args.list == "main"))
+            print(table(lines, "best" if args.best else "final", merge=args.list in ("main", "ablations")))
 
 
 if __name__ == "__main__":

@@ -121,25 +121,24 @@ def test_a_table_by_hand():
     assert "| 87.0 ± 1.4 (2) |" in table(lines, "best")
 
 
-def test_a_row_may_have_settings_of_its_own_on_each_task():
-    own = {task: lists.by_task(task, "soft-movement", 0.5) for task in ("movies", "mrpc")}
+def test_tasks_with_settings_of_their_own_share_a_row():
+    own = {task: lists.BY_TASK[task, "soft-movement", 0.5] for task in ("movies", "mrpc")}
     assert own["movies"] != own["mrpc"]
 
     def made(task, flags, method="soft-movement"):
         command = f"python train.py {lists.run(task, method, 0.5, weight_lr=1e-4, **flags)}"
         return line(task, method, 0, 0.8) | {"command": command, "sparsity": 0.5}
 
-    lines = [made("movies", own["movies"]), made("mrpc", own["mrpc"]), made("mrpc", {"penalty": 9, "warmup": 0.1})]
+    lines = [made("movies", own["movies"]), made("mrpc", own["mrpc"]), made("mrpc", {"penalty": 9})]
     lines.append(made("mrpc", own["mrpc"], "movement"))
     soft, rate = "soft-movement --sparsity=0.5", "--weight-lr=0.0001"
-    other = f"{soft} --penalty=9 --warmup=0.1 {rate}"
-    assert [kind(made, own=True) for made in lines[:3]] == [f"{soft} {rate} BY_TASK"] * 2 + [other]
-    assert kind(lines[3], own=True) == kind(lines[3]) and "BY_TASK" not in kind(lines[3])
-    assert [kind(made) for made in lines[:2]] == [
-        f"{soft} --penalty={own[task]['penalty']} --warmup=0.1 {rate}" for task in ("movies", "mrpc")
-    ]
-    assert sum(row.startswith("| soft") for row in table(lines, own=True).splitlines()) == 2
-    assert all(row.count("80.0 (1)") == 1 for row in table(lines[:3]).splitlines()[3:])  # each row has its results
+    named = [f"{soft} {rate} BY_TASK"] * 2 + [f"{soft} --penalty=9 {rate}"]
+    assert [kind(made, merge=True) for made in lines[:3]] == named
+    assert kind(lines[3], merge=True) == kind(lines[3])  # another method's flags, though they are the same
+    spelt = [kind(made) for made in lines[:2]]
+    assert spelt == [" ".join([soft, *lists.words(own[task]), rate]) for task in ("movies", "mrpc")]
+    assert sum(row.startswith("| soft") for row in table(lines, merge=True).splitlines()) == 2
+    assert all(row.count("80.0 (1)") == 1 for row in table(lines[:3]).splitlines()[2:])  # each row has its results
 
 
 def test_curves_by_hand():
