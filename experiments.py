@@ -22,6 +22,7 @@ from queue import Queue
 from threading import Lock
 
 import torch
+from tqdm import tqdm
 
 from cli import Parser, one_line_errors
 from data import TASKS
@@ -94,6 +95,7 @@ def make_missing(name, folder, at_once, seconds, machine):
             line = make_run(command, machine, left, gpu)
             with lock, open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line | where) + "\n")
+                bar.update()
             said, fine = line["final"], True
         except subprocess.TimeoutExpired:
             said, fine = "stopped, out of time", True
@@ -101,11 +103,11 @@ def make_missing(name, folder, at_once, seconds, machine):
             said, fine = error, False
         finally:
             free.put(gpu)
-        print(f"{command}: {said}", flush=True)
+        tqdm.write(f"{command}: {said}")
         return fine
 
     folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(missing), desc=name, unit="run") as bar:
         failed = list(pool.map(work, missing)).count(False)
     if failed:
         raise ValueError(f"{failed} runs failed; the same command makes them again")

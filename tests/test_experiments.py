@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ import experiments
 import lists
 from data import TASKS
 from experiments import curves, kind, table
+
+RESULTS = Path(experiments.__file__).with_name("results") / "runs.jsonl"
 
 
 @pytest.fixture
@@ -170,20 +173,18 @@ def test_what_cannot_be_shown_is_refused(tmp_path, fails):
 
 
 def test_the_lists_are_what_is_reported():
-    done = [
-        line["command"] for line in read(experiments.Path(experiments.__file__).with_name("results") / "runs.jsonl")
-    ]
+    done = [line["command"] for line in read(RESULTS)]
     wanted = {command for name in lists.LISTS for command in experiments.commands(name)}
     assert len(done) == len(set(done)) and set(done) == wanted
     for command in wanted:
         arguments.parse_args(shlex.split(command)[2:])  # exits if a flag is unknown or out of range
-    main = experiments.commands("main")
-    assert len(main) == 15 * (5 * 5 + 3)  # dense; five methods at two sparsities, and two of them once more
+    rows = 1 + 2 * len(lists.COMPARED) + 4  # dense; each at two sparsities, and SMP once more
+    assert len(experiments.commands("main")) == rows * (5 * 5 + 3)
 
 
 def test_what_was_chosen_came_out_best_of_what_was_tried():
     tried = set(experiments.commands("tuning"))
-    done = read(experiments.Path(experiments.__file__).with_name("results") / "runs.jsonl")
+    done = read(RESULTS)
     chosen = [("mrpc", "finetune", None), ("mrpc", "magnitude", 0.5), ("mrpc", "magnitude", 0.9), *lists.BY_TASK]
     flags = {run: lists.tuned(*run) for run in chosen}
     flags |= {("mrpc", "smp-s", at): lists.tuned("mrpc", "smp-s", at) | more for at, more in lists.SMP_MORE.items()}
