@@ -1,15 +1,15 @@
-"""Tasks, TSV readers, tokenising and batches of like length.
+"""Tasks, TSV readers, tokenising, and batches of texts of like length.
 
-What it is: the one table of tasks with every default that a task brings, and all that turns a task's files into
-batches of token ids. What it is not: it downloads nothing itself, and does not answer questions on a paragraph.
-Sources: Wang et al., GLUE (ICLR 2019).
+TASKS is the one table of tasks, with every default that a task brings. Sources: Wang et al., GLUE (ICLR 2019).
 
     tokenizer = load_tokenizer(fetch.model_folder("minilm"), length=64)
     train = load_split("movies", "train", None, tokenizer)
-    for [((input_ids, token_type_ids, attention_mask), labels, *_)] in training_batches(train, 32, 600, seed=0): ...
+    for parts in training_batches(train, size=32, steps=600, seed=0):
+        for inputs, labels, share in parts: ...
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-import fetch
+from plumbing import fetch
 
 
 @dataclass(frozen=True)
@@ -32,74 +32,56 @@ class Task:
     words: dict  # label as it stands in the file -> label word, in the order of the classes; one alone: regression
     metrics: tuple  # of eval.METRICS; the first decides which checkpoint was best
     epochs: int
-    ending: str = ".tsv"
-    md5: tuple = ()  # of the files of train and dev as GLUE's server has them
-    train: str = "train"  # file names without their ending
-    dev: tuple = ("dev",)
-    test: tuple = ("test",)
-    test_text: tuple = ()  # columns of the text in the test files, where they have other names
-    archive: str = ""  # on GLUE's server, where it is not FOLDER.zip
-    skip_broken: bool = False  # rows with the wrong number of columns
+
+    # the recipe
     batch: int = 32
     length: int = 128  # longest input in tokens
     ramp: float = 0.6  # share of the steps in which the density falls to its target
     evals: int = 20  # evaluations in a run
     model: str = "bert-base-uncased"
 
+    # the files
+    train: str = "train"  # names without their ending
+    dev: tuple = ("dev",)
+    test: tuple = ("test",)
+    test_text: tuple = ()  # columns of the text in the test files, where they have other names
+    skip_broken: bool = False  # rows with the wrong number of columns
+    ending: str = ".tsv"
+    fetch: Callable = fetch.fetch_glue  # (task): fill the cache with the files
+
+    # what a task that is not classification or regression of [CLS] brings along
+    every_token: bool = False  # the model reads every token
+    read: Callable | None = None  # (task, path, tokenizer) -> Examples; default: a TSV file
+    say: Callable | None = None  # (task, texts, tokenizer, logits of Examples) -> lines, for eval.py --text
+
 
 SENTIMENT = {"0": "terrible", "1": "great"}
 NO_YES = {"0": "no", "1": "yes"}
 ENTAILMENT = {"not_entailment": "no", "entailment": "yes"}
+NLI = {"contradiction": "no", "neutral": "maybe", "entailment": "yes"}
+PAIR = ("sentence1", "sentence2")
 TASKS = {
     "movies": Task(
         "movies", ("sentence",), "label", SENTIMENT, ("accuracy",), epochs=2, length=64, ramp=0.9, evals=4,
-        model="minilm", test=(),
+        model="minilm", test=(), fetch=fetch.fetch_movies,
     ),
-    "rte": Task(
-        "RTE", ("sentence1", "sentence2"), "label", ENTAILMENT, ("accuracy",), epochs=100,
-        md5=("d2844f558d111a16503144bb37a8165f", "973cb4178d4534cf745a01c309d4a66c"),
-    ),
-    "mrpc": Task(
-        "MRPC", ("#1 String", "#2 String"), "Quality", NO_YES, ("accuracy", "f1"), epochs=60,
-        md5=("dc2dac669a113866a6480a0b10cd50bf", "185958e46ba556b38c6a7cc63f3a2135"),
-    ),
+    "rte": Task("RTE", PAIR, "label", ENTAILMENT, ("accuracy",), epochs=100),
+    "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", NO_YES, ("accuracy", "f1"), epochs=60),
     "cola": Task(
         "CoLA", (3,), 1, {"0": "incorrect", "1": "correct"}, ("mcc",), epochs=60, test_text=("sentence",),
-        md5=("c79d4693b8681800338aa044bf9e797b", "c5475ccefc9e7ca0917294b8bbda783c"),
     ),
-    "stsb": Task(
-        "STS-B", ("sentence1", "sentence2"), "score", {"score": "yes"}, ("pearson", "spearman"), epochs=60,
-        md5=("4f7a86dde15fe4832c18e5b970998672", "5f4d6b0d2a5f268b1b56db773ab2f1fe"),
-    ),
-    "sst2": Task(
-        "SST-2", ("sentence",), "label", SENTIMENT, ("accuracy",), epochs=12, batch=64,
-        md5=("da409a0a939379ed32a470bc0f7fe99a", "268856b487b2a31a28c0a93daaff7288"),
-    ),
-    "qnli": Task(
-        "QNLI", ("question", "sentence"), "label", ENTAILMENT, ("accuracy",), epochs=12, batch=64,
-        archive="QNLIv2.zip", md5=("5e6063f407b08d1f7c7074d049ace94a", "1e81e211959605f144ba6c0ad7dc948b"),
-    ),
+    "stsb": Task("STS-B", PAIR, "score", {"score": "yes"}, ("pearson", "spearman"), epochs=60),
+    "sst2": Task("SST-2", ("sentence",), "label", SENTIMENT, ("accuracy",), epochs=12, batch=64),
+    "qnli": Task("QNLI", ("question", "sentence"), "label", ENTAILMENT, ("accuracy",), epochs=12, batch=64),
     "qqp": Task(
         "QQP", ("question1", "question2"), "is_duplicate", NO_YES, ("accuracy", "f1"), epochs=12, batch=64,
-        archive="QQP-clean.zip", skip_broken=True,
-        md5=("e003db73d277d38bbd83a2ef15beb442", "cff6a448d1580132367c22fc449ec214"),
+        skip_broken=True,
     ),
     "mnli": Task(
-        "MNLI", ("sentence1", "sentence2"), "gold_label",
-        {"contradiction": "no", "neutral": "maybe", "entailment": "yes"}, ("accuracy",), epochs=12, batch=64,
+        "MNLI", PAIR, "gold_label", NLI, ("accuracy",), epochs=12, batch=64,
         dev=("dev_matched", "dev_mismatched"), test=("test_matched", "test_mismatched"),
-        md5=("220192295e23b6705f3545168272c740", "c3fa2817007f4cdf1a03663611a8ad23",
-             "b219e6fe74e4aa779e2f417ffe713053"),
     ),
-    "wnli": Task(
-        "WNLI", ("sentence1", "sentence2"), "label", NO_YES, ("accuracy",), epochs=60,
-        md5=("5cdc5a87b7be0c87a6363fa6a5481fc1", "a79a6dd5d71287bcad6824c892e517ee"),
-    ),
-    "squad": Task(
-        "squad", ("question", "context"), "answers", {"start": "no", "end": "yes"}, ("f1", "em"), epochs=10,
-        length=384, ramp=0.82, train="train-v1.1", dev=("dev-v1.1",), test=(), ending=".json",
-        md5=("981b29407e0affa3b1b156f72073b945", "3e85deb501d4e538b6bc56f786231552"),
-    ),
+    "wnli": Task("WNLI", PAIR, "label", NO_YES, ("accuracy",), epochs=60),
 }  # fmt: skip
 
 
@@ -129,6 +111,17 @@ class Examples:
         """Number of questions that the rows put: as many as there are."""
         return len(self)
 
+    def score(self, logits, metrics):
+        """Logits [N, C], {name: (predicted, true) -> number} -> {name: number}."""
+        predicted = decide(logits)
+        true = np.array(self.labels)
+        return {name: metric(predicted, true) for name, metric in metrics.items()}
+
+
+def decide(logits):
+    """Logits [N, C] -> predicted classes [N], or for one logit (regression) the scores themselves."""
+    return (logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0]).numpy()
+
 
 def load_tokenizer(folder, length):
     """tokenizer.json of a model folder, set to cut at `length` tokens, the longer of a pair first, and not to pad."""
@@ -138,10 +131,8 @@ def load_tokenizer(folder, length):
         tokenizer.enable_truncation(length, strategy="longest_first")
         tokenizer.no_padding()
         tokenizer.encode("a \u2603", "b")  # fails where no token stands for unknown characters, or between texts
-    except BaseException as error:  # the library raises bare Exceptions, and panics, which are not even those
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise ValueError(f"{path} is not a tokenizer: {error}") from None
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"{path} is not a valid tokenizer: {error}") from None
     return tokenizer
 
 
@@ -150,11 +141,13 @@ def label_word_ids(task, tokenizer):
 
     Words follow a space, as in running text: RoBERTa's vocabulary knows "Ġyes"; BERT's does not see the space.
     """
-    encoded = {word: tokenizer.encode(f" {word}", add_special_tokens=False) for word in task.words.values()}
-    for word, e in encoded.items():
-        if len(e.ids) != 1 or e.tokens[0].removeprefix("Ġ") != word:
-            raise ValueError(f"label word {word!r} is {e.tokens} in tokenizer.json, not one token: change TASKS")
-    return [e.ids[0] for e in encoded.values()]
+    ids = []
+    for word in task.words.values():
+        encoded = tokenizer.encode(f" {word}", add_special_tokens=False)
+        if len(encoded.ids) != 1 or encoded.tokens[0].removeprefix("Ġ") != word:
+            raise ValueError(f"label word {word!r} is {encoded.tokens} in tokenizer.json, not one token: change TASKS")
+        ids += encoded.ids
+    return ids
 
 
 def read_rows(path, task, labelled=True):
@@ -171,17 +164,23 @@ def read_rows(path, task, labelled=True):
     rows = [line.removesuffix("\r").split("\t") for line in lines]
     if rows[-1] == [""]:
         rows.pop()
-    start, width = 0, 4  # CoLA: four columns, no header
+
     columns = [*task.text, task.label] if labelled else [*(task.test_text or task.text)]
+    start = 0
+    width = 4  # CoLA: four columns, no header
     if isinstance(columns[-1], str):
-        header, start = rows[0] if rows else [], 1
-        if absent := [name for name in columns if name not in header]:
-            raise ValueError(f"{path}:1: no column {absent[0]!r} in the header {header} (tabs separate columns)")
-        columns, width = [header.index(name) for name in columns], len(header)
+        header = rows[0] if rows else []
+        for name in columns:
+            if name not in header:
+                raise ValueError(f"{path}:1: no column {name!r} in the header {header} (tabs separate columns)")
+        columns = [header.index(name) for name in columns]
+        start = 1
+        width = len(header)
+
     texts, labels = [], []
     for number, row in enumerate(rows[start:], start + 1):
         if len(row) != width:
-            if task.skip_broken and labelled:  # an answer must keep its number
+            if task.skip_broken and labelled:  # without labels, an answer must keep its number
                 continue
             raise ValueError(f"{path}:{number}: {len(row)} columns instead of {width}")
         cells = [row[column] for column in columns]
@@ -219,7 +218,7 @@ def encode_texts(tokenizer, texts):
     try:
         return tokenizer.encode_batch(texts)
     except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"tokenizer.json, or a text, is none that can be read: {error}") from None
+        raise ValueError(f"tokenizer.json cannot read a text: {error}") from None
 
 
 def split_path(name, split, data_dir):
@@ -236,11 +235,14 @@ def load_split(name, split, data_dir, tokenizer):
 
     data_dir None: the cache, filled on first use.
     """
-    task, path = TASKS[name], split_path(name, split, data_dir)
+    task = TASKS[name]
+    path = split_path(name, split, data_dir)
     if not path.exists():
-        fetch.fetch_assets() if name == "movies" else fetch.fetch_glue(task)
+        task.fetch(task)
         if not path.exists():
             raise ValueError(f"there is no {path}, and the download did not hold it")
+    if task.read:
+        return task.read(task, path, tokenizer)
     return encode(*read_rows(path, task, labelled=split not in task.test), tokenizer)
 
 
@@ -255,11 +257,12 @@ def collate(examples, rows, device="cpu", width=None):
     lengths = np.array([len(examples.ids[r]) for r in rows])
     inputs = np.zeros((3, len(rows), width or padded(lengths.max(), examples.limit)), dtype=np.int64)
     for i, r in enumerate(rows):  # what fills up is masked, so any id will do
-        inputs[0, i, : lengths[i]], inputs[1, i, : lengths[i]] = examples.ids[r], examples.types[r]
+        inputs[0, i, : lengths[i]] = examples.ids[r]
+        inputs[1, i, : lengths[i]] = examples.types[r]
         inputs[2, i, : lengths[i]] = 1
     labels = np.array([examples.labels[r] for r in rows])
     labels = labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64)
-    return tuple(torch.from_numpy(a).to(device, non_blocking=True) for a in (inputs, labels))
+    return tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in (inputs, labels))
 
 
 def padded(length, limit):
@@ -278,7 +281,8 @@ def batch_rows(examples, size, rng=None):
     Without it: one pool, sorted by length, for evaluation.
     """
     n = len(examples)
-    order, pool = (rng.permutation(n), 50 * size) if rng else (np.arange(n), n)
+    order = rng.permutation(n) if rng else np.arange(n)
+    pool = 50 * size if rng else n
     lengths = np.array([len(ids) for ids in examples.ids])
     pools = [order[i : i + pool] for i in range(0, n, pool)]
     order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in pools])
@@ -288,43 +292,30 @@ def batch_rows(examples, size, rng=None):
     return batches
 
 
-def padding(examples, size):
-    """Share of the tokens of an epoch's batches that are padding."""
-    lengths = np.array([len(ids) for ids in examples.ids])
-    batches = batch_rows(examples, size, np.random.default_rng(0))
-    return 1 - lengths.sum() / sum(len(rows) * padded(lengths[rows].max(), examples.limit) for rows in batches)
-
-
 class Part(NamedTuple):
-    """What is computed at once. Parts of one kind have the same shape and share, in each of the processes."""
+    """What is computed at once: a batch, or a part of one."""
 
-    inputs: torch.Tensor  # [3, B, S]
+    inputs: torch.Tensor  # [3, B, S], see collate
     labels: torch.Tensor  # [B], or [B, 2]
-    share: float = 1.0
-    kind: tuple = ()
+    share: float = 1.0  # of the examples of the batch
 
 
 def split_batch(rows, rank, processes, parts):
-    """The rows of one process -> `parts` of about equal size, each with its share.
+    """The rows of one process -> `parts` of about equal size, each with its share of the batch.
 
-    A share is the part's weight in the mean over the batch, times the number of processes, because their gradients
-    are averaged. A part without rows gets one with share 0, so that all processes do the same number of parts.
+    A part without rows gets one with share 0, because a process without rows takes part in the step as well.
     """
     split = np.array_split(rows[rank::processes], parts)
-    return [(part, len(part) * processes / len(rows)) if len(part) else (rows[:1], 0.0) for part in split]
+    return [(part, len(part) / len(rows)) if len(part) else (rows[:1], 0.0) for part in split]
 
 
 def training_batches(examples, size, steps, seed, device="cpu", rank=0, processes=1, parts=1, first=0):
     """Batches `first` to `steps`, over as many epochs as that takes; an epoch's order is fixed by (seed, epoch).
 
-    Each is a list of Parts of one width S, see collate and split_batch.
+    Each is a list of Parts of one width S, see split_batch.
     """
     epochs = (batch_rows(examples, size, np.random.default_rng([seed, epoch])) for epoch in count())
-    batches = islice((batch for epoch in epochs for batch in epoch), first, steps)
-    for batch in batches:
+    for batch in islice((batch for epoch in epochs for batch in epoch), first, steps):
         width = padded(max(len(examples.ids[r]) for r in batch), examples.limit)
         split = split_batch(batch, rank, processes, parts)
-        yield [
-            Part(*collate(examples, rows, device, width), share, (len(batch), width, number))
-            for number, (rows, share) in enumerate(split)
-        ]
+        yield [Part(*collate(examples, rows, device, width), share) for rows, share in split]

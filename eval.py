@@ -1,36 +1,34 @@
 """Evaluate a finished run, show its mask, classify a sentence of one's own.
 
-What it is: metrics, evaluate(), and the command that looks at runs. What it is not: it trains nothing, and writes
-nothing but what --predict, --export and --plot ask for. Sources: Wang et al., GLUE (ICLR 2019) for the metrics.
-
-    python eval.py RUN [--text "a warm and funny film"]
+    python eval.py RUN                                  # a run folder, or a mask file out of one
+    python eval.py RUN --text "a warm and funny film"
 """
 
-from functools import lru_cache
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch.func import functional_call
 from tqdm import tqdm
 
 import data
-import fetch
-import parallel
-import squad
-from cli import Parser, add_files, add_machine, choose_device, dtype_name, one_line_errors
-from data import TASKS, encode
-from export import export, export_compact
-from fetch import write_whole
-from mask import apply_masks
-from picture import comparison, densities, density_map, head_densities, head_map, plot, read_log
-from pretrained import read_weights
-from runs import load_run, read_result
+import extras  # noqa: F401 (its methods and tasks; without the folder, delete this line)
+from data import TASKS
+from mask import METHODS, apply_masks
+from model import Bert, load_config, load_model
+from plumbing import fetch, parallel
+from plumbing.cli import Parser, add_files, add_machine, choose_device, dtype_name, one_line_errors, shaded_table
+from plumbing.files import check_digest, digest, file_digest, load_masks, write_whole
+from plumbing.run import read_description
 
 EVAL_BATCH = 64  # one size everywhere: another would round differently
 
-# --- metrics: (predicted classes or scores [N], true ones [N]) -> number -------------------------------------
+# --- GLUE's metrics: (predicted classes or scores [N], true ones [N]) -> number -------------------------------
 
 
 def accuracy(predicted, true):
@@ -45,7 +43,8 @@ def f1(predicted, true):
 
 def correlation(predicted, true):
     """Pearson's r, which for two classes is Matthews' coefficient; 0 when one side is constant."""
-    p, t = predicted - predicted.mean(), true - true.mean()
+    p = predicted - predicted.mean()
+    t = true - true.mean()
     spread = np.sqrt((p * p).sum() * (t * t).sum())
     return float((p * t).sum() / spread) if spread else 0.0
 
@@ -62,100 +61,159 @@ def spearman(predicted, true):
 
 METRICS = {"accuracy": accuracy, "f1": f1, "mcc": correlation, "pearson": correlation, "spearman": spearman}
 
+# --- evaluation ----------------------------------------------------------------------------------------------
+
 
 @torch.inference_mode()
-def predict(model, weights, examples, device, progress=False):
-    """Logits [N, C] (SQuAD: [N, S, C]) in the order of the examples, without dropout.
+def predict(model, weights, examples, device):
+    """Logits [N, C] in the order of the examples, without dropout; of every token [N, S, C] if the model reads them.
 
     `weights` {name: tensor} stand in for the model's own.
     """
     training = model.training
     model.eval()
     batches = data.batch_rows(examples, EVAL_BATCH)
-    outputs = [
-        functional_call(model, weights, tuple(data.collate(examples, rows, device)[0]), tie_weights=False).float().cpu()
-        for rows in tqdm(parallel.share(batches), desc="evaluating", leave=False, disable=not progress)
-    ]
-    outputs = parallel.gather(outputs)
+    outputs = []
+    for rows in tqdm(parallel.share(batches), "evaluating", leave=False, delay=2, disable=parallel.rank() > 0):
+        inputs, _ = data.collate(examples, rows, device)
+        logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float().cpu()
+        if model.every_token:  # [B, S, C]: to one S
+            logits = F.pad(logits, (0, 0, 0, examples.limit - logits.shape[1]), value=-1e4)
+        outputs.append(logits)
     model.train(training)
-    if outputs[0].ndim == 3:  # logits of every token [B, S, C]: to one S
-        outputs = [F.pad(x, (0, 0, 0, examples.limit - x.shape[1]), value=-1e4) for x in outputs]
-    return torch.cat(outputs)[np.concatenate(batches).argsort()]
+    order = np.concatenate(batches).argsort()
+    return torch.cat(parallel.gather(outputs))[order]
 
 
-def decide(logits):
-    """Logits [N, C] -> predicted classes [N], or for one logit (regression) the scores themselves."""
-    return (logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0]).numpy()
-
-
-def evaluate(model, weights, sets, metrics, device, progress=False):
+def evaluate(model, weights, sets, metrics, device):
     """{metric: value} of a model, with `weights` in place of its own, on sets {name: labelled Examples}.
 
     The first set gives the metrics their plain names; those of another (MNLI's dev_mismatched) get its name behind.
     """
+    functions = {name: METRICS.get(name) for name in metrics}
     values = {}
-    for number, (name, examples) in enumerate(sets.items()):
-        logits = predict(model, weights, examples, device, progress)
-        if isinstance(examples, squad.Windows):
-            found = squad.score(logits, examples)
-        else:
-            predicted, true = decide(logits), np.array(examples.labels)
-            found = {metric: METRICS[metric](predicted, true) for metric in metrics}
-        values |= {f"{metric} {name}" if number else metric: value for metric, value in found.items()}
+    for name, examples in sets.items():
+        found = examples.score(predict(model, weights, examples, device), functions)
+        values |= {f"{metric} {name}" if values else metric: value for metric, value in found.items()}
     return values
-
-
-def load_split(name, split, data_dir, tokenizer):
-    """Examples of a task's split, see data.load_split and squad.load_split."""
-    return (squad if name == "squad" else data).load_split(name, split, data_dir, tokenizer)
 
 
 def show(metrics):
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
+# --- finished runs -------------------------------------------------------------------------------------------
+
+
+class Loaded(NamedTuple):
+    result: dict  # result.json
+    folder: Path  # of the model
+    model: Bert
+    tokenizer: Tokenizer
+    masks: dict  # {name: bool [out, in]}; empty if the run has none
+
+
+def load_backbone(folder, task, length, head, fresh=True):
+    """-> (Bert with the task's label words and this head, fresh or the folder's, tokenizer) of a model folder.
+
+    Raises ValueError when they do not fit each other, the task or the length.
+    """
+    config = load_config(folder)
+    if not 4 <= length <= config.longest_input:
+        raise ValueError(f"--length {length}: the model in {folder} takes 4 to {config.longest_input} tokens")
+    tokenizer = data.load_tokenizer(folder, length)
+    one, pair = tokenizer.encode("a"), tokenizer.encode("a", "b")  # with what the tokenizer puts around texts
+    if max(*tokenizer.get_vocab().values(), *one.ids, *pair.ids) >= config.vocab_size:
+        raise ValueError(f"{folder}: tokenizer.json has more words than the vocab_size of config.json")
+    if max(*one.type_ids, *pair.type_ids) >= config.type_vocab_size:
+        raise ValueError(f"{folder}: tokenizer.json tells more segments apart than type_vocab_size in config.json")
+    return load_model(folder, data.label_word_ids(task, tokenizer), head, task.every_token, fresh), tokenizer
+
+
+def identity(folder, model):
+    """What ties a mask to its backbone: {"fingerprint": digest of all pretrained weights, "config", "tokenizer"}."""
+    pretrained = {name: t for name, t in model.state_dict().items() if not name.startswith("classifier.")}
+    tokenizer = file_digest(folder / "tokenizer.json")
+    return {"fingerprint": digest(pretrained), "config": plain(model.config), "tokenizer": tokenizer}
+
+
+def plain(config):
+    """A model.Config as JSON gives it back."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def read_result(run):
+    """What describes a finished run's folder or a mask file. Raises ValueError if this code cannot evaluate it."""
+    result = read_description(run)
+    if result["method"] not in METHODS:
+        raise ValueError(f"{run}: METHODS has no method {result['method']}")
+    if result["task"] not in TASKS or result["words"] != TASKS[result["task"]].words:
+        raise ValueError(f"{run}: TASKS has no task {result['task']} with the label words {result['words']}")
+    return result
+
+
+def load_run(run, model_name=None):
+    """A finished run's folder, or a mask file -> Loaded. Raises ValueError that says what is missing or does not fit."""
+    result = read_result(run)
+    method = METHODS[result["method"]]
+    own = method.trains_weights
+    if own and run.is_file():
+        raise ValueError(f"{run}: the weights of this run were trained as well; name its folder, which holds them")
+    if own and model_name:
+        raise ValueError(f"--model: {run} holds its own weights, which were trained; leave out the flag")
+    folder = run if own else fetch.model_folder(model_name or result["model"])
+    if own:
+        weights = run / "model.safetensors"
+        check_digest(weights, "sha256", result["sha256"].get("model.safetensors"), weights)
+    model, tokenizer = load_backbone(folder, TASKS[result["task"]], result["length"], result["head"], not own)
+    for what, found in identity(folder, model).items():
+        if found != result[what] and not (own and what == "fingerprint"):
+            raise ValueError(f"--model: the {what} of {folder} is not the one that {run} was trained with")
+    if method.masking is None:
+        return Loaded(result, folder, model, tokenizer, {})
+
+    mask_file = run if run.is_file() else run / "mask.safetensors"
+    shapes = {name: tuple(w.shape) for weights in model.prunable().values() for name, w in weights.items()}
+    masks, head, described = load_masks(mask_file, shapes)
+    if described != result:
+        raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
+    expected = {n: p.shape for n, p in model.named_parameters() if n.startswith("classifier.") and not own}
+    if expected != {name: tensor.shape for name, tensor in head.items()}:
+        raise ValueError(f"{mask_file} was made for a head of another shape")
+    model.load_state_dict(head, strict=False)
+    return Loaded(result, folder, model, tokenizer, masks)
+
+
+def densities(groups, masks):
+    """{group: matrix names}, masks {name: bool [out, in]} -> {group: [density of each layer]}."""
+    return {group: [masks[name].float().mean().item() for name in names] for group, names in groups.items()}
+
+
 # --- the command ---------------------------------------------------------------------------------------------
 
 
-def classify(model, weights, tokenizer, task, text, device):
-    """Lines: each label word and its probability, or the score, or the answer, for a tuple of one or two texts."""
-    if len(text) != len(task.text):
-        need = "--text and --pair" if len(task.text) == 2 else "--text without --pair"
-        raise ValueError(f"this task takes {need}")
-    if model.every_token:
-        asked = {"id": "--text", "question": text[0], "context": text[1], "answers": [(0, "")]}
-        windows = squad.make_windows([asked], tokenizer, tokenizer.truncation["max_length"])
-        return squad.answers(predict(model, weights, windows, device), windows)
-    logits = predict(model, weights, encode([text], [0], tokenizer), device)[0]
+def classify(task, texts, tokenizer, logits_of):
+    """Lines: each label word and its probability, or the score, for a tuple of one or two texts."""
+    logits = logits_of(data.encode([texts], [0], tokenizer))[0]
     if len(task.words) == 1:
         return [f"{logits.item():7.4f}  score"]
-    rows = zip(task.words.items(), logits.softmax(0).tolist(), strict=True)
-    return [f"{p:7.4f}  {word} ({label})" for (label, word), p in sorted(rows, key=lambda row: -row[1])]
+    rows = zip(logits.softmax(0).tolist(), task.words.values(), task.words, strict=True)
+    return [f"{p:7.4f}  {word} ({label})" for p, word, label in sorted(rows, reverse=True)]
 
 
 SUBMISSION = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}  # GLUE's server wants MNLI-m and MNLI-mm
 
 
-def write_predictions(model, weights, task, split, examples, path, device):
+def write_predictions(path, task, logits):
     """A test split's answers in the format of the GLUE server: index and label as in the training file, or score."""
-    predicted = decide(predict(model, weights, examples, device, progress=True))
+    decided = data.decide(logits)
     if len(task.words) == 1:
-        answers = [f"{score:.3f}" for score in predicted.clip(0, 5)]
+        answers = [f"{score:.3f}" for score in decided.clip(0, 5)]
     else:
-        answers = [list(task.words)[c] for c in predicted]
+        answers = [list(task.words)[number] for number in decided]
     rows = "".join(f"{n}\t{answer}\n" for n, answer in enumerate(answers))
     write_whole(path, f"index\tprediction\n{rows}".encode())
-
-
-def write_answers(model, weights, tokenizer, name, data_dir, folder, device):
-    """write_predictions for each test split of a task, into a folder. Raises ValueError if it has none."""
-    task = TASKS[name]
-    if not task.test:
-        raise ValueError(f"--predict: {name} has no test split")
-    for split in task.test:
-        path, examples = folder / f"{task.folder}{SUBMISSION[split]}.tsv", load_split(name, split, data_dir, tokenizer)
-        write_predictions(model, weights, task, split, examples, path, device)
-        print(f"{path}: {len(examples)} predictions")
+    print(f"{path}: {len(answers)} predictions")
 
 
 def parse_args(argv):
@@ -164,90 +222,68 @@ def parse_args(argv):
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--text", help="classify this sentence (squad: answer this question) instead")
     asked.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
-    asked.add_argument("--export", type=Path, metavar="FOLDER", help="write a model folder with the zeros in it")
-    asked.add_argument("--export-compact", type=Path, metavar="FOLDER", help="write what is not dead as a folder")
-    asked.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the mask and the training curves instead")
     parser.add_argument("--pair", help="the second sentence of tasks on pairs (squad: the paragraph)")
     add_files(parser)
     add_machine(parser)
     args = parser.parse_args(argv)
     if args.pair is not None and args.text is None:
         parser.error("--pair needs --text")
-    for name in ("text", "predict", "export", "export_compact", "plot"):
-        if len(args.runs) > 1 and getattr(args, name):
-            parser.error(f"--{name.replace('_', '-')} is about one run, not {len(args.runs)}")
-    if parallel.PROCESSES > 1:
+    if len(args.runs) > 1 and (args.text is not None or args.predict):
+        parser.error(f"--text and --predict are about one run, not {len(args.runs)}")
+    if parallel.processes() > 1:
         parser.error("eval.py is one process: start it with python, not with torchrun")
     return args
 
 
+def look(run, args):
+    """Do with a run what the arguments ask for."""
+    result, _, model, tokenizer, masks = load_run(run, args.model)
+    task = TASKS[result["task"]]
+    device, dtype, why = choose_device(args.device, args.dtype, (result["device"], result["dtype"]))
+    model.to(device, dtype)
+    weights = apply_masks(model.state_dict(), {name: mask.to(device) for name, mask in masks.items()})
+
+    def load_split(split):
+        data_dir = args.data_dir or result["data_dir"]
+        if not args.data_dir and data_dir and not Path(data_dir).is_dir():  # a mask that was handed on
+            print(f"--data-dir: {data_dir}, which the run used, is not here; taking the files in {fetch.CACHE}")
+            data_dir = None
+        return data.load_split(result["task"], split, data_dir, tokenizer)
+
+    def logits_of(examples):
+        return predict(model, weights, examples, device)
+
+    if args.text is not None:
+        texts = (args.text,) if args.pair is None else (args.text, args.pair)
+        if len(texts) != len(task.text):
+            raise ValueError(f"this task takes {'--text and --pair' if len(task.text) == 2 else '--text without --pair'}")
+        print("\n".join((task.say or classify)(task, texts, tokenizer, logits_of)))
+        return
+    if args.predict:
+        if not task.test:
+            raise ValueError(f"--predict: {result['task']} has no test split")
+        for split in task.test:
+            path = (run if run.is_dir() else run.parent) / f"{task.folder}{SUBMISSION[split]}.tsv"
+            write_predictions(path, task, logits_of(load_split(split)))
+        return
+    sets = {split: load_split(split) for split in task.dev}
+    print(f"{run}: {result['task']}, {result['method']} on {device} in {dtype_name(dtype)} ({why})")
+    metrics = evaluate(model, weights, sets, task.metrics, device)
+    if masks:
+        print("\n".join(shaded_table("density", densities(model.prunable(), masks))))
+    for i, (heads, neurons) in enumerate(model.config.layers if model.config.heads_per_layer else ()):
+        print(f"layer {i}  {heads:3} heads {neurons:5} neurons")
+    asked = sum(examples.asked() for examples in sets.values())
+    print(f"dev ({asked} examples): {show(metrics)}; training reported {show(result['final'])}")
+
+
 def main(argv=None):
     args = parse_args(argv)
-    read = lru_cache(maxsize=1)(read_weights)  # the backbone of several masks is read once
     with one_line_errors():
         for run in args.runs:  # what is missing is said before anything is evaluated
             read_result(run)
-        seen = [look(run, args, *load_run(run, args.model, read)) for run in args.runs]
-        if len(seen) == 2 and all(masks for _, masks in seen):
-            (groups, first), (_, second) = seen
-            print("\n".join(comparison(groups, first, second)))
-        elif len(seen) == 2:
-            print("there are no two masks to compare: a run of each is needed whose method has one")
-
-
-def look(run, args, result, folder, model, tokenizer, masks):
-    """Do with a loaded run what the arguments ask for -> ({group: [matrix names]}, masks {name: bool})."""
-    task, groups = TASKS[result["task"]], {group: list(weights) for group, weights in model.prunable().items()}
-    device, dtype, why = choose_device(args.device, args.dtype)
-    if args.dtype is None and device.type == result["device"]:
-        dtype, why = getattr(torch, result["dtype"]), "as in training"
-    if args.export:
-        export(args.export, folder, result, masks, model.words.tolist())
-        print(f"{args.export}: an ordinary model folder; its README.md says how to use it")
-        return groups, masks
-    if args.export_compact:
-        print("\n".join(export_compact(args.export_compact, folder, result, masks, model, device, dtype)))
-        return groups, masks
-    if args.plot:
-        draw(args.plot, run, result, groups, masks)
-        return groups, masks
-    model.to(device, dtype)
-    masks = {name: mask.to(device) for name, mask in masks.items()}
-    weights = apply_masks(model.state_dict(), masks)
-    data_dir = args.data_dir or result["data_dir"]
-    if not args.data_dir and data_dir and not Path(data_dir).is_dir():  # a mask that was handed on
-        print(f"--data-dir: {data_dir}, which the run used, is not here; taking the files in {fetch.CACHE}")
-        data_dir = None
-    if args.text is not None:
-        text = (args.text,) if args.pair is None else (args.text, args.pair)
-        print("\n".join(classify(model, weights, tokenizer, task, text, device)))
-    elif args.predict:
-        folder = run if run.is_dir() else run.parent
-        write_answers(model, weights, tokenizer, result["task"], data_dir, folder, device)
-    else:
-        sets = {split: load_split(result["task"], split, data_dir, tokenizer) for split in task.dev}
-        which = f"{run}: " if len(args.runs) > 1 else ""
-        where = f"{device} in {dtype_name(dtype)} ({why})"
-        print(f"{which}{result['task']}, {result['method']}, {result['model']} on {where}")
-        metrics = evaluate(model, weights, sets, task.metrics, device, progress=True)
-        if masks and len(args.runs) == 1:
-            print("\n".join(density_map(densities(groups, masks))))
-            print("\n".join(head_map(head_densities(groups, masks, model.config.layers[0][0]))))
-        elif model.config.heads_per_layer and len(args.runs) == 1:
-            print("\n".join(f"layer {i}  {h:3} heads {n:5} neurons" for i, (h, n) in enumerate(model.config.layers)))
-        examples = sum(examples.asked() for examples in sets.values())
-        print(f"dev ({examples} examples): {show(metrics)}; training reported {show(result['final'])}")
-    return groups, masks
-
-
-def draw(path, run, result, groups, masks):
-    """--plot: the mask of a run, and its training curves if its folder is there."""
-    if not masks:
-        raise ValueError(f"--plot: {run} has no mask to draw")
-    log = run / "log.jsonl"
-    title = f"{result['task']}, {result['method']}, density {result['density']:.2f}"
-    plot(path, title, densities(groups, masks), read_log(log) if log.exists() else ([], []))
-    print(f"{path}: the mask{' and the training curves' if log.exists() else ''}")
+        for run in args.runs:
+            look(run, args)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
-"""Static Model Pruning, learning which frozen weights to switch off, and the methods that it is compared with.
+"""Static Model Pruning: learn which weights of a frozen model to keep.
 
-What it is: schedules, masking functions, the regularizer, the table of methods, scores and masked weights.
-What it is not: it knows no BERT and no loop: groups of weights in, masked ones out. topk.py finds the highest scores.
-Sources: Jiang et al., ACL 2023 (arXiv 2210.06210) for the equations; "reference code" is the authors'
-implementation, followed where the two differ.
+This is the method, and it knows no BERT: groups of weights in, masked ones out. Each weight W gets a score S. The
+forward pass uses W' = W * M(S), where the mask M keeps the weights with the highest scores; the backward pass treats M
+as the identity, so that scores learn although a mask has no gradient. Equations and sections are those of Jiang et al.,
+ACL 2023 (arXiv 2210.06210); "reference code" is the authors' implementation, followed where the two differ.
 
-    masks = Masks(model.prunable(), "smp-s", density=0.5)
+    masks = Masks(model.prunable(), METHODS["smp-s"], density=0.5)
     weights, regularizer = masks(density_at(step, ramp=480, final=0.5))
-    logits = torch.func.functional_call(model, weights, batch)  # then (loss + penalty * regularizer).backward()
+    logits = torch.func.functional_call(model, weights, batch)
+    (cross_entropy(logits, labels) + penalty_at(step, total) * regularizer).backward()
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
-
-from topk import highest
 
 # --- schedules -----------------------------------------------------------------------------------------------
 
@@ -28,7 +27,10 @@ def density_at(step, ramp, final, power=3):
 
     v_t = v + (1 - v)(1 - t/N)^power; the default power 3 is the cubic schedule, 1 is linear.
     """
-    return final + (1 - final) * (1 - min(step / ramp, 1.0)) ** power if ramp else final
+    if ramp == 0:
+        return final
+    left = 1 - min(step / ramp, 1.0)
+    return final + (1 - final) * left**power
 
 
 def penalty_at(step, total, final=400.0):
@@ -36,7 +38,75 @@ def penalty_at(step, total, final=400.0):
     return final * (1 - (1 - step / total) ** 3)
 
 
-# --- choosing weights ----------------------------------------------------------------------------------------
+# --- the k highest scores ------------------------------------------------------------------------------------
+
+
+def kth_largest(scores, k):
+    """scores [L, n], k [L] whole numbers in 0..n -> the k-th largest score of each row [L]; +inf where k is 0."""
+    index = (k - 1).clamp(min=0)
+    if scores.device.type == "cpu":
+        n = scores.shape[1]
+        values = torch.empty(len(scores), dtype=scores.dtype)
+        for row, i in enumerate((n - 1 - index).tolist()):
+            values[row] = np.partition(scores[row].numpy(), i)[i].item()  # 40 times faster than torch.sort
+    else:
+        values = scores.sort(dim=1, descending=True).values.gather(1, index[:, None])[:, 0]
+    return values.masked_fill(k == 0, math.inf)
+
+
+SAMPLES = 1 << 16
+STRIDE = 32749  # a prime: its multiples modulo n lie evenly over rows and columns; every tenth score, say, does not
+
+
+def about_kth_largest(scores, k):
+    """kth_largest of G groups, off by up to 0.1 % of n in rank (and by ties): cheap on a GPU, where sorting is not.
+
+    scores: G tensors [L, n], n of their own; k [G, L] -> [G, L]. Sorts a sample of every row and looks up where the
+    k-th should be. Then counts how many scores really are at least that large, and moves on by as many samples.
+    """
+    sizes = [s.shape[1] for s in scores]
+    m = min(*sizes, SAMPLES)
+    places = torch.arange(m, device=k.device) * STRIDE
+    samples = torch.stack([s[:, places % n] for s, n in zip(scores, sizes, strict=True)])
+    ordered = samples.sort(dim=2, descending=True).values  # [G, L, m]
+    per_sample = torch.stack([torch.full_like(k[0], n / m, dtype=torch.float32) for n in sizes])  # scores a sample
+
+    def value_at(rank):
+        return ordered.gather(2, rank.long().clamp(0, m - 1)[:, :, None])  # [G, L, 1]
+
+    rank = (k - 0.5) / per_sample  # of the k-th largest in the sample, from 0
+    # Summed in float32, which holds whole numbers to 2^24: from bool to int64, torch would write eight bytes a score.
+    counts = [(s >= value).sum(1, dtype=torch.float32) for s, value in zip(scores, value_at(rank), strict=True)]
+    rank = rank + (k - torch.stack(counts)) / per_sample
+    return value_at(rank)[:, :, 0].masked_fill(k == 0, math.inf)
+
+
+def highest(scores, k, exact):
+    """Keep the k highest scores of each matrix: scores {group: [L, out, in]}, k [G, L] -> {group: bool [L, out, in]}.
+
+    exact: break ties by index, so that precisely k are kept. Otherwise all scores that equal the k-th are kept, and on
+    a GPU the k-th is only about the k-th, which is cheaper and enough in training. So at the start, when all scores are
+    zero, everything is kept.
+    """
+    flat = [s.detach().flatten(1) for s in scores.values()]  # [L, out, in] -> [L, out * in]
+    if exact or k.device.type == "cpu":
+        thresholds = [kth_largest(s, row) for s, row in zip(flat, k, strict=True)]
+    else:
+        thresholds = about_kth_largest(flat, k)
+
+    masks = {}
+    for (group, shaped), s, threshold, row in zip(scores.items(), flat, thresholds, k, strict=True):
+        mask = s >= threshold[:, None]
+        if exact:
+            above = s > threshold[:, None]
+            ties = mask & ~above
+            room = row[:, None] - above.sum(1, keepdim=True)
+            mask = above | (ties & (ties.cumsum(1) <= room))
+        masks[group] = mask.view_as(shaped)
+    return masks
+
+
+# --- how many to keep, and where: (scores, importance, density, exact) -> masks ------------------------------
 
 
 class MeanSigmoid(torch.autograd.Function):
@@ -55,25 +125,24 @@ class MeanSigmoid(torch.autograd.Function):
         return torch.ops.aten.sigmoid_backward(grad, s)
 
 
-def mean_sigmoid(scores, temperature=1.0, shift=0.0):
-    """R((S + c) / p): scores {group: [L, out, in]} -> mean of the sigmoid over each matrix [G, L]."""
-    plain = temperature == 1 and shift == 0
-    return torch.stack([MeanSigmoid.apply(s if plain else (s + shift) / temperature) for s in scores.values()])
+def mean_sigmoid(scores, temperature=1.0):
+    """R(S / p): scores {group: [L, out, in]} -> mean of the sigmoid over each matrix [G, L]."""
+    return torch.stack([MeanSigmoid.apply(s if temperature == 1 else s / temperature) for s in scores.values()])
 
 
 def proportional_densities(importance, density):
     """SMP-S (eq. 4): layer densities proportional to importance [G, L], at most 1, with mean `density` in each group.
 
-    What a layer cannot take goes to the others of its group; the reference code cuts it, and ends sparser than
-    asked. Importance 3 and 1 at density 0.75: proportionally 1.125 and 0.375; so 1 and 0.5. In general: with j layers
-    full, the others share density * L - j in proportion, and j is the smallest for which none of them overflows.
+    What a layer cannot take goes to the others of its group; the reference code cuts it, and ends sparser than asked.
+    Importance 3 and 1 at density 0.75: proportionally 1.125 and 0.375; so 1 and 0.5. In general: with j layers full,
+    the others share density * L - j in proportion, and j is the smallest for which none of them overflows.
     """
     layers = importance.shape[1]
-    sorted_, order = importance.sort(dim=1, descending=True)
-    others = sorted_.flip(1).cumsum(1).flip(1)  # at j: importance of the layers that are not among the j largest
+    ordered = importance.sort(dim=1, descending=True).values
+    others = ordered.flip(1).cumsum(1).flip(1)  # at j: importance of the layers that are not among the j largest
     full = torch.arange(layers, device=importance.device, dtype=importance.dtype)
     scale = (density * layers - full) / others
-    overflowing = (scale * sorted_ > 1).sum(1, keepdim=True).clamp(max=layers - 1)
+    overflowing = (scale * ordered > 1).sum(1, keepdim=True).clamp(max=layers - 1)
     return (scale.gather(1, overflowing) * importance).clamp(max=1.0)
 
 
@@ -95,8 +164,7 @@ def whole_counts(densities, n):
 def smp_l(scores, importance, density, exact):
     """SMP-L: the int(v * n) highest scores of each matrix. scores {group: [L, out, in]} -> bool, likewise.
 
-    density: a number, or in training a 0-dim tensor. The importance is for SMP-S: all masking functions are called
-    alike.
+    density: a number, or in training a 0-dim tensor. The importance is for SMP-S: all are called alike.
     """
     counts = [torch.as_tensor(density * s[0].numel() + ROUNDING, device=s.device) for s in scores.values()]
     return highest(scores, torch.stack(counts).long()[:, None].expand(importance.shape), exact)
@@ -104,32 +172,32 @@ def smp_l(scores, importance, density, exact):
 
 def smp_s(scores, importance, density, exact):
     """SMP-S: each group keeps the share v, its layers in proportion to their importance [G, L], R(S / p) (eq. 4)."""
-    if exact:
-        importance = importance.cpu().double()  # in float32 the counts of a large matrix are off by one
-    densities = proportional_densities(importance, density)
     sizes = [s[0].numel() for s in scores.values()]
-    if exact:
+    if exact:  # on the CPU in float64: in float32 the counts of a large matrix are off by one
+        densities = proportional_densities(importance.cpu().double(), density)
         counts = torch.stack([whole_counts(d, n) for d, n in zip(densities, sizes, strict=True)])
-        return highest(scores, counts.to(scores[next(iter(scores))].device), exact)
+        return highest(scores, counts.to(importance.device), exact)
+    densities = proportional_densities(importance, density)
     # The clamp: scores that are not finite end in the loop's error about the loss, not in an index out of range.
-    counts = [(d * n).long().clamp(0, n) for d, n in zip(densities, sizes, strict=True)]
-    return highest(scores, torch.stack(counts), exact)
+    counts = torch.stack([(d * n).long().clamp(0, n) for d, n in zip(densities, sizes, strict=True)])
+    return highest(scores, counts, exact)
 
 
 def smp_g(scores, importance, density, exact):
     """SMP-G: the int(v * n) highest scores of all matrices together; some may lose nearly everything."""
     every = torch.cat([s.detach().flatten() for s in scores.values()])[None]  # [1, all]
     count = torch.as_tensor(density * every.numel() + ROUNDING, device=every.device).long().view(1, 1)
-    parts = highest({"every": every}, count, exact)["every"][0].split([s.numel() for s in scores.values()])
-    return {g: part.view_as(s) for (g, s), part in zip(scores.items(), parts, strict=True)}
+    mask = highest({"every": every}, count, exact)["every"][0]
+    parts = mask.split([s.numel() for s in scores.values()])
+    return {group: part.view_as(s) for (group, s), part in zip(scores.items(), parts, strict=True)}
 
 
 def threshold(scores, importance, density, exact, tau=0.1):
-    """Keep where sigmoid(S) > tau, whatever density comes of it; exact: of these no more than asked for, as smp_g."""
-    above = {g: torch.sigmoid(s) > tau for g, s in scores.items()}
+    """SMP-T: keep where sigmoid(S) > tau, whatever density that gives; exact: of these no more than asked, as smp_g."""
+    above = {group: torch.sigmoid(s) > tau for group, s in scores.items()}
     if not exact:
         return above
-    return {g: mask & above[g] for g, mask in smp_g(scores, importance, density, exact).items()}
+    return {group: mask & above[group] for group, mask in smp_g(scores, importance, density, exact).items()}
 
 
 # --- masked weights ------------------------------------------------------------------------------------------
@@ -138,117 +206,50 @@ def threshold(scores, importance, density, exact, tau=0.1):
 class StraightThrough(torch.autograd.Function):
     """W' = W * M(S); backward dL/dS = dL/dW' * W for kept and removed weights alike (eq. 3).
 
-    A weight that trains as well gets dL/dW = dL/dW' * M: nothing where it is removed (movement pruning).
+    So a score grows when gradient descent would push its weight away from zero, and a removed weight may come back.
     """
 
     @staticmethod
     def forward(ctx, weight, scores, mask):
-        mask = mask.to(weight.dtype)  # a product of two dtypes is far slower
-        ctx.save_for_backward(weight, mask if ctx.needs_input_grad[0] else None)
-        return weight * mask
+        ctx.save_for_backward(weight)
+        return weight * mask.to(weight.dtype)  # a product of two dtypes is far slower
 
     @staticmethod
     def backward(ctx, grad):
-        weight, mask = ctx.saved_tensors
-        for_scores = None
-        if ctx.needs_input_grad[1]:
-            for_scores = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-            torch.mul(grad, weight, out=for_scores)
-        return None if mask is None else grad * mask, for_scores, None
+        (weight,) = ctx.saved_tensors
+        for_scores = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+        torch.mul(grad, weight, out=for_scores)
+        return None, for_scores, None
 
 
-BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature and ends of the stretched interval (Louizos et al. 2018, section 4)
-
-
-def hard_concrete(scores, noise):
-    """Gates in [0, 1] of log alpha = scores (Louizos et al. 2018), drawn (eq. 10 to 12) or, without noise, eq. 13."""
-    if noise:
-        u = torch.rand_like(scores).clamp(1e-6, 1 - 1e-6)
-        scores = (scores + u.log() - (-u).log1p()) / BETA
-    return (torch.sigmoid(scores) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-
-
-# --- the methods ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table: what is ranked, what becomes of it, what trains beside it. Its defaults are SMP's.
-
-    masking: (scores {group: [L, out, in]}, importance [G, L], density, exact) -> masks {group: bool}; None: no mask.
-    """
-
-    masking: Callable | None
-    scores: str = "learnt"  # or "magnitude": |W| as it is now; "random": drawn once
-    start: float = 0.0  # of learnt scores
-    score_lr: float = 2e-2
-    penalty: float = 400.0  # lambda of the regularizer at the end
-    trains_weights: bool = False  # with AdamW, beside the scores
-    head: str = "words"
-    gates: Callable | None = None  # (scores, noise) -> what weights are multiplied with in place of the mask
-    shift: float = 0.0  # the regularizer is the mean of sigmoid(S + shift)
-    units: str = ""  # no mask, but whole units go before training, chosen as cluster.prune says
-
-    @property
-    def learns_scores(self):
-        return self.masking is not None and self.scores == "learnt"
-
-
-METHODS = {
-    "smp-s": Method(smp_s),
-    "smp-l": Method(smp_l),
-    "smp-g": Method(smp_g),
-    "smp-t": Method(threshold),
-    "magnitude": Method(smp_l, scores="magnitude", penalty=0.0, trains_weights=True),
-    "movement": Method(smp_l, score_lr=1e-2, penalty=0.0, trains_weights=True),
-    "soft-movement": Method(threshold, score_lr=1e-2, trains_weights=True),
-    # Without noise a gate is open where sigmoid(S) > -gamma / (zeta - gamma); with it, with probability
-    # sigmoid(S - beta log(-gamma / zeta)), which is what the regularizer counts.
-    "l0": Method(
-        partial(threshold, tau=-GAMMA / (ZETA - GAMMA)), start=math.log(0.9 / 0.1), score_lr=1e-2,
-        trains_weights=True, gates=hard_concrete, shift=-BETA * math.log(-GAMMA / ZETA),
-    ),
-    "random": Method(smp_l, scores="random", penalty=0.0, trains_weights=True),
-    "finetune": Method(None, penalty=0.0, trains_weights=True),
-    "p-pruning": Method(None, penalty=0.0, trains_weights=True, units="clusters"),
-    "p-activation": Method(None, penalty=0.0, trains_weights=True, units="activation"),
-    "p-random": Method(None, penalty=0.0, trains_weights=True, units="random"),
-}  # fmt: skip
+def parameters(stacks):
+    """{group: [L, out, in]} -> float32 parameters, in the same order (a ParameterDict would sort a dict)."""
+    return nn.ParameterDict([(group, stack.float()) for group, stack in stacks.items()])
 
 
 class Masks(nn.Module):
     """One score for every weight of the groups, and the weights under the masks that the scores give.
 
-    groups: {group: {name: weight [out, in]}}, the matrices of a group all of one shape. method: a key of METHODS;
+    groups: {group: {name: weight [out, in]}}, the matrices of a group all of one shape. method: a row of METHODS;
     density: the share of weights kept at the end, in (0, 1]; dtype: of what is multiplied, by default the weights';
-    temperature: p of SMP-S. Weights that train are float32 parameters.
+    temperature: p of SMP-S.
     """
 
     def __init__(self, groups, method, density, dtype=None, temperature=None):
         super().__init__()
+        self.method = method
         self.names = {group: list(weights) for group, weights in groups.items()}
-        self.method = METHODS[method]
-        stacks = {group: torch.stack([w.detach() for w in ws.values()]) for group, ws in groups.items()}
-        self.dtype = dtype or next(iter(stacks.values())).dtype
-        # Plain dicts, not buffers, of what does not train: no part of this module's state, and already where the model
-        # is. Pairs, because ParameterDict sorts a plain dict.
-        if self.method.trains_weights:
-            self.weights = nn.ParameterDict([(group, stack.float()) for group, stack in stacks.items()])
-        else:
-            self.weights = {group: stack.to(self.dtype) for group, stack in stacks.items()}
-        self.learnt = self.drawn = None
-        if self.method.scores == "learnt":
-            full = partial(torch.full_like, fill_value=self.method.start, dtype=torch.float32)
-            self.learnt = nn.ParameterDict([(group, full(stack)) for group, stack in stacks.items()])
-        elif self.method.scores == "random":
-            self.drawn = {group: torch.rand_like(stack, dtype=torch.float32) for group, stack in stacks.items()}
         # p = 4 evens the layers out while most weights stay (reference code; not in the paper).
         self.temperature = temperature or (4.0 if density >= 0.7 else 1.0)
+        # The matrices of a group are one tensor [L, out, in]: masking them all is then one operation.
+        stacks = {group: torch.stack([w.detach() for w in weights.values()]) for group, weights in groups.items()}
+        self.dtype = dtype or next(iter(stacks.values())).dtype
+        self.make(stacks)
 
-    @property
-    def scores(self):
-        """What is ranked now {group: [L, out, in]}."""
-        return self.learnt or self.drawn or {group: weight.detach().abs() for group, weight in self.weights.items()}
+    def make(self, stacks):
+        """Frozen weights, a plain dict because they are no part of what is learnt, and scores, which start at 0."""
+        self.weights = {group: stack.to(self.dtype) for group, stack in stacks.items()}
+        self.scores = parameters({group: torch.zeros_like(stack) for group, stack in stacks.items()})
 
     def by_name(self, stacks):
         """{group: [L, out, in]} -> {name: [out, in]}, views."""
@@ -259,42 +260,58 @@ class Masks(nn.Module):
 
         R is the mean over all matrices of mean(sigmoid(S)) (eq. 6 with means, as reference code).
         """
-        scores, method = self.scores, self.method
-        means = mean_sigmoid(scores, shift=method.shift)
-        weights = {g: w.to(self.dtype) for g, w in self.weights.items()}
-        if method.gates:
-            masked = {g: w * method.gates(scores[g], noise=True).to(self.dtype) for g, w in weights.items()}
-            return self.by_name(masked), means.mean()
+        scores = self.scores
+        means = mean_sigmoid(scores)  # [G, L]
         with torch.no_grad():
             importance = means if self.temperature == 1 else mean_sigmoid(scores, self.temperature)
-            masks = method.masking(scores, importance, density, exact=False)
-        masked = {g: StraightThrough.apply(w, scores[g], masks[g]) for g, w in weights.items()}
+            masks = self.method.masking(scores, importance, density, exact=False)
+        masked = {}
+        for group, weight in self.weights.items():
+            masked[group] = self.method.rule.apply(weight.to(self.dtype), scores[group], masks[group])
         return self.by_name(masked), means.mean()
 
     @torch.no_grad()
-    def exact(self, density):
-        """-> masks {name: bool [out, in]} that keep exactly the share asked for, ties broken by index."""
-        scores = self.scores
-        importance = mean_sigmoid(scores, self.temperature)
-        return self.by_name(self.method.masking(scores, importance, density, exact=True))
+    def choose(self, density, exact=True):
+        """-> masks {name: bool [out, in]} that keep exactly the share asked for, ties broken by index.
 
-    @torch.no_grad()
-    def reached(self, density):
-        """-> the share of weights that training keeps by itself: for thresholds not what was asked for."""
-        scores = self.scores
-        masks = self.method.masking(scores, mean_sigmoid(scores, self.temperature), density, exact=False)
-        return sum(m.sum().item() for m in masks.values()) / sum(m.numel() for m in masks.values())
+        exact=False: what training keeps by itself, which with a threshold is not what was asked for.
+        """
+        importance = mean_sigmoid(self.scores, self.temperature)
+        return self.by_name(self.method.masking(self.scores, importance, density, exact))
 
     @torch.no_grad()
     def baked(self, density, dtype=None):
         """-> weights {name: [out, in]} under the exact masks, for evaluation, in this module's dtype or another."""
-        weights = self.weights
-        if self.method.gates:
-            weights = {g: weight * self.method.gates(self.learnt[g], noise=False) for g, weight in weights.items()}
-        weights = {name: weight.to(dtype or self.dtype) for name, weight in self.by_name(weights).items()}
-        return apply_masks(weights, self.exact(density))
+        weights = {name: weight.to(dtype or self.dtype) for name, weight in self.by_name(self.weights).items()}
+        return apply_masks(weights, self.choose(density))
 
 
 def apply_masks(weights, masks):
     """{name: weight}, {name: bool} -> {name: weight with the removed entries zero}."""
     return {name: weights[name] * mask for name, mask in masks.items()}
+
+
+# --- the methods ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table. The defaults are SMP's."""
+
+    masking: Callable | None  # (scores {group: [L, out, in]}, importance [G, L], density, exact) -> {group: bool}
+    rule: type = StraightThrough  # what flows into the scores
+    masks: type = Masks  # what learns; a subclass may start, rank or train otherwise
+    score_lr: float | None = 2e-2  # None: no scores are learnt
+    penalty: float = 400.0  # lambda of the regularizer at the end
+    trains_weights: bool = False  # with AdamW, beside the scores
+    before: Callable | None = None  # (model, train set, dev sets, args, device) -> a smaller model, facts about it
+    flags: tuple = ()  # of train.py that only this method has: (name, type, default, help)
+
+
+METHODS = {
+    "smp-s": Method(smp_s),
+    "smp-l": Method(smp_l),
+    "smp-g": Method(smp_g),
+    "smp-t": Method(threshold),
+    "finetune": Method(None, score_lr=None, penalty=0.0, trains_weights=True),  # the dense reference point
+}

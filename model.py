@@ -1,23 +1,26 @@
-"""BERT and RoBERTa as an ordinary nn.Module whose state-dict names are those of BERT checkpoints.
+"""BERT and RoBERTa from scratch, as ordinary nn.Modules whose weights bear the names of published checkpoints.
 
-What it is: embeddings, post-norm encoder, optional masked-LM head, and a classifier that reads the logits of label
-words at [CLS]. What it is not: it does not train, prune or tokenise, it reads no files (pretrained.py does), and it has
-no decoder. Sources: Devlin et al. 2019 (arXiv 1810.04805), Liu et al. 2019 (arXiv 1907.11692); names as published.
+The classifier is the paper's: the logit of a class is the logit of its label word, read at [CLS]. Nothing here prunes;
+`prunable()` names the weights that may be masked, and torch.func.functional_call puts masked ones in their place.
+Sources: Devlin et al. 2019 (arXiv 1810.04805), Liu et al. 2019 (arXiv 1907.11692).
 
-    model = Bert(Config(30522, 384, 6, 12, 1536, 512, 2), words=[2053, 2748])
+    model = load_model("a folder with config.json and model.safetensors", words=[2053, 2748])
     logits = model(input_ids, token_type_ids, attention_mask)  # [B, 2]
 """
 
-import hashlib
+import json
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
-# The six groups of prunable matrices and where each stands inside a layer.
+# The six groups of prunable matrices, and where each stands inside a layer.
 GROUPS = {
     "query": "attention.self.query",
     "key": "attention.self.key",
@@ -30,7 +33,7 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Config:
-    """The part of a checkpoint's config.json that decides the computation."""
+    """The part of a checkpoint's config.json that decides the computation, under the names there."""
 
     vocab_size: int
     hidden_size: int
@@ -46,14 +49,16 @@ class Config:
     position_embedding_type: str = "absolute"
     model_type: str = "bert"
     pad_token_id: int = 0
-    heads_per_layer: tuple = ()  # of models that lost whole heads and neurons; empty: the same in every layer
+    # Of a model that lost whole heads and neurons, a number for each layer. Empty: the same in every layer.
+    heads_per_layer: tuple = ()
     neurons_per_layer: tuple = ()
 
     @property
     def layers(self):
-        """(heads, neurons) of each layer."""
+        """[(heads, neurons)] of each layer."""
         heads = self.heads_per_layer or [self.num_attention_heads] * self.num_hidden_layers
-        return list(zip(heads, self.neurons_per_layer or [self.intermediate_size] * len(heads), strict=True))
+        neurons = self.neurons_per_layer or [self.intermediate_size] * self.num_hidden_layers
+        return list(zip(heads, neurons, strict=True))
 
     @property
     def head_size(self):
@@ -69,7 +74,9 @@ class Config:
         return self.max_position_embeddings - self.first_position
 
 
-PER_LAYER = {"heads_per_layer": "num_attention_heads", "neurons_per_layer": "intermediate_size"}  # and its maximum
+# --- the model -----------------------------------------------------------------------------------------------
+# Shapes: B texts of S tokens, H wide; heads of size D. Inside the encoder all tokens of a batch are rows, [B * S, H],
+# which saves every linear layer two views, and autograd their inverses.
 
 
 class Embeddings(nn.Module):
@@ -89,24 +96,27 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of some heads, each of size D."""
-
     def __init__(self, c, heads):
         super().__init__()
-        self.heads, self.size, self.dropout = heads, c.head_size, c.attention_probs_dropout_prob
+        self.heads = heads
+        self.size = c.head_size
+        self.dropout = c.attention_probs_dropout_prob
         self.query = nn.Linear(c.hidden_size, heads * c.head_size)
         self.key = nn.Linear(c.hidden_size, heads * c.head_size)
         self.value = nn.Linear(c.hidden_size, heads * c.head_size)
 
     def forward(self, x, context, attend):
-        if not self.heads:  # [B * S, 0]; all three, so that all have gradients, if empty ones
+        if self.heads == 0:  # [B * S, 0]; the sum of all three, so that all get gradients, if empty ones
             return self.query(x) + self.key(x) + self.value(x)
-        split = [
-            linear(t).view(len(attend), -1, self.heads, self.size).transpose(1, 2)  # [B * S, ...] -> [B, heads, S, D]
-            for linear, t in ((self.query, x), (self.key, context), (self.value, context))
-        ]
+
+        def split(rows):  # [B * S, heads * D] -> [B, heads, S, D]
+            return rows.view(len(attend), -1, self.heads, self.size).transpose(1, 2)
+
+        q = split(self.query(x))
+        k = split(self.key(context))
+        v = split(self.value(context))
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(*split, attn_mask=attend, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
         return mixed.transpose(1, 2).reshape(len(x), -1)  # [B, heads, S, D] -> [B * S, heads * D]
 
 
@@ -147,9 +157,8 @@ class Encoder(nn.Module):
     def forward(self, input_ids, token_type_ids, attention_mask, tokens=None):
         """[B, S] each -> states of the first `tokens` tokens (default: all) [B, tokens, H]."""
         batch, width = input_ids.shape
-        # [B, S, H] -> [B * S, H], which saves every linear layer two views, and autograd their inverses.
-        x = self.embeddings(input_ids, token_type_ids).flatten(0, 1)
-        # [B, S] -> [B, heads, queries, S], as what is added to the products; given a mask, every layer would make this.
+        x = self.embeddings(input_ids, token_type_ids).flatten(0, 1)  # [B, S, H] -> [B * S, H]
+        # What is added to the products of queries and keys: -inf at padding. [B, S] -> [B, heads, queries, S]
         attend = torch.zeros_like(attention_mask, dtype=x.dtype).masked_fill(attention_mask == 0, -math.inf)
         attend = attend[:, None, None, :]
         *layers, last = self.encoder["layer"]
@@ -161,11 +170,12 @@ class Encoder(nn.Module):
 
 
 class Predictions(nn.Module):
-    """The masked-LM head. Its decoder is the word embedding, so of that only the bias is stored here."""
+    """The masked-LM head. Its decoder is the word embedding, so only the bias of it is stored here."""
 
     def __init__(self, c):
         super().__init__()
-        dense, norm = nn.Linear(c.hidden_size, c.hidden_size), nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        dense = nn.Linear(c.hidden_size, c.hidden_size)
+        norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.transform = nn.ModuleDict({"dense": dense, "LayerNorm": norm})
         self.bias = nn.Parameter(torch.zeros(c.vocab_size))
 
@@ -176,15 +186,14 @@ class Predictions(nn.Module):
 class Bert(nn.Module):
     """An encoder that classifies by label words, or by a classifier of its own.
 
-    config: Config; words: one token id a class; parts: which of "cls" (masked-LM head), "pooler" and "classifier"
-    there are. every_token: read every token instead of [CLS].
+    words: a token id for each class. parts: which of "cls" (masked-LM head), "pooler" and "classifier" there are.
+    every_token: read every token instead of [CLS].
     """
 
-    every_token = False
-
-    def __init__(self, config, words, parts=()):
+    def __init__(self, config, words, parts=(), every_token=False):
         super().__init__()
         self.config = config
+        self.every_token = every_token
         self.register_buffer("words", torch.tensor(words, device="cpu"), persistent=False)
         self.bert = Encoder(config)
         if "cls" in parts:
@@ -195,20 +204,19 @@ class Bert(nn.Module):
             self.classifier = nn.Linear(config.hidden_size, len(self.words))
 
     @classmethod
-    def of(cls, config, words, tensors, head="words"):
+    def of(cls, config, words, tensors, head="words", every_token=False):
         """A model of tensors {name: tensor}, which it keeps. Raises ValueError that names one that does not fit."""
-        there = {part for part in ("cls", "pooler", "classifier") if any(f"{part}." in name for name in tensors)}
+        parts = {head}
+        parts |= {part for part in ("cls", "pooler", "classifier") if any(f"{part}." in name for name in tensors)}
         with torch.device("meta"), warnings.catch_warnings():  # no memory and no random numbers
             warnings.simplefilter("ignore", UserWarning)  # a layer without heads has nothing to initialize
-            model = cls(config, words, {head} | there)
+            model = cls(config, words, parts, every_token)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        if missing := sorted(expected.keys() - tensors.keys()):
-            raise ValueError(f"lacks {missing[0]} ({len(missing)} missing in all)")
-        if unknown := sorted(tensors.keys() - expected.keys()):
-            raise ValueError(f"has {unknown[0]}, which is not part of this model ({len(unknown)} such tensors)")
-        for name, shape in expected.items():
-            if tuple(tensors[name].shape) != shape:
-                raise ValueError(f"has {name} of shape {tuple(tensors[name].shape)}, config.json says {shape}")
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                shape, wanted = found.get(name, "missing"), expected.get(name, "not part of this model")
+                raise ValueError(f"{name} is {shape} in the file and {wanted} by config.json")
         model.load_state_dict(tensors, assign=True)
         return model
 
@@ -230,31 +238,131 @@ class Bert(nn.Module):
 
         With a masked-LM head: dense, GELU, LayerNorm, tied decoder row, bias row. Without: h . e_word.
         """
-        rows, bias = self.bert.embeddings.word_embeddings.weight[words], None
-        if hasattr(self, "cls"):
-            head = self.cls["predictions"]
-            hidden, bias = head(hidden), head.bias[words]
-        return F.linear(hidden, rows, bias)
+        rows = self.bert.embeddings.word_embeddings.weight[words]
+        if not hasattr(self, "cls"):
+            return F.linear(hidden, rows)
+        head = self.cls["predictions"]
+        return F.linear(head(hidden), rows, head.bias[words])
 
     def prunable(self):
         """{group: {parameter name: weight [out, in]}}, six groups of one matrix a layer."""
-        return {
-            group: {
-                f"bert.encoder.layer.{i}.{path}.weight": layer.get_submodule(path).weight
-                for i, layer in enumerate(self.bert.encoder["layer"])
-            }
-            for group, path in GROUPS.items()
-        }
-
-    def fingerprint(self):
-        """sha256 of all pretrained weights, by name: what ties a mask to its backbone."""
-        return digest({n: t for n, t in self.state_dict().items() if not n.startswith("classifier.")})
+        groups = {group: {} for group in GROUPS}
+        for i, layer in enumerate(self.bert.encoder["layer"]):
+            for group, path in GROUPS.items():
+                groups[group][f"bert.encoder.layer.{i}.{path}.weight"] = layer.get_submodule(path).weight
+        return groups
 
 
-def digest(tensors, described=""):
-    """sha256 of a text and of tensors {name: tensor}, in the order of their names."""
-    found = hashlib.sha256(described.encode())
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().flatten().view(torch.uint8).cpu().numpy())
-    return found.hexdigest()
+# --- loading, strictly: every tensor of a file is used once, or known to be unused ----------------------------
+
+SUPPORTED = {"hidden_act": ["gelu"], "position_embedding_type": ["absolute"], "model_type": ["bert", "roberta"]}
+PER_LAYER = {"heads_per_layer": "num_attention_heads", "neurons_per_layer": "intermediate_size"}  # and its maximum
+LARGEST = {"num_hidden_layers": 1000}  # each takes time to make, before the weights show that it is not there
+
+# Tensors that checkpoints carry and that no model uses, or none with that head.
+NEVER_USED = ("cls.seq_relationship.", "bert.embeddings.position_ids")
+UNUSED = {"words": ("bert.pooler.", "classifier."), "classifier": ("cls.",)}
+
+# Stored copies of tied tensors: name in the file -> the tensor that must hold the same numbers.
+TIED = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+
+# RoBERTa's names for the same tensors.
+ROBERTA = {
+    "roberta.": "bert.",
+    "lm_head.dense.": "cls.predictions.transform.dense.",
+    "lm_head.layer_norm.": "cls.predictions.transform.LayerNorm.",
+    "lm_head.": "cls.predictions.",
+}
+
+
+def load_config(folder):
+    """Read FOLDER/config.json. Raises ValueError that names the key when it is no model we can compute."""
+    path = Path(folder) / "config.json"
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+        values = {field.name: stored.get(field.name, field.default) for field in fields(Config)}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON object: {error}") from None
+    for field in fields(Config):
+        name = field.name
+        value = values[name]
+        if value is MISSING:
+            raise ValueError(f"{path} lacks {name}")
+        if name in SUPPORTED:
+            fits = value in SUPPORTED[name]
+        elif name in PER_LAYER:
+            fits = isinstance(value, (list, tuple)) and len(value) in (0, values["num_hidden_layers"])
+            fits = fits and all(type(n) is int and 0 <= n <= values[PER_LAYER[name]] for n in value)
+        else:
+            highest = LARGEST.get(name, 1 if field.type is float else 1 << 24)
+            fits = type(value) in (int, field.type) and (field.default is MISSING) <= value <= highest
+        if not fits:
+            raise ValueError(f"{path}: {name} is {value!r}, not {' or '.join(SUPPORTED.get(name, ['a valid number']))}")
+    if values["hidden_size"] % values["num_attention_heads"]:
+        raise ValueError(f"{path}: hidden_size is not divisible by num_attention_heads")
+    return Config(**values | {name: tuple(values[name]) for name in PER_LAYER})
+
+
+def rename(name, prefixes):
+    """A name with the first of {old: new} prefixes that it has replaced."""
+    for old, new in prefixes.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def canonical(name):
+    """A checkpoint's tensor name -> this model's: RoBERTa's, LayerNorm.gamma/beta, encoders saved without `bert.`."""
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    name = rename(name, ROBERTA)
+    return name if name.startswith(("bert.", "cls.", "classifier.")) else f"bert.{name}"
+
+
+def published(name, model_type):
+    """The inverse of canonical: the name under which checkpoints of this model_type store a tensor."""
+    return rename(name, {ours: theirs for theirs, ours in ROBERTA.items()}) if model_type == "roberta" else name
+
+
+def read_weights(path):
+    """Tensors of a safetensors file in float32 under canonical names, without copies of tied ones.
+
+    Raises ValueError for an unreadable file, a tensor stored twice, or a decoder that is not tied.
+    """
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    tensors = {}
+    for name, tensor in stored.items():
+        if canonical(name) in tensors:
+            raise ValueError(f"{path} holds {canonical(name)} twice, once as {name}")
+        if canonical(name).startswith(NEVER_USED):  # position_ids are whole numbers
+            continue
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"{path}: {name} is of {tensor.dtype}; weights must be floats of 16 bits or more")
+        tensors[canonical(name)] = tensor.float()
+    for copy, original in TIED.items():
+        if copy in tensors and not torch.equal(tensors.pop(copy), tensors.get(original, torch.empty(0))):
+            raise ValueError(f"{path}: {copy} differs from {original}; only tied decoders are supported")
+    return tensors
+
+
+def load_model(folder, words, head="words", every_token=False, fresh=True):
+    """A folder with config.json and model.safetensors -> Bert in float32 on the CPU, in training mode.
+
+    words, every_token: see Bert. head: "words"; or "classifier", fresh or the file's, on the file's pooler if it has
+    one. Raises ValueError that names what does not fit, OSError when a file is missing.
+    """
+    path = Path(folder) / "model.safetensors"
+    config = load_config(folder)
+    tensors = {name: t for name, t in read_weights(path).items() if not name.startswith(UNUSED[head])}
+    if head == "classifier" and fresh:
+        tensors["classifier.weight"] = 0.02 * torch.randn(len(words), config.hidden_size)
+        tensors["classifier.bias"] = torch.zeros(len(words))
+    try:
+        return Bert.of(config, words, tensors, head, every_token)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

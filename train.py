@@ -1,91 +1,238 @@
 """Learn a task by switching off weights of a frozen BERT, or fine-tune it as the dense reference.
 
-What it is: the loop, and the run folder (mask.safetensors, log.jsonl, result.json). What it is not: the method, which
-is mask.py, or the flags, which are arguments.py. Sources: Jiang et al., ACL 2023 (arXiv 2210.06210), and its authors'
-code for the recipe.
-
     python train.py                               # MiniLM on movie reviews: nothing to prepare, minutes on a laptop
     python train.py --task rte --sparsity 0.5     # the paper's setting: bert-base-uncased on GLUE
+
+Flags, what is learnt, the loss, the loop, the result. The method itself is mask.py. Sources: Jiang et al., ACL 2023
+(arXiv 2210.06210), and its authors' code for the recipe.
 """
 
 import hashlib
 import json
 import math
-import os
-import platform
 import shlex
-import signal
-import statistics
-import time
-from contextlib import closing, contextmanager
+import sys
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save
+from torch import nn
+from torch.func import functional_call
 from tqdm import tqdm
 
-import cluster
 import data
-import fetch
-import parallel
-import summary
-from arguments import MOST_STEPS, parse_args
-from checkpoint import CHECKPOINT, in_background, restore, save_checkpoint
-from cli import choose_device, code_version, dtype_name, make_deterministic, one_line_errors
+import extras  # noqa: F401 (its methods and tasks; without the folder, delete this line)
 from data import TASKS
-from eval import evaluate, load_split, show
-from mask import METHODS, density_at, penalty_at
-from maskfile import pack_masks
-from picture import densities
-from pretrained import load_model, published
-from runs import load_backbone, load_run, plain, read_result, tokenizer_digest
-from shrink import config_json
-from step import Losses, make_learner, make_run, rate_at, train_step
+from eval import densities, evaluate, identity, load_backbone, load_run, plain, read_result, show
+from mask import METHODS, density_at, penalty_at, smp_s
+from model import PER_LAYER, load_model, published
+from plumbing import cli, fetch, parallel
+from plumbing.adam import make_optimizer, set_rates
+from plumbing.files import pack_masks, read_json
+from plumbing.graphs import Recorded
+from plumbing.run import Run, interrupted_run
 
 LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
 
-
-def check_run_folder(folder):
-    """Raise ValueError unless the folder is new, empty, or of a run that saved nothing, which the new one replaces."""
-    if (folder / "result.json").exists():
-        raise ValueError(f"--out: {folder} holds a finished run; name another folder or seed, or delete it")
-    if (folder / CHECKPOINT).exists():
-        raise ValueError(f"--out: {folder} holds an interrupted run; --resume {folder} goes on, or delete it")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "log.jsonl").exists():
-        raise ValueError(f"--out: {folder} holds files that are not of a run; name another folder")
+# --- flags ---------------------------------------------------------------------------------------------------
 
 
-def prepare(args):
-    """Everything that reads files -> (model in float32, teacher or None, train set, {name: dev set}).
+def make_parser():
+    parser = cli.Parser(usage="python train.py [flags]", description="Learn which weights of a frozen BERT to keep.")
+    what = parser.add_argument_group("what", "Defaults that are not named are the task's or the method's.")
+    what.add_argument("--task", choices=TASKS, default="movies", metavar="TASK", help=f"{', '.join(TASKS)} (movies)")
+    methods = f"{', '.join(METHODS)} (smp-s)"
+    what.add_argument("--method", choices=METHODS, default="smp-s", metavar="METHOD", help=methods)
+    cli.add_files(what)
+    what.add_argument("--head", choices=("words", "classifier"), default="words", help="or a fresh linear layer")
+    what.add_argument("--teacher", type=Path, metavar="RUN_DIR", help="a finished --method finetune to learn from")
+    what.add_argument("--warmup", type=cli.share_below_one, default=0.0, help="share of steps in which rates rise (0)")
+    some = parser.add_argument_group("method", "Flags that only some methods use.")
+    some.add_argument("--sparsity", type=cli.share_below_one, help="share removed; p-...: of the computation (0.5)")
+    some.add_argument("--lr", type=cli.positive, help="highest learning rate of the scores (smp-...: 2e-2, else 1e-2)")
+    some.add_argument("--weight-lr", type=cli.positive, help="the same of weights that train (3e-5)")
+    some.add_argument("--hold", type=cli.share, help="share of the steps before any weight is removed (0)")
+    some.add_argument("--ramp", type=cli.share, help="share of steps after which the target is reached (movies: 0.9)")
+    some.add_argument("--schedule", choices=("cubic", "linear"), help="of the density; default: linear for RoBERTa")
+    some.add_argument("--penalty", type=cli.not_negative, help="lambda of the regularizer at the end (400)")
+    some.add_argument("--temperature", type=cli.positive, help="p of SMP-S; default: 4 when most weights stay, else 1")
+    for name, kind, _, text in sorted({flag for method in METHODS.values() for flag in method.flags}):
+        some.add_argument(cli.flag(name), type=kind, help=text)
+    cli.add_training(parser)
+    return parser
 
-    Makes the run folder; so of several processes, only the first can tell whether it was free.
-    """
+
+def flags_of(args):
+    """{name: default} of the flags that args.method, of those that only some methods use, does."""
+    method = METHODS[args.method]
+    flags = {name: default for name, _, default, _ in method.flags}
+    if method.masking or method.before:
+        flags["sparsity"] = 0.5
+    if method.masking:
+        flags |= {"hold": 0.0, "ramp": TASKS[args.task].ramp, "schedule": None}
+    if method.masking is smp_s:
+        flags["temperature"] = None
+    if method.score_lr:
+        flags |= {"lr": method.score_lr, "penalty": method.penalty}
+    if method.trains_weights or args.head == "classifier":
+        flags["weight_lr"] = 3e-5
+    return flags
+
+
+# What the flags are for a method that does not use them.
+UNUSED = {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0}
+UNUSED |= dict.fromkeys(("schedule", "lr", "weight_lr", "temperature"))
+
+
+def parse_args(argv):
+    """Flags with all defaults filled in; from here on, nobody writes to them. Exits with one line if they make no sense."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.resume:
+        if len(argv) > 1 + (argv[0] == "--resume") or parallel.processes() > 1:
+            parser.error("--resume takes the settings of its run: no other flags, and one process")
+        return args
+    used = flags_of(args)
+    unused = UNUSED | {name: None for method in METHODS.values() for name, *_ in method.flags}
+    for name in unused.keys() - used.keys():
+        if getattr(args, name) is not None:
+            known = ", ".join(map(cli.flag, used))
+            parser.error(f"{cli.flag(name)}: {args.method} does not use it; of such flags it uses {known}")
     task = TASKS[args.task]
-    if not parallel.RANK and not args.resume:
-        check_run_folder(args.out)
+    cli.fill(args, unused | used | {name: getattr(task, name) for name in ("model", "epochs", "batch", "length", "evals")})
+    if args.hold > args.ramp:
+        parser.error(f"--hold must be at most --ramp, {args.ramp}; got {args.hold}")
+    name = f"{args.task}-{Path(args.model).name}-{args.method}-{args.sparsity:g}"
+    name += "-classifier" if args.head == "classifier" else ""
+    name += "-taught" if args.teacher else ""
+    name += f"-{args.steps}steps" if args.steps else ""
+    cli.fill(args, {"out": Path("runs") / f"{name}-seed{args.seed}"})
+    return args
+
+
+# --- what is learnt ------------------------------------------------------------------------------------------
+
+
+class Learner(nn.Module):
+    """What a run learns of a frozen float32 model: masks, or None, and other weights. The rest is rounded to dtype.
+
+    method: a row of METHODS. Other weights: a fresh classifier; with a method that trains weights, all of them.
+    """
+
+    def __init__(self, model, method, density, dtype, temperature=None):
+        super().__init__()
+        self.dtype = dtype
+        self.masks = None
+        masked = set()
+        if method.masking:
+            groups = model.prunable()
+            self.masks = method.masks(groups, method, density, dtype, temperature)
+            masked = {name for weights in groups.values() for name in weights}
+        trained = {}
+        for name, weight in model.named_parameters():
+            if name not in masked and (method.trains_weights or name.startswith("classifier.")):
+                trained[name] = weight.detach().float().clone()
+        self.names = list(trained)
+        self.weights = nn.ParameterList(trained.values())
+        model.to(dtype)
+        if self.masks and not method.trains_weights:  # the stacked weights are held once
+            model.load_state_dict(self.masks.by_name(self.masks.weights), strict=False, assign=True)
+
+    @property
+    def trained(self):
+        """{name: parameter} of the other weights."""
+        return dict(zip(self.names, self.weights, strict=True))
+
+    def forward(self, density):
+        """-> the weights of one step {name: tensor in dtype}, and the regularizer."""
+        weights = {name: weight.to(self.dtype) for name, weight in self.trained.items()}
+        if self.masks is None:
+            return weights, torch.zeros((), device=density.device)
+        masked, regularizer = self.masks(density)
+        return masked | weights, regularizer
+
+    def baked(self, density):
+        """-> the weights for evaluation, under exact masks."""
+        weights = self.masks.baked(density) if self.masks else {}
+        return weights | {name: weight.detach().to(self.dtype) for name, weight in self.trained.items()}
+
+    def optimizer(self, score_lr, weight_lr):
+        """Adam on the scores; AdamW on trained weights, decaying only matrices, as BERT's authors fine-tune."""
+        learns_scores = self.masks is not None and self.masks.method.score_lr
+        scores = list(self.masks.scores.parameters()) if learns_scores else []
+        weights = [p for p in self.parameters() if all(p is not score for score in scores)]
+        matrices = [p for p in weights if p.ndim > 1]
+        vectors = [p for p in weights if p.ndim == 1]
+        return make_optimizer([(scores, score_lr, 0.0), (matrices, weight_lr, 0.01), (vectors, weight_lr, 0.0)])
+
+
+# --- one step ------------------------------------------------------------------------------------------------
+
+
+def task_loss(logits, labels, taught=None, temperature=2.0):
+    """Cross-entropy of logits [B, C] with classes [B], or mean squared error of the one logit with scores [B].
+
+    SQuAD: logits [B, S, 2] of start and end with positions [B, 2], the mean of both. With a teacher's logits, half of
+    that and half tau^2 KL(teacher || student) at temperature tau (regression: the squared error to the teacher).
+    """
+    if labels.is_floating_point():
+        loss = F.mse_loss(logits[:, 0], labels)
+        return loss if taught is None else 0.5 * loss + 0.5 * F.mse_loss(logits, taught)
+    loss = F.cross_entropy(logits, labels)
+    if taught is None:
+        return loss
+    student = F.log_softmax(logits / temperature, dim=1)
+    teacher = F.log_softmax(taught / temperature, dim=1)
+    kl = F.kl_div(student, teacher, reduction="sum", log_target=True) / labels.numel()
+    return 0.5 * loss + 0.5 * temperature**2 * kl
+
+
+def make_forward_backward(model, learner, teacher=None):
+    """The method, as one function of tensors. teacher: a frozen Bert in evaluation mode, or None."""
+
+    def forward_backward(inputs, labels, share, density, penalty):
+        """Add the gradients of a data.Part -> [2]: loss on the task, regularizer. density, penalty: 0-dim tensors."""
+        weights, regularizer = learner(density)  # W' = W * M(S)
+        logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
+        with torch.no_grad():
+            taught = teacher(*inputs).float() if teacher else None
+        loss = task_loss(logits, labels, taught)
+        (share * (loss + penalty * regularizer)).backward()  # dL/dS = dL/dW' * W
+        return torch.stack([loss, regularizer]).detach()
+
+    return forward_backward
+
+
+def train_step(forward_backward, optimizer, parts, density, penalty):
+    """One step on the parts of a batch, see data.training_batches -> [2]: loss on the task, regularizer, on the device."""
+    losses = 0.0
+    for part in parts:
+        losses = losses + part.share * forward_backward(part.inputs, part.labels, part.share, density, penalty)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parallel.add_up([p.grad for p in parameters])
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses
+
+
+# --- the run -------------------------------------------------------------------------------------------------
+
+
+def load_everything(args):
+    """-> (model in float32, folder of the model, teacher or None, train set, {name: dev set})."""
+    task = TASKS[args.task]
     for split in (task.train, *task.dev):  # before anything large is downloaded
         data.split_path(args.task, split, args.data_dir)
-    model, tokenizer = load_backbone(fetch.model_folder(args.model), task, args.length, args.head)
+    folder = fetch.model_folder(args.model)
+    model, tokenizer = load_backbone(folder, task, args.length, args.head)
     if METHODS[args.method].masking and len(set(model.config.layers)) > 1:
         raise ValueError(f"--method {args.method} needs layers of one size, which {args.model} lacks; try finetune")
     teacher = load_teacher(args, tokenizer) if args.teacher else None
-    train, *dev = (load_split(args.task, split, args.data_dir, tokenizer) for split in (task.train, *task.dev))
-    args.out.mkdir(parents=True, exist_ok=True)
-    return model, teacher, train, dict(zip(task.dev, dev, strict=True))
-
-
-def described(train, dev, teacher, device, dtype):
-    """What a run depends on beside its command and its backbone, for check_identity."""
-    sets = {"train": train.digest()} | {name: examples.digest() for name, examples in dev.items()}
-    sets |= {"teacher": teacher.fingerprint()} if teacher else {}
-    return sets | {"device": device.type, "dtype": dtype_name(dtype)}
-
-
-def check_identity(args, identity):
-    """Raise ValueError when a resumed run is not on the backbone, data and device that it began with; note them."""
-    for what, value in identity.items() if args.resume else ():
-        if args.identity.get(what) != value:
-            raise ValueError(f"--resume: {what} is {value} now, and was {args.identity.get(what)} when the run began")
-    args.identity = identity
+    train = data.load_split(args.task, task.train, args.data_dir, tokenizer)
+    dev = {split: data.load_split(args.task, split, args.data_dir, tokenizer) for split in task.dev}
+    return model, folder, teacher, train, dev
 
 
 def load_teacher(args, tokenizer):
@@ -103,202 +250,192 @@ def load_teacher(args, tokenizer):
     return teacher.eval().requires_grad_(False)
 
 
-def loop(args, losses, train, dev, device, total, log):
-    """Train and evaluate -> list of evaluations, dicts with step, density and dev metrics; the last is the final one.
+def make_schedule(args, kind, total, final):
+    """[(density, penalty)] before each of the steps, and after the last."""
+    hold = round(args.hold * total)
+    ramp = round(args.ramp * total)
+    power = {"cubic": 3, "linear": 1}[kind]
+    rows = []
+    for t in range(total + 1):
+        density = density_at(max(t - hold, 0), ramp - hold, final, power)
+        rows.append((density, penalty_at(t, total, args.penalty)))
+    return rows
+
+
+def learn(args, run, model, learner, teacher, train, dev, schedule, device):
+    """Train and evaluate; the last of run.evaluations is the final one.
 
     Raises FloatingPointError when the loss, or at an evaluation a score or weight, is not finite.
     """
-    learner = losses.learner
-    hold, ramp = (round(share * total) if learner.masks else 0 for share in (args.hold, args.ramp))
-    final = 1 - args.sparsity if learner.masks else args.density
-    optimizer, warmup = learner.optimizer(args.lr, args.weight_lr), round(args.warmup * total)
-    run = make_run(losses, args.compile, args.eager)
-    metrics, power = TASKS[args.task].metrics, {"cubic": 3, "linear": 1}[args.schedule]
-    densities = (density_at(max(t - hold, 0), ramp - hold, final, power) for t in range(total + 1))
-    schedule = [(density, penalty_at(t, total, args.penalty)) for t, density in enumerate(densities)]
+    total = len(schedule) - 1
     schedule_there = torch.tensor(schedule, device=device)
     eval_steps = {math.ceil(total * i / args.evals) for i in range(1, args.evals + 1)}
-    state = {"step": 0, "evaluations": []}
-    if args.resume:
-        state = restore(args.out / CHECKPOINT, learner, optimizer, total)
-    start, evaluations, recent = state["step"], state["evaluations"], []
-    world = {"rank": parallel.RANK, "processes": parallel.PROCESSES, "parts": args.accumulate}
-    batches = data.training_batches(train, args.batch, total, args.seed, device, **world, first=start)
-    settings = {"initial": start, "dynamic_ncols": True, "disable": parallel.RANK > 0}
-    bar = tqdm(batches, f"{args.task} {args.method}", total, **settings)
-    with closing(bar), Stopped() as stopped, in_background() as start_saving:
-        for step, parts in enumerate(bar, start):
-            rate = rate_at(step, total, warmup)
-            recent.append(train_step(run, optimizer, parts, schedule_there[step], step, rate))
-            done = step + 1
-            if done % LOG_EVERY == 0 or done in eval_steps:
-                report(done, recent, *schedule[step], bar, log)
-                recent.clear()
-            if done in eval_steps:
-                if not all(p.isfinite().all() for p in learner.parameters()):
-                    raise FloatingPointError(f"scores or weights are not finite at step {done}: try a smaller --lr")
-                parallel.check_equal(dict(learner.named_parameters()))
-                density = schedule[done][0]  # of the next step, so that the last is the target
-                with torch.compiler.set_stance("force_eager"):  # as eval.py will compute it
-                    scores = evaluate(losses.model, learner.baked(density), dev, metrics, device)
-                evaluations.append({"step": done, "density": density, "dev": scores})
-                log(**evaluations[-1])
-                bar.write(f"step {done:5}  density {density:.3f}  dev {show(scores)}")
-            if (done in eval_steps or stopped) and done < total and parallel.PROCESSES == 1:
-                spent, size = time.time() - args.started, (args.out / "log.jsonl").stat().st_size
-                state = {"step": done, "evaluations": evaluations, "argv": args.argv, "spent": spent, "log": size}
-                state["identity"] = args.identity
-                start_saving(save_checkpoint(args.out / CHECKPOINT, learner, optimizer, state))
-            if stopped and done < total:
-                resumable = parallel.PROCESSES == 1
-                raise KeyboardInterrupt(f"python train.py --resume {args.out} goes on" if resumable else "")
-    return evaluations
+    optimizer = learner.optimizer(args.lr, args.weight_lr)
+    run.restore(learner, optimizer, total)  # does nothing for a new run
+    forward_backward = make_forward_backward(model, learner, teacher)
+    if device.type == "cuda" and not args.eager:  # wrapped from outside, as torch.compile wraps a model
+        forward_backward = Recorded(forward_backward, learner.parameters())
+    world = {"rank": parallel.rank(), "processes": parallel.processes(), "parts": args.accumulate, "first": run.step}
+    batches = data.training_batches(train, args.batch, total, args.seed, device, **world)
+    bar = tqdm(batches, f"{args.task} {args.method}", total, initial=run.step, dynamic_ncols=True, disable=bool(world["rank"]))
+    recent = []
+    for step, parts in enumerate(bar, run.step):
+        set_rates(optimizer, step, total, round(args.warmup * total))
+        recent.append(train_step(forward_backward, optimizer, parts, *schedule_there[step]))
+
+        # once in a while: log, evaluate under the exact masks, save
+        done = step + 1
+        if done % LOG_EVERY == 0 or done in eval_steps:
+            bar.set_postfix(run.report(done, recent, *schedule[step]))
+            recent.clear()
+        if done in eval_steps:
+            density, _ = schedule[done]  # of the next step, so that the last is the target
+            if not all(p.isfinite().all() for p in learner.parameters()):
+                raise FloatingPointError(f"scores or weights are not finite at step {done}: try a smaller --lr")
+            parallel.check_equal(dict(learner.named_parameters()))
+            with torch.compiler.set_stance("force_eager"):  # as eval.py will compute it
+                scores = evaluate(model, learner.baked(density), dev, TASKS[args.task].metrics, device)
+            run.evaluated(step=done, density=density, dev=scores)
+            bar.write(f"step {done:5}  density {density:.3f}  dev {show(scores)}")
+        if (done in eval_steps or run.stopped) and done < total and parallel.processes() == 1:
+            run.save(done, learner, optimizer)
+        if run.stopped and done < total:
+            bar.close()
+            alone = parallel.processes() == 1
+            raise KeyboardInterrupt(f"python train.py --resume {run.folder} continues" if alone else "")
 
 
-def report(step, losses, density, penalty, bar, log):
-    """Log the mean loss since the last report and the last regularizer. Raises FloatingPointError if not finite."""
-    losses, regularizers = parallel.mean(torch.stack(losses)).T.tolist()
-    loss, regularizer = sum(losses) / len(losses), regularizers[-1]
-    if not math.isfinite(loss + penalty * regularizer):
-        raise FloatingPointError(f"the loss is {loss} at step {step}: try a smaller --lr, or float32")
-    bar.set_postfix(loss=f"{loss:.3f}", density=f"{density:.3f}")
-    log(step=step, loss=loss, density=density, penalty=penalty, regularizer=regularizer)
-
-
-class Stopped(list):
-    """Empty until SIGINT or SIGTERM comes; so that a step is finished and saved first."""
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, _):
-        if self:  # the second time is meant
-            raise KeyboardInterrupt("what an evaluation saved is kept: --resume RUN_DIR goes on from there")
-        self.append(number)
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def frozen_unchanged(args, model, learner, folder):
-    """Whether all weights that were not trained, stacked ones included, equal the file's (cast to the run's dtype)."""
-    now = model.state_dict() | learner.masks.by_name(learner.masks.weights)
-    file = load_model(folder, model.words.tolist(), args.head).state_dict()
-    return all(torch.equal(t.to(now[n].dtype), now[n].cpu()) for n, t in file.items() if n not in learner.names)
-
-
-def finish(args, learner, model, known, evaluations, seconds, command):
+def finish(args, run, model, learner, folder, description):
     """Write what was learnt, check that the frozen weights did not move, write result.json -> what it holds.
 
-    known: what it also holds.
+    description: what it also holds. Raises ValueError when a frozen weight moved.
     """
-    folder, density = fetch.model_folder(args.model), 1 - args.sparsity
+    method = METHODS[args.method]
+    density = 1 - args.sparsity
+    final = run.evaluations[-1]
     # Best on dev counts from when the target density is reached; a denser model would have an easier task.
-    on_target = [e for e in evaluations if e["density"] == evaluations[-1]["density"]]
-    parameter = next(model.parameters())
-    result = {
-        "task": args.task, "model": args.model, "method": args.method, "sparsity": args.sparsity, "seed": args.seed,
-        "steps": evaluations[-1]["step"], "batch": args.batch, "length": args.length, "lr": args.lr, "ramp": args.ramp,
-        "hold": args.hold, "weight_lr": args.weight_lr, "warmup": args.warmup, "temperature": args.temperature,
-        "penalty": args.penalty, "schedule": args.schedule, "head": args.head, "deterministic": args.deterministic,
-        "teacher": args.teacher and str(args.teacher), "data_dir": args.data_dir,
-        "device": parameter.device.type, "dtype": dtype_name(parameter.dtype),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}, "command": command,
-        "words": TASKS[args.task].words, "final": evaluations[-1]["dev"], "sha256": {},
-        "best": max(on_target, key=lambda e: e["dev"][TASKS[args.task].metrics[0]]),
-        "seconds": round(seconds, 1), "density": 1.0, "stored_bits": 0, "tokenizer": tokenizer_digest(folder),
-        "stored_numbers": sum(p.numel() for p in learner.weights),
-    }  # fmt: skip
-    result |= code_version() | known
-    trained, row = learner.trained, METHODS[args.method]
+    on_target = [e for e in run.evaluations if e["density"] == final["density"]]
+    best = max(on_target, key=lambda e: e["dev"][TASKS[args.task].metrics[0]])
+    result = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    result |= {"words": TASKS[args.task].words, "steps": final["step"], "final": final["dev"], "best": best}
+    result |= {"density": 1.0, "sha256": {}, "stored_bits": 0, "seconds": round(run.seconds, 1)}
+    result["stored_numbers"] = sum(p.numel() for p in learner.weights)
+    result |= description
+
+    trained = {name: weight.detach().cpu() for name, weight in learner.trained.items()}
+    files = {}
     if learner.masks:
-        masks = learner.masks.exact(density)
-        kept, prunable = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
-        result |= {"density": kept / prunable, "kept": kept, "prunable": prunable}
-        result |= {"reached": learner.masks.reached(density), "stored_bits": prunable}
-        result["stored_numbers"] += kept if row.trains_weights else 0
-        result["densities"] = densities(learner.masks.names, masks)
-        if not row.trains_weights and not frozen_unchanged(args, model, learner, folder):
-            raise ValueError(f"the frozen weights no longer equal those of {folder}; the run counts as unfinished")
-    if row.trains_weights:
-        trained |= learner.masks.baked(density, torch.float32) if learner.masks else {}
+        masks = learner.masks.choose(density)
+        kept = sum(mask.sum().item() for mask in masks.values())
+        prunable = sum(mask.numel() for mask in masks.values())
+        reached = sum(mask.sum().item() for mask in learner.masks.choose(density, exact=False).values())
+        result |= {"kept": kept, "prunable": prunable, "density": kept / prunable, "reached": reached / prunable}
+        result |= {"stored_bits": prunable, "densities": densities(learner.masks.names, masks)}
+        if method.trains_weights:
+            trained |= learner.masks.baked(density, torch.float32)
+            result["stored_numbers"] += kept
+        else:
+            check_frozen(args, model, learner, folder)
+    if method.trains_weights:
         content = save({published(n, model.config.model_type): w.detach().cpu() for n, w in trained.items()})
-        result["sha256"] = {"model.safetensors": hashlib.sha256(content).hexdigest()}
-        fetch.write_whole(args.out / "model.safetensors", content)
-        fetch.write_whole(args.out / "config.json", config_json(folder, model.config))
-        fetch.write_whole(args.out / "tokenizer.json", (folder / "tokenizer.json").read_bytes())
+        result["sha256"]["model.safetensors"] = hashlib.sha256(content).hexdigest()
+        files |= {"model.safetensors": content, "tokenizer.json": (folder / "tokenizer.json").read_bytes()}
+        config = read_json(folder / "config.json") | {name: result["config"][name] for name in PER_LAYER}
+        files["config.json"] = json.dumps(config, indent=1).encode()
     if learner.masks:
-        packed = pack_masks(masks, result, {} if row.trains_weights else trained)
-        fetch.write_whole(args.out / "mask.safetensors", packed)
-    fetch.write_whole(args.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-    (args.out / CHECKPOINT).unlink(missing_ok=True)
+        files["mask.safetensors"] = pack_masks(masks, result, {} if method.trains_weights else trained)
+    run.finish(files, result)
     return result
 
 
+def check_frozen(args, model, learner, folder):
+    """Raise ValueError unless all weights that were not trained still equal the file's (cast to the run's dtype)."""
+    now = model.state_dict() | learner.masks.by_name(learner.masks.weights)
+    for name, tensor in load_model(folder, model.words.tolist(), args.head).state_dict().items():
+        if name not in learner.names and not torch.equal(tensor.to(now[name].dtype), now[name].cpu()):
+            raise ValueError(f"{name} no longer equals that of {folder}; the run counts as unfinished")
+
+
+# Known dense reference points of (task, model, steps), see results/README.md.
+DENSE = {("movies", "minilm", 598): "accuracy 0.865 +- 0.005, three seeds, fine-tuned at --weight-lr 1e-4"}
+
+
+def say(result, folder):
+    """Print what a finished run came to: its metrics beside the dense reference, its mask, its files, what to type next."""
+    best = result["best"]
+    print(f"final  dev {show(result['final'])}")
+    print(f"best   dev {show(best['dev'])} at step {best['step']}, chosen on dev (as papers report)")
+    dense = DENSE.get((result["task"], result["model"], result["steps"]))
+    if dense and result["method"] != "finetune":
+        print(f"dense  dev {dense}")
+    if "kept" in result:
+        print("\n".join(cli.shaded_table("density", result["densities"])))
+        print(f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}")
+        if abs(result["reached"] - result["density"]) > 1e-3:
+            print(f"training by itself keeps a share of {result['reached']:.4f}; no more is kept than was asked for")
+        if not result["sha256"]:
+            backbone = f"{result['model']} ({result['fingerprint'][:12]})"
+            print(f"frozen weights are bit-identical to those of {backbone}")
+    saved = [file for file in (*result["sha256"], "mask.safetensors") if (folder / file).exists()]
+    sizes = " and ".join(f"{folder / file} ({(folder / file).stat().st_size / 1e6:.1f} MB)" for file in saved)
+    print(f"saved  {sizes} after {result['seconds']:.0f} s")
+    look = shlex.join(["python", "eval.py", str(folder)])
+    pair = ' --pair "..."' if len(TASKS[result["task"]].text) == 2 else ""
+    print(f'next   {look}\n       {look} --text "..."{pair}')
+    if result["method"] != "finetune":
+        words = [f"{cli.flag(name)}={result[name]}" for name in ("task", "model", "seed", "steps")]
+        rate = " --weight-lr=1e-4" if result["model"] == "minilm" else ""
+        print(f"       python train.py --method=finetune {shlex.join(words)}{rate}")
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    args.started = time.time() - args.spent
-    command = shlex.join(["python", "train.py", *args.argv])
-    torch.manual_seed(args.seed)
-    with one_line_errors():
+    with cli.one_line_errors():
+        if args.resume:
+            run = interrupted_run(args.resume)
+            args = parse_args(run.argv)
+        else:
+            run = Run(args.out, argv)
+        torch.manual_seed(args.seed)
         if args.deterministic:
-            make_deterministic()
-        device, dtype, why = choose_device(args.device, args.dtype)
+            cli.make_deterministic()
+        torch.backends.cuda.enable_cudnn_sdp(not args.eager)  # the fastest, but slow to launch
+        device, dtype, why = cli.choose_device(args.device, args.dtype)
+        method = METHODS[args.method]
         parallel.start(device)
         with parallel.first_process_first():
-            model, teacher, train, dev = prepare(args)
-        args.density = 1.0  # of what is left before training
-        known = {"fingerprint": model.fingerprint(), "config": plain(model.config)}
-        check_identity(args, known | described(train, dev, teacher, device, dtype))
-        if METHODS[args.method].units:
-            tokens = statistics.mean(len(ids) for examples in dev.values() for ids in examples.ids)
-            settings = {"sparsity": args.sparsity, "ffn_share": args.ffn_share, "device": device, "seed": args.seed}
-            model, facts = cluster.prune(model, METHODS[args.method].units, train, tokens, **settings)
-            known |= facts | {"config": plain(model.config), "ffn_share": args.ffn_share}
-            args.density = facts["density"]
-            print(cluster.describe(facts))
-    args.schedule = args.schedule or {"bert": "cubic", "roberta": "linear"}[model.config.model_type]
-    model.to(device).requires_grad_(False)
-    learner = make_learner(model, args.method, 1 - args.sparsity, dtype, args.temperature)
-    losses = Losses(model, learner, teacher and teacher.to(device, dtype))
-    total = args.steps or math.ceil(min(args.epochs * math.ceil(len(train) / args.batch), MOST_STEPS))
-    sizes = " + ".join(str(len(examples)) for examples in dev.values())
-    padding = f"{data.padding(train, args.batch):.1%} of it padding"
-    print(f"{args.task}: {len(train)} train and {sizes} dev examples; {total} steps of {args.batch}, {padding}")
-    density = 1 - args.sparsity if learner.masks else args.density
-    print(f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {density:.4g}) -> {args.out}")
-    print(f"on {parallel.PROCESSES} x {device} in {dtype_name(dtype)}: {why}")
-
-    torch.manual_seed(args.seed * parallel.PROCESSES + parallel.RANK)  # every process has dropout of its own
-    with one_line_errors(), log_file(args) as log:
-        evaluations = loop(args, losses, train, dev, device, total, log)
-        if not parallel.RANK:
-            seconds = time.time() - args.started
-            result = finish(args, learner, model, known, evaluations, seconds, command)
-            print("\n".join(summary.lines(result, args.argv, args.out)))
+            model, folder, teacher, train, dev = load_everything(args)
+        # What the run depends on beside its flags; of a resumed one, all this must be what it was.
+        description = identity(folder, model) | {"device": device.type, "dtype": cli.dtype_name(dtype)}
+        description["schedule"] = args.schedule or {"bert": "cubic", "roberta": "linear"}[model.config.model_type]
+        sets = {name: examples.digest() for name, examples in {"train": train, **dev}.items()}
+        if teacher:
+            sets["teacher"] = identity(args.teacher, teacher)["fingerprint"]
+        run.check_identity(description | sets)
+        facts = {}
+        if method.before:
+            model, facts = method.before(model, train, dev, args, device)
+            facts["config"] = plain(model.config)
+        learner = Learner(model.to(device).requires_grad_(False), method, 1 - args.sparsity, dtype, args.temperature)
+        if args.compile:
+            for layer in model.bert.encoder["layer"]:
+                layer.compile(dynamic=True)
+        total = args.steps or math.ceil(min(args.epochs * math.ceil(len(train) / args.batch), cli.MOST))
+        density = facts.get("density", 1 - args.sparsity)
+        schedule = make_schedule(args, description["schedule"], total, density)
+        sizes = " + ".join(str(len(examples)) for examples in dev.values())
+        print(f"{args.task}: {len(train)} train and {sizes} dev examples; {total} steps of {args.batch}")
+        print(f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {density:.4g}) -> {run.folder}")
+        print(f"on {parallel.processes()} x {device} in {description['dtype']}: {why}")
+        torch.manual_seed(args.seed * parallel.processes() + parallel.rank())  # every process has dropout of its own
+        with run:
+            learn(args, run, model, learner, teacher, train, dev, schedule, device)
+            if parallel.rank() == 0:
+                description |= facts | cli.code_version()
+                description["command"] = shlex.join(["python", "train.py", *run.argv])
+                say(finish(args, run, model, learner, folder, description), run.folder)
     parallel.stop()
-
-
-@contextmanager
-def log_file(args):
-    """A function that writes a line of log.jsonl; in all processes but the first, nothing.
-
-    The run folder is this process's as long as the file is open.
-    """
-    if parallel.RANK:
-        yield lambda **line: None
-        return
-    with open(args.out / "log.jsonl", "a") as file:
-        fetch.lock(file)
-        if not args.resume:
-            check_run_folder(args.out)  # again: another process may have written there meanwhile
-        for part in args.out.glob(".part-*"):  # of a run that was killed while it wrote
-            part.unlink(missing_ok=True)
-        if size := os.path.getsize(file.name):  # after a checkpoint comes what will come again
-            file.truncate(min(args.log, size) if args.resume else 0)
-        yield lambda **line: print(json.dumps(line), file=file, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-import fetch
+from plumbing import fetch
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 WORDS = "no yes terrible great incorrect correct the a film is was good bad and very it fun dull un ##happ ##y".split()
@@ -63,8 +63,9 @@ def write_tokenizer(path):
 
 @pytest.fixture(autouse=True)
 def plain_cpu(monkeypatch):
-    """The same dtype by default on every machine."""
-    monkeypatch.setattr("cli.cpu_computes_bf16", lambda: False)
+    """The same device and dtype by default on every machine."""
+    monkeypatch.setattr("plumbing.cli.cpu_computes_bf16", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
 @pytest.fixture

@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import cluster
 import mask
 from data import Part
-from mask import Masks, density_at, penalty_at
-from model import Config, Encoder
-from pretrained import load_model
-from step import Learner, Losses, make_run, rate_at, train_step
+from extras import pprune
+from mask import METHODS, density_at, penalty_at
+from model import Config, Encoder, load_model
+from plumbing.adam import set_rates
+from train import Learner, make_forward_backward, train_step
 
 BOUNDS = {
     "dense_logits": 1e-4, "density": 1e-6, "penalty": 1e-6, "ce": 1e-3, "regularizer": 1e-3,
@@ -63,12 +63,13 @@ def replay_method(folder, batches, labels, method):
     # All tokens of the last layer, as recorded. Its gradients of 1e-8 depend on the order of summation, and Adam's
     # first step makes whole steps of them; so another order leads to another path within 20 steps.
     model.bert.forward = lambda *batch, tokens: Encoder.forward(model.bert, *batch)
-    masks = Masks(model.prunable(), method, final)
-    learner = Learner(masks, {}, torch.float32)
+    learner = Learner(model, METHODS[method], final, torch.float32)
+    masks = learner.masks
     start = load_file(folder / "scores_start.safetensors")
     for group, scores in masks.scores.items():
         scores.data.copy_(torch.stack([start[name] for name in masks.names[group]]))
-    adam, run = learner.optimizer(recorded["lr"], 0.0), make_run(Losses(model, learner))
+    adam = learner.optimizer(recorded["lr"], None)
+    forward_backward = make_forward_backward(model, learner)
     worst = dict.fromkeys(("density", "penalty", "regularizer", "ce", "layer_density"), 0.0)
 
     for t, expected in enumerate(recorded["steps"]):
@@ -79,13 +80,14 @@ def replay_method(folder, batches, labels, method):
             layers = mask.proportional_densities(mask.mean_sigmoid(masks.scores), density).T  # [G, L] -> [L, G]
             gap = layers - torch.tensor(expected["layer_density"]).clamp(max=1.0)
             worst["layer_density"] = max(worst["layer_density"], gap.abs().max().item())
+        set_rates(adam, t, total)
         parts = [Part(torch.stack([b[rows] for b in batches]), labels[rows])]
-        ce, regularizer = train_step(run, adam, parts, torch.tensor([density, penalty]), t, rate_at(t, total))
+        ce, regularizer = train_step(forward_backward, adam, parts, *torch.tensor([density, penalty]))
         measured |= {"regularizer": regularizer.item(), "ce": ce.item()}
         for quantity, value in measured.items():
             worst[quantity] = max(worst[quantity], abs(value - expected[quantity]))
 
-    ours, theirs = masks.exact(final), load_file(folder / f"mask_end_{method}.safetensors")
+    ours, theirs = masks.choose(final), load_file(folder / f"mask_end_{method}.safetensors")
     differing = sum((ours[name] != theirs[name].bool()).sum().item() for name in theirs)
     with torch.inference_mode():
         # The recording rounds each count down; our exact masks hand out the remainder as well.
@@ -101,17 +103,17 @@ def replay_choice(tensors, expected, kind, costs):
     labels, distances = expected[f"{kind}_clusters"], []
     activations = [tensors[f"{kind}_activations.{layer}"] for layer in range(len(labels))]
     for x, of_units in zip(activations, labels, strict=True):
-        distances.append(cluster.head_distances(x, len(of_units)) if kind == "head" else cluster.neuron_distances(x))
+        distances.append(pprune.head_distances(x, len(of_units)) if kind == "head" else pprune.neuron_distances(x))
     gaps = [(d - tensors[f"{kind}_distance.{layer}"]).abs().max().item() for layer, d in enumerate(distances)]
     target, cost = expected["target_attention_macs" if kind == "head" else "target_ffn_macs"], costs[kind == "neuron"]
-    keep, merges = int(target / cost), [cluster.merges(d) for d in distances]
-    threshold = cluster.lowest_threshold(merges, keep)
+    keep, merges = int(target / cost), [pprune.merges(d) for d in distances]
+    threshold = pprune.lowest_threshold(merges, keep)
     differing = 0
     for found, numbers in zip(merges, labels, strict=True):
         groups = sorted([i for i, n in enumerate(numbers) if n == label] for label in set(numbers))
-        differing += groups != sorted(cluster.clusters(len(numbers), found, threshold))
+        differing += groups != sorted(pprune.clusters(len(numbers), found, threshold))
     strengths = [x.abs().mean(0).view(len(n), -1).mean(1) for x, n in zip(activations, labels, strict=True)]
-    kept = [units.tolist() for units in cluster.representatives(distances, strengths, keep)]
+    kept = [units.tolist() for units in pprune.representatives(distances, strengths, keep)]
     return {
         "distance": max(gaps), "budget": abs(cost - expected[f"macs_per_{kind}"]),
         "threshold": abs(threshold - expected[f"{kind}_threshold"]), "layers_clustered_otherwise": differing,
@@ -127,9 +129,9 @@ def replay_pprune(folder):
     c = expected["config"]
     config = Config(1, c["d_emb"], c["layer_num"], c["head_num"], c["d_ffn"], 1, 1)
     tokens = expected["seq_len"]
-    costs = cluster.multiply_accumulates(config, tokens)
+    costs = pprune.multiply_accumulates(config, tokens)
     worst = {kind: replay_choice(tensors, expected, kind, costs) for kind in ("head", "neuron")}
-    keep = cluster.budget(config, tokens, 1 - expected["retained_ratio"], expected["ffn_to_attention"])
+    keep = pprune.budget(config, tokens, 1 - expected["retained_ratio"], expected["ffn_to_attention"])
     wanted = [
         int(expected[f"target_{part}_macs"] / expected[f"macs_per_{kind}"])
         for part, kind in (("attention", "head"), ("ffn", "neuron"))

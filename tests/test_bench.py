@@ -1,10 +1,10 @@
-"""bench.py: that it runs and counts right; what it measures is not tested."""
+"""tools.bench: that it runs and counts right; what it measures is not tested."""
 
 import json
 
 import pytest
 
-import bench
+from tools import bench
 
 SMALL = ["--layers", "3", "--hidden", "64", "--batch", "2", "--length", "8", "--steps", "1", "--device", "cpu"]
 
@@ -38,4 +38,4 @@ def test_operations_by_hand():
 
 def test_shapes_that_cannot_be_are_refused(fails):
     assert "--hidden must be a multiple of 64" in fails(bench.main, ["--hidden", "100"])
-    assert "--steps must be at least 1" in fails(bench.main, ["--steps", "0"])
+    assert "--steps: must be a whole number from 1" in fails(bench.main, ["--steps", "0"])

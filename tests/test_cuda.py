@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import step
-import topk
+import extras  # noqa: F401
+import mask
+import train
 from data import Part
 from mask import METHODS
 from model import Bert, Config
+from plumbing.adam import set_rates
+from plumbing.graphs import Recorded
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 TINY = Config(1000, 128, 2, 4, 256, 64, 2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -20,10 +23,14 @@ TINY = Config(1000, 128, 2, 4, 256, 64, 2, hidden_dropout_prob=0.0, attention_pr
 def make(method="smp-s", dtype=torch.bfloat16):
     torch.manual_seed(0)
     model = Bert(TINY, [3, 4]).requires_grad_(False).cuda()
-    learner = step.make_learner(model, method, 0.5, dtype)
+    learner = train.Learner(model, METHODS[method], 0.5, dtype)
     for scores in learner.masks.scores.values() if learner.masks else ():
         scores.data.normal_(0, 0.1)
-    return step.Losses(model, learner)
+    return model, learner, train.make_forward_backward(model, learner)
+
+
+def numbers(density, penalty):
+    return torch.tensor(density, device="cuda"), torch.tensor(penalty, device="cuda")
 
 
 def batch(rows, width, share=1.0):
@@ -33,52 +40,60 @@ def batch(rows, width, share=1.0):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_step_waits_for_the_host(method):
-    losses = make(method)
-    run, adam = step.make_run(losses, eager=True), losses.learner.optimizer(2e-2, 3e-5)
-    schedule, parts = torch.tensor([0.7, 10.0], device="cuda"), [batch(8, 16)]
-    step.train_step(run, adam, parts, schedule, 0)
+    _, learner, forward_backward = make(method)
+    adam = learner.optimizer(2e-2, 3e-5)
+    parts, (density, penalty) = [batch(8, 16)], numbers(0.7, 10.0)
+    set_rates(adam, 0, 10)
+    train.train_step(forward_backward, adam, parts, density, penalty)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step.train_step(run, adam, parts, schedule, 1)
+        set_rates(adam, 1, 10)
+        train.train_step(forward_backward, adam, parts, density, penalty)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def gradients_of(function, learner, parts, density, penalty):
+    """-> (losses of the parts, gradients of the whole batch)."""
+    learner.zero_grad()
+    losses = [function(part.inputs, part.labels, part.share, density, penalty) for part in parts]
+    return torch.stack(losses), [p.grad.clone() for p in learner.parameters()]
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "l0"])  # whose gates are drawn
 def test_recorded_gradients_are_the_gradients(method):
     """Of several shapes in turn, which share their memory, and of a batch in parts."""
-    losses = make(method)
-    recorded = step.make_run(losses)
-    parameters = list(losses.learner.parameters())
+    _, learner, plain = make(method)
+    recorded = Recorded(plain, learner.parameters())
     shapes = [[batch(8, 16)], [batch(8, 24)], [batch(8, 16)], [batch(5, 24, 0.5), batch(5, 16, 0.5)], [batch(3, 24)]]
     for number, parts in enumerate(shapes):
-        schedule = torch.tensor([1 - 0.1 * number, 10.0 * number], device="cuda")
-        found = []
-        for run in (lambda *a, **k: step.backward(losses, *a, **k), recorded):
-            for p in parameters:
-                p.grad = None
-            both = [run(part, schedule, last=part is parts[-1]) for part in parts]
-            found.append((torch.stack(both), [p.grad.clone() for p in parameters]))
-        (both, gradients), (recorded_both, recorded_gradients) = found
-        assert torch.allclose(both, recorded_both, rtol=1e-4)
+        density, penalty = numbers(1 - 0.1 * number, 10.0 * number)
+        losses, gradients = gradients_of(plain, learner, parts, density, penalty)
+        recorded_losses, recorded_gradients = gradients_of(recorded, learner, parts, density, penalty)
+        assert torch.allclose(losses, recorded_losses, rtol=1e-4)
         for g, r in zip(gradients, recorded_gradients, strict=True):
             assert (g - r).norm() <= 1e-2 * g.norm()
     assert len(recorded.graphs) == 5
 
 
 def test_a_replay_draws_new_gates():
-    run, schedule = step.make_run(make("l0")), torch.tensor([0.7, 10.0], device="cuda")
-    assert len({run(batch(8, 16), schedule)[0].item() for _ in range(4)}) == 4
+    _, learner, plain = make("l0")
+    recorded = Recorded(plain, learner.parameters())
+    part = batch(8, 16)
+    losses = [recorded(part.inputs, part.labels, 1.0, *numbers(0.7, 10.0))[0].item() for _ in range(4)]
+    assert len(set(losses)) == 4
 
 
 def test_graphs_share_their_memory():
-    losses = make()
-    run, schedule, used = step.make_run(losses), torch.tensor([0.7, 10.0], device="cuda"), []
+    _, learner, plain = make()
+    recorded = Recorded(plain, learner.parameters())
+    used = []
     for width in range(4, 64, 4):
-        losses.zero_grad()
-        run(batch(8, width), schedule)
+        learner.zero_grad()
+        part = batch(8, width)
+        recorded(part.inputs, part.labels, 1.0, *numbers(0.7, 10.0))
         used.append(torch.cuda.memory_allocated())
-    assert used[-1] - used[1] < sum(4 * p.numel() for p in losses.learner.parameters())  # not a set of gradients each
+    assert used[-1] - used[1] < sum(4 * p.numel() for p in learner.parameters())  # not a set of gradients each
 
 
 def test_deterministic_runs_give_the_same_bits(make_model, glue, tmp_path):
@@ -86,7 +101,7 @@ def test_deterministic_runs_give_the_same_bits(make_model, glue, tmp_path):
     found = []
     for name in ("a", "b"):
         flags = ["--model", make_model(name), "--data-dir", glue, "--out", tmp_path / f"run-{name}", "--steps", 40]
-        script = [sys.executable, Path(step.__file__).with_name("train.py"), *flags, "--length", "16"]
+        script = [sys.executable, Path(train.__file__).with_name("train.py"), *flags, "--length", "16"]
         subprocess.run([str(a) for a in [*script, "--deterministic", "--method", "movement"]], check=True)
         found.append([(tmp_path / f"run-{name}" / f"{file}.safetensors").read_bytes() for file in ("model", "mask")])
     masks = [mask[8 + int.from_bytes(mask[:8], "little") :] for _, mask in found]  # behind the header with the folder
@@ -97,21 +112,22 @@ def test_thresholds_without_sorting_are_near_enough():
     scores = torch.randn(3, 700_000, device="cuda") * torch.rand(700_000, device="cuda") ** 3
     for density in (0.03, 0.5, 0.97):
         k = torch.full((3,), int(density * 700_000), device="cuda")
-        kept = (scores >= topk.about_kth_largest([scores], k[None])[0][:, None]).sum(1)
+        kept = (scores >= mask.about_kth_largest([scores], k[None])[0][:, None]).sum(1)
         assert ((kept - k).abs() <= 700).all()
 
 
 def test_compiled_layers_compute_the_same_and_are_not_compiled_for_every_width():
-    plain, compiled = make(dtype=torch.float32), make(dtype=torch.float32)
-    schedule, found, compilations = torch.tensor([0.7, 10.0], device="cuda"), [], []
-    runs = [step.make_run(plain, eager=True), step.make_run(compiled, compiled=True)]
+    _, learner, plain = make(dtype=torch.float32)
+    model, compiled_learner, compiled = make(dtype=torch.float32)
+    for layer in model.bert.encoder["layer"]:
+        layer.compile(dynamic=True)
+    compiled = Recorded(compiled, compiled_learner.parameters())
+    compilations = []
     for width in range(8, 40, 4):
-        for losses, run in zip((plain, compiled), runs, strict=True):
-            losses.zero_grad()
-            both = run(batch(8, width), schedule)
-            found.append((both, [p.grad.clone() for p in losses.learner.parameters()]))
-        (both, gradients), (compiled_both, compiled_gradients) = found[-2:]
-        assert torch.allclose(both, compiled_both, rtol=1e-4)
+        parts, (density, penalty) = [batch(8, width)], numbers(0.7, 10.0)
+        losses, gradients = gradients_of(plain, learner, parts, density, penalty)
+        compiled_losses, compiled_gradients = gradients_of(compiled, compiled_learner, parts, density, penalty)
+        assert torch.allclose(losses, compiled_losses, rtol=1e-4)
         for g, c in zip(gradients, compiled_gradients, strict=True):
             assert (g - c).norm() <= 1e-3 * g.norm()
         compilations.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])

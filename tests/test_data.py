@@ -1,6 +1,5 @@
 """data.py: readers and their traps, batches, and downloads from a server on loopback."""
 
-import dataclasses
 import hashlib
 import io
 import zipfile
@@ -11,9 +10,9 @@ import safetensors.numpy
 from conftest import write_tokenizer
 
 import data
-import fetch
 from data import TASKS, batch_rows, collate, label_word_ids, load_tokenizer, read_rows, training_batches
-from fetch import split_movies
+from plumbing import fetch
+from plumbing.fetch import split_movies
 
 RTE = TASKS["rte"]
 
@@ -239,9 +238,9 @@ ROWS = "index\tsentence1\tsentence2\tlabel\n0\tgood\tbad\tentailment\n"
 
 @pytest.fixture
 def rte(server, monkeypatch):
-    md5 = tuple(hashlib.md5(text.encode()).hexdigest() for text in (ROWS, ROWS + ROWS.split("\n")[1] + "\n"))
-    task = dataclasses.replace(RTE, md5=md5)
-    monkeypatch.setitem(TASKS, "rte", task)
+    dev = ROWS + ROWS.split("\n")[1] + "\n"
+    sums = {name: hashlib.md5(text.encode()).hexdigest() for name, text in (("train.tsv", ROWS), ("dev.tsv", dev))}
+    monkeypatch.setitem(fetch.GLUE, "RTE", ("RTE.zip", sums))
     files, cut = server
     files["/glue/RTE.zip"] = zipped(train=ROWS, dev=ROWS + ROWS.split("\n")[1] + "\n", test="x")
     return files, cut, fetch.CACHE / "glue"
@@ -284,8 +283,8 @@ def test_glue_faults_leave_nothing(rte, tokenizer, fault, message):
 def test_mrpc_is_put_together(server, monkeypatch, tokenizer):
     head, rows = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n", ["1\t5\t6\ta\tb", "0\t7\t8\tc\td"]
     made = (head + rows[0] + "\n", head + rows[1] + "\n")
-    md5 = tuple(hashlib.md5(text.encode()).hexdigest() for text in made)
-    monkeypatch.setitem(TASKS, "mrpc", dataclasses.replace(TASKS["mrpc"], md5=md5))
+    sums = [hashlib.md5(text.encode()).hexdigest() for text in made]
+    monkeypatch.setitem(fetch.GLUE, "MRPC", ("", dict(zip(("train.tsv", "dev.tsv"), sums, strict=True))))
     files, _ = server
     sent = "\r\n".join([head.strip("\n"), *rows]) + " \r\n"
     files["/senteval/senteval_data/msr_paraphrase_train.txt"] = sent.encode()
@@ -334,25 +333,11 @@ def test_processes_and_parts_share_a_batch_without_overlap(processes, parts, siz
     assert sorted(taken) == rows.tolist()
     for s in split:
         for part, share in s:
-            assert share == (len(part) * processes / size if share else 0) and len(part) > 0
-    assert sum(share for s in split for _, share in s) / processes == pytest.approx(1)
+            assert share == (len(part) / size if share else 0) and len(part) > 0
+    assert sum(share for s in split for _, share in s) == pytest.approx(1)
 
 
 def test_all_parts_of_a_batch_have_one_width():
     ours, theirs = (training_batches(examples(), 5, 51, 0, "cpu", rank, processes=2, parts=2) for rank in (0, 1))
     for parts, other_parts in zip(ours, theirs, strict=True):
         assert len({part.inputs.shape[2] for part in parts + other_parts}) == 1
-
-
-@pytest.mark.parametrize(("size", "processes", "parts"), [(9, 2, 2), (32, 3, 2), (2, 3, 1), (26, 4, 2)])
-def test_all_processes_meet_a_new_kind_of_part_at_the_same_time(size, processes, parts):
-    """A kind is recorded as a graph when it comes first, and gradients are exchanged in that."""
-    kinds, shapes = [], [{} for _ in range(processes)]
-    for rank in range(processes):
-        batches = training_batches(examples(), size, 30, 0, "cpu", rank, processes, parts)
-        kinds.append([part.kind for batch in batches for part in batch])
-        for batch in training_batches(examples(), size, 30, 0, "cpu", rank, processes, parts):
-            for part in batch:
-                what = (part.inputs.shape, part.share)
-                assert shapes[rank].setdefault(part.kind, what) == what  # else a graph would be replayed for another
-    assert all(other == kinds[0] for other in kinds)

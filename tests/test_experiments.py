@@ -1,4 +1,4 @@
-"""experiments.py and lists.py: missing runs are made once, failures are said and tried again, tables are right."""
+"""tools.experiments and tools.lists: missing runs are made once, failures are said and tried again, tables are right."""
 
 import json
 import shlex
@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import arguments
-import experiments
-import lists
+import train
 from data import TASKS
-from experiments import curves, kind, table
+from tools import experiments, lists
+from tools.experiments import curves, kind, table
 
-RESULTS = Path(experiments.__file__).with_name("results") / "runs.jsonl"
+RESULTS = Path(train.__file__).with_name("results") / "runs.jsonl"
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def test_missing_runs_are_made_once(tiny, capsys):
         go()
     (line,) = read(go.path)
     out = capsys.readouterr().out
-    assert "0 runs of tiny are in" in out and "2 are missing" in out and "--temperature must be greater than 0" in out
+    assert "0 runs of tiny are in" in out and "2 are missing" in out and "--temperature: must be greater than 0" in out
     assert line["command"].startswith("python train.py --task=movies --model=minilm --method=smp-s --sparsity=0.5")
     assert line["seed"] == 0 and line["final"]["accuracy"] >= 0 and line["at_once"] == 2 and line["gpus"] == 0
     assert len(line["fingerprint"]) == 64 and "commit" in line
@@ -166,7 +165,7 @@ def test_what_cannot_be_shown_is_refused(tmp_path, fails):
         error = fails(experiments.main, ["table", "main", "--results", tmp_path])
         assert "runs.jsonl:1 is not the result of a run; delete that line" in error
     (tmp_path / "runs.jsonl").unlink()
-    assert "make them with: python experiments.py run main" in fails(
+    assert "make them with: python -m tools.experiments run main" in fails(
         experiments.main, ["table", "main", "--results", tmp_path]
     )
     assert "--best is for table" in fails(experiments.main, ["plot", "curve", "--best"])
@@ -177,7 +176,7 @@ def test_the_lists_are_what_is_reported():
     wanted = {command for name in lists.LISTS for command in experiments.commands(name)}
     assert len(done) == len(set(done)) and set(done) == wanted
     for command in wanted:
-        arguments.parse_args(shlex.split(command)[2:])  # exits if a flag is unknown or out of range
+        train.parse_args(shlex.split(command)[2:])  # exits if a flag is unknown or out of range
     rows = 1 + 2 * len(lists.COMPARED) + 4  # dense; each at two sparsities, and SMP once more
     assert len(experiments.commands("main")) == rows * (5 * 5 + 3)
 

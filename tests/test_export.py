@@ -1,4 +1,4 @@
-"""export.py: an exported folder is the backbone with zeros in it, under the names that it had."""
+"""tools.export: an exported folder is the backbone with zeros in it, under the names that it had."""
 
 import json
 
@@ -8,11 +8,11 @@ from conftest import CONFIG, bert_tensors
 from safetensors.torch import load_file
 from test_model import roberta_name
 
-import eval as eval_
 import train
+from eval import load_run
 from mask import apply_masks
-from pretrained import load_model
-from runs import load_run
+from model import load_model
+from tools import export
 
 
 @pytest.fixture
@@ -35,13 +35,15 @@ def test_the_exported_model_is_the_pruned_one(make_model, trained, tmp_path, nam
     else:
         model = make_model("m", bert_tensors(CONFIG) if names == "bert" else bert_tensors(CONFIG, False, ""))
     run, out = trained(model), tmp_path / "out"
-    eval_.main([str(run), "--export", str(out)])
+    export.main([str(run), str(out)])
     before, after = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
     result = json.loads((run / "result.json").read_text())
     zeros = sum(int(((after[n] == 0) & (t != 0)).sum()) for n, t in before.items())
     assert before.keys() == after.keys() and zeros == result["prunable"] - result["kept"]
     assert all(after[n].equal(t) or ((after[n] == t) | (after[n] == 0)).all() for n, t in before.items())
-    _, _, backbone, _, masks = load_run(run)
+    loaded = load_run(run)
+    backbone = loaded.model
+    masks = loaded.masks
     inputs = torch.tensor([[2, 9, 8, 3]]), torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4)
     weights = apply_masks(backbone.state_dict(), masks)
     pruned = torch.func.functional_call(backbone.eval(), weights, inputs)
@@ -54,7 +56,7 @@ def test_the_exported_model_is_the_pruned_one(make_model, trained, tmp_path, nam
 @pytest.mark.parametrize("method", ["movement", "finetune"])
 def test_what_was_trained_is_not_called_unchanged(make_model, trained, tmp_path, method):
     run, out = trained(make_model("m", bert_tensors(CONFIG, False, "")), "--method", method), tmp_path / "out"
-    eval_.main([str(run), "--export", str(out)])
+    export.main([str(run), str(out)])
     readme = (out / "README.md").read_text()
     assert f"its weights trained ({method})" in readme and "add_pooling_layer=False" in readme
     assert ("removed are zero" in readme) == (method == "movement")
@@ -62,5 +64,5 @@ def test_what_was_trained_is_not_called_unchanged(make_model, trained, tmp_path,
 
 def test_what_cannot_be_exported_is_refused(make_model, trained, fails, tmp_path):
     run = trained(make_model(), "--head", "classifier")
-    assert "--export: a fresh head" in fails(eval_.main, [run, "--export", tmp_path / "out"])
-    assert "holds files already" in fails(eval_.main, [run, "--export", run])
+    assert "--export: a fresh head" in fails(export.main, [run, tmp_path / "out"])
+    assert "holds files already" in fails(export.main, [run, run])

@@ -1,4 +1,4 @@
-"""mask.py and topk.py against hand-computed cases, recorded reference values and invariants."""
+"""mask.py against hand-computed cases, recorded reference values and invariants."""
 
 import math
 
@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import mask
-import topk
-from mask import Masks, density_at, penalty_at, proportional_densities, whole_counts
+from mask import METHODS, Masks, density_at, penalty_at, proportional_densities, whole_counts
 
 
 def groups(layers=3, out=5, inp=7, seed=0):
@@ -70,8 +69,8 @@ def test_whole_counts_give_the_remainder_to_the_largest_fractions():
 
 
 def top_k(scores, k, exact):
-    """topk.highest of a single group."""
-    return topk.highest({"g": scores}, torch.as_tensor(k)[None], exact)["g"]
+    """mask.highest of a single group."""
+    return mask.highest({"g": scores}, torch.as_tensor(k)[None], exact)["g"]
 
 
 def test_top_k_by_hand_and_with_ties():
@@ -97,8 +96,8 @@ def test_top_k_equals_a_stable_sort():
 @pytest.mark.parametrize("method", ["smp-l", "smp-s"])
 def test_saved_masks_keep_exactly_what_was_asked(method, sparsity):
     density = 1 - sparsity
-    masks = with_scores(Masks(groups(4, 20, 50), method, density), spread=3)
-    exact = masks.exact(density)
+    masks = with_scores(Masks(groups(4, 20, 50), METHODS[method], density), spread=3)
+    exact = masks.choose(density)
     for names in masks.names.values():
         counts = [int(exact[n].sum()) for n in names]
         assert sum(counts) == round(density * 4000)
@@ -109,23 +108,23 @@ def test_saved_masks_keep_exactly_what_was_asked(method, sparsity):
 
 
 def test_reference_would_lose_what_is_handed_on():
-    masks = with_scores(Masks(groups(4, 20, 50), "smp-s", 0.8), spread=3)
+    masks = with_scores(Masks(groups(4, 20, 50), METHODS["smp-s"], 0.8), spread=3)
     masks.temperature = 1.0
     masks.scores["key"].data[0] = masks.scores["query"].data[0] = -9.0  # a layer that matters little
     importance = mask.mean_sigmoid(masks.scores).detach()
     cut = 3.2 * importance / importance.sum(1, keepdim=True)  # v * L * share
     assert cut.max() > 1 and cut.clamp(max=1).mean() < 0.79
-    assert sum(int(m.sum()) for m in masks.exact(0.8).values()) == 6400
+    assert sum(int(m.sum()) for m in masks.choose(0.8).values()) == 6400
 
 
 def test_temperature_follows_the_target_density():
-    assert Masks(groups(), "smp-s", 0.7).temperature == 4
-    assert Masks(groups(), "smp-s", 0.69).temperature == 1
+    assert Masks(groups(), METHODS["smp-s"], 0.7).temperature == 4
+    assert Masks(groups(), METHODS["smp-s"], 0.69).temperature == 1
 
 
 def test_straight_through_gradient():
     """dL/dS is dL/dW' * W for kept and removed entries, with dL/dW' from finite differences of the loss."""
-    masks = with_scores(Masks(groups(), "smp-l", 0.4))
+    masks = with_scores(Masks(groups(), METHODS["smp-l"], 0.4))
     x = torch.randn(6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     loss = lambda weights: sum((x @ w.double().T).tanh().sum() for w in weights.values())  # noqa: E731
     weights, _ = masks(0.4)
@@ -145,7 +144,7 @@ def test_straight_through_gradient():
 
 
 def test_regularizer_is_the_mean_of_means():
-    masks = with_scores(Masks(groups(), "smp-s", 0.5))
+    masks = with_scores(Masks(groups(), METHODS["smp-s"], 0.5))
     _, r = masks(0.9)
     every = [torch.sigmoid(s[i]).mean() for s in masks.scores.values() for i in range(3)]
     assert r.item() == pytest.approx(sum(every).item() / 6, abs=1e-6)
@@ -156,14 +155,14 @@ def test_regularizer_is_the_mean_of_means():
 
 def test_start_keeps_everything_and_changes_nothing():
     given = groups()
-    masks = Masks(given, "smp-s", 0.5)
+    masks = Masks(given, METHODS["smp-s"], 0.5)
     weights, r = masks(density_at(0, 10, 0.5))
     assert all(weights[n].equal(w) for ws in given.values() for n, w in ws.items())
     assert r.item() == 0.5
 
 
 def test_kth_largest_of_nothing_is_infinite():
-    assert topk.kth_largest(torch.zeros(2, 3), torch.tensor([0, 3])).tolist() == [math.inf, 0.0]
+    assert mask.kth_largest(torch.zeros(2, 3), torch.tensor([0, 3])).tolist() == [math.inf, 0.0]
 
 
 @pytest.mark.parametrize("kind", ["normal", "clusters", "columns"])
@@ -177,7 +176,7 @@ def test_thresholds_without_sorting_are_off_by_a_thousandth_at_most(kind, densit
         scores = scores * (1 + torch.arange(768).remainder(24)) ** 2
     groups = [scores.flatten(1), scores[:, :200].flatten(1)]  # the smaller one is sampled more densely
     k = torch.tensor([[int(density * s.shape[1]), 0] for s in groups])
-    found = topk.about_kth_largest(groups, k)
+    found = mask.about_kth_largest(groups, k)
     for s, row, threshold in zip(groups, k, found, strict=True):
         assert abs((s[0] >= threshold[0]).sum() - row[0]) <= 1e-3 * s.shape[1] and threshold[1] == math.inf
 
@@ -185,5 +184,5 @@ def test_thresholds_without_sorting_are_off_by_a_thousandth_at_most(kind, densit
 def test_thresholds_of_few_scores_are_exact():
     scores = torch.randn(4, 999, generator=torch.Generator().manual_seed(2))
     k = torch.tensor([0, 1, 500, 999])
-    assert topk.about_kth_largest([scores], k[None])[0].equal(topk.kth_largest(scores, k))
-    assert topk.about_kth_largest([torch.zeros(1, 99_999)], torch.tensor([[5000]])).item() == 0  # all equal: all kept
+    assert mask.about_kth_largest([scores], k[None])[0].equal(mask.kth_largest(scores, k))
+    assert mask.about_kth_largest([torch.zeros(1, 99_999)], torch.tensor([[5000]])).item() == 0  # all equal: all kept

@@ -8,19 +8,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import arguments
 import eval as eval_
+import extras  # noqa: F401
 import train
-from mask import METHODS, Masks, hard_concrete
+from extras.rivals import hard_concrete
+from mask import METHODS, Masks
+from plumbing.adam import rate_at
 
 WEIGHTS = [[3.0, -1.0], [0.5, -2.0]]
 
 
 def one(method, density=0.5, scores=None, weights=WEIGHTS):
     """Masks of a single 2 x 2 matrix."""
-    masks = Masks({"g": {"w": torch.tensor(weights)}}, method, density)
+    row = METHODS[method]
+    masks = row.masks({"g": {"w": torch.tensor(weights)}}, row, density)
     if scores is not None:
-        masks.learnt["g"].data = torch.tensor([scores])
+        masks.scores["g"].data = torch.tensor([scores])
     return masks
 
 
@@ -28,7 +31,7 @@ def step(masks, density=0.5):
     """Loss: the sum of 10 w', 20 w', 30 w', 40 w' -> (masked weights, gradients of scores and weights or None)."""
     weights, _ = masks(density)
     (weights["w"] * torch.tensor([[10.0, 20.0], [30.0, 40.0]])).sum().backward()
-    grads = [getattr(p["g"], "grad", None) if p else None for p in (masks.learnt, masks.weights)]
+    grads = [getattr(p["g"], "grad", None) for p in (masks.scores, masks.weights)]
     return weights["w"].tolist(), *(None if g is None else g[0].tolist() for g in grads)
 
 
@@ -44,32 +47,37 @@ def test_magnitude_keeps_the_largest_weights_as_they_are_now():
     weights, scores, of_weights = step(masks)
     assert weights == [[3.0, 0.0], [0.0, -2.0]] and scores is None and of_weights == [[10.0, 0.0], [0.0, 40.0]]
     masks.weights["g"].data[0, 0, 0] = 0.1
-    assert masks.exact(0.5)["w"].tolist() == [[False, True], [False, True]]
+    assert masks.choose(0.5)["w"].tolist() == [[False, True], [False, True]]
 
 
 def test_a_random_mask_stays_and_shrinks_into_itself():
-    masks = Masks({"g": {"w": torch.randn(20, 20)}}, "random", 0.1)
-    many, few = masks.exact(0.5)["w"], masks.exact(0.1)["w"]
-    assert few.sum() == 40 and (many & few).equal(few) and masks.exact(0.1)["w"].equal(few)
+    masks = one("random", 0.1, weights=torch.randn(20, 20).tolist())
+    many, few = masks.choose(0.5)["w"], masks.choose(0.1)["w"]
+    assert few.sum() == 40 and (many & few).equal(few) and masks.choose(0.1)["w"].equal(few)
     assert [name for name, _ in masks.named_parameters()] == ["weights.g"]
+
+
+def reached(masks):
+    """The share that training keeps by itself."""
+    return masks.choose(0.5, exact=False)["w"].float().mean().item()
 
 
 def test_thresholds_keep_what_is_above_and_are_cut_by_score():
     masks = one("soft-movement", scores=[[-3.0, -2.0], [0.0, 5.0]])  # sigmoid: .047 .119 .5 .993; tau = 0.1
     weights, scores, of_weights = step(masks)
     assert weights == [[0.0, -1.0], [0.5, -2.0]] and of_weights == [[0.0, 20.0], [30.0, 40.0]]
-    assert masks.reached(0.5) == 0.75 and masks.exact(0.5)["w"].tolist() == [[False, False], [True, True]]
-    assert masks.exact(1.0)["w"].tolist() == [[False, True], [True, True]]  # cut only, never filled up
+    assert reached(masks) == 0.75 and masks.choose(0.5)["w"].tolist() == [[False, False], [True, True]]
+    assert masks.choose(1.0)["w"].tolist() == [[False, True], [True, True]]  # cut only, never filled up
     weights, scores, of_weights = step(one("smp-t", scores=[[-3.0, -2.0], [0.0, 5.0]]))
     assert scores == [[30.0, -20.0], [15.0, -80.0]] and of_weights is None
 
 
 def test_global_ranking_puts_all_matrices_together():
     groups = {g: {f"{g}{i}": torch.ones(2, 2) for i in range(2)} for g in "ab"}
-    masks = Masks(groups, "smp-g", 0.5)
-    masks.learnt["a"].data = torch.tensor([[[9.0, 8.0], [7.0, 6.0]], [[0.0, 0.0], [0.0, 0.0]]])
-    masks.learnt["b"].data = torch.tensor([[[5.0, 1.0], [1.0, 2.0]], [[3.0, 4.0], [0.0, -1.0]]])
-    exact = masks.exact(0.5)
+    masks = Masks(groups, METHODS["smp-g"], 0.5)
+    masks.scores["a"].data = torch.tensor([[[9.0, 8.0], [7.0, 6.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    masks.scores["b"].data = torch.tensor([[[5.0, 1.0], [1.0, 2.0]], [[3.0, 4.0], [0.0, -1.0]]])
+    exact = masks.choose(0.5)
     assert exact["a0"].all() and not exact["a1"].any()
     assert exact["b0"].tolist() == [[True, False], [False, True]] and exact["b1"].tolist() == [
         [True, True],
@@ -93,7 +101,7 @@ def test_l0_counts_the_chance_of_an_open_gate_and_learns_through_it():
     masks = one("l0", scores=[[-1.0, 0.0], [1.0, 2.0]])
     _, regularizer = masks(0.5)
     with torch.no_grad():
-        drawn = hard_concrete(masks.learnt["g"].repeat(20_000, 1, 1), noise=True)
+        drawn = hard_concrete(masks.scores["g"].repeat(20_000, 1, 1), noise=True)
     assert regularizer.item() == pytest.approx((drawn > 0).float().mean().item(), abs=0.01)
     weights, scores, of_weights = step(masks)
     z = (torch.tensor(weights) / torch.tensor(WEIGHTS)).tolist()
@@ -105,28 +113,26 @@ def test_l0_counts_the_chance_of_an_open_gate_and_learns_through_it():
 
 
 def test_l0_starts_nine_tenths_open_and_counts_gates_that_are_open_without_noise():
-    assert torch.sigmoid(one("l0").learnt["g"]).tolist() == [[[pytest.approx(0.9)] * 2] * 2]
+    assert torch.sigmoid(one("l0").scores["g"]).tolist() == [[[pytest.approx(0.9)] * 2] * 2]
     masks = one("l0", scores=[[-2.5, -2.3], [1.0, 1.0]])  # sigmoid: 0.076 0.091; 1.2 s - 0.1 > 0 from 1/12 = 0.083 on
-    assert masks.reached(0.5) == 0.75 and (masks.baked(1.0)["w"] != 0).tolist() == [[False, True], [True, True]]
+    assert reached(masks) == 0.75 and (masks.baked(1.0)["w"] != 0).tolist() == [[False, True], [True, True]]
 
 
 def test_what_scores_are_and_what_trains():
-    rows = {m: (r.scores if r.masking else None, r.penalty, r.trains_weights) for m, r in METHODS.items()}
+    rows = {name: (row.score_lr, row.penalty, row.trains_weights) for name, row in METHODS.items()}
     assert rows == {
-        **dict.fromkeys(("smp-s", "smp-l", "smp-g", "smp-t"), ("learnt", 400, False)),
-        **dict.fromkeys(("soft-movement", "l0"), ("learnt", 400, True)),
-        "movement": ("learnt", 0, True),
-        "magnitude": ("magnitude", 0, True),
-        "random": ("random", 0, True),
-        **dict.fromkeys(("finetune", "p-pruning", "p-activation", "p-random"), (None, 0, True)),
+        **dict.fromkeys(("smp-s", "smp-l", "smp-g", "smp-t"), (2e-2, 400, False)),
+        **dict.fromkeys(("soft-movement", "l0"), (1e-2, 400, True)),
+        "movement": (1e-2, 0, True),
+        **dict.fromkeys(("magnitude", "random", "finetune"), (None, 0, True)),
+        **dict.fromkeys(("p-pruning", "p-activation", "p-random"), (None, 0, True)),
     }
 
 
 def test_temperature_can_be_set():
-    assert (
-        one("smp-s").temperature == 1
-        and Masks({"g": {"w": torch.ones(2, 2)}}, "smp-s", 0.5, temperature=3).temperature == 3
-    )
+    groups = {"g": {"w": torch.ones(2, 2)}}
+    assert one("smp-s").temperature == 1
+    assert Masks(groups, METHODS["smp-s"], 0.5, temperature=3).temperature == 3
 
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.masking])
@@ -156,25 +162,36 @@ def test_every_method_reaches_its_density_and_can_be_evaluated(make_model, glue,
     assert f"accuracy {result['final']['accuracy']:.4f}; training reported" in shown and "layer 1" in shown
 
 
-def test_what_a_method_does_not_have_is_refused(fails):
-    assert "--lr: magnitude learns no scores" in fails(train.main, ["--method", "magnitude", "--lr", "1"])
-    assert "--sparsity: finetune removes nothing" in fails(train.main, ["--method", "finetune", "--sparsity", "0.5"])
-    assert "--penalty: random learns no scores" in fails(train.main, ["--method", "random", "--penalty", "1"])
-    assert "--temperature: movement gives" in fails(train.main, ["--method", "movement", "--temperature", "2"])
-    assert "--ffn-share: smp-s removes no heads" in fails(train.main, ["--ffn-share", "2"])
-    assert "--weight-lr: smp-s trains no weights" in fails(train.main, ["--weight-lr", "1"])
-    arguments.parse_args(["--weight-lr", "1", "--head", "classifier"])  # it does
-    for method, flag in (("finetune", "--hold"), ("p-random", "--ramp")):
-        assert f"{flag}: {method} has no schedule" in fails(train.main, ["--method", method, flag, "0.2"])
-    assert "--hold: finetune has no schedule" in fails(train.main, ["--method", "finetune", "--hold", "0"])
-    arguments.parse_args(["--method", "l0", "--hold", "0.2"])  # evaluations cut to what the schedule says
-    assert "--schedule: p-pruning has no" in fails(train.main, ["--method", "p-pruning", "--schedule", "linear"])
+@pytest.mark.parametrize(
+    ("method", "flag", "uses"),
+    [
+        ("magnitude", "--lr", "--weight-lr"),
+        ("finetune", "--sparsity", "--weight-lr"),
+        ("random", "--penalty", "--sparsity"),
+        ("movement", "--temperature", "--penalty"),
+        ("smp-s", "--ffn-share", "--temperature"),
+        ("smp-s", "--weight-lr", "--lr"),
+        ("finetune", "--hold", "--weight-lr"),
+        ("p-random", "--ramp", "--ffn-share"),
+    ],
+)
+def test_what_a_method_does_not_use_is_refused(fails, method, flag, uses):
+    said = fails(train.main, ["--method", method, flag, "0.2"])
+    assert said.startswith(f"error: {flag}: {method} does not use it; of such flags it uses ") and uses in said
+
+
+def test_what_a_method_uses_is_taken(fails):
+    assert train.parse_args(["--weight-lr", "1", "--head", "classifier"]).weight_lr == 1
+    assert train.parse_args(["--method", "l0", "--hold", "0.2"]).hold == 0.2  # evaluations cut to what the schedule says
+    assert train.parse_args(["--method", "p-pruning"]).ffn_share == 5
+    assert "--schedule: p-pruning does not" in fails(train.main, ["--method", "p-pruning", "--schedule", "linear"])
+    assert "--hold: finetune does not" in fails(train.main, ["--method", "finetune", "--hold", "0"])
     for flag in ("--epochs", "--steps"):
-        assert "can be at most 10,000,000" in fails(train.main, [flag, "10000001"])
-    assert "--weight-lr must be greater than 0" in fails(train.main, ["--method", "random", "--weight-lr", "-1"])
-    assert "--warmup is a share of the steps" in fails(train.main, ["--warmup", "1"])
+        assert "10,000,000; got" in fails(train.main, [flag, "10000001"])
+    assert "--weight-lr: must be greater than 0" in fails(train.main, ["--method", "random", "--weight-lr", "-1"])
+    assert "--warmup: must be a share" in fails(train.main, ["--warmup", "1"])
 
 
 def test_learning_rates_rise_and_fall():
-    assert [train.rate_at(t, 10, 4) for t in (0, 1, 3, 4, 7, 10)] == [0.2, 0.4, 0.8, 1, 0.5, 0]
-    assert [train.rate_at(t, 10) for t in (0, 5)] == [1, 0.5]
+    assert [rate_at(t, 10, 4) for t in (0, 1, 3, 4, 7, 10)] == [0.2, 0.4, 0.8, 1, 0.5, 0]
+    assert [rate_at(t, 10) for t in (0, 5)] == [1, 0.5]

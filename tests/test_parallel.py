@@ -17,10 +17,11 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import eval as eval_  # noqa: E402
-import parallel  # noqa: E402
-import step  # noqa: E402
-from mask import density_at, penalty_at  # noqa: E402
-from pretrained import load_model  # noqa: E402
+from mask import METHODS, density_at, penalty_at  # noqa: E402
+from model import load_model  # noqa: E402
+from plumbing import parallel  # noqa: E402
+from plumbing.adam import set_rates  # noqa: E402
+from train import Learner, make_forward_backward, train_step  # noqa: E402
 
 TOTAL = 12
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -32,17 +33,20 @@ def learn(folder, glue, parts):
     Scores start apart: where they are almost equal, rounding decides which weight goes, and no two sums agree.
     """
     model = load_model(folder, [7, 8]).requires_grad_(False).eval()
-    learner = step.make_learner(model, "smp-s", 0.5, torch.float32)
+    learner = Learner(model, METHODS["smp-s"], 0.5, torch.float32)
     for scores in learner.masks.scores.values():
         scores.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    run, adam = step.make_run(step.Losses(model, learner)), learner.optimizer(2e-2, 3e-5)
+    adam = learner.optimizer(2e-2, 3e-5)
+    forward_backward = make_forward_backward(model, learner)
     examples = data.load_split("movies", "train", glue, data.load_tokenizer(folder, 16))
-    batches = data.training_batches(examples, 10, TOTAL, 0, "cpu", parallel.RANK, parallel.PROCESSES, parts)
+    batches = data.training_batches(examples, 10, TOTAL, 0, "cpu", parallel.rank(), parallel.processes(), parts)
     for t, batch in enumerate(batches):
-        schedule = torch.tensor([density_at(t, 9, 0.5), penalty_at(t, TOTAL)])
-        both = step.train_step(run, adam, batch, schedule, t, step.rate_at(t, TOTAL))
+        set_rates(adam, t, TOTAL)
+        density, penalty = torch.tensor([density_at(t, 9, 0.5), penalty_at(t, TOTAL)])
+        losses = train_step(forward_backward, adam, batch, density, penalty)
     parallel.check_equal(dict(learner.named_parameters()))
-    return learner.masks.exact(0.5), parallel.mean(both)
+    parallel.add_up([losses])
+    return learner.masks.choose(0.5), losses
 
 
 @pytest.mark.parametrize("way", ["parts", "processes"])
@@ -75,7 +79,7 @@ def test_two_processes_from_end_to_end(make_model, glue, tmp_path, capsys):
 
 def test_processes_compare_names_and_numbers(monkeypatch):
     told = []
-    monkeypatch.setattr(parallel, "PROCESSES", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(parallel, "gather", lambda items: told.extend(items) or items)
     one = torch.ones(3)
     for tensors in ({"a": one}, {"b": one}, {"a": one[:2]}, {"a": one.nextafter(2 * one)}, {"a": one.clone()}):
@@ -84,7 +88,7 @@ def test_processes_compare_names_and_numbers(monkeypatch):
 
 
 def test_processes_that_disagree_are_noticed(monkeypatch):
-    monkeypatch.setattr(parallel, "PROCESSES", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for other, fine in ((0, True), (1, False)):
         monkeypatch.setattr(parallel, "gather", lambda items, other=other: [*items, items[0] if not other else b""])
         if fine:
@@ -97,8 +101,8 @@ def test_processes_that_disagree_are_noticed(monkeypatch):
 def test_gather_undoes_share(monkeypatch):
     shares = []
     for rank in range(3):
-        monkeypatch.setattr(parallel, "RANK", rank)
-        monkeypatch.setattr(parallel, "PROCESSES", 3)
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
         shares.append(parallel.share(list(range(8))))
     assert sorted(sum(shares, [])) == list(range(8))
     monkeypatch.setattr(parallel.dist, "all_gather_object", lambda parts, _: parts.__setitem__(slice(None), shares))
@@ -108,7 +112,7 @@ def test_gather_undoes_share(monkeypatch):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     parallel.start(torch.device("cpu"))
-    found, both = learn(Path(sys.argv[1]), Path(sys.argv[2]), 2)
-    if not parallel.RANK:
-        save_file({**found, "losses": both}, Path(sys.argv[3]) / "masks.safetensors")
+    found, sums = learn(Path(sys.argv[1]), Path(sys.argv[2]), 2)
+    if parallel.rank() == 0:
+        save_file({**found, "losses": sums}, Path(sys.argv[3]) / "masks.safetensors")
     parallel.stop()

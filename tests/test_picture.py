@@ -1,4 +1,4 @@
-"""picture.py: numbers by hand, 80 columns, and what is drawn."""
+"""tools.picture and density maps: numbers by hand, 80 columns, and what is drawn."""
 
 import io
 import sys
@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import eval as eval_
-import fetch
-import picture
 import train
+from plumbing import fetch
+from plumbing.cli import shaded_table
+from tools import picture
 
 GROUPS = {
     group: [f"{group}.{layer}" for layer in range(2)]
@@ -28,14 +29,14 @@ def masks():
 
 
 def test_density_of_matrices_and_heads(masks):
-    found = picture.densities(GROUPS, masks)
+    found = eval_.densities(GROUPS, masks)
     assert found["query"] == [0.5, 0.0] and found["key"] == [0.0, 1 / 16] and found["output"] == [0.0, 0.0]
     heads = picture.head_densities(GROUPS, masks, heads=2)
     assert np.allclose(heads, [[0.25, 0.25], [1 / 32, 0]])
 
 
 def test_maps_fit_the_terminal(masks, monkeypatch):
-    lines = picture.density_map(picture.densities(GROUPS, masks))
+    lines = shaded_table("density", eval_.densities(GROUPS, masks))
     assert all(len(line) <= 80 for line in lines) and lines[0].split()[:3] == ["density", "query", "key"]
     assert [line.split()[-1] for line in lines[1:]] == ["0.000", "0.000", "0.0000"]
     assert "█████ 0.500" in lines[1] and "░░░░░ 0.062" in lines[2] and "0.2500" in lines[3]
@@ -43,7 +44,7 @@ def test_maps_fit_the_terminal(masks, monkeypatch):
     assert len(row) <= 80 and row.count("█50") == 16
     assert picture.head_map(np.zeros((1, 2)))[1].split() == ["layer", "0", "0", "0"]
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    print("\n".join(picture.density_map(picture.densities(GROUPS, masks))))
+    print("\n".join(shaded_table("density", eval_.densities(GROUPS, masks))))
 
 
 def test_comparison_by_hand(masks):
@@ -79,11 +80,11 @@ def test_what_people_see(capsys, runs):
         "density",
         *["layer"] * 2,
         "all",
-        "heads,",
-        *["layer"] * 2,
         "dev",
     ]
-    eval_.main(runs)
+    picture.main(runs[:1])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[4:]] == ["heads,", *["layer"] * 2]
+    picture.main(runs)
     assert "chance would share 0.5" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -104,14 +105,15 @@ def test_a_mask_that_was_handed_on_finds_the_cache(runs, glue, monkeypatch, tmp_
 
 def test_plot_without_matplotlib(runs, fails, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "drawn with matplotlib: pip install" in fails(eval_.main, [runs[0], "--plot", tmp_path / "x.png"])
+    assert "drawn with matplotlib: pip install" in fails(picture.main, [runs[0], "--out", tmp_path / "x.png"])
 
 
 def test_plot(runs, fails, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    eval_.main([runs[0], "--plot", str(tmp_path / "x.png")])
+    picture.main([runs[0], "--out", str(tmp_path / "x.png")])
     assert "the mask and the training curves" in capsys.readouterr().out
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    eval_.main([f"{runs[0]}/mask.safetensors", "--plot", str(tmp_path / "y.svg")])
+    picture.main([f"{runs[0]}/mask.safetensors", "--out", str(tmp_path / "y.svg")])
     assert "<svg" in (tmp_path / "y.svg").read_text()
-    assert "x.bad: " in fails(eval_.main, [runs[0], "--plot", tmp_path / "x.bad"])
+    assert "x.bad: " in fails(picture.main, [runs[0], "--out", tmp_path / "x.bad"])
+    assert "a comparison of two" in fails(picture.main, [*runs, "--out", tmp_path / "x.png"])

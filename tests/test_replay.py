@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_model import oracle
 from torch.func import functional_call
 
-from model import Encoder
-from pretrained import load_model
+from model import Encoder, load_model
 
 TOTAL, RAMP, FINAL, LR, WORDS = 12, 8, 0.4, 0.02, [5, 6]
 

@@ -11,20 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIG, bert_tensors
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-import fetch
 import train
-from maskfile import load_masks
-from model import digest
+from plumbing import run as plumbing_run
+from plumbing.files import load_masks, lock, seal, unseal
 
 ROOT = Path(__file__).parent.parent
 # train.py, which kills itself when it syncs a file to disk for the n-th time, the file being half written.
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import torch, fetch, train
+import torch, train
+from plumbing import files
 torch.set_num_threads(1)
 left = {nth}
 def fsync(number):
@@ -33,7 +32,7 @@ def fsync(number):
     if not left:
         os.ftruncate(number, os.fstat(number).st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
-fetch.os.fsync = fsync
+files.os.fsync = fsync
 train.main(sys.argv[1:])
 """
 
@@ -93,7 +92,7 @@ def test_interrupted_finishes_the_step_and_says_how_to_go_on(flags, tmp_path):
     command = [sys.executable, ROOT / "train.py", *flags, "--out", folder]
     ready = lambda: (folder / "log.jsonl").exists() and (folder / "log.jsonl").read_text()  # noqa: E731
     code, said = kill_when(command, ready, signal.SIGTERM)
-    assert code == 130 and f"python train.py --resume {folder} goes on" in said and "Traceback" not in said
+    assert code == 130 and f"python train.py --resume {folder} continues" in said and "Traceback" not in said
     train.main([*flags, "--out", str(tmp_path / "whole")])
     assert resumed(folder)[0] == masks_of(tmp_path / "whole")[0]
 
@@ -103,30 +102,36 @@ def test_what_cannot_be_resumed(flags, tmp_path, fails):
     assert "no other flags" in fails(train.main, ["--resume", tmp_path, "--steps", "3"])
     checkpoint = tmp_path / "checkpoint.safetensors"
     checkpoint.write_bytes(os.urandom(99))
-    assert "is not a checkpoint" in fails(train.main, ["--resume", tmp_path])
-    state = {"step": 50, "evaluations": [], "argv": flags, "spent": 1.0, "log": 0, "identity": {}}
-    tensors, described = {"parameter.0": torch.zeros(3)}, json.dumps(state)
+    assert "is not a whole safetensors file" in fails(train.main, ["--resume", tmp_path])
+    state = {"step": 50, "evaluations": [], "argv": flags, "seconds": 1.0, "log": 0, "identity": {}}
+    tensors = {"parameter.0": torch.zeros(3)}
     (tmp_path / "log.jsonl").touch()
-    save_file(tensors, checkpoint, {"state": described, "sha256": "0"})
+    form = plumbing_run.FORMAT
+    save_file(tensors, checkpoint, {"format": form, "description": json.dumps(state), "sha256": "0"})
     assert "was altered" in fails(train.main, ["--resume", tmp_path])
-    save_file(tensors, checkpoint, {"state": described, "sha256": digest(tensors, described)})
+    checkpoint.write_bytes(seal(form, tensors, state))
     assert "when the run began" in fails(train.main, ["--resume", tmp_path])
     assert "no other flags" in fails(train.main, [f"--resume={tmp_path}", "--steps=20"])
     assert "holds an interrupted run; --resume" in fails(train.main, [*flags, "--out", tmp_path])  # nothing is lost
 
 
+def stopping_at(step):
+    """A set_rates that ends the run before a step."""
+    set_rates = train.set_rates
+
+    def set_or_stop(optimizer, number, *more):
+        if number == step:
+            raise ValueError("enough")
+        set_rates(optimizer, number, *more)
+
+    return set_or_stop
+
+
 @pytest.fixture
 def interrupted(flags, tmp_path, monkeypatch, fails):
     """A run that ended after 60 of its 400 steps."""
-    train_step = train.train_step
-
-    def step(run, optimizer, parts, schedule, number, rate):
-        if number == 60:
-            raise ValueError("enough")
-        return train_step(run, optimizer, parts, schedule, number, rate)
-
     with monkeypatch.context() as patched:
-        patched.setattr(train, "train_step", step)
+        patched.setattr(train, "set_rates", stopping_at(60))
         assert "enough" in fails(train.main, [*flags, "--out", tmp_path / "run"])
     return tmp_path / "run"
 
@@ -155,22 +160,20 @@ def test_another_backbone_or_other_data_are_not_gone_on_with(interrupted, flags,
 @pytest.mark.parametrize(
     "change",
     [
-        *({"argv": 5}, {"argv": [1]}, {"argv": ["--help"]}, {"spent": "x"}, {"log": -1}, {"identity": 1}, {"step": []}),
-        *({"step": -1}, {"step": True}, {"evaluations": [1]}, {"evaluations": [{}]}),
-        {"evaluations": [{"step": 1, "density": 2.0, "dev": {}}]},
+        *({"argv": 5}, {"argv": [1]}, {"seconds": "x"}, {"log": -1}, {"identity": 1}, {"step": []}, {"step": -1}),
+        *({"step": True}, {"evaluations": [1]}, {"evaluations": [{}]}),
+        {"evaluations": [{"step": 1, "density": "2", "dev": {}}]},
     ],
 )
 def test_descriptions_that_are_none(interrupted, fails, change):
     sealed(interrupted / "checkpoint.safetensors", change)
-    assert "is not a checkpoint of train.py" in fails(train.main, ["--resume", interrupted])
+    assert "is not a valid checkpoint" in fails(train.main, ["--resume", interrupted])
 
 
 def sealed(path, change, tensors=None):
     """Alter a checkpoint, and its sum with it."""
-    with safe_open(path, "pt") as file:
-        described, there = json.loads(file.metadata()["state"]), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-    described, there = json.dumps(described | change), there | (tensors or {})
-    save_file(there, path, {"state": described, "sha256": digest(there, described)})
+    there, state = unseal(path, plumbing_run.FORMAT)
+    path.write_bytes(seal(plumbing_run.FORMAT, there | (tensors or {}), state | change))
 
 
 @pytest.mark.parametrize(
@@ -190,22 +193,15 @@ def sealed(path, change, tensors=None):
 def test_states_that_would_do_harm(interrupted, fails, change, tensors):
     sealed(interrupted / "checkpoint.safetensors", change, tensors)
     said = fails(train.main, ["--resume", interrupted])
-    assert "checkpoint of another run" in said or "no state of random numbers" in said
+    assert "checkpoint of another run" in said or "no valid state of random numbers" in said
 
 
 def test_a_shrunk_model_goes_on_too(flags, tmp_path, monkeypatch, fails):
     """Its heads and neurons are chosen again, and are the same."""
     argv = [*flags, "--method", "p-pruning", "--sparsity", "0.3", "--ffn-share", "2"]
     train.main([*argv, "--out", str(tmp_path / "whole")])
-    train_step = train.train_step
-
-    def step(*args):
-        if args[4] == 60:
-            raise ValueError("enough")
-        return train_step(*args)
-
     with monkeypatch.context() as patched:
-        patched.setattr(train, "train_step", step)
+        patched.setattr(train, "set_rates", stopping_at(60))
         assert "enough" in fails(train.main, [*argv, "--out", tmp_path / "run"])
     train.main(["--resume", str(tmp_path / "run")])
     whole, run = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run"))
@@ -217,9 +213,8 @@ def test_another_teacher_is_not_gone_on_with(flags, tmp_path, fails, monkeypatch
     for name in ("teacher", "other"):
         train.main([*short, "--seed", str(len(name)), "--out", str(tmp_path / name)])
     with monkeypatch.context() as patched:
-        patched.setattr(train, "report", lambda step, *_: 1 / (step < 60))
-        with pytest.raises(ZeroDivisionError):
-            train.main([*flags, "--teacher", str(tmp_path / "teacher"), "--out", str(tmp_path / "run")])
+        patched.setattr(train, "set_rates", stopping_at(60))
+        fails(train.main, [*flags, "--teacher", tmp_path / "teacher", "--out", tmp_path / "run"])
     (tmp_path / "teacher").rename(tmp_path / "before")
     (tmp_path / "other").rename(tmp_path / "teacher")
     assert "--resume: teacher is" in fails(train.main, ["--resume", tmp_path / "run"])
@@ -235,9 +230,8 @@ def test_a_layer_without_heads_goes_on_too(flags, tmp_path, fails, monkeypatch, 
     tensors[at] = tensors[at][:, :0].contiguous()
     argv = ["--model", str(make_model("headless", tensors, heads_per_layer=[4, 0])), *flags[2:], "--method", "finetune"]
     with monkeypatch.context() as patched:
-        patched.setattr(train, "report", lambda step, *_: 1 / (step < 60))
-        with pytest.raises(ZeroDivisionError):
-            train.main([*argv, "--out", str(tmp_path / "run")])
+        patched.setattr(train, "set_rates", stopping_at(60))
+        fails(train.main, [*argv, "--out", tmp_path / "run"])
     train.main(["--resume", str(tmp_path / "run")])
     train.main([*argv, "--out", str(tmp_path / "whole")])
     whole, run = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run"))
@@ -248,7 +242,7 @@ def test_two_processes_do_not_write_to_one_folder(flags, tmp_path, fails):
     out = tmp_path / "run"
     out.mkdir()
     with open(out / "log.jsonl", "a") as file:
-        fetch.lock(file)
+        lock(file)
         assert "another process is writing" in fails(train.main, [*flags, "--out", out])
     assert (out / "log.jsonl").read_bytes() == b""
 
@@ -258,7 +252,7 @@ def test_a_folder_is_held_until_the_run_is_finished(flags, tmp_path, monkeypatch
 
     def held(args, *given):
         with open(args.out / "log.jsonl", "a") as file, pytest.raises(ValueError, match="another process is writing"):
-            fetch.lock(file)
+            lock(file)
         refused.append(True)
         return finish(args, *given)
 
@@ -268,13 +262,14 @@ def test_a_folder_is_held_until_the_run_is_finished(flags, tmp_path, monkeypatch
 
 
 def test_a_run_that_was_finished_meanwhile_stays(flags, tmp_path, fails, monkeypatch):
-    prepare = train.prepare
+    load = train.load_everything
 
     def late(args):
-        prepared = prepare(args)
+        loaded = load(args)
+        args.out.mkdir()
         (args.out / "result.json").write_text("{}")  # of another process
-        return prepared
+        return loaded
 
-    monkeypatch.setattr(train, "prepare", late)
+    monkeypatch.setattr(train, "load_everything", late)
     assert "holds a finished run" in fails(train.main, [*flags, "--out", tmp_path / "run"])
     assert (tmp_path / "run" / "result.json").read_text() == "{}"

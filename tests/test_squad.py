@@ -1,6 +1,5 @@
-"""squad.py: reading, windows, decoding and metrics on hand-made cases, and one run from end to end."""
+"""extras.squad: reading, windows, decoding and metrics on hand-made cases, and one run from end to end."""
 
-import dataclasses
 import hashlib
 import json
 
@@ -11,11 +10,11 @@ from conftest import write_tokenizer
 
 import data
 import eval as eval_
-import fetch
-import squad
-import step
 import train
-from pretrained import load_model
+from extras import squad
+from model import load_model
+from plumbing import fetch
+from tools import split_squad
 
 CONTEXT = "the film was good , it was fun . a bad film is dull and very bad"
 
@@ -100,7 +99,7 @@ def test_perfect_logits_give_perfect_scores_and_the_best_window_wins(tokenizer, 
     for n, (start, end) in enumerate(w.labels):
         logits[n, start, 0] = logits[n, end, 1] = 5.0
     assert squad.answers(logits, w) == ["it was fun", "very bad"]
-    assert squad.score(logits, w) == {"f1": 1.0, "em": 1.0}
+    assert w.score(logits, {}) == {"f1": 1.0, "em": 1.0}
 
 
 def test_metrics_by_hand():
@@ -109,14 +108,14 @@ def test_metrics_by_hand():
     assert squad.f1("x", "y") == 0.0
     questions = [{"context": "ab cd", "answers": a} for a in ([(0, "AB"), (3, "xx")], [(0, "ab cd")])]
     w = squad.Windows([[1]], [[0]], [(0, 0)], 4, [0, 1], [np.array([[0, 2]])] * 2, questions)
-    assert squad.score(torch.zeros(2, 4, 2), w) == {"f1": pytest.approx((1 + 2 / 3) / 2), "em": 0.5}
+    assert w.score(torch.zeros(2, 4, 2), {}) == {"f1": pytest.approx((1 + 2 / 3) / 2), "em": 0.5}
 
 
 def test_misplaced_answers_are_counted_not_fatal(tokenizer, tmp_path, capsys):
     for split, kept in (("dev", 2), ("train", 1)):  # what stands elsewhere would teach nonsense
         asked = [question("is it", "fun"), question("was it", "fun", at=0)]
         write_squad(tmp_path / "squad" / f"{split}-v1.1.json", asked)
-        assert squad.load_split("squad", f"{split}-v1.1", tmp_path, tokenizer).asked() == kept
+        assert data.load_split("squad", f"{split}-v1.1", tmp_path, tokenizer).asked() == kept
         out = capsys.readouterr().out
         assert "1 answers do not stand where the file says" in out and "1 articles have no paragraphs" in out
 
@@ -124,7 +123,7 @@ def test_misplaced_answers_are_counted_not_fatal(tokenizer, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not a SQuAD v1.1 file"),
+        ("{", "not valid JSON"),
         ("[]", "not a SQuAD v1.1 file"),
         ('{"data": [{"paragraphs": [{"context": "x"}]}]}', "KeyError: 'qas'"),
         ('{"data": []}', "holds no questions"),
@@ -156,8 +155,7 @@ def test_every_question_that_fits_can_be_cut(tokenizer, tmp_path):
 
 
 def test_loss_is_the_mean_of_start_and_end_and_padding_gets_nothing(make_model):
-    model = load_model(make_model(), [5, 6]).eval()
-    model.every_token = True
+    model = load_model(make_model(), [5, 6], every_token=True).eval()
     ids, mask = torch.tensor([[2, 5, 9, 3], [2, 7, 3, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     logits = model(ids, torch.zeros_like(ids), mask)
     assert logits.shape == (2, 4, 2) and (logits[1, 3] == -1e4).all()
@@ -165,11 +163,11 @@ def test_loss_is_the_mean_of_start_and_end_and_padding_gets_nothing(make_model):
     assert torch.allclose(logits[mask.bool()], expected[mask.bool()])
     where = torch.tensor([[1, 2], [0, 1]])
     logs = [-logits[b, :, side].log_softmax(0)[where[b, side]] for b in range(2) for side in range(2)]
-    assert step.task_loss(logits, where).item() == pytest.approx(sum(logs).item() / 4, rel=1e-5)
+    assert train.task_loss(logits, where).item() == pytest.approx(sum(logs).item() / 4, rel=1e-5)
     taught = logits.flip(0)
     pairs = [(taught[b, :, side] / 2, logits[b, :, side] / 2) for b in range(2) for side in range(2)]
     kls = [(t.softmax(0) * (t.log_softmax(0) - s.log_softmax(0))).sum() for t, s in pairs]
-    both = step.task_loss(logits, where, taught).item()
+    both = train.task_loss(logits, where, taught).item()
     assert both == pytest.approx(0.5 * sum(logs).item() / 4 + 0.5 * 4 * sum(kls).item() / 4, rel=1e-4)
 
 
@@ -194,31 +192,32 @@ def test_a_run_from_end_to_end(make_model, tmp_path, capsys, method):
 def test_download_is_checked(server, tokenizer, monkeypatch):
     files, _ = server
     content = json.dumps({"data": [{"paragraphs": [{"context": CONTEXT, "qas": [question("is it", "fun")]}]}]}).encode()
-    md5 = ("", hashlib.md5(content).hexdigest())
-    monkeypatch.setitem(data.TASKS, "squad", dataclasses.replace(data.TASKS["squad"], md5=md5))
-    files["/squad/dev-v1.1.json"] = content[:-1]
-    with pytest.raises(ValueError, match="dev-v1.1.json: md5"):
-        squad.load_split("squad", "dev-v1.1", None, tokenizer)
+    monkeypatch.setitem(squad.MD5, "train-v1.1.json", hashlib.md5(content).hexdigest())
+    monkeypatch.setitem(squad.MD5, "dev-v1.1.json", hashlib.md5(content).hexdigest())
+    files["/squad/train-v1.1.json"] = content[:-1]
+    with pytest.raises(ValueError, match="train-v1.1.json: md5"):
+        data.load_split("squad", "dev-v1.1", None, tokenizer)
     assert not list(fetch.CACHE.rglob("*.json"))
-    files["/squad/dev-v1.1.json"] = content
-    assert len(squad.load_split("squad", "dev-v1.1", None, tokenizer).questions) == 1
+    files["/squad/train-v1.1.json"] = files["/squad/dev-v1.1.json"] = content
+    assert len(data.load_split("squad", "dev-v1.1", None, tokenizer).questions) == 1
     files.clear()
-    assert len(squad.load_split("squad", "dev-v1.1", None, tokenizer).questions) == 1
+    assert len(data.load_split("squad", "dev-v1.1", None, tokenizer).questions) == 1
 
 
 def test_split_by_articles(tmp_path, capsys):
     articles = [{"title": str(n), "paragraphs": []} for n in range(5)]
     (tmp_path / "all.json").write_text(json.dumps({"version": "1.1", "data": articles}))
-    squad.main([str(tmp_path / "all.json"), str(tmp_path), "--dev", "2"])
+    split_squad.main([str(tmp_path / "all.json"), str(tmp_path), "--dev", "2"])
     parts = [json.loads((tmp_path / "squad" / f"{n}-v1.1.json").read_text())["data"] for n in ("train", "dev")]
     assert parts == [articles[:3], articles[3:]]
     for argv in (["all.json", "--dev", "5"], ["all.json", "--dev", "0"], ["all.json", "--dev", "2"], ["none.json"]):
         with pytest.raises(SystemExit, match="2"):
-            squad.main([str(tmp_path / argv[0]), str(tmp_path), *argv[1:]])
+            split_squad.main([str(tmp_path / argv[0]), str(tmp_path), *argv[1:]])
         assert capsys.readouterr().err.startswith("error: ")
     for content in ("[" * 100_000, json.dumps({"data": "articles"}), "{}"):
         (tmp_path / "odd.json").write_text(content)
         with pytest.raises(SystemExit, match="2"):
-            squad.main([str(tmp_path / "odd.json"), str(tmp_path / "new")])
-        assert "is not a SQuAD v1.1 file" in capsys.readouterr().err
+            split_squad.main([str(tmp_path / "odd.json"), str(tmp_path / "new")])
+        said = capsys.readouterr().err
+        assert "odd.json is not a SQuAD v1.1 file" in said or "odd.json is not valid JSON" in said
     assert not (tmp_path / "new").exists()

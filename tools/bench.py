@@ -1,46 +1,43 @@
 """Time one training step and its parts, beside dense fine-tuning of the same model, on random weights.
 
-What it is: warm-up apart, medians, the spread, the share of what the device's matrix units reach here, and one JSON
-line. What it is not: it trains nothing, and reads no files but those of --model.
+Medians after a warm-up, the spread, the share of what the device's matrix units reach here, and one JSON line.
 
-    python bench.py --layers 12 --hidden 768 --batch 32 --length 128 [--compile]      # bert-base
-    python bench.py --layers 6 --hidden 384 --batch 32 --length 64                    # MiniLM
+    python -m tools.bench --layers 12 --hidden 768 --batch 32 --length 128 [--compile]      # bert-base
+    python -m tools.bench --layers 6 --hidden 384 --batch 32 --length 64                    # MiniLM
 """
 
 import json
-import platform
 import resource
 import statistics
+import sys
 import time
 from functools import partial
 
 import torch
 from torch.func import functional_call
 
-import fetch
-import parallel
-from cli import Parser, choose_device, dtype_name, one_line_errors
 from data import Part
 from mask import METHODS, mean_sigmoid
-from model import Bert, Config
-from pretrained import load_model
-from step import Losses, make_learner, make_run, train_step
+from model import Bert, Config, load_model
+from plumbing import fetch, parallel
+from plumbing.adam import set_rates
+from plumbing.cli import Parser, add_machine, choose_device, code_version, count, dtype_name, one_line_errors
+from plumbing.graphs import Recorded
+from train import Learner, make_forward_backward, train_step
 
 DENSITY = 0.5
 
 
 def parse_args(argv=None):
-    parser = Parser(description="Time one training step and its parts.")
-    parser.add_argument("--layers", type=int, default=6, help="(6)")
-    parser.add_argument("--hidden", type=int, default=384, help="width (384); heads of 32, or 64 from 768 on")
-    parser.add_argument("--batch", type=int, default=32, help="examples a step, over all processes (32)")
-    parser.add_argument("--length", type=int, default=64, help="tokens an example (64)")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each kind (20)")
-    parser.add_argument(
-        "--method", choices=[m for m, row in METHODS.items() if row.masking and not row.trains_weights], default="smp-s"
-    )
-    parser.add_argument("--device", choices=("cuda", "mps", "cpu"))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser = Parser(prog="python -m tools.bench", description="Time one training step and its parts.")
+    parser.add_argument("--layers", type=count, default=6, help="(6)")
+    parser.add_argument("--hidden", type=count, default=384, help="width (384); heads of 32, or 64 from 768 on")
+    parser.add_argument("--batch", type=count, default=32, help="examples a step, over all processes (32)")
+    parser.add_argument("--length", type=count, default=64, help="tokens an example (64)")
+    parser.add_argument("--steps", type=count, default=20, help="timed steps of each kind (20)")
+    masking = [name for name, method in METHODS.items() if method.masking and not method.trains_weights]
+    parser.add_argument("--method", choices=masking, default="smp-s", help="beside finetune (smp-s)")
+    add_machine(parser)
     parser.add_argument("--compile", action="store_true", help="as in train.py")
     parser.add_argument("--eager", action="store_true", help="as in train.py; so parts of a step can be timed")
     parser.add_argument("--inference", action="store_true", help="time evaluation with baked weights instead")
@@ -48,20 +45,17 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.model and not args.inference:
         parser.error("--model needs --inference")
-    for name in ("layers", "hidden", "batch", "length", "steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    if args.hidden % 64 or args.length > 512 or args.batch % parallel.PROCESSES:
+    if args.hidden % 64 or args.length > 512 or args.batch % parallel.processes():
         parser.error("--hidden must be a multiple of 64, --length at most 512, --batch a multiple of the processes")
     if args.inference and args.compile:
-        parser.error("--inference: evaluation is not compiled; leave --compile away")
+        parser.error("--inference: evaluation is not compiled; leave out --compile")
     return args
 
 
 def make_model(args):
     heads = args.hidden // (64 if args.hidden >= 768 else 32)
-    sizes = (30522, args.hidden, args.layers, heads, 4 * args.hidden, 512, 2)
-    model = Bert(Config(*sizes), words=[3, 4])
+    config = Config(30522, args.hidden, args.layers, heads, 4 * args.hidden, 512, 2)
+    model = Bert(config, words=[3, 4])
     for name, p in model.named_parameters():
         if "LayerNorm" not in name and p.ndim > 1:
             p.data.normal_(0, 0.02)
@@ -73,7 +67,8 @@ def flops(args):
 
     Of the last layer, only keys and values see all tokens.
     """
-    tokens, h = args.batch * args.length, args.hidden
+    tokens = args.batch * args.length
+    h = args.hidden
     layer = 2 * tokens * 12 * h * h + 4 * tokens * args.length * h
     last = 2 * tokens * 2 * h * h + 2 * args.batch * 10 * h * h
     return 3 * ((args.layers - 1) * layer + last)
@@ -111,51 +106,63 @@ def peak_memory(device):
     """GiB: on CUDA the most allocated since the last reset, else the most that the process ever held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def make_batch(args, device):
-    ids = torch.randint(1000, 2000, (args.batch // parallel.PROCESSES, args.length), device=device)
-    return torch.stack([ids, torch.zeros_like(ids), torch.ones_like(ids)]), ids[:, 0] % 2
+    ids = torch.randint(1000, 2000, (args.batch // parallel.processes(), args.length), device=device)
+    return Part(torch.stack([ids, torch.zeros_like(ids), torch.ones_like(ids)]), ids[:, 0] % 2)
 
 
 def time_steps(args, method, device, dtype):
     """-> (milliseconds of whole training steps, the objects that made them)."""
     model = make_model(args).to(device).train()
-    learner = make_learner(model, method, DENSITY, dtype)
+    learner = Learner(model, METHODS[method], DENSITY, dtype)
     for scores in learner.masks.scores.values() if learner.masks else ():
         scores.data.normal_(0, 0.1)
-    run, adam = make_run(Losses(model, learner), args.compile, args.eager), learner.optimizer(1e-5, 1e-5)
-    schedule = torch.tensor([DENSITY, 10.0], device=device)
-    parts = [Part(*make_batch(args, device))]
+    forward_backward = make_forward_backward(model, learner)
+    if args.compile:
+        for layer in model.bert.encoder["layer"]:
+            layer.compile(dynamic=True)
+    if device.type == "cuda" and not args.eager:
+        forward_backward = Recorded(forward_backward, learner.parameters())
+    adam = learner.optimizer(1e-5, 1e-5)
+    set_rates(adam, 5, 10)
+    part = make_batch(args, device)
+    density, penalty = torch.tensor([DENSITY, 10.0], device=device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = timed(lambda: train_step(run, adam, parts, schedule, step=5), device, args.steps)
-    return times, (model, learner, adam, parts[0])
+    times = timed(lambda: train_step(forward_backward, adam, [part], density, penalty), device, args.steps)
+    return times, (model, learner, adam, part)
 
 
-def time_parts(args, device, model, learner, adam, batch):
+def time_parts(args, device, model, learner, adam, part):
     """{part: milliseconds of each call}, each alone and launched by hand; so their sum is more than a step."""
-    masks, (inputs, labels, *_) = learner.masks, batch
+    masks = learner.masks
     density = torch.tensor(DENSITY, device=device)
-    free = lambda work: torch.no_grad()(work)  # noqa: E731
     weights = {name: w.detach().requires_grad_() for name, w in masks(density)[0].items()}
     gradients = {name: torch.randn_like(w) for name, w in weights.items()}
     importance = mean_sigmoid(masks.scores).detach()
 
-    def forward():
-        logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
-        return torch.nn.functional.cross_entropy(logits, labels)
+    @torch.no_grad()
+    def select():
+        masks.method.masking(masks.scores, importance, density, exact=False)
 
     def mask():
         made, _ = masks(density)
         torch.autograd.backward(list(made.values()), list(gradients.values()))
 
+    def forward():
+        logits = functional_call(model, weights, tuple(part.inputs), tie_weights=False).float()
+        return torch.nn.functional.cross_entropy(logits, part.labels)
+
+    mask()  # so that clipping and Adam find gradients
     parts = {
-        "select": free(lambda: masks.method.masking(masks.scores, importance, density, exact=False)),
+        "select": select,
         "select and mask, both ways": mask,
         "regularize, both ways": lambda: mean_sigmoid(masks.scores).mean().backward(),
-        "forward": free(forward),
+        "forward": torch.no_grad()(forward),
         "forward and backward": lambda: forward().backward(),
         "clip": lambda: torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0),
         "Adam": adam.step,
@@ -171,20 +178,23 @@ def show(name, times, note=""):
 
 def time_training(args, device, dtype):
     """Times of a pruning and a dense step, printed -> {what: number}."""
-    found, peak = {}, matrix_peak(device, dtype)
-    by_hand = parallel.PROCESSES == 1 and not args.compile and (args.eager or device.type != "cuda")
+    found = {}
+    peak = matrix_peak(device, dtype)
+    by_hand = parallel.processes() == 1 and not args.compile and (args.eager or device.type != "cuda")
     print(f"matrix products of {dtype_name(dtype)} reach {peak / 1e12:.1f} TFLOP/s here")
     for method in (args.method, "finetune"):
         times, objects = time_steps(args, method, device, dtype)
-        seconds, memory = statistics.median(times) / 1000, peak_memory(device)
-        speed, share = args.batch * args.length / seconds, flops(args) / parallel.PROCESSES / seconds / peak
+        seconds = statistics.median(times) / 1000
+        memory = peak_memory(device)
+        speed = args.batch * args.length / seconds
+        share = flops(args) / parallel.processes() / seconds / peak
         note = f"  {speed:,.0f} tokens/s, {share:.1%} of peak, {memory:.2f} GiB"
         found[method] = show(f"{method} step", times, note)
         numbers = {"tokens/s": round(speed), "share of peak": round(share, 4), "GiB": round(memory, 2)}
         found |= {f"{method} {what}": number for what, number in numbers.items()}
         if by_hand and method != "finetune":
-            parts = time_parts(args, device, *objects)
-            found |= {part: show(f"  {part}", part_times) for part, part_times in parts.items()}
+            for part, part_times in time_parts(args, device, *objects).items():
+                found[part] = show(f"  {part}", part_times)
         del objects  # and with them their memory
     print(f"{args.method} takes {found[args.method] / found['finetune']:.2f} times the dense step")
     return found
@@ -194,13 +204,14 @@ def time_training(args, device, dtype):
 def time_inference(args, device, dtype):
     """Evaluation with baked weights: examples a second at this length."""
     if args.model:
-        model, weights = load_model(fetch.model_folder(args.model), [0, 1]).to(device, dtype).eval(), {}
+        model = load_model(fetch.model_folder(args.model), [0, 1]).to(device, dtype).eval()
+        weights = {}
         if args.length > model.config.longest_input:
             raise ValueError(f"--length: {args.model} takes {model.config.longest_input} tokens, not {args.length}")
     else:
         model = make_model(args).to(device).eval()
-        weights = make_learner(model, args.method, DENSITY, dtype).baked(DENSITY)
-    inputs = tuple(make_batch(args, device)[0] % model.config.vocab_size)
+        weights = Learner(model, METHODS[args.method], DENSITY, dtype).baked(DENSITY)
+    inputs = tuple(make_batch(args, device).inputs % model.config.vocab_size)
     times = timed(partial(functional_call, model, weights, inputs, tie_weights=False), device, args.steps)
     speed = args.batch / statistics.median(times) * 1000
     median = show("evaluation", times, f"  {speed:,.0f} examples/s, {speed * args.length:,.0f} tokens/s")
@@ -214,19 +225,19 @@ def main(argv=None):
     with one_line_errors():
         device, dtype, why = choose_device(args.device, args.dtype)
         parallel.start(device)
+        torch.backends.cuda.enable_cudnn_sdp(not args.eager)  # as train.py
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        print(f"{name}, {dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.PROCESSES} process(es)")
-        launched = "" if args.eager or args.inference or device.type != "cuda" else ", recorded as CUDA graphs"
-        launched += ", compiled" * args.compile
+        print(f"{name}, {dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.processes()} process(es)")
         shape = args.model or f"{args.layers} layers of {args.hidden}"
-        print(f"{shape}, batch {args.batch}, length {args.length}{launched}")
+        launched = "" if args.eager or args.inference or device.type != "cuda" else ", recorded as CUDA graphs"
+        compiled = ", compiled" if args.compile else ""
+        print(f"{shape}, batch {args.batch}, length {args.length}{launched}{compiled}")
         print("medians, in brackets the fastest and the slowest; parts are timed alone and overlap")
         found = (time_inference if args.inference else time_training)(args, device, dtype)
-    of_the_file = ("layers", "hidden", "method") if args.model else ("model",)
-    settings = {k: v for k, v in vars(args).items() if k not in ("device", "dtype", *of_the_file)}
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    line = {"device": name, "dtype": dtype_name(dtype), "processes": parallel.PROCESSES} | settings | found | versions
-    print(json.dumps(line))
+    left_out = ("device", "dtype", *(("layers", "hidden", "method") if args.model else ("model",)))
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
+    line = {"device": name, "dtype": dtype_name(dtype), "processes": parallel.processes()} | settings | found
+    print(json.dumps(line | code_version()["versions"]))
     parallel.stop()
 
 

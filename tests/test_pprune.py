@@ -1,19 +1,20 @@
-"""cluster.py: distances by hand, clusters as brute force finds them, budgets that add up, and a whole run."""
+"""extras.pprune: distances by hand, clusters as brute force finds them, budgets that add up, and a whole run."""
 
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import cluster
 import data
 import eval as eval_
 import train
-from model import Config
-from pretrained import load_model
+from extras import pprune
+from model import Config, load_model
+from tools import export
 
 BASE = Config(30522, 768, 12, 12, 3072, 512, 2)
 
@@ -39,33 +40,33 @@ def brute_force(distances, threshold):
 def test_clusters_are_those_of_brute_force(seed):
     generator = torch.Generator().manual_seed(seed)
     n = 5 + 4 * seed
-    distances = cluster.neuron_distances(torch.randn(12, n, generator=generator))
-    found = cluster.merges(distances)
+    distances = pprune.neuron_distances(torch.randn(12, n, generator=generator))
+    found = pprune.merges(distances)
     assert len(found) == n - 1
     for threshold in (0.0, *np.quantile([height for height, _, _ in found], [0.2, 0.5, 0.9]), 2.0):
-        assert partition(cluster.clusters(n, found, threshold)) == brute_force(distances, threshold)
+        assert partition(pprune.clusters(n, found, threshold)) == brute_force(distances, threshold)
 
 
 def test_units_that_do_the_same_are_together_from_the_start():
     x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
     same = torch.cat([x, -2 * x[:, :2]], dim=1)  # |cos| does not see sign or size
-    assert partition(cluster.clusters(6, cluster.merges(cluster.neuron_distances(same)), 1e-5)) == [
+    assert partition(pprune.clusters(6, pprune.merges(pprune.neuron_distances(same)), 1e-5)) == [
         [0, 4],
         [1, 5],
         [2],
         [3],
     ]
     one = torch.ones(3, 1)
-    assert cluster.merges(cluster.neuron_distances(one)) == [] and cluster.clusters(1, [], 0.5) == [[0]]
-    assert not cluster.neuron_distances(torch.zeros(5, 3)).isnan().any()  # a neuron that never fires
+    assert pprune.merges(pprune.neuron_distances(one)) == [] and pprune.clusters(1, [], 0.5) == [[0]]
+    assert not pprune.neuron_distances(torch.zeros(5, 3)).isnan().any()  # a neuron that never fires
 
 
 def test_heads_are_matched_dimension_by_dimension():
-    assert cluster.matched(torch.tensor([[0.9, 0.8], [0.85, 0.1]])) == pytest.approx((0.9 + 0.1) / 2)  # not 0.8 + 0.85
+    assert pprune.matched(torch.tensor([[0.9, 0.8], [0.85, 0.1]])) == pytest.approx((0.9 + 0.1) / 2)  # not 0.8 + 0.85
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     shuffled = x[:, [2, 0, 1]] * torch.tensor([-1.0, 3.0, 0.5])
     other = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
-    distances = cluster.head_distances(torch.cat([x, other, shuffled], dim=1), heads=3)
+    distances = pprune.head_distances(torch.cat([x, other, shuffled], dim=1), heads=3)
     assert distances[0, 2] == pytest.approx(0, abs=1e-6) and distances[0, 1] > 0.3
     assert torch.equal(distances, distances.T)
 
@@ -73,38 +74,38 @@ def test_heads_are_matched_dimension_by_dimension():
 def test_the_threshold_is_the_lowest_that_is_enough():
     layers = [[(0.5, 0, 1), (0.2, 1, 2)], [(0.3, 0, 1)]]  # 3 and 2 units
     wanted = {5: -1.0, 4: 0.2, 3: 0.3, 2: 0.5, 9: -1.0}
-    assert {keep: cluster.lowest_threshold(layers, keep) for keep in wanted} == wanted
+    assert {keep: pprune.lowest_threshold(layers, keep) for keep in wanted} == wanted
 
 
 def test_the_strongest_of_a_cluster_stays():
     x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
     x = torch.cat([x, 3 * x[:, :1], 0.5 * x[:, 1:2]], dim=1)
-    distances, strength = cluster.neuron_distances(x), x.abs().mean(0)
-    (kept,) = cluster.representatives([distances], [strength], keep=4)
+    distances, strength = pprune.neuron_distances(x), x.abs().mean(0)
+    (kept,) = pprune.representatives([distances], [strength], keep=4)
     assert kept.tolist() == [1, 2, 3, 4]
 
 
 def test_budgets_add_up():
-    head, neuron = cluster.multiply_accumulates(BASE, 100)
+    head, neuron = pprune.multiply_accumulates(BASE, 100)
     assert (head, neuron) == (4 * 100 * 768 * 64 + 2 * 100**2 * 64, 2 * 100 * 768)
-    heads, neurons = cluster.budget(BASE, 100, 0.4, 5.0)
+    heads, neurons = pprune.budget(BASE, 100, 0.4, 5.0)
     gone = [(144 - heads) * head, (12 * 3072 - neurons) * neuron]
     whole = 144 * head + 12 * 3072 * neuron
     assert 0.4 * whole <= sum(gone) < 0.4 * whole + head + neuron  # rounded up to whole units
     assert gone[1] / gone[0] == pytest.approx(5, rel=0.05)
-    assert cluster.budget(BASE, 100, 0.0, 5.0) == [144, 12 * 3072]
+    assert pprune.budget(BASE, 100, 0.0, 5.0) == [144, 12 * 3072]
 
 
 def test_impossible_budgets_name_possible_ones():
     with pytest.raises(ValueError, match=r"--sparsity 0.999: no more than 0.97\d can go"):
-        cluster.budget(BASE, 100, 0.999, 5.0)
+        pprune.budget(BASE, 100, 0.999, 5.0)
     with pytest.raises(ValueError, match="--ffn-share 0.1 is not possible at --sparsity 0.7, .* to .* is") as said:
-        cluster.budget(BASE, 100, 0.7, 0.1)
+        pprune.budget(BASE, 100, 0.7, 0.1)
     lowest, highest = (float(word) for word in re.search(r"(\S+) to (\S+) is", str(said.value)).groups())
     for share in (lowest, highest):
-        cluster.budget(BASE, 100, 0.7, share)
+        pprune.budget(BASE, 100, 0.7, share)
     with pytest.raises(ValueError, match="--ffn-share"):
-        cluster.budget(BASE, 100, 0.7, highest + 0.1)
+        pprune.budget(BASE, 100, 0.7, highest + 0.1)
 
 
 def test_every_budget_is_kept_or_refused_with_a_range_that_is_possible():
@@ -117,13 +118,13 @@ def test_every_budget_is_kept_or_refused_with_a_range_that_is_possible():
         )
         sparsity, share = rng.uniform(0, 1), float(10 ** rng.uniform(-2, 2))
         try:
-            kept = cluster.budget(config, 20, sparsity, share)
+            kept = pprune.budget(config, 20, sparsity, share)
             assert layers <= kept[0] <= sum(heads) and layers <= kept[1] <= sum(neurons)
         except ValueError as error:
             assert "--sparsity" in str(error)
             if found := re.search(r"(\S+) to (\S+) is", str(error)):
                 assert 0 < float(found[1]) <= float(found[2])
-                cluster.budget(config, 20, sparsity, float(found[1]))
+                pprune.budget(config, 20, sparsity, float(found[1]))
 
 
 def test_even_shares_add_up_in_layers_of_any_size():
@@ -131,12 +132,15 @@ def test_even_shares_add_up_in_layers_of_any_size():
     for _ in range(200):
         scores = [torch.rand(int(n)) for n in rng.integers(1, 30, int(rng.integers(1, 6)))]
         keep = int(rng.integers(len(scores), sum(map(len, scores)) + 1))
-        kept = cluster.evenly(scores, keep)
+        kept = pprune.evenly(scores, keep)
         assert sum(map(len, kept)) == keep and all(1 <= len(k) <= len(s) for k, s in zip(kept, scores, strict=True))
         for k, s in zip(kept, scores, strict=True):
             assert s[k].min() >= s.sort(descending=True).values[len(k) - 1]
-    shares = [len(k) / 30 for k in cluster.evenly([torch.rand(30), torch.rand(30)], 31)]
+    shares = [len(k) / 30 for k in pprune.evenly([torch.rand(30), torch.rand(30)], 31)]
     assert shares == [16 / 30, 15 / 30]
+
+
+EIGHT_TOKENS = data.Examples([[0] * 8], [[0] * 8], [0], 8)
 
 
 @pytest.mark.parametrize("units", ["clusters", "activation", "random"])
@@ -147,18 +151,18 @@ def test_what_stays(examples, tmp_path, monkeypatch, units):
         inner, outer = layer.intermediate["dense"], layer.output.dense
         inner.weight.data[12:], inner.bias.data[12:] = inner.weight.data[:12], inner.bias.data[:12]
         outer.register_forward_pre_hook(lambda m, x: (x[0] * torch.cat([torch.full((12,), 0.5), torch.ones(12)]),))
-    costs = cluster.multiply_accumulates(model.config, 8.0)
+    costs = pprune.multiply_accumulates(model.config, 8.0)
     sparsity = 24.5 * costs[1] / (8 * costs[0] + 48 * costs[1])
-    given = {"tokens": 8.0, "sparsity": sparsity, "ffn_share": 1000.0, "device": "cpu", "seed": 0}
+    args = SimpleNamespace(method="p-...", sparsity=sparsity, ffn_share=1000.0, seed=0)
     before = [layer.intermediate["dense"].weight.detach().clone() for layer in model.bert.encoder["layer"]]
-    neurons, shrink = [], cluster.shrink
-    monkeypatch.setattr(cluster, "shrink", lambda m, h, n: neurons.extend(n) or shrink(m, h, n))
-    smaller, facts = cluster.prune(model, units, examples, **given)
+    neurons, shrink = [], pprune.shrink
+    monkeypatch.setattr(pprune, "shrink", lambda m, h, n: neurons.extend(n) or shrink(m, h, n))
+    smaller, facts = pprune.prune(model, examples, {"dev": EIGHT_TOKENS}, args, "cpu", units)
     kept = sum(map(len, neurons))
     assert 22 <= kept <= 24 and facts["layers"] == smaller.config.layers
     strong = sum(int((k >= 12).sum()) for k in neurons)
     assert (strong == kept) == (units == "clusters")
-    strengths = [x.abs().mean(0) for x in cluster.activations(model, examples, "cpu", 0)[1]]
+    strengths = [x.abs().mean(0) for x in pprune.activations(model, examples, "cpu", 0)[1]]
     strongest = [sorted(s.topk(len(k)).indices.tolist()) for s, k in zip(strengths, neurons, strict=True)]
     assert ([k.tolist() for k in neurons] == strongest) == (units == "activation")
     for layer, weights, k in zip(smaller.bert.encoder["layer"], before, neurons, strict=True):
@@ -169,12 +173,12 @@ def test_activations_that_are_not_finite(examples, tmp_path):
     model = load_model(tmp_path / "model", [3, 4])
     model.bert.encoder["layer"][0].intermediate["dense"].weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="--model: its activations are not finite"):
-        cluster.prune(model, "clusters", examples, 8.0, 0.2, 5.0, "cpu", 0)
+        pprune.choose(model, "clusters", examples, [6, 40], "cpu", 0)
 
 
 def test_what_has_lost_a_block_is_not_shrunk_again():
     with pytest.raises(ValueError, match="--model: a layer of it has lost"):
-        cluster.budget(dataclasses.replace(BASE, heads_per_layer=(0,) + (12,) * 11), 100, 0.2, 5.0)
+        pprune.budget(dataclasses.replace(BASE, heads_per_layer=(0,) + (12,) * 11), 100, 0.2, 5.0)
 
 
 @pytest.fixture
@@ -187,8 +191,8 @@ def test_activations_are_what_goes_into_the_projections(examples, tmp_path, monk
     """All tokens, in batches of several lengths, against one text at a time."""
     model = load_model(tmp_path / "model", [3, 4])
     lengths = sorted(len(ids) for ids in examples.ids)
-    monkeypatch.setattr(cluster, "TOKENS", sum(lengths))
-    heads, neurons = cluster.activations(model, examples, "cpu", seed=0)
+    monkeypatch.setattr(pprune, "TOKENS", sum(lengths))
+    heads, neurons = pprune.activations(model, examples, "cpu", seed=0)
     assert [x.shape for x in (*heads, *neurons)] == [(sum(lengths), 16)] * 2 + [(sum(lengths), 24)] * 2
     model.eval()
     layer, sums = model.bert.encoder["layer"][1], [0.0, 0.0]
@@ -200,8 +204,8 @@ def test_activations_are_what_goes_into_the_projections(examples, tmp_path, monk
             model.bert(*inputs)
     assert torch.allclose(heads[1].double().sum(0), sums[0], rtol=1e-3, atol=1e-3)
     assert torch.allclose(neurons[1].double().sum(0), sums[1], rtol=1e-3, atol=1e-3)
-    monkeypatch.setattr(cluster, "TOKENS", 7)
-    few = [cluster.activations(model, examples, "cpu", seed) for seed in (1, 1, 2)]
+    monkeypatch.setattr(pprune, "TOKENS", 7)
+    few = [pprune.activations(model, examples, "cpu", seed) for seed in (1, 1, 2)]
     assert few[0][0][0].shape == (7, 16) and few[0][0][0].equal(few[1][0][0]) and not few[0][0][0].equal(few[2][0][0])
 
 
@@ -213,7 +217,7 @@ def test_a_run_is_smaller_and_can_be_looked_at_and_teach(make_model, glue, tmp_p
     train.main([str(a) for a in ["--model", model, "--out", run, *given, *flags]])
     said, result = capsys.readouterr().out, json.loads((run / "result.json").read_text())
     heads, neurons = (sum(part) for part in zip(*result["layers"], strict=True))
-    costs = cluster.multiply_accumulates(load_model(model, [3]).config, result["tokens"])
+    costs = pprune.multiply_accumulates(load_model(model, [3]).config, result["tokens"])
     share = (heads * costs[0] + neurons * costs[1]) / (8 * costs[0] + 48 * costs[1])
     assert f"{heads} of 8 heads and {neurons} of 48 neurons stay: {share:.4f}" in said
     assert share == pytest.approx(result["multiply_accumulates"]) and 0.53 < share <= 0.6
@@ -223,10 +227,10 @@ def test_a_run_is_smaller_and_can_be_looked_at_and_teach(make_model, glue, tmp_p
     assert f"accuracy {result['final']['accuracy']:.4f}; training reported" in said
     assert f"layer 0  {result['layers'][0][0]:3} heads" in said
     train.main([str(a) for a in ["--model", model, "--out", tmp_path / "taught", *given[:-2], "--teacher", run]])
-    assert "lost heads or neurons" in fails(eval_.main, [run, "--export", tmp_path / "out"])
+    assert "lost heads or neurons" in fails(export.main, [run, tmp_path / "out"])
     config = run / "config.json"
     config.write_text(config.read_text().replace('"vocab_size"', '"layer_norm_eps": 0.5, "vocab_size"'))
-    assert "config.json is not the one that" in fails(eval_.main, [run, "--text", "good"])
+    assert "the config of" in fails(eval_.main, [run, "--text", "good"])
     if len(set(map(tuple, result["layers"]))) > 1:
         assert "one size" in fails(train.main, ["--model", run, *given[:2], "--length", 16, "--out", tmp_path / "x"])
     assert method != "p-pruning" or len(set(map(tuple, result["layers"]))) > 1

@@ -1,7 +1,6 @@
-"""What is run for the comparisons: lists of runs, and what tuning found.
+"""What is run for the comparisons: lists of runs, and what tuning found. tools.experiments makes and shows them.
 
-What it is: every run behind the tables as the arguments of train.py, by which it is known. What it is not: it runs
-nothing and shows nothing; that is experiments.py. Sources: Jiang et al., ACL 2023, tables 1 to 3, for what is compared.
+A run is known by the arguments of train.py. What is compared follows tables 1 to 3 of Jiang et al., ACL 2023.
 
     for arguments in LISTS["main"](): ...  # "--task=movies --model=minilm --method=finetune --steps=1196 --seed=0 ..."
 """

@@ -1,10 +1,9 @@
 """Make the missing runs of a list, several at a time, and show a list as a table or as curves.
 
-What it is: results/runs.jsonl, one JSON line a run, known by its command; lists.LISTS are views of it. What it is not:
-it trains nothing itself, and does not say what is compared; that is lists.py. Sources: none.
+results/runs.jsonl holds one JSON line a run, known by its command; the lists of tools.lists are views of it.
 
-    python experiments.py run tuning --at-once 4 --seconds 1500
-    python experiments.py table main
+    python -m tools.experiments run tuning --at-once 4 --seconds 1500
+    python -m tools.experiments table main
 """
 
 import json
@@ -24,11 +23,12 @@ from threading import Lock
 import torch
 from tqdm import tqdm
 
-from cli import Parser, one_line_errors
 from data import TASKS
-from lists import BY_TASK, LISTS, STEPS, words
-from picture import plot_curves
+from plumbing.cli import Parser, count, one_line_errors
+from tools.lists import BY_TASK, LISTS, STEPS, words
+from tools.picture import plot_curves
 
+ROOT = Path(__file__).parent.parent
 RUNS = "runs.jsonl"
 KEPT = (
     "task method sparsity seed steps batch lr weight_lr warmup hold penalty schedule head final best density reached "
@@ -60,8 +60,7 @@ def make_run(command, machine, seconds, gpu):
     """Run a command of train.py -> its line, a dict. Raises ValueError with what train.py said last if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        script = Path(__file__).with_name("train.py")
-        argv = [sys.executable, script, *shlex.split(command)[2:], *machine, "--out", out]
+        argv = [sys.executable, ROOT / "train.py", *shlex.split(command)[2:], *machine, "--out", out]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
         ended = subprocess.run(argv, capture_output=True, text=True, timeout=seconds, env=environment)
         if ended.returncode:
@@ -187,20 +186,18 @@ def table(lines, which="final", merge=False):
 
 
 def main(argv=None):
-    parser = Parser(description="Make the missing runs of a list, or show a list as a table.")
+    parser = Parser(prog="python -m tools.experiments", description="Make the missing runs of a list, or show a list as a table.")
     parser.add_argument("do", choices=("run", "table", "plot"), help="plot: the metric over sparsity, into LIST.png")
     sizes = ", ".join(f"{name} ({len(commands(name))} runs)" for name in LISTS)
     parser.add_argument("list", choices=LISTS, help=sizes)
-    folder = Path(__file__).with_name("results")
+    folder = ROOT / "results"
     parser.add_argument("--results", type=Path, default=folder, metavar="FOLDER", help=f"of {RUNS} (results)")
-    parser.add_argument("--at-once", type=int, default=1, help="runs at a time, on all GPUs (1)")
+    parser.add_argument("--at-once", type=count, default=1, help="runs at a time, on all GPUs (1)")
     parser.add_argument("--seconds", type=float, default=1e6, help="stop after so long; finished runs are kept")
     parser.add_argument("--best", action="store_true", help="table: the best evaluation on dev in place of the last")
     parser.add_argument("--data-dir", metavar="FOLDER", help="run: as in train.py")
     parser.add_argument("--model", metavar="FOLDER", help="run: where minilm stands on this machine")
     args = parser.parse_args(argv)
-    if args.at_once < 1:
-        parser.error("--at-once must be at least 1")
     if args.best and args.do != "table":
         parser.error("--best is for table")
     flags = {"--data-dir": args.data_dir, "--model": args.model}
@@ -213,7 +210,7 @@ def main(argv=None):
         lines = [line for line in read_lines(args.results / RUNS) if line["command"] in wanted]
         if not lines:
             elsewhere = f" --results {args.results}" * (args.results != folder)
-            command = f"python experiments.py run {args.list}{elsewhere}"
+            command = f"python -m tools.experiments run {args.list}{elsewhere}"
             raise ValueError(f"{args.results / RUNS} has none; make them with: {command}")
         if args.do == "plot":
             path = args.results / f"{args.list}.png"

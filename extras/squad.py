@@ -1,35 +1,33 @@
-"""SQuAD v1.1: extractive question answering with two label words read at every token.
+"""SQuAD v1.1: answers are spans of a paragraph; two label words, read at every token, mark their start and end.
 
-What it is: reading, windows over long paragraphs, n-best decoding, exact match and F1, and a command that splits a
-file by articles. What it is not: SQuAD 2.0 (questions without an answer). Sources: Rajpurkar et al., EMNLP 2016, for
-data and metrics; Devlin et al. 2019 for windows and decoding.
+Questions without an answer (SQuAD 2.0) are refused. Sources: Rajpurkar et al., EMNLP 2016, for data and metrics;
+Devlin et al. 2019 for windows over long paragraphs and n-best decoding.
 
     python train.py --task squad
-    python squad.py dev-v1.1.json FOLDER --dev 8     # FOLDER/squad/{train,dev}-v1.1.json, 8 articles in dev
 """
 
-import collections
-import json
 import os
 import re
 import string
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-import data
-import fetch
-from cli import Parser, one_line_errors
+from data import TASKS, Examples, Task, encode_texts
+from plumbing import fetch
+from plumbing.files import check_digest, read_json
 
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
+MD5 = {"train-v1.1.json": "981b29407e0affa3b1b156f72073b945", "dev-v1.1.json": "3e85deb501d4e538b6bc56f786231552"}
 STRIDE = 128  # tokens that neighbouring windows share
-N_BEST, LONGEST_ANSWER = 20, 30  # candidates for start and end; tokens
+N_BEST = 20  # candidates for start and end
+LONGEST_ANSWER = 30  # tokens
 
 
 @dataclass(frozen=True)
-class Windows(data.Examples):
+class Windows(Examples):
     """Examples whose labels are (start, end) token positions, (0, 0) where the window does not hold the answer."""
 
     owner: list  # number of each window's question
@@ -39,16 +37,38 @@ class Windows(data.Examples):
     def asked(self):
         return len(self.questions)
 
+    def score(self, logits, metrics):
+        """{"f1": F1, "em": exact match}, each 0 to 1: the best over a question's answers, averaged over questions."""
+        best, exact = [], []
+        for text, question in zip(answers(logits, self), self.questions, strict=True):
+            true = [answer for _, answer in question["answers"]]
+            best.append(max(f1(text, answer) for answer in true))
+            exact.append(any(normalise(text) == normalise(answer) for answer in true))
+        return {"f1": float(np.mean(best)), "em": float(np.mean(exact))}
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+def fetch_squad(task):
+    """Download what the cache lacks of SQuAD v1.1."""
+    for name, md5 in MD5.items():
+        path = fetch.CACHE / "glue" / task.folder / name
+        if path.exists():
+            continue
+        url = f"{os.environ.get('SQUAD_URL') or URL}/{name}"
+        remedy = f"put it at {path} by hand, or name its folder's parent with --data-dir"
+        with fetch.fetched(url, path, remedy) as part:
+            check_digest(part, "md5", md5, url)
+            part.replace(path)
+
 
 def read_articles(path):
     """The articles of a SQuAD file, as it has them. Raises ValueError when it has none."""
-    try:
-        articles = json.loads(path.read_text("utf-8"))["data"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a SQuAD v1.1 file ({type(error).__name__}: {error})") from None
-    if not isinstance(articles, list):
-        raise ValueError(f"{path} is not a SQuAD v1.1 file: its data is no list of articles")
-    return articles
+    stored = read_json(path)
+    if not isinstance(stored, dict) or not isinstance(stored.get("data"), list):
+        raise ValueError(f"{path} is not a SQuAD v1.1 file: it has no list of articles under data")
+    return stored["data"]
 
 
 def read_squad(path):
@@ -56,30 +76,28 @@ def read_squad(path):
 
     Raises ValueError that names the file when it is not SQuAD v1.1 or holds no question.
     """
-    articles = read_articles(path)
+    questions = []
+    empty = elsewhere = 0
     try:
-        questions = [
-            {
-                "id": str(qa["id"]),
-                "question": str(qa["question"]).strip(),
-                "context": str(paragraph["context"]),
-                "answers": [(int(a["answer_start"]), str(a["text"])) for a in qa["answers"]],
-            }
-            for article in articles
-            for paragraph in article.get("paragraphs") or ()
-            for qa in paragraph["qas"]
-        ]
+        for article in read_articles(path):
+            paragraphs = article.get("paragraphs") or []
+            empty += not paragraphs
+            for paragraph in paragraphs:
+                for asked in paragraph["qas"]:
+                    found = [(int(a["answer_start"]), str(a["text"])) for a in asked["answers"]]
+                    question = {"id": str(asked["id"]), "question": str(asked["question"]).strip()}
+                    question |= {"context": str(paragraph["context"]), "answers": found}
+                    questions.append(question)
+                    elsewhere += sum(misplaced(question, answer) for answer in found)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is not a SQuAD v1.1 file ({type(error).__name__}: {error})") from None
     if not questions:
         raise ValueError(f"{path} holds no questions")
-    if unanswered := [q["id"] for q in questions if not q["answers"]]:
-        raise ValueError(f"{path}: question {unanswered[0]} has no answer; SQuAD 2.0 is not supported")
-    counts = {
-        "answers do not stand where the file says": sum(misplaced(q, a) for q in questions for a in q["answers"]),
-        "articles have no paragraphs": sum(not article.get("paragraphs") for article in articles),
-    }
-    return questions, [f"{path}: {count} {what}" for what, count in counts.items() if count]
+    for question in questions:
+        if not question["answers"]:
+            raise ValueError(f"{path}: question {question['id']} has no answer; SQuAD 2.0 is not supported")
+    notes = {"answers do not stand where the file says": elsewhere, "articles have no paragraphs": empty}
+    return questions, [f"{path}: {count} {what}" for what, count in notes.items() if count]
 
 
 def misplaced(question, answer):
@@ -89,7 +107,8 @@ def misplaced(question, answer):
 
 def label(spans, answer):
     """Token positions (start, end) of an answer (character, text) in a window; (0, 0) if it is not wholly there."""
-    first, last = answer[0], answer[0] + len(answer[1])
+    first = answer[0]
+    last = first + len(answer[1])
     starts = np.flatnonzero((spans[:, 0] <= first) & (spans[:, 1] > first))
     ends = np.flatnonzero((spans[:, 0] < last) & (spans[:, 1] >= last))
     return (int(starts[0]), int(ends[0])) if len(starts) and len(ends) else (0, 0)
@@ -103,7 +122,7 @@ def make_windows(questions, tokenizer, length):
     tokenizer.no_truncation()
     special = tokenizer.num_special_tokens_to_add(True)
     for question in questions:
-        (encoded,) = data.encode_texts(tokenizer, [question["question"]])
+        (encoded,) = encode_texts(tokenizer, [question["question"]])
         size = len(encoded.ids) - tokenizer.num_special_tokens_to_add(False)
         if size + special + STRIDE >= length:
             raise ValueError(f"question {question['id']} has {size} tokens, too many for --length {length}")
@@ -111,7 +130,7 @@ def make_windows(questions, tokenizer, length):
     windows = Windows([], [], [], length, [], [], questions)
     for start in tqdm(range(0, len(questions), 256), "cutting windows", leave=False):  # in parts: encodings are large
         part = questions[start : start + 256]
-        encodings = data.encode_texts(tokenizer, [(q["question"], q["context"]) for q in part])
+        encodings = encode_texts(tokenizer, [(q["question"], q["context"]) for q in part])
         for number, (question, encoding) in enumerate(zip(part, encodings, strict=True), start):
             for window in (encoding, *encoding.overflowing):
                 inside = np.array([text == 1 for text in window.sequence_ids])
@@ -124,20 +143,17 @@ def make_windows(questions, tokenizer, length):
     return windows
 
 
-def load_split(name, split, data_dir, tokenizer):
-    """Windows of a split ("train-v1.1", "dev-v1.1") from data_dir/squad/SPLIT.json (None: the cache, see data.py)."""
-    task, path = data.TASKS[name], data.split_path(name, split, data_dir)
-    if not path.exists():
-        url = f"{os.environ.get('SQUAD_URL') or URL}/{split}.json"
-        with fetch.fetched(url, path, f"put it at {path} by hand, or name its folder's parent with --data-dir") as part:
-            fetch.check_digest(part, "md5", dict(zip((task.train, *task.dev), task.md5, strict=True))[split], url)
-            part.replace(path)
+def read_windows(task, path, tokenizer):
+    """Task.read: a SQuAD file -> Windows of the length at which the tokenizer cuts; what is odd in it is printed."""
     questions, notes = read_squad(path)
     for note in notes:
         print(note)
-    if split == task.train:  # a misplaced answer would teach nonsense
+    if path.stem == task.train:  # a misplaced answer would teach nonsense
         questions = [q for q in questions if not misplaced(q, q["answers"][0])]
     return make_windows(questions, tokenizer, tokenizer.truncation["max_length"])
+
+
+# --- answers -------------------------------------------------------------------------------------------------
 
 
 def best_spans(logits, spans):
@@ -147,7 +163,8 @@ def best_spans(logits, spans):
     """
     size = len(spans)  # logits may reach further, over padding
     scores = np.where(spans[:, :1] >= 0, logits[:size], -np.inf)
-    start, end = (np.argsort(-scores[:, side], kind="stable")[:N_BEST] for side in (0, 1))
+    start = np.argsort(-scores[:, 0], kind="stable")[:N_BEST]
+    end = np.argsort(-scores[:, 1], kind="stable")[:N_BEST]
     total = scores[start, 0][:, None] + scores[end, 1][None, :]  # [starts, ends]
     tokens = end[None, :] - start[:, None] + 1
     total[(tokens < 1) | (tokens > LONGEST_ANSWER)] = -np.inf
@@ -173,36 +190,21 @@ def normalise(text):
 
 def f1(predicted, true):
     """Harmonic mean of precision and recall over the words of two answers."""
-    predicted, true = normalise(predicted).split(), normalise(true).split()
-    shared = sum((collections.Counter(predicted) & collections.Counter(true)).values())
+    predicted = normalise(predicted).split()
+    true = normalise(true).split()
+    shared = sum((Counter(predicted) & Counter(true)).values())
     return 2 * shared / (len(predicted) + len(true)) if shared else 0.0
 
 
-def score(logits, windows):
-    """{"f1": F1, "em": exact match}, each 0 to 1: the best over a question's answers, averaged over questions."""
-    found = list(zip(answers(logits, windows), windows.questions, strict=True))
-    best = [max(f1(text, true) for _, true in q["answers"]) for text, q in found]
-    exact = [any(normalise(text) == normalise(true) for _, true in q["answers"]) for text, q in found]
-    return {"f1": float(np.mean(best)), "em": float(np.mean(exact))}
+def say(task, texts, tokenizer, logits_of):
+    """Task.say: the answer to a question (texts[0]) from a paragraph (texts[1]), a line."""
+    question = {"id": "--text", "question": texts[0], "context": texts[1], "answers": [(0, "")]}
+    windows = make_windows([question], tokenizer, tokenizer.truncation["max_length"])
+    return answers(logits_of(windows), windows)
 
 
-def main(argv=None):
-    parser = Parser(description="Split a SQuAD file by articles into a training and a dev file.")
-    parser.add_argument("file", type=Path, help="a SQuAD v1.1 file")
-    parser.add_argument("folder", type=Path, help="for --data-dir; gets squad/{train,dev}-v1.1.json")
-    parser.add_argument("--dev", type=int, default=8, help="articles in the dev part, the last of the file (8)")
-    args = parser.parse_args(argv)
-    with one_line_errors():
-        articles = read_articles(args.file)
-        if not 0 < args.dev < len(articles):
-            raise ValueError(f"--dev must be between 0 and {len(articles)}, the number of articles; got {args.dev}")
-        for name, part in (("train", articles[: -args.dev]), ("dev", articles[-args.dev :])):
-            path = args.folder / "squad" / f"{name}-v1.1.json"
-            if path.exists():
-                raise ValueError(f"{path} is there already; delete it or name another folder")
-            fetch.write_whole(path, json.dumps({"version": "1.1", "data": part}, ensure_ascii=False).encode())
-            print(f"{path}: {len(part)} articles")
-
-
-if __name__ == "__main__":
-    main()
+TASKS["squad"] = Task(
+    "squad", ("question", "context"), "answers", {"start": "no", "end": "yes"}, ("f1", "em"), epochs=10, length=384,
+    ramp=0.82, train="train-v1.1", dev=("dev-v1.1",), test=(), ending=".json", fetch=fetch_squad, every_token=True,
+    read=read_windows, say=say,
+)  # fmt: skip

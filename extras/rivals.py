@@ -1,0 +1,115 @@
+"""The methods that SMP is compared with: their weights train as well, with AdamW, beside the scores or without any.
+
+Sources: magnitude pruning, Zhu and Gupta 2017 (arXiv 1710.01878); movement and soft movement pruning, Sanh et al.,
+NeurIPS 2020 (arXiv 2005.07683); L0 regularization, Louizos et al., ICLR 2018 (arXiv 1712.01312).
+"""
+
+import math
+from functools import partial
+
+import torch
+
+from mask import METHODS, Masks, Method, StraightThrough, mean_sigmoid, parameters, smp_l, threshold
+
+
+class BothLearn(StraightThrough):
+    """W' = W * M(S) of a weight that trains too: dL/dW = dL/dW' * M, nothing where it is removed."""
+
+    @staticmethod
+    def forward(ctx, weight, scores, mask):
+        mask = mask.to(weight.dtype)
+        ctx.save_for_backward(weight, mask)
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, mask = ctx.saved_tensors
+        for_scores = None
+        if ctx.needs_input_grad[1]:
+            for_scores = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+            torch.mul(grad, weight, out=for_scores)
+        return grad * mask, for_scores, None
+
+
+class TrainedMasks(Masks):
+    """Masks of weights that train: float32 parameters, multiplied in dtype."""
+
+    def make(self, stacks):
+        self.weights = parameters(stacks)
+        self.scores = parameters({group: torch.zeros_like(stack) for group, stack in stacks.items()})
+
+
+class Magnitude(Masks):
+    """Scores are |W| as it is now."""
+
+    def make(self, stacks):
+        self.weights = parameters(stacks)
+
+    @property
+    def scores(self):
+        return {group: weight.detach().abs() for group, weight in self.weights.items()}
+
+
+class Random(Magnitude):
+    """Scores are drawn once."""
+
+    def make(self, stacks):
+        super().make(stacks)
+        self.drawn = {group: torch.rand_like(stack, dtype=torch.float32) for group, stack in stacks.items()}
+
+    @property
+    def scores(self):
+        return self.drawn
+
+
+# --- L0 ------------------------------------------------------------------------------------------------------
+
+BETA = 2 / 3  # temperature, and ends of the stretched interval (section 4)
+GAMMA = -0.1
+ZETA = 1.1
+# With noise, a gate is open with probability sigmoid(S + SHIFT); without, it is open where sigmoid(S) > OPEN.
+SHIFT = -BETA * math.log(-GAMMA / ZETA)
+OPEN = -GAMMA / (ZETA - GAMMA)
+
+
+def hard_concrete(scores, noise):
+    """Gates in [0, 1] of log alpha = scores (Louizos et al. 2018), drawn (eq. 10 to 12) or, without noise, eq. 13."""
+    if noise:
+        u = torch.rand_like(scores).clamp(1e-6, 1 - 1e-6)
+        scores = (scores + u.log() - (-u).log1p()) / BETA
+    return (torch.sigmoid(scores) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+class Gates(TrainedMasks):
+    """L0: weights are multiplied with random gates, not with a mask, and the regularizer counts the open ones."""
+
+    def make(self, stacks):
+        super().make(stacks)
+        for scores in self.scores.values():
+            scores.data.fill_(math.log(0.9 / 0.1))  # nine in ten gates are open
+
+    def forward(self, density):
+        open_share = mean_sigmoid({group: s + SHIFT for group, s in self.scores.items()}).mean()
+        weights = {}
+        for group, weight in self.weights.items():
+            gates = hard_concrete(self.scores[group], noise=True)
+            weights[group] = weight.to(self.dtype) * gates.to(self.dtype)
+        return self.by_name(weights), open_share
+
+    @torch.no_grad()
+    def baked(self, density, dtype=None):
+        masks = self.choose(density)
+        weights = {}
+        for group, weight in self.weights.items():
+            weights[group] = weight * hard_concrete(self.scores[group], noise=False)
+        return {name: weight.to(dtype or self.dtype) * masks[name] for name, weight in self.by_name(weights).items()}
+
+
+Rival = partial(Method, rule=BothLearn, trains_weights=True)
+METHODS |= {
+    "magnitude": Rival(smp_l, masks=Magnitude, score_lr=None, penalty=0.0),
+    "movement": Rival(smp_l, masks=TrainedMasks, score_lr=1e-2, penalty=0.0),
+    "soft-movement": Rival(threshold, masks=TrainedMasks, score_lr=1e-2),
+    "l0": Rival(partial(threshold, tau=OPEN), masks=Gates, score_lr=1e-2),
+    "random": Rival(smp_l, masks=Random, score_lr=None, penalty=0.0),
+}

@@ -1,0 +1,226 @@
+"""What all commands share: errors in one line, checked flags, the choice of device and dtype, the code's version.
+
+    with one_line_errors():
+        device, dtype, why = choose_device(args.device, args.dtype)
+"""
+
+import argparse
+import math
+import os
+import platform
+import subprocess
+import sys
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from plumbing import parallel
+from plumbing.files import DISK_FULL
+
+# --- errors --------------------------------------------------------------------------------------------------
+
+# What people or machines can get wrong. Anything else is a mistake in the code, and keeps its traceback.
+ERRORS = (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+CPU_MEMORY_FULL = "allocate memory"  # torch says so in a plain RuntimeError
+PANIC = "PanicException"  # of the tokenizers library: no Exception, and nowhere to be imported from
+SMALLER = "memory is full; make it smaller (train.py: --accumulate 2, --batch, --length), or use another --device"
+
+
+@contextmanager
+def one_line_errors():
+    """Turn ERRORS, which name what to change, into one line on stderr and exit status 2."""
+    try:
+        yield
+    except KeyboardInterrupt as said:
+        print("\ninterrupted" + (f"; {said}" if str(said) else ""), file=sys.stderr)
+        raise SystemExit(130) from None
+    except BaseException as error:
+        if not isinstance(error, ERRORS) and CPU_MEMORY_FULL not in str(error) and type(error).__name__ != PANIC:
+            raise
+        print(f"error: {describe(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def describe(error):
+    """An error as one line that says what to do."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or CPU_MEMORY_FULL in str(error):
+        return SMALLER
+    if type(error).__name__ == PANIC:
+        return f"the model folder's tokenizer.json is damaged: {error}"
+    if isinstance(error, torch.AcceleratorError):
+        reason = str(error).splitlines()[0]
+        return f"the device failed ({reason}); python train.py --resume RUN_DIR continues from the last evaluation"
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return f"{error}: make room, or choose another place (train.py: --out; downloads: SMP_CACHE)"
+    one_line = " ".join(str(error).split())
+    return one_line.encode("utf-8", "backslashreplace").decode()  # names in files may be anything
+
+
+# --- flags ---------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that takes no abbreviated flags, and whose errors are one line, without the usage."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message):
+        message = message.removeprefix("argument ")
+        self.exit(2, None if parallel.rank() else f"error: {message} (see {self.prog} --help)\n")
+
+
+def number(kind, what, fits):
+    """A type for add_argument: a number of this kind that fits, or an error that says what it must be."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"must be {what}; got {text}")
+        return value
+
+    return read
+
+
+MOST = 10_000_000  # of steps, for one: each has an entry in the schedule
+share = number(float, "a share, from 0 to 1", lambda x: 0 <= x <= 1)
+share_below_one = number(float, "a share, at least 0 and less than 1", lambda x: 0 <= x < 1)
+positive = number(float, "greater than 0", lambda x: 0 < x < math.inf)
+not_negative = number(float, "at least 0", lambda x: 0 <= x < math.inf)
+passes = number(float, f"greater than 0 and at most {MOST:,}", lambda x: 0 < x <= MOST)
+count = number(int, f"a whole number from 1 to {MOST:,}", lambda x: 1 <= x <= MOST)
+seed = number(int, "a whole number, at least 0 and less than 2^63", lambda x: 0 <= x < 2**63)
+
+
+def add_files(parser):
+    """The flags for files that several commands share."""
+    parser.add_argument("--model", metavar="MODEL", help="minilm, bert-base-uncased, roberta-base, or a folder")
+    parser.add_argument("--data-dir", metavar="FOLDER", help="a folder in GLUE's layout; default: download")
+
+
+def add_machine(parser):
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
+    dtypes = ("float32", "bfloat16")
+    parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16 if native; evaluation: as in training")
+
+
+def add_training(parser):
+    """The flags of any training: how long, from where to where, on what machine."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--seed", type=seed, default=0, help="of batches, dropout and fresh weights (0)")
+    run.add_argument("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/ and the settings")
+    run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue an interrupted run; no other flags")
+    length = parser.add_argument_group("length")
+    length.add_argument("--epochs", type=passes, help="passes over the training set (movies: 2)")
+    length.add_argument("--steps", type=count, help="train for so many steps, whatever --epochs says")
+    length.add_argument("--batch", type=count, help="examples a step (movies: 32)")
+    length.add_argument("--length", type=count, help="longest input in tokens; longer ones are cut (movies: 64)")
+    length.add_argument("--evals", type=count, help="evaluations in a run (movies: 4)")
+    machine = parser.add_argument_group("machine")
+    add_machine(machine)
+    machine.add_argument("--accumulate", type=count, default=1, metavar="PARTS", help="take a batch in so many parts (1)")
+    machine.add_argument("--compile", action="store_true", help="let torch.compile fuse the kernels of a step")
+    machine.add_argument("--eager", action="store_true", help="on CUDA: launch each kernel of a step, record no graphs")
+    machine.add_argument("--deterministic", action="store_true", help="the same bits every time on a GPU too; slower")
+
+
+def flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def fill(args, defaults):
+    """Give the flags of {name: default} that were not given their defaults."""
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+
+
+# --- tables --------------------------------------------------------------------------------------------------
+
+WIDTH = 12  # of a column: six of them and the rows' names in 80 columns
+
+
+def shaded_table(title, columns):
+    """{name: [value of each layer]}, from 0 to 1 -> lines: layers by columns, darker for more, and the mean of all."""
+    table = np.array(list(columns.values())).T  # [layers, columns]
+    names = [name.replace("_", " ").replace("intermediate", "intermed.") for name in columns]
+    lines = [table_row(title, names)]
+    for i, row in enumerate(table):
+        lines.append(table_row(f"layer {i}", [f"{shade(v, table.max(), WIDTH - 7)} {v:.3f}" for v in row]))
+    return [*lines, table_row("all", [f"{v:.4f}" for v in table.mean(0)])]
+
+
+def table_row(first, cells):
+    return f"{first:8}" + "".join(f"{cell:>{WIDTH}}" for cell in cells)
+
+
+def shade(value, highest, width):
+    """A bar of one shade, darker for more; plain signs where the terminal knows no blocks."""
+    shades = " ░▒▓█" if (sys.stdout.encoding or "").lower().startswith("utf") else " .:+#"
+    darkness = min(math.ceil(4 * value / highest), 4) if highest else 0
+    return shades[darkness] * width
+
+
+# --- the machine ---------------------------------------------------------------------------------------------
+
+
+def choose_device(device=None, dtype=None, trained=(None, None)):
+    """-> (torch.device, torch.dtype, why) from --device and --dtype, or by what the machine has.
+
+    trained: names of the device and dtype of a run, whose dtype counts on such a device. Raises ValueError when the
+    machine lacks the device.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    why = "as asked"
+    if device is None:
+        device = next(name for name, there in present.items() if there)
+        why = {"cuda": "a CUDA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[device]
+    elif not present[device]:
+        raise ValueError(f"--device {device}: torch {torch.__version__} finds no such device here")
+    if dtype is None and device == trained[0]:
+        dtype = trained[1]
+        why = "as in training"
+    elif dtype is None:
+        native = device == "cpu" and cpu_computes_bf16()
+        native |= device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if native else "float32"
+        why += f"; the {device.upper()} {'computes bfloat16 natively' if native else 'has no bfloat16 of its own'}"
+    return torch.device(device), getattr(torch, dtype), why
+
+
+def cpu_computes_bf16():
+    """Whether the processor multiplies matrices in bfloat16 itself (AVX512-BF16 or AMX), and so in half the time."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def make_deterministic():
+    """Let torch choose algorithms that give the same bits every time; some are slower. Call this first."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it here
+
+
+def code_version():
+    """The versions behind a number: python, torch, and if the code is in git the commit and whether it is clean."""
+    found = {"versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    ask = partial(subprocess.run, capture_output=True, text=True, check=True)
+    try:
+        ask([*git, "ls-files", "--error-unmatch", here.name])  # or it lies inside another repository
+        commit = ask([*git, "rev-parse", "--short", "HEAD"]).stdout.strip()
+        changed = ask([*git, "status", "--porcelain", "--untracked-files=no"]).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return found
+    return found | {"commit": commit, "clean": not changed}

@@ -1,0 +1,87 @@
+"""plumbing.files: masks in sealed files: round trips, sizes, and files that were cut, altered or made to harm."""
+
+import lzma
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from plumbing.files import MASKS, load_masks, pack_masks, seal
+
+RUN = {"task": "movies", "sparsity": 0.5}
+
+
+def random_masks(density=0.5, shape=(30, 37), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {f"layer.{i}": torch.rand(shape, generator=g) < density for i in range(3)}
+
+
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.5, 0.97, 1.0])
+def test_round_trip(tmp_path, density):
+    masks, head = random_masks(density), {"classifier.weight": torch.randn(2, 5), "classifier.bias": torch.randn(2)}
+    (tmp_path / "m").write_bytes(pack_masks(masks, RUN, head))
+    loaded, loaded_head, run = load_masks(tmp_path / "m")
+    assert run == RUN and loaded.keys() == masks.keys() and all(loaded[n].equal(m) for n, m in masks.items())
+    assert loaded_head.keys() == head.keys() and all(loaded_head[n].equal(t) for n, t in head.items())
+
+
+def test_one_bit_a_weight_and_less_where_few_remain():
+    sizes = [len(pack_masks(random_masks(density, (800, 1000)), RUN, {})) for density in (0.5, 0.1, 0.03)]
+    assert sizes[0] < 300_000 + 1000 and sizes[1] < 0.55 * sizes[0] and sizes[2] < 0.25 * sizes[0]
+
+
+def test_cut_or_altered_files_are_refused_wherever_it_is(tmp_path):
+    whole, path = pack_masks(random_masks(), RUN, {"classifier.bias": torch.zeros(2)}), tmp_path / "m"
+    for cut in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            load_masks(path)
+    for at in np.random.default_rng(0).integers(0, len(whole), 400):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match="m (was altered|is not a)"):
+            load_masks(path)
+
+
+def bits(content):
+    return torch.tensor(np.frombuffer(content, np.uint8))
+
+
+TWO = torch.zeros(2, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "description"),
+    [
+        ({"a": TWO}, {"run": {}, "shapes": {"a": [3, 3, 9]}}),
+        ({"a": TWO}, {"run": {}, "shapes": {"a": [-3, -5]}}),
+        ({"a": TWO}, {"run": {}, "shapes": {"a": [1 << 40, 1 << 40]}}),
+        ({"a": TWO}, {"run": {}, "shapes": {"a": 15}}),
+        ({"a": TWO}, {"run": {}, "shapes": {"b": [3, 5]}}),
+        ({"a": TWO}, {"run": {}, "shapes": [1]}),
+        ({"a": TWO}, {"run": {}}),
+        ({"a": TWO}, [1]),
+        ({"a": TWO.float()}, {"run": {}, "shapes": {"a": [3, 5]}}),
+        ({"a": TWO[:, None]}, {"run": {}, "shapes": {"a": [3, 5]}}),
+        ({"a": TWO, "head": TWO.clone()}, {"run": {}, "shapes": {"a": [3, 5]}}),
+        ({"a": bits(lzma.compress(bytes(10**6)))}, {"run": {}, "shapes": {"a": [100, 100]}}),
+        ({"a": bits(lzma.compress(bytes(10)))}, {"run": {}, "shapes": {"a": [100, 100]}}),
+    ],
+)
+def test_descriptions_that_lie_are_refused(tmp_path, tensors, description):
+    """Their sum is right, whatever else is wrong with them."""
+    (tmp_path / "m").write_bytes(seal(MASKS, tensors, description))
+    with pytest.raises(ValueError, match="does not hold what it says"):
+        load_masks(tmp_path / "m")
+
+
+def test_other_files_are_refused(tmp_path):
+    save_file({"a": TWO}, tmp_path / "m")
+    with pytest.raises(ValueError, match="not a file of format smp-mask"):
+        load_masks(tmp_path / "m")
+    save_file({"a": TWO}, tmp_path / "m", {"format": MASKS})
+    with pytest.raises(ValueError, match="was altered"):
+        load_masks(tmp_path / "m")
+    (tmp_path / "m").write_bytes(seal("smp-checkpoint-2", {"a": TWO}, {"step": 3}))
+    with pytest.raises(ValueError, match="not a file of format smp-mask"):
+        load_masks(tmp_path / "m")

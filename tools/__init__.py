@@ -1,0 +1,1 @@
+"""Commands that look on: python -m tools.bench, experiments, export, picture. Nothing else imports them."""

@@ -1,0 +1,159 @@
+"""Masks to look at: the density of each attention head, two masks compared, a picture with the training curves.
+
+    python -m tools.picture RUN                  # density of matrices and heads
+    python -m tools.picture RUN RUN              # how much of the first mask the second keeps too
+    python -m tools.picture RUN --out map.png    # needs matplotlib
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from eval import densities, load_run
+from plumbing.cli import Parser, one_line_errors, shade, shaded_table, table_row
+
+
+def head_densities(groups, masks, heads):
+    """-> [layers, heads]: share kept of the rows of query, key and value and the columns of the output of each head."""
+    rows = [[masks[name] for name in groups[group]] for group in ("query", "key", "value")]
+    rows.append([masks[name].T for name in groups["attn_output"]])
+    return np.array([[m.float().reshape(heads, -1).mean(1).tolist() for m in kind] for kind in rows]).mean(0)
+
+
+def head_map(found):
+    """Lines: the density of each attention head in percent, a row a layer, from head_densities()."""
+    lines = ["heads, % " + "".join(f"{h:>4}" for h in range(found.shape[1]))]
+    for i, row in enumerate(found):
+        lines.append(f"layer {i:<3}" + "".join(f" {shade(v, found.max(), 1)}{100 * v:2.0f}" for v in row))
+    return lines
+
+
+def comparison(groups, a, b):
+    """Lines: of what mask a keeps, the share that b keeps too, and in brackets what chance would give.
+
+    Chance: as many weights of each matrix as b keeps, drawn at random. Raises ValueError if they are of other shapes.
+    """
+    if {n: m.shape for n, m in a.items()} != {n: m.shape for n, m in b.items()}:
+        raise ValueError("the two masks are of models of different shapes; they cannot be compared")
+    kept = {name: mask.sum().item() for name, mask in a.items()}
+    shared = {name: (a[name] & b[name]).sum().item() for name in a}
+    chance = {name: mask.float().mean().item() for name, mask in b.items()}
+
+    names = [group.replace("_", " ").replace("intermediate", "intermed.") for group in groups]
+    lines = ["share of the first mask's weights that the second keeps too (by chance)", table_row("shared", names)]
+    for i, layer in enumerate(zip(*groups.values(), strict=True)):
+        cells = [f"{shared[name] / max(kept[name], 1):.2f} ({chance[name]:.2f})" for name in layer]
+        lines.append(table_row(f"layer {i}", cells))
+
+    total = max(sum(kept.values()), 1)
+    share = sum(shared.values()) / total
+    by_chance = sum(kept[name] * chance[name] for name in a) / total
+    what = "of what the first mask keeps is kept by the second too; chance would share"
+    return [*lines, f"{share:.3f} {what} {by_chance:.3f}"]
+
+
+# --- pictures ------------------------------------------------------------------------------------------------
+
+
+def figure_of(width, height):
+    """An empty matplotlib Figure. Raises ValueError when matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("pictures are drawn with matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure, path):
+    """Raises ValueError when matplotlib does not know the kind of file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(path, dpi=110)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def plot_curves(path, curves, label):
+    """Draw {name: [(sparsity, mean, standard deviation)]}; a curve of one point becomes a line across."""
+    figure = figure_of(6, 3.6)
+    axes = figure.subplots()
+    for name, points in curves.items():
+        if len(points) == 1:
+            axes.axhline(points[0][1], ls="--", color="gray", label=name)
+        else:
+            sparsities, means, spreads = zip(*points, strict=True)
+            axes.errorbar(sparsities, means, spreads, fmt="o-", capsize=3, label=name)
+    axes.set_xlabel("sparsity: share of weights removed")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def read_log(path):
+    """log.jsonl -> (loss lines, evaluation lines). Raises ValueError when it is not the log of a run."""
+    try:
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return [line for line in lines if "loss" in line], [line for line in lines if "dev" in line]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not the log of a run: {error}") from None
+
+
+def plot_run(path, title, found, losses, evaluations):
+    """Draw densities() and the training curves of a log."""
+    figure = figure_of(11, 4.2)
+    left, right = figure.subplots(1, 2)
+    table = np.array(list(found.values())).T  # [layers, groups]
+    image = left.imshow(table, vmin=0, vmax=table.max(), cmap="viridis", aspect="auto")
+    left.set_xticks(range(len(found)), [name.replace("_", "\n") for name in found], fontsize=8)
+    left.set_yticks(range(len(table)), [f"layer {i}" for i in range(len(table))], fontsize=8)
+    for (i, j), v in np.ndenumerate(table):
+        color = "black" if v > 0.6 * table.max() else "white"
+        left.text(j, i, f"{v:.3f}", ha="center", va="center", color=color, fontsize=8)
+    figure.colorbar(image, ax=left)
+    left.set_title(f"{title}: share of weights kept", fontsize=10)
+
+    steps = [line["step"] for line in losses]
+    right.plot(steps, [line["density"] for line in losses], label="density")
+    right.plot(steps, [line["loss"] for line in losses], label="training loss", lw=0.8)
+    for metric in evaluations[0]["dev"] if evaluations else ():
+        points = [(line["step"], line["dev"][metric]) for line in evaluations]
+        right.plot(*zip(*points, strict=True), "o-", label=f"dev {metric}")
+    right.set_xlabel("step")
+    right.xaxis.get_major_locator().set_params(integer=True)
+    right.set_ylim(bottom=0)
+    right.legend(fontsize=8)
+    save(figure, path)
+
+
+def main(argv=None):
+    parser = Parser(prog="python -m tools.picture", description="Look at the mask of a run, or compare those of two.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="one or two run folders or mask files")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw the mask and the training curves instead")
+    parser.add_argument("--model", metavar="FOLDER", help="where the backbone stands now")
+    args = parser.parse_args(argv)
+    if len(args.runs) > (1 if args.out else 2):
+        parser.error("a picture is of one run, a comparison of two")
+    with one_line_errors():
+        loaded = [load_run(run, args.model) for run in args.runs]
+        for run, one in zip(args.runs, loaded, strict=True):
+            if not one.masks:
+                raise ValueError(f"{run} has no mask to look at")
+        result, _, model, _, masks = loaded[0]
+        groups = {group: list(weights) for group, weights in model.prunable().items()}
+        if len(loaded) == 2:
+            print("\n".join(comparison(groups, masks, loaded[1].masks)))
+        elif args.out:
+            log = args.runs[0] / "log.jsonl"
+            losses, evaluations = read_log(log) if log.exists() else ([], [])
+            title = f"{result['task']}, {result['method']}, density {result['density']:.2f}"
+            plot_run(args.out, title, densities(groups, masks), losses, evaluations)
+            print(f"{args.out}: the mask{' and the training curves' if losses else ''}")
+        else:
+            print("\n".join(shaded_table("density", densities(groups, masks))))
+            print("\n".join(head_map(head_densities(groups, masks, model.config.layers[0][0]))))
+
+
+if __name__ == "__main__":
+    main()
