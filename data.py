@@ -8,10 +8,9 @@ TASKS is the one table of tasks, with every default that a task brings. Sources:
         for inputs, labels, share in parts: ...
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from plumbing import fetch
+from plumbing import fetch, parallel
+from plumbing.files import sha256
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,7 @@ class Examples:
 
     def digest(self):
         """sha256 of all rows: what ties a checkpoint to its data."""
-        found = hashlib.sha256()
-        for row in zip(self.ids, self.labels, strict=True):
-            found.update(repr(row).encode())
-        return found.hexdigest()
+        return sha256(repr((self.ids, self.labels)).encode())
 
     def asked(self):
         """Number of questions that the rows put: as many as there are."""
@@ -300,22 +297,21 @@ class Part(NamedTuple):
     share: float = 1.0  # of the examples of the batch
 
 
-def split_batch(rows, rank, processes, parts):
-    """The rows of one process -> `parts` of about equal size, each with its share of the batch.
+def split_batch(rows, parts):
+    """The rows of this process -> `parts` of about equal size, each with its share of the batch.
 
     A part without rows gets one with share 0, because a process without rows takes part in the step as well.
     """
-    split = np.array_split(rows[rank::processes], parts)
+    split = np.array_split(parallel.share(rows), parts)
     return [(part, len(part) / len(rows)) if len(part) else (rows[:1], 0.0) for part in split]
 
 
-def training_batches(examples, size, steps, seed, device="cpu", rank=0, processes=1, parts=1, first=0):
+def training_batches(examples, size, steps, seed, device="cpu", parts=1, first=0):
     """Batches `first` to `steps`, over as many epochs as that takes; an epoch's order is fixed by (seed, epoch).
 
     Each is a list of Parts of one width S, see split_batch.
     """
     epochs = (batch_rows(examples, size, np.random.default_rng([seed, epoch])) for epoch in count())
-    for batch in islice((batch for epoch in epochs for batch in epoch), first, steps):
+    for batch in islice(chain.from_iterable(epochs), first, steps):
         width = padded(max(len(examples.ids[r]) for r in batch), examples.limit)
-        split = split_batch(batch, rank, processes, parts)
-        yield [Part(*collate(examples, rows, device, width), share) for rows, share in split]
+        yield [Part(*collate(examples, rows, device, width), share) for rows, share in split_batch(batch, parts)]

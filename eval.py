@@ -4,27 +4,24 @@
     python eval.py RUN --text "a warm and funny film"
 """
 
-import json
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch.func import functional_call
 from tqdm import tqdm
 
 import data
 import extras  # noqa: F401 (its methods and tasks; without the folder, delete this line)
 from data import TASKS
-from mask import METHODS, apply_masks
+from mask import METHODS
 from model import Bert, load_config, load_model
 from plumbing import fetch, parallel
-from plumbing.cli import Parser, add_files, add_machine, choose_device, dtype_name, one_line_errors, shaded_table
-from plumbing.files import check_digest, digest, file_digest, load_masks, write_whole
-from plumbing.run import read_description
+from plumbing.cli import Parser, add_files, add_machine, choose_device, dtype_name, one_line_errors, shaded_table, show
+from plumbing.files import check_digest, load_masks, write_whole
+from plumbing.run import identity, read_description
 
 EVAL_BATCH = 64  # one size everywhere: another would round differently
 
@@ -78,7 +75,7 @@ def predict(model, weights, examples, device):
         inputs, _ = data.collate(examples, rows, device)
         logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float().cpu()
         if model.every_token:  # [B, S, C]: to one S
-            logits = F.pad(logits, (0, 0, 0, examples.limit - logits.shape[1]), value=-1e4)
+            logits = torch.nn.functional.pad(logits, (0, 0, 0, examples.limit - logits.shape[1]), value=-1e4)
         outputs.append(logits)
     model.train(training)
     order = np.concatenate(batches).argsort()
@@ -90,16 +87,12 @@ def evaluate(model, weights, sets, metrics, device):
 
     The first set gives the metrics their plain names; those of another (MNLI's dev_mismatched) get its name behind.
     """
-    functions = {name: METRICS.get(name) for name in metrics}
     values = {}
     for name, examples in sets.items():
-        found = examples.score(predict(model, weights, examples, device), functions)
+        logits = predict(model, weights, examples, device)
+        found = examples.score(logits, {metric: METRICS.get(metric) for metric in metrics})
         values |= {f"{metric} {name}" if values else metric: value for metric, value in found.items()}
     return values
-
-
-def show(metrics):
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 # --- finished runs -------------------------------------------------------------------------------------------
@@ -109,7 +102,7 @@ class Loaded(NamedTuple):
     result: dict  # result.json
     folder: Path  # of the model
     model: Bert
-    tokenizer: Tokenizer
+    tokenizer: object
     masks: dict  # {name: bool [out, in]}; empty if the run has none
 
 
@@ -123,23 +116,10 @@ def load_backbone(folder, task, length, head, fresh=True):
         raise ValueError(f"--length {length}: the model in {folder} takes 4 to {config.longest_input} tokens")
     tokenizer = data.load_tokenizer(folder, length)
     one, pair = tokenizer.encode("a"), tokenizer.encode("a", "b")  # with what the tokenizer puts around texts
-    if max(*tokenizer.get_vocab().values(), *one.ids, *pair.ids) >= config.vocab_size:
-        raise ValueError(f"{folder}: tokenizer.json has more words than the vocab_size of config.json")
-    if max(*one.type_ids, *pair.type_ids) >= config.type_vocab_size:
-        raise ValueError(f"{folder}: tokenizer.json tells more segments apart than type_vocab_size in config.json")
+    ids = [*tokenizer.get_vocab().values(), *one.ids, *pair.ids]
+    if max(ids) >= config.vocab_size or max(one.type_ids + pair.type_ids) >= config.type_vocab_size:
+        raise ValueError(f"{folder}: tokenizer.json has more words or segments than config.json allows")
     return load_model(folder, data.label_word_ids(task, tokenizer), head, task.every_token, fresh), tokenizer
-
-
-def identity(folder, model):
-    """What ties a mask to its backbone: {"fingerprint": digest of all pretrained weights, "config", "tokenizer"}."""
-    pretrained = {name: t for name, t in model.state_dict().items() if not name.startswith("classifier.")}
-    tokenizer = file_digest(folder / "tokenizer.json")
-    return {"fingerprint": digest(pretrained), "config": plain(model.config), "tokenizer": tokenizer}
-
-
-def plain(config):
-    """A model.Config as JSON gives it back."""
-    return json.loads(json.dumps(asdict(config)))
 
 
 def read_result(run):
@@ -153,23 +133,19 @@ def read_result(run):
 
 
 def load_run(run, model_name=None):
-    """A finished run's folder, or a mask file -> Loaded. Raises ValueError that says what is missing or does not fit."""
+    """A finished run's folder, or a mask file -> Loaded. Raises ValueError that says what does not fit."""
     result = read_result(run)
-    method = METHODS[result["method"]]
-    own = method.trains_weights
-    if own and run.is_file():
-        raise ValueError(f"{run}: the weights of this run were trained as well; name its folder, which holds them")
-    if own and model_name:
-        raise ValueError(f"--model: {run} holds its own weights, which were trained; leave out the flag")
+    own = METHODS[result["method"]].trains_weights
+    if own and (run.is_file() or model_name):
+        raise ValueError(f"{run}: this run trained weights of its own; name its folder, and leave out --model")
     folder = run if own else fetch.model_folder(model_name or result["model"])
     if own:
-        weights = run / "model.safetensors"
-        check_digest(weights, "sha256", result["sha256"].get("model.safetensors"), weights)
+        check_digest(run / "model.safetensors", "sha256", result["sha256"].get("model.safetensors"))
     model, tokenizer = load_backbone(folder, TASKS[result["task"]], result["length"], result["head"], not own)
     for what, found in identity(folder, model).items():
         if found != result[what] and not (own and what == "fingerprint"):
             raise ValueError(f"--model: the {what} of {folder} is not the one that {run} was trained with")
-    if method.masking is None:
+    if METHODS[result["method"]].masking is None:
         return Loaded(result, folder, model, tokenizer, {})
 
     mask_file = run if run.is_file() else run / "mask.safetensors"
@@ -220,18 +196,14 @@ def parse_args(argv):
     parser = Parser(description="Evaluate finished runs and show their masks.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or a mask file out of one")
     asked = parser.add_mutually_exclusive_group()
-    asked.add_argument("--text", help="classify this sentence (squad: answer this question) instead")
+    asked.add_argument("--text", help="classify this sentence, or answer this question, instead")
     asked.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
-    parser.add_argument("--pair", help="the second sentence of tasks on pairs (squad: the paragraph)")
+    parser.add_argument("--pair", help="the second sentence, or the paragraph, where the task takes two texts")
     add_files(parser)
     add_machine(parser)
     args = parser.parse_args(argv)
     if args.pair is not None and args.text is None:
         parser.error("--pair needs --text")
-    if len(args.runs) > 1 and (args.text is not None or args.predict):
-        parser.error(f"--text and --predict are about one run, not {len(args.runs)}")
-    if parallel.processes() > 1:
-        parser.error("eval.py is one process: start it with python, not with torchrun")
     return args
 
 
@@ -241,32 +213,29 @@ def look(run, args):
     task = TASKS[result["task"]]
     device, dtype, why = choose_device(args.device, args.dtype, (result["device"], result["dtype"]))
     model.to(device, dtype)
-    weights = apply_masks(model.state_dict(), {name: mask.to(device) for name, mask in masks.items()})
-
-    def load_split(split):
-        data_dir = args.data_dir or result["data_dir"]
-        if not args.data_dir and data_dir and not Path(data_dir).is_dir():  # a mask that was handed on
-            print(f"--data-dir: {data_dir}, which the run used, is not here; taking the files in {fetch.CACHE}")
-            data_dir = None
-        return data.load_split(result["task"], split, data_dir, tokenizer)
-
-    def logits_of(examples):
-        return predict(model, weights, examples, device)
-
+    weights = {name: model.get_parameter(name).detach() * mask.to(device) for name, mask in masks.items()}
+    logits_of = partial(predict, model, weights, device=device)
     if args.text is not None:
         texts = (args.text,) if args.pair is None else (args.text, args.pair)
         if len(texts) != len(task.text):
-            raise ValueError(f"this task takes {'--text and --pair' if len(task.text) == 2 else '--text without --pair'}")
+            raise ValueError(f"this task takes {'--text and --pair' if args.pair is None else '--text without --pair'}")
         print("\n".join((task.say or classify)(task, texts, tokenizer, logits_of)))
         return
+
+    data_dir = args.data_dir or result["data_dir"]
+    if not args.data_dir and data_dir and not Path(data_dir).is_dir():  # a mask that was handed on
+        print(f"--data-dir: {data_dir}, which the run used, is not here; taking the files in {fetch.CACHE}")
+        data_dir = None
+    if args.predict and not task.test:
+        raise ValueError(f"--predict: {result['task']} has no test split")
+    splits = task.test if args.predict else task.dev
+    sets = {split: data.load_split(result["task"], split, data_dir, tokenizer) for split in splits}
     if args.predict:
-        if not task.test:
-            raise ValueError(f"--predict: {result['task']} has no test split")
-        for split in task.test:
+        for split, examples in sets.items():
             path = (run if run.is_dir() else run.parent) / f"{task.folder}{SUBMISSION[split]}.tsv"
-            write_predictions(path, task, logits_of(load_split(split)))
+            write_predictions(path, task, logits_of(examples))
         return
-    sets = {split: load_split(split) for split in task.dev}
+
     print(f"{run}: {result['task']}, {result['method']} on {device} in {dtype_name(dtype)} ({why})")
     metrics = evaluate(model, weights, sets, task.metrics, device)
     if masks:
@@ -280,6 +249,7 @@ def look(run, args):
 def main(argv=None):
     args = parse_args(argv)
     with one_line_errors():
+        parallel.refuse("eval.py")
         for run in args.runs:  # what is missing is said before anything is evaluated
             read_result(run)
         for run in args.runs:

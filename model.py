@@ -1,15 +1,13 @@
 """BERT and RoBERTa from scratch, as ordinary nn.Modules whose weights bear the names of published checkpoints.
 
-The classifier is the paper's: the logit of a class is the logit of its label word, read at [CLS]. Nothing here prunes;
-`prunable()` names the weights that may be masked, and torch.func.functional_call puts masked ones in their place.
-Sources: Devlin et al. 2019 (arXiv 1810.04805), Liu et al. 2019 (arXiv 1907.11692).
+The logit of a class is the logit of its label word, read at [CLS]. Nothing here prunes: `prunable()` names the weights
+that a mask may touch. Sources: Devlin et al. 2019 (arXiv 1810.04805), Liu et al. 2019 (arXiv 1907.11692).
 
     model = load_model("a folder with config.json and model.safetensors", words=[2053, 2748])
     logits = model(input_ids, token_type_ids, attention_mask)  # [B, 2]
 """
 
 import json
-import math
 import warnings
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -75,8 +73,7 @@ class Config:
 
 
 # --- the model -----------------------------------------------------------------------------------------------
-# Shapes: B texts of S tokens, H wide; heads of size D. Inside the encoder all tokens of a batch are rows, [B * S, H],
-# which saves every linear layer two views, and autograd their inverses.
+# B texts of S tokens, H wide; heads of size D. In the encoder tokens are rows, [B * S, H]: that saves views and copies.
 
 
 class Embeddings(nn.Module):
@@ -159,7 +156,7 @@ class Encoder(nn.Module):
         batch, width = input_ids.shape
         x = self.embeddings(input_ids, token_type_ids).flatten(0, 1)  # [B, S, H] -> [B * S, H]
         # What is added to the products of queries and keys: -inf at padding. [B, S] -> [B, heads, queries, S]
-        attend = torch.zeros_like(attention_mask, dtype=x.dtype).masked_fill(attention_mask == 0, -math.inf)
+        attend = torch.zeros_like(attention_mask, dtype=x.dtype).masked_fill(attention_mask == 0, float("-inf"))
         attend = attend[:, None, None, :]
         *layers, last = self.encoder["layer"]
         for layer in layers:
@@ -167,20 +164,6 @@ class Encoder(nn.Module):
         read = x.view(batch, width, -1)[:, :tokens].flatten(0, 1)
         read = last(read, x, attend)  # nobody reads the other tokens: a seventh of MiniLM's work saved
         return read.view(batch, -1, x.shape[1])
-
-
-class Predictions(nn.Module):
-    """The masked-LM head. Its decoder is the word embedding, so only the bias of it is stored here."""
-
-    def __init__(self, c):
-        super().__init__()
-        dense = nn.Linear(c.hidden_size, c.hidden_size)
-        norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.transform = nn.ModuleDict({"dense": dense, "LayerNorm": norm})
-        self.bias = nn.Parameter(torch.zeros(c.vocab_size))
-
-    def forward(self, x):
-        return self.transform["LayerNorm"](F.gelu(self.transform["dense"](x)))
 
 
 class Bert(nn.Module):
@@ -196,8 +179,11 @@ class Bert(nn.Module):
         self.every_token = every_token
         self.register_buffer("words", torch.tensor(words, device="cpu"), persistent=False)
         self.bert = Encoder(config)
-        if "cls" in parts:
-            self.cls = nn.ModuleDict({"predictions": Predictions(config)})
+        if "cls" in parts:  # the decoder is the word embedding, so only its bias is stored here
+            predictions = nn.Module()
+            predictions.transform = AddNorm(config, config.hidden_size)
+            predictions.bias = nn.Parameter(torch.zeros(config.vocab_size))
+            self.cls = nn.ModuleDict({"predictions": predictions})
         if "pooler" in parts:
             self.bert.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
         if "classifier" in parts:
@@ -211,13 +197,10 @@ class Bert(nn.Module):
         with torch.device("meta"), warnings.catch_warnings():  # no memory and no random numbers
             warnings.simplefilter("ignore", UserWarning)  # a layer without heads has nothing to initialize
             model = cls(config, words, parts, every_token)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                shape, wanted = found.get(name, "missing"), expected.get(name, "not part of this model")
-                raise ValueError(f"{name} is {shape} in the file and {wanted} by config.json")
-        model.load_state_dict(tensors, assign=True)
+        try:
+            model.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:  # its lines name the tensors that are missing, unknown or misshapen
+            raise ValueError(str(error).splitlines()[1].strip()[:200]) from None
         return model
 
     def forward(self, input_ids, token_type_ids, attention_mask):
@@ -242,7 +225,8 @@ class Bert(nn.Module):
         if not hasattr(self, "cls"):
             return F.linear(hidden, rows)
         head = self.cls["predictions"]
-        return F.linear(head(hidden), rows, head.bias[words])
+        hidden = head.transform.LayerNorm(F.gelu(head.transform.dense(hidden)))
+        return F.linear(hidden, rows, head.bias[words])
 
     def prunable(self):
         """{group: {parameter name: weight [out, in]}}, six groups of one matrix a layer."""
@@ -257,7 +241,6 @@ class Bert(nn.Module):
 
 SUPPORTED = {"hidden_act": ["gelu"], "position_embedding_type": ["absolute"], "model_type": ["bert", "roberta"]}
 PER_LAYER = {"heads_per_layer": "num_attention_heads", "neurons_per_layer": "intermediate_size"}  # and its maximum
-LARGEST = {"num_hidden_layers": 1000}  # each takes time to make, before the weights show that it is not there
 
 # Tensors that checkpoints carry and that no model uses, or none with that head.
 NEVER_USED = ("cls.seq_relationship.", "bert.embeddings.position_ids")
@@ -283,21 +266,19 @@ def load_config(folder):
     path = Path(folder) / "config.json"
     try:
         stored = json.loads(path.read_text("utf-8"))
-        values = {field.name: stored.get(field.name, field.default) for field in fields(Config)}
+        values = {f.name: stored.get(f.name, None if f.default is MISSING else f.default) for f in fields(Config)}
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON object: {error}") from None
     for field in fields(Config):
         name = field.name
         value = values[name]
-        if value is MISSING:
-            raise ValueError(f"{path} lacks {name}")
         if name in SUPPORTED:
             fits = value in SUPPORTED[name]
         elif name in PER_LAYER:
             fits = isinstance(value, (list, tuple)) and len(value) in (0, values["num_hidden_layers"])
             fits = fits and all(type(n) is int and 0 <= n <= values[PER_LAYER[name]] for n in value)
         else:
-            highest = LARGEST.get(name, 1 if field.type is float else 1 << 24)
+            highest = 1 if field.type is float else 1000 if name == "num_hidden_layers" else 1 << 24
             fits = type(value) in (int, field.type) and (field.default is MISSING) <= value <= highest
         if not fits:
             raise ValueError(f"{path}: {name} is {value!r}, not {' or '.join(SUPPORTED.get(name, ['a valid number']))}")

@@ -3,12 +3,9 @@
     python train.py                               # MiniLM on movie reviews: nothing to prepare, minutes on a laptop
     python train.py --task rte --sparsity 0.5     # the paper's setting: bert-base-uncased on GLUE
 
-Flags, what is learnt, the loss, the loop, the result. The method itself is mask.py. Sources: Jiang et al., ACL 2023
-(arXiv 2210.06210), and its authors' code for the recipe.
+The method itself is mask.py. The recipe is that of Jiang et al., ACL 2023 (arXiv 2210.06210), and of its authors' code.
 """
 
-import hashlib
-import json
 import math
 import shlex
 import sys
@@ -19,19 +16,18 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import nn
 from torch.func import functional_call
-from tqdm import tqdm
 
 import data
 import extras  # noqa: F401 (its methods and tasks; without the folder, delete this line)
 from data import TASKS
-from eval import densities, evaluate, identity, load_backbone, load_run, plain, read_result, show
-from mask import METHODS, density_at, penalty_at, smp_s
+from eval import densities, evaluate, load_backbone, load_run, read_result
+from mask import METHODS, density_at, penalty_at
 from model import PER_LAYER, load_model, published
 from plumbing import cli, fetch, parallel
 from plumbing.adam import make_optimizer, set_rates
-from plumbing.files import pack_masks, read_json
+from plumbing.files import json_bytes, pack_masks, read_json, sha256
 from plumbing.graphs import Recorded
-from plumbing.run import Run, interrupted_run
+from plumbing.run import Run, identity, interrupted_run
 
 LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
 
@@ -49,60 +45,46 @@ def make_parser():
     what.add_argument("--teacher", type=Path, metavar="RUN_DIR", help="a finished --method finetune to learn from")
     what.add_argument("--warmup", type=cli.share_below_one, default=0.0, help="share of steps in which rates rise (0)")
     some = parser.add_argument_group("method", "Flags that only some methods use.")
-    some.add_argument("--sparsity", type=cli.share_below_one, help="share removed; p-...: of the computation (0.5)")
-    some.add_argument("--lr", type=cli.positive, help="highest learning rate of the scores (smp-...: 2e-2, else 1e-2)")
+    some.add_argument("--sparsity", type=cli.share_below_one, help="share of the weights removed (0.5)")
+    some.add_argument("--lr", type=cli.positive, help="highest learning rate of the scores (smp-...: 2e-2)")
     some.add_argument("--weight-lr", type=cli.positive, help="the same of weights that train (3e-5)")
     some.add_argument("--hold", type=cli.share, help="share of the steps before any weight is removed (0)")
     some.add_argument("--ramp", type=cli.share, help="share of steps after which the target is reached (movies: 0.9)")
     some.add_argument("--schedule", choices=("cubic", "linear"), help="of the density; default: linear for RoBERTa")
     some.add_argument("--penalty", type=cli.not_negative, help="lambda of the regularizer at the end (400)")
     some.add_argument("--temperature", type=cli.positive, help="p of SMP-S; default: 4 when most weights stay, else 1")
-    for name, kind, _, text in sorted({flag for method in METHODS.values() for flag in method.flags}):
-        some.add_argument(cli.flag(name), type=kind, help=text)
+    for name in sorted(method_flags() - vars(parser.parse_args([])).keys()):
+        some.add_argument(cli.flag(name), type=cli.positive, help="see METHODS")
     cli.add_training(parser)
     return parser
 
 
-def flags_of(args):
-    """{name: default} of the flags that args.method, of those that only some methods use, does."""
-    method = METHODS[args.method]
-    flags = {name: default for name, _, default, _ in method.flags}
-    if method.masking or method.before:
-        flags["sparsity"] = 0.5
-    if method.masking:
-        flags |= {"hold": 0.0, "ramp": TASKS[args.task].ramp, "schedule": None}
-    if method.masking is smp_s:
-        flags["temperature"] = None
-    if method.score_lr:
-        flags |= {"lr": method.score_lr, "penalty": method.penalty}
-    if method.trains_weights or args.head == "classifier":
-        flags["weight_lr"] = 3e-5
-    return flags
-
-
-# What the flags are for a method that does not use them.
-UNUSED = {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0}
-UNUSED |= dict.fromkeys(("schedule", "lr", "weight_lr", "temperature"))
+def method_flags():
+    """Names of all flags that only some methods use."""
+    return {name for method in METHODS.values() for name in method.flags}
 
 
 def parse_args(argv):
-    """Flags with all defaults filled in; from here on, nobody writes to them. Exits with one line if they make no sense."""
+    """Flags with all defaults filled in, read-only from here on. Exits with one line when they make no sense."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.resume:
-        if len(argv) > 1 + (argv[0] == "--resume") or parallel.processes() > 1:
-            parser.error("--resume takes the settings of its run: no other flags, and one process")
+        if len(argv) > 1 + (argv[0] == "--resume"):
+            parser.error("--resume takes the settings of its run, and no other flags")
         return args
-    used = flags_of(args)
-    unused = UNUSED | {name: None for method in METHODS.values() for name, *_ in method.flags}
-    for name in unused.keys() - used.keys():
+
+    used = METHODS[args.method].flags | ({"weight_lr": 3e-5} if args.head == "classifier" else {})
+    for name in method_flags() - used.keys():
         if getattr(args, name) is not None:
-            known = ", ".join(map(cli.flag, used))
+            known = ", ".join(cli.flag(other) for other in used)
             parser.error(f"{cli.flag(name)}: {args.method} does not use it; of such flags it uses {known}")
-    task = TASKS[args.task]
-    cli.fill(args, unused | used | {name: getattr(task, name) for name in ("model", "epochs", "batch", "length", "evals")})
+
+    of_task = ["model", "epochs", "batch", "length", "evals", *(["ramp"] if "ramp" in used else [])]
+    cli.fill(args, used | {name: getattr(TASKS[args.task], name) for name in of_task})
+    cli.fill(args, {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0})  # where the method does not use them
     if args.hold > args.ramp:
         parser.error(f"--hold must be at most --ramp, {args.ramp}; got {args.hold}")
+
     name = f"{args.task}-{Path(args.model).name}-{args.method}-{args.sparsity:g}"
     name += "-classifier" if args.head == "classifier" else ""
     name += "-taught" if args.teacher else ""
@@ -123,12 +105,9 @@ class Learner(nn.Module):
     def __init__(self, model, method, density, dtype, temperature=None):
         super().__init__()
         self.dtype = dtype
-        self.masks = None
-        masked = set()
-        if method.masking:
-            groups = model.prunable()
-            self.masks = method.masks(groups, method, density, dtype, temperature)
-            masked = {name for weights in groups.values() for name in weights}
+        groups = model.prunable() if method.masking else {}
+        self.masks = method.masks(groups, method, density, dtype, temperature) if groups else None
+        masked = {name for weights in groups.values() for name in weights}
         trained = {}
         for name, weight in model.named_parameters():
             if name not in masked and (method.trains_weights or name.startswith("classifier.")):
@@ -158,13 +137,7 @@ class Learner(nn.Module):
         return weights | {name: weight.detach().to(self.dtype) for name, weight in self.trained.items()}
 
     def optimizer(self, score_lr, weight_lr):
-        """Adam on the scores; AdamW on trained weights, decaying only matrices, as BERT's authors fine-tune."""
-        learns_scores = self.masks is not None and self.masks.method.score_lr
-        scores = list(self.masks.scores.parameters()) if learns_scores else []
-        weights = [p for p in self.parameters() if all(p is not score for score in scores)]
-        matrices = [p for p in weights if p.ndim > 1]
-        vectors = [p for p in weights if p.ndim == 1]
-        return make_optimizer([(scores, score_lr, 0.0), (matrices, weight_lr, 0.01), (vectors, weight_lr, 0.0)])
+        return make_optimizer(self.named_parameters(), "masks.scores.", score_lr, weight_lr)
 
 
 # --- one step ------------------------------------------------------------------------------------------------
@@ -173,8 +146,8 @@ class Learner(nn.Module):
 def task_loss(logits, labels, taught=None, temperature=2.0):
     """Cross-entropy of logits [B, C] with classes [B], or mean squared error of the one logit with scores [B].
 
-    SQuAD: logits [B, S, 2] of start and end with positions [B, 2], the mean of both. With a teacher's logits, half of
-    that and half tau^2 KL(teacher || student) at temperature tau (regression: the squared error to the teacher).
+    Of every token: logits [B, S, C] with the position of each class [B, C], the mean over the classes. With a teacher's
+    logits, half of that and half tau^2 KL(teacher || student) at temperature tau (regression: the squared error).
     """
     if labels.is_floating_point():
         loss = F.mse_loss(logits[:, 0], labels)
@@ -205,7 +178,7 @@ def make_forward_backward(model, learner, teacher=None):
 
 
 def train_step(forward_backward, optimizer, parts, density, penalty):
-    """One step on the parts of a batch, see data.training_batches -> [2]: loss on the task, regularizer, on the device."""
+    """One step on the parts of a batch, see data.training_batches -> [2]: loss on the task and regularizer."""
     losses = 0.0
     for part in parts:
         losses = losses + part.share * forward_backward(part.inputs, part.labels, part.share, density, penalty)
@@ -255,29 +228,27 @@ def make_schedule(args, kind, total, final):
     hold = round(args.hold * total)
     ramp = round(args.ramp * total)
     power = {"cubic": 3, "linear": 1}[kind]
-    rows = []
-    for t in range(total + 1):
-        density = density_at(max(t - hold, 0), ramp - hold, final, power)
-        rows.append((density, penalty_at(t, total, args.penalty)))
-    return rows
+    densities = [density_at(max(t - hold, 0), ramp - hold, final, power) for t in range(total + 1)]
+    return [(density, penalty_at(t, total, args.penalty)) for t, density in enumerate(densities)]
 
 
-def learn(args, run, model, learner, teacher, train, dev, schedule, device):
+def learn(args, run, model, learner, teacher, train, dev, schedule):
     """Train and evaluate; the last of run.evaluations is the final one.
 
     Raises FloatingPointError when the loss, or at an evaluation a score or weight, is not finite.
     """
+    device = next(model.parameters()).device
     total = len(schedule) - 1
     schedule_there = torch.tensor(schedule, device=device)
     eval_steps = {math.ceil(total * i / args.evals) for i in range(1, args.evals + 1)}
     optimizer = learner.optimizer(args.lr, args.weight_lr)
     run.restore(learner, optimizer, total)  # does nothing for a new run
+
     forward_backward = make_forward_backward(model, learner, teacher)
     if device.type == "cuda" and not args.eager:  # wrapped from outside, as torch.compile wraps a model
         forward_backward = Recorded(forward_backward, learner.parameters())
-    world = {"rank": parallel.rank(), "processes": parallel.processes(), "parts": args.accumulate, "first": run.step}
-    batches = data.training_batches(train, args.batch, total, args.seed, device, **world)
-    bar = tqdm(batches, f"{args.task} {args.method}", total, initial=run.step, dynamic_ncols=True, disable=bool(world["rank"]))
+    batches = data.training_batches(train, args.batch, total, args.seed, device, args.accumulate, first=run.step)
+    bar = cli.progress(batches, f"{args.task} {args.method}", total, run.step)
     recent = []
     for step, parts in enumerate(bar, run.step):
         set_rates(optimizer, step, total, round(args.warmup * total))
@@ -289,20 +260,16 @@ def learn(args, run, model, learner, teacher, train, dev, schedule, device):
             bar.set_postfix(run.report(done, recent, *schedule[step]))
             recent.clear()
         if done in eval_steps:
-            density, _ = schedule[done]  # of the next step, so that the last is the target
             if not all(p.isfinite().all() for p in learner.parameters()):
                 raise FloatingPointError(f"scores or weights are not finite at step {done}: try a smaller --lr")
             parallel.check_equal(dict(learner.named_parameters()))
+            density, _ = schedule[done]  # of the next step, so that the last is the target
             with torch.compiler.set_stance("force_eager"):  # as eval.py will compute it
                 scores = evaluate(model, learner.baked(density), dev, TASKS[args.task].metrics, device)
             run.evaluated(step=done, density=density, dev=scores)
-            bar.write(f"step {done:5}  density {density:.3f}  dev {show(scores)}")
-        if (done in eval_steps or run.stopped) and done < total and parallel.processes() == 1:
-            run.save(done, learner, optimizer)
-        if run.stopped and done < total:
-            bar.close()
-            alone = parallel.processes() == 1
-            raise KeyboardInterrupt(f"python train.py --resume {run.folder} continues" if alone else "")
+            bar.write(f"step {done:5}  density {density:.3f}  dev {cli.show(scores)}")
+        if (done in eval_steps or run.stopped) and done < total:
+            run.save(done, learner, optimizer)  # and leave, if it was asked to stop
 
 
 def finish(args, run, model, learner, folder, description):
@@ -310,40 +277,41 @@ def finish(args, run, model, learner, folder, description):
 
     description: what it also holds. Raises ValueError when a frozen weight moved.
     """
-    method = METHODS[args.method]
     density = 1 - args.sparsity
     final = run.evaluations[-1]
     # Best on dev counts from when the target density is reached; a denser model would have an easier task.
-    on_target = [e for e in run.evaluations if e["density"] == final["density"]]
-    best = max(on_target, key=lambda e: e["dev"][TASKS[args.task].metrics[0]])
+    on_target = [line for line in run.evaluations if line["density"] == final["density"]]
+    best = max(on_target, key=lambda line: line["dev"][TASKS[args.task].metrics[0]])
     result = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     result |= {"words": TASKS[args.task].words, "steps": final["step"], "final": final["dev"], "best": best}
-    result |= {"density": 1.0, "sha256": {}, "stored_bits": 0, "seconds": round(run.seconds, 1)}
-    result["stored_numbers"] = sum(p.numel() for p in learner.weights)
-    result |= description
+    result |= {"density": 1.0, "stored_numbers": sum(p.numel() for p in learner.weights), "stored_bits": 0}
+    result |= {"sha256": {}, "seconds": round(run.seconds, 1), "command": shlex.join(["python", "train.py", *run.argv])}
+    result |= cli.code_version() | description
 
-    trained = {name: weight.detach().cpu() for name, weight in learner.trained.items()}
-    files = {}
+    masks, head, trained = {}, {}, dict(learner.trained)
     if learner.masks:
         masks = learner.masks.choose(density)
-        kept = sum(mask.sum().item() for mask in masks.values())
+        by_itself = learner.masks.choose(density, exact=False)
+        kept, reached = (sum(mask.sum().item() for mask in found.values()) for found in (masks, by_itself))
         prunable = sum(mask.numel() for mask in masks.values())
-        reached = sum(mask.sum().item() for mask in learner.masks.choose(density, exact=False).values())
         result |= {"kept": kept, "prunable": prunable, "density": kept / prunable, "reached": reached / prunable}
         result |= {"stored_bits": prunable, "densities": densities(learner.masks.names, masks)}
-        if method.trains_weights:
+
+    files = {}
+    if METHODS[args.method].trains_weights:
+        if masks:
             trained |= learner.masks.baked(density, torch.float32)
             result["stored_numbers"] += kept
-        else:
-            check_frozen(args, model, learner, folder)
-    if method.trains_weights:
         content = save({published(n, model.config.model_type): w.detach().cpu() for n, w in trained.items()})
-        result["sha256"]["model.safetensors"] = hashlib.sha256(content).hexdigest()
-        files |= {"model.safetensors": content, "tokenizer.json": (folder / "tokenizer.json").read_bytes()}
-        config = read_json(folder / "config.json") | {name: result["config"][name] for name in PER_LAYER}
-        files["config.json"] = json.dumps(config, indent=1).encode()
-    if learner.masks:
-        files["mask.safetensors"] = pack_masks(masks, result, {} if method.trains_weights else trained)
+        config = read_json(folder / "config.json") | {name: getattr(model.config, name) for name in PER_LAYER}
+        files = {"model.safetensors": content, "config.json": json_bytes(config)}
+        files["tokenizer.json"] = (folder / "tokenizer.json").read_bytes()
+        result["sha256"]["model.safetensors"] = sha256(content)
+    else:
+        check_frozen(args, model, learner, folder)
+        head = trained
+    if masks:
+        files["mask.safetensors"] = pack_masks(masks, result, head)
     run.finish(files, result)
     return result
 
@@ -356,73 +324,62 @@ def check_frozen(args, model, learner, folder):
             raise ValueError(f"{name} no longer equals that of {folder}; the run counts as unfinished")
 
 
-# Known dense reference points of (task, model, steps), see results/README.md.
-DENSE = {("movies", "minilm", 598): "accuracy 0.865 +- 0.005, three seeds, fine-tuned at --weight-lr 1e-4"}
-
-
 def say(result, folder):
-    """Print what a finished run came to: its metrics beside the dense reference, its mask, its files, what to type next."""
+    """Print what a finished run came to: its metrics, its mask, its files, and what to type next."""
     best = result["best"]
-    print(f"final  dev {show(result['final'])}")
-    print(f"best   dev {show(best['dev'])} at step {best['step']}, chosen on dev (as papers report)")
-    dense = DENSE.get((result["task"], result["model"], result["steps"]))
-    if dense and result["method"] != "finetune":
-        print(f"dense  dev {dense}")
+    print(f"final  dev {cli.show(result['final'])}")
+    print(f"best   dev {cli.show(best['dev'])} at step {best['step']}, chosen on dev (as papers report)")
     if "kept" in result:
         print("\n".join(cli.shaded_table("density", result["densities"])))
         print(f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}")
         if abs(result["reached"] - result["density"]) > 1e-3:
             print(f"training by itself keeps a share of {result['reached']:.4f}; no more is kept than was asked for")
         if not result["sha256"]:
-            backbone = f"{result['model']} ({result['fingerprint'][:12]})"
-            print(f"frozen weights are bit-identical to those of {backbone}")
-    saved = [file for file in (*result["sha256"], "mask.safetensors") if (folder / file).exists()]
-    sizes = " and ".join(f"{folder / file} ({(folder / file).stat().st_size / 1e6:.1f} MB)" for file in saved)
-    print(f"saved  {sizes} after {result['seconds']:.0f} s")
+            print(f"frozen weights are bit-identical to those of {result['model']} ({result['fingerprint'][:12]})")
+    for file in (*result["sha256"], *(["mask.safetensors"] if "kept" in result else [])):
+        print(f"saved  {folder / file} ({(folder / file).stat().st_size / 1e6:.1f} MB) after {result['seconds']:.0f} s")
     look = shlex.join(["python", "eval.py", str(folder)])
     pair = ' --pair "..."' if len(TASKS[result["task"]].text) == 2 else ""
     print(f'next   {look}\n       {look} --text "..."{pair}')
     if result["method"] != "finetune":
         words = [f"{cli.flag(name)}={result[name]}" for name in ("task", "model", "seed", "steps")]
-        rate = " --weight-lr=1e-4" if result["model"] == "minilm" else ""
-        print(f"       python train.py --method=finetune {shlex.join(words)}{rate}")
+        print(f"       {shlex.join(['python', 'train.py', '--method=finetune', *words])}")
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     with cli.one_line_errors():
-        if args.resume:
-            run = interrupted_run(args.resume)
-            args = parse_args(run.argv)
-        else:
-            run = Run(args.out, argv)
+        run = interrupted_run(args.resume) if args.resume else Run(args.out, argv)
+        args = parse_args(run.argv)
         torch.manual_seed(args.seed)
-        if args.deterministic:
-            cli.make_deterministic()
-        torch.backends.cuda.enable_cudnn_sdp(not args.eager)  # the fastest, but slow to launch
+        cli.set_up(args.deterministic, args.eager)
         device, dtype, why = cli.choose_device(args.device, args.dtype)
-        method = METHODS[args.method]
         parallel.start(device)
         with parallel.first_process_first():
             model, folder, teacher, train, dev = load_everything(args)
-        # What the run depends on beside its flags; of a resumed one, all this must be what it was.
+
+        # What the run depends on beside its flags. Of a resumed one, all this must be what it was.
         description = identity(folder, model) | {"device": device.type, "dtype": cli.dtype_name(dtype)}
         description["schedule"] = args.schedule or {"bert": "cubic", "roberta": "linear"}[model.config.model_type]
-        sets = {name: examples.digest() for name, examples in {"train": train, **dev}.items()}
+        description |= {f"{name} digest": examples.digest() for name, examples in {"train": train, **dev}.items()}
         if teacher:
-            sets["teacher"] = identity(args.teacher, teacher)["fingerprint"]
-        run.check_identity(description | sets)
-        facts = {}
-        if method.before:
+            description["teacher digest"] = identity(args.teacher, teacher)["fingerprint"]
+        run.check_identity(dict(description))
+
+        method = METHODS[args.method]
+        density = 1 - args.sparsity
+        if method.before:  # a smaller model
             model, facts = method.before(model, train, dev, args, device)
-            facts["config"] = plain(model.config)
-        learner = Learner(model.to(device).requires_grad_(False), method, 1 - args.sparsity, dtype, args.temperature)
+            description |= facts | {"config": str(model.config)}
+            density = facts["density"]
+        model.to(device).requires_grad_(False)
+        learner = Learner(model, method, density, dtype, args.temperature)
         if args.compile:
             for layer in model.bert.encoder["layer"]:
                 layer.compile(dynamic=True)
+
         total = args.steps or math.ceil(min(args.epochs * math.ceil(len(train) / args.batch), cli.MOST))
-        density = facts.get("density", 1 - args.sparsity)
         schedule = make_schedule(args, description["schedule"], total, density)
         sizes = " + ".join(str(len(examples)) for examples in dev.values())
         print(f"{args.task}: {len(train)} train and {sizes} dev examples; {total} steps of {args.batch}")
@@ -430,10 +387,8 @@ def main(argv=None):
         print(f"on {parallel.processes()} x {device} in {description['dtype']}: {why}")
         torch.manual_seed(args.seed * parallel.processes() + parallel.rank())  # every process has dropout of its own
         with run:
-            learn(args, run, model, learner, teacher, train, dev, schedule, device)
+            learn(args, run, model, learner, teacher, train, dev, schedule)
             if parallel.rank() == 0:
-                description |= facts | cli.code_version()
-                description["command"] = shlex.join(["python", "train.py", *run.argv])
                 say(finish(args, run, model, learner, folder, description), run.folder)
     parallel.stop()
 

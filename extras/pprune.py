@@ -21,7 +21,6 @@ from data import collate
 from mask import METHODS, Method
 from model import Bert
 from plumbing import parallel
-from plumbing.cli import positive
 
 INPUTS = 3000  # of the training set, at most
 TOKENS = 200  # of these, drawn at random
@@ -275,8 +274,7 @@ def prune(model, train, dev, args, device, units):
     args.sparsity: the share of the multiply-accumulates of all heads and neurons that goes, for inputs as long as those
     of the dev sets; args.ffn_share: see budget. Raises ValueError as budget and choose do.
     """
-    if parallel.processes() > 1:
-        raise ValueError(f"--method {args.method} chooses its units in one process: start it with python")
+    parallel.refuse(f"--method {args.method}")
     tokens = statistics.mean(len(ids) for examples in dev.values() for ids in examples.ids)
     keep = budget(model.config, tokens, args.sparsity, args.ffn_share)
     smaller = shrink(model, *choose(model, units, train, keep, device, args.seed))
@@ -297,9 +295,6 @@ def facts_of(smaller, model, tokens):
     return facts | {"multiply_accumulates": float(after / before), "density": kept / weights}
 
 
-FFN_SHARE = ("ffn_share", positive, 5.0, "p-...: what neurons lose for 1 that heads lose (5)")
+FLAGS = {"sparsity": 0.5, "weight_lr": 3e-5, "ffn_share": 5.0}
 for name, units in (("p-pruning", "clusters"), ("p-activation", "activation"), ("p-random", "random")):
-    before = partial(prune, units=units)
-    METHODS[name] = Method(
-        None, score_lr=None, penalty=0.0, trains_weights=True, before=before, flags=(FFN_SHARE,)
-    )
+    METHODS[name] = Method(None, flags=FLAGS, before=partial(prune, units=units))

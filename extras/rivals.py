@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from mask import METHODS, Masks, Method, StraightThrough, mean_sigmoid, parameters, smp_l, threshold
+from mask import METHODS, SHARES, Masks, Method, StraightThrough, mean_sigmoid, parameters, smp_l, threshold
 
 
 class BothLearn(StraightThrough):
@@ -99,17 +99,18 @@ class Gates(TrainedMasks):
     @torch.no_grad()
     def baked(self, density, dtype=None):
         masks = self.choose(density)
-        weights = {}
+        gated = {}
         for group, weight in self.weights.items():
-            weights[group] = weight * hard_concrete(self.scores[group], noise=False)
-        return {name: weight.to(dtype or self.dtype) * masks[name] for name, weight in self.by_name(weights).items()}
+            gated[group] = weight * hard_concrete(self.scores[group], noise=False)
+        return {n: weight.to(dtype or self.dtype) * masks[n] for n, weight in self.by_name(gated).items()}
 
 
-Rival = partial(Method, rule=BothLearn, trains_weights=True)
+WEIGHTS = SHARES | {"weight_lr": 3e-5}
+BOTH = WEIGHTS | {"lr": 1e-2}
 METHODS |= {
-    "magnitude": Rival(smp_l, masks=Magnitude, score_lr=None, penalty=0.0),
-    "movement": Rival(smp_l, masks=TrainedMasks, score_lr=1e-2, penalty=0.0),
-    "soft-movement": Rival(threshold, masks=TrainedMasks, score_lr=1e-2),
-    "l0": Rival(partial(threshold, tau=OPEN), masks=Gates, score_lr=1e-2),
-    "random": Rival(smp_l, masks=Random, score_lr=None, penalty=0.0),
+    "magnitude": Method(smp_l, BothLearn, Magnitude, WEIGHTS),
+    "movement": Method(smp_l, BothLearn, TrainedMasks, BOTH | {"penalty": 0.0}),
+    "soft-movement": Method(threshold, BothLearn, TrainedMasks, BOTH | {"penalty": 400.0}),
+    "l0": Method(partial(threshold, tau=OPEN), BothLearn, Gates, BOTH | {"penalty": 400.0}),
+    "random": Method(smp_l, BothLearn, Random, WEIGHTS),
 }

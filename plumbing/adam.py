@@ -1,6 +1,6 @@
 """Adam as BERT's authors and the reference code run it: rates that rise and fall, and their place for eps.
 
-    optimizer = make_optimizer([(scores, 2e-2, 0.0), (matrices, 3e-5, 0.01)])
+    optimizer = make_optimizer(learner.named_parameters(), "masks.scores.", 2e-2, 3e-5)
     set_rates(optimizer, step, total, warmup=0)
 """
 
@@ -9,13 +9,23 @@ import math
 import torch
 
 
-def make_optimizer(groups):
-    """AdamW on groups of (parameters, highest learning rate, weight decay); empty ones are left out."""
-    groups = [
-        {"params": parameters, "lr": rate, "highest_lr": rate, "weight_decay": decay}
-        for parameters, rate, decay in groups
-        if parameters
-    ]
+def make_optimizer(named, prefix, own_lr, lr):
+    """AdamW on (name, parameter) pairs, decaying only matrices, as BERT's authors fine-tune, at a highest rate of lr.
+
+    Parameters whose names begin with the prefix have a highest rate of their own, and no decay.
+    """
+    special, matrices, vectors = [], [], []
+    for name, parameter in named:
+        if name.startswith(prefix):
+            special.append(parameter)
+        elif parameter.ndim > 1:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
+    groups = []
+    for parameters, rate, decay in ((special, own_lr, 0.0), (matrices, lr, 0.01), (vectors, lr, 0.0)):
+        if parameters:
+            groups.append({"params": parameters, "lr": rate, "highest_lr": rate, "weight_decay": decay})
     return torch.optim.AdamW(groups, fused=True)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from plumbing import parallel
 from plumbing.files import DISK_FULL
@@ -124,7 +125,7 @@ def add_training(parser):
     length.add_argument("--evals", type=count, help="evaluations in a run (movies: 4)")
     machine = parser.add_argument_group("machine")
     add_machine(machine)
-    machine.add_argument("--accumulate", type=count, default=1, metavar="PARTS", help="take a batch in so many parts (1)")
+    machine.add_argument("--accumulate", type=count, default=1, metavar="PARTS", help="take a batch in parts (1)")
     machine.add_argument("--compile", action="store_true", help="let torch.compile fuse the kernels of a step")
     machine.add_argument("--eager", action="store_true", help="on CUDA: launch each kernel of a step, record no graphs")
     machine.add_argument("--deterministic", action="store_true", help="the same bits every time on a GPU too; slower")
@@ -141,7 +142,18 @@ def fill(args, defaults):
             setattr(args, name, default)
 
 
-# --- tables --------------------------------------------------------------------------------------------------
+# --- what people look at: progress, tables -------------------------------------------------------------------
+
+
+def progress(items, name, total, done):
+    """A progress bar, of process 0 alone, around items of which some are done."""
+    hidden = parallel.rank() > 0
+    return tqdm(items, name, total, initial=done, dynamic_ncols=True, disable=hidden)
+
+
+def show(metrics):
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
 
 WIDTH = 12  # of a column: six of them and the rows' names in 80 columns
 
@@ -204,11 +216,16 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def make_deterministic():
-    """Let torch choose algorithms that give the same bits every time; some are slower. Call this first."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it here
+def set_up(deterministic, eager):
+    """Let torch choose algorithms that give the same bits every time, some slower; or that are quick to launch.
+
+    Call this first.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(not eager)  # the fastest, but slow to launch
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it here
 
 
 def code_version():

@@ -49,8 +49,8 @@ def write_whole(path, content):
         part.replace(path)
 
 
-def write_json(path, value):
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+def json_bytes(value):
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def read_json(path):
@@ -90,14 +90,20 @@ def file_digest(path, algorithm="sha256"):
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def check_digest(content, algorithm, expected, name):
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def check_digest(content, algorithm, expected, name=None):
     """Raise ValueError unless the digest of bytes, or of the file at a Path, is the expected one."""
     if isinstance(content, bytes):
         found = hashlib.new(algorithm, content).hexdigest()
     else:
         found = file_digest(content, algorithm)
     if found != expected:
-        raise ValueError(f"{name}: {algorithm} is {found}, not {expected}; it was altered or cut, and is not used")
+        raise ValueError(
+            f"{name or content}: {algorithm} is {found}, not {expected}; it was altered or cut, and is not used"
+        )
 
 
 def check_types(stored, types, what):

@@ -24,6 +24,12 @@ def processes():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def refuse(what):
+    """Raise ValueError if there are several processes."""
+    if processes() > 1:
+        raise ValueError(f"{what} takes one process: start it with python, not with torchrun")
+
+
 def start(device):
     """Join the other processes. On CUDA each takes the GPU of its number on this machine; only process 0 prints.
 

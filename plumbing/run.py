@@ -24,13 +24,24 @@ from pathlib import Path
 import torch
 
 from plumbing import parallel
-from plumbing.files import check_types, lock, read_json, read_masks, seal, unseal, write_json, write_whole
+from plumbing.files import (
+    check_types,
+    digest,
+    file_digest,
+    json_bytes,
+    lock,
+    read_json,
+    read_masks,
+    seal,
+    unseal,
+    write_whole,
+)
 
 LOG, CHECKPOINT, RESULT = "log.jsonl", "checkpoint.safetensors", "result.json"
 FORMAT = "smp-checkpoint-2"
 # What result.json, or the description of a mask file, must say, beside much else.
 DESCRIBED = {"task": str, "method": str, "model": str, "words": dict, "length": int, "head": str, "final": dict}
-DESCRIBED |= {"fingerprint": str, "tokenizer": str, "config": dict, "sha256": dict, "density": float, "device": str}
+DESCRIBED |= {"fingerprint": str, "tokenizer": str, "config": str, "sha256": dict, "density": float, "device": str}
 DESCRIBED |= {"dtype": str, "data_dir": (str, type(None))}
 CHOICES = {"head": ("words", "classifier"), "dtype": ("float32", "bfloat16")}
 # What a checkpoint says beside its tensors. identity: what the run depends on, by digest; seconds: spent so far; log:
@@ -137,7 +148,18 @@ class Run:
         self.log(**line)
 
     def save(self, step, learner, optimizer):
-        """Write a checkpoint, in the background: bert-base's gigabyte takes longer than fifty steps."""
+        """Write a checkpoint; then, if the run was asked to stop, raise KeyboardInterrupt.
+
+        Several processes save none: each would need its own random numbers.
+        """
+        if parallel.processes() == 1:
+            self.write_checkpoint(step, learner, optimizer)
+        if self.stopped:
+            alone = parallel.processes() == 1
+            raise KeyboardInterrupt(f"python train.py --resume {self.folder} continues" if alone else "")
+
+    def write_checkpoint(self, step, learner, optimizer):
+        """In the background: bert-base's gigabyte takes longer than fifty steps."""
         tensors = {"random.cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -197,7 +219,7 @@ class Run:
         self.wait()
         for name, content in files.items():
             write_whole(self.folder / name, content)
-        write_json(self.folder / RESULT, result)
+        write_whole(self.folder / RESULT, json_bytes(result))
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
 
@@ -207,8 +229,16 @@ def interrupted_run(folder):
         raise ValueError(f"--resume: {folder} is finished; look at it with: python eval.py {folder}")
     if not (folder / CHECKPOINT).exists():
         raise ValueError(f"--resume: there is no {folder / CHECKPOINT}; a run has one once it has evaluated")
+    parallel.refuse("--resume")
     _, state = read_checkpoint(folder / CHECKPOINT)
     return Run(folder, state["argv"], state)
+
+
+def identity(folder, model):
+    """What ties a mask to its model: {"fingerprint": digest of all pretrained weights, "config", "tokenizer"}."""
+    pretrained = {name: t for name, t in model.state_dict().items() if not name.startswith("classifier.")}
+    tokenizer = file_digest(folder / "tokenizer.json")
+    return {"fingerprint": digest(pretrained), "config": str(model.config), "tokenizer": tokenizer}
 
 
 def check_free(folder):

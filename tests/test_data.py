@@ -323,11 +323,18 @@ def test_a_pip_that_fails(monkeypatch, tmp_path, tokenizer):
     assert not (tmp_path / "cache").exists()
 
 
+def process(monkeypatch, rank, processes):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+
+
 @pytest.mark.parametrize(("processes", "parts"), [(1, 1), (1, 3), (2, 1), (3, 2)])
 @pytest.mark.parametrize("size", [1, 5, 12])
-def test_processes_and_parts_share_a_batch_without_overlap(processes, parts, size):
-    rows = np.arange(100, 100 + size)
-    split = [data.split_batch(rows, rank, processes, parts) for rank in range(processes)]
+def test_processes_and_parts_share_a_batch_without_overlap(processes, parts, size, monkeypatch):
+    rows, split = np.arange(100, 100 + size), []
+    for rank in range(processes):
+        process(monkeypatch, rank, processes)
+        split.append(data.split_batch(rows, parts))
     assert {len(s) for s in split} == {parts}  # or one process would wait for the others for ever
     taken = [r for s in split for part, share in s if share for r in part]
     assert sorted(taken) == rows.tolist()
@@ -337,7 +344,10 @@ def test_processes_and_parts_share_a_batch_without_overlap(processes, parts, siz
     assert sum(share for s in split for _, share in s) == pytest.approx(1)
 
 
-def test_all_parts_of_a_batch_have_one_width():
-    ours, theirs = (training_batches(examples(), 5, 51, 0, "cpu", rank, processes=2, parts=2) for rank in (0, 1))
-    for parts, other_parts in zip(ours, theirs, strict=True):
+def test_all_parts_of_a_batch_have_one_width(monkeypatch):
+    batches = []
+    for rank in (0, 1):
+        process(monkeypatch, rank, 2)
+        batches.append(list(training_batches(examples(), 5, 51, 0, parts=2)))
+    for parts, other_parts in zip(*batches, strict=True):
         assert len({part.inputs.shape[2] for part in parts + other_parts}) == 1

@@ -1,4 +1,4 @@
-"""tools.experiments and tools.lists: missing runs are made once, failures are said and tried again, tables are right."""
+"""tools.experiments and tools.lists: missing runs are made once, failures are tried again, tables are right."""
 
 import json
 import shlex

@@ -119,13 +119,13 @@ def test_l0_starts_nine_tenths_open_and_counts_gates_that_are_open_without_noise
 
 
 def test_what_scores_are_and_what_trains():
-    rows = {name: (row.score_lr, row.penalty, row.trains_weights) for name, row in METHODS.items()}
+    rows = {m: (row.flags.get("lr"), row.flags.get("penalty"), row.trains_weights) for m, row in METHODS.items()}
     assert rows == {
         **dict.fromkeys(("smp-s", "smp-l", "smp-g", "smp-t"), (2e-2, 400, False)),
         **dict.fromkeys(("soft-movement", "l0"), (1e-2, 400, True)),
         "movement": (1e-2, 0, True),
-        **dict.fromkeys(("magnitude", "random", "finetune"), (None, 0, True)),
-        **dict.fromkeys(("p-pruning", "p-activation", "p-random"), (None, 0, True)),
+        **dict.fromkeys(("magnitude", "random", "finetune"), (None, None, True)),
+        **dict.fromkeys(("p-pruning", "p-activation", "p-random"), (None, None, True)),
     }
 
 
@@ -182,7 +182,7 @@ def test_what_a_method_does_not_use_is_refused(fails, method, flag, uses):
 
 def test_what_a_method_uses_is_taken(fails):
     assert train.parse_args(["--weight-lr", "1", "--head", "classifier"]).weight_lr == 1
-    assert train.parse_args(["--method", "l0", "--hold", "0.2"]).hold == 0.2  # evaluations cut to what the schedule says
+    assert train.parse_args(["--method", "l0", "--hold", "0.2"]).hold == 0.2  # evaluations are cut
     assert train.parse_args(["--method", "p-pruning"]).ffn_share == 5
     assert "--schedule: p-pruning does not" in fails(train.main, ["--method", "p-pruning", "--schedule", "linear"])
     assert "--hold: finetune does not" in fails(train.main, ["--method", "finetune", "--hold", "0"])

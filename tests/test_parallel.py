@@ -39,7 +39,7 @@ def learn(folder, glue, parts):
     adam = learner.optimizer(2e-2, 3e-5)
     forward_backward = make_forward_backward(model, learner)
     examples = data.load_split("movies", "train", glue, data.load_tokenizer(folder, 16))
-    batches = data.training_batches(examples, 10, TOTAL, 0, "cpu", parallel.rank(), parallel.processes(), parts)
+    batches = data.training_batches(examples, 10, TOTAL, 0, parts=parts)
     for t, batch in enumerate(batches):
         set_rates(adam, t, TOTAL)
         density, penalty = torch.tensor([density_at(t, 9, 0.5), penalty_at(t, TOTAL)])

@@ -144,12 +144,12 @@ def test_another_backbone_or_other_data_are_not_gone_on_with(interrupted, flags,
     weights.write_bytes(whole)
     rows = table.read_text()
     table.write_text(rows.replace("dull", "very dull", 1))
-    assert "--resume: train is" in fails(train.main, ["--resume", interrupted])
+    assert "--resume: train digest is" in fails(train.main, ["--resume", interrupted])
     table.write_text(rows)
     dev = glue / "movies" / "dev.tsv"
     rows = dev.read_text()
     dev.write_text(rows.rsplit("\n", 2)[0] + "\n")
-    assert "--resume: dev is" in fails(train.main, ["--resume", interrupted])
+    assert "--resume: dev digest is" in fails(train.main, ["--resume", interrupted])
     dev.write_text(rows)
     (interrupted / ".part-1-model.safetensors").touch()
     train.main(["--resume", str(interrupted)])
@@ -217,7 +217,7 @@ def test_another_teacher_is_not_gone_on_with(flags, tmp_path, fails, monkeypatch
         fails(train.main, [*flags, "--teacher", tmp_path / "teacher", "--out", tmp_path / "run"])
     (tmp_path / "teacher").rename(tmp_path / "before")
     (tmp_path / "other").rename(tmp_path / "teacher")
-    assert "--resume: teacher is" in fails(train.main, ["--resume", tmp_path / "run"])
+    assert "--resume: teacher digest is" in fails(train.main, ["--resume", tmp_path / "run"])
 
 
 def test_a_layer_without_heads_goes_on_too(flags, tmp_path, fails, monkeypatch, make_model):

@@ -13,7 +13,7 @@ import eval as eval_
 import train
 from extras import squad
 from model import load_model
-from plumbing import fetch
+from plumbing import cli, fetch
 from tools import split_squad
 
 CONTEXT = "the film was good , it was fun . a bad film is dull and very bad"
@@ -183,7 +183,7 @@ def test_a_run_from_end_to_end(make_model, tmp_path, capsys, method):
     assert result["final"].keys() == {"f1", "em"}
     capsys.readouterr()
     eval_.main([str(out)])
-    reported = eval_.show(result["final"])
+    reported = cli.show(result["final"])
     assert f"{reported}; training reported {reported}" in capsys.readouterr().out
     eval_.main([str(out), "--text", "is it fun", "--pair", CONTEXT])
     assert capsys.readouterr().out.strip() in CONTEXT

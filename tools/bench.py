@@ -21,7 +21,16 @@ from mask import METHODS, mean_sigmoid
 from model import Bert, Config, load_model
 from plumbing import fetch, parallel
 from plumbing.adam import set_rates
-from plumbing.cli import Parser, add_machine, choose_device, code_version, count, dtype_name, one_line_errors
+from plumbing.cli import (
+    Parser,
+    add_machine,
+    choose_device,
+    code_version,
+    count,
+    dtype_name,
+    one_line_errors,
+    set_up,
+)
 from plumbing.graphs import Recorded
 from train import Learner, make_forward_backward, train_step
 
@@ -225,7 +234,7 @@ def main(argv=None):
     with one_line_errors():
         device, dtype, why = choose_device(args.device, args.dtype)
         parallel.start(device)
-        torch.backends.cuda.enable_cudnn_sdp(not args.eager)  # as train.py
+        set_up(deterministic=False, eager=args.eager)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
         print(f"{name}, {dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.processes()} process(es)")
         shape = args.model or f"{args.layers} layers of {args.hidden}"

@@ -186,7 +186,7 @@ def table(lines, which="final", merge=False):
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m tools.experiments", description="Make the missing runs of a list, or show a list as a table.")
+    parser = Parser(prog="python -m tools.experiments", description="Make the missing runs of a list, or show a list.")
     parser.add_argument("do", choices=("run", "table", "plot"), help="plot: the metric over sparsity, into LIST.png")
     sizes = ", ".join(f"{name} ({len(commands(name))} runs)" for name in LISTS)
     parser.add_argument("list", choices=LISTS, help=sizes)

@@ -9,8 +9,6 @@ how fast that is, `python -m tools.bench --inference --model FOLDER` tells.
 """
 
 import copy
-import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -20,12 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from data import TASKS
-from eval import load_run, plain, show
+from eval import load_run
 from extras.pprune import shrink
-from mask import METHODS, apply_masks
+from mask import METHODS
 from model import PER_LAYER, canonical, published
-from plumbing.cli import Parser, one_line_errors
-from plumbing.files import read_json, write_json, write_whole
+from plumbing.cli import Parser, one_line_errors, show
+from plumbing.files import json_bytes, read_json, sha256, write_whole
 
 COPIED = "config.json tokenizer.json tokenizer_config.json special_tokens_map.json vocab.txt merges.txt".split()
 
@@ -153,7 +151,8 @@ def export_compact(folder, run):
     """
     result, source, model, _, masks = run
     model = copy.deepcopy(model).eval()  # its biases will change
-    model.load_state_dict(apply_masks(model.state_dict(), masks), strict=False)
+    state = model.state_dict()
+    model.load_state_dict({name: state[name] * mask for name, mask in masks.items()}, strict=False)
     ids = torch.randint(0, model.config.vocab_size, (32, min(64, result["length"])))
     probe = (ids, torch.zeros_like(ids), torch.ones_like(ids))
     logits = model(*probe)
@@ -176,17 +175,16 @@ def export_compact(folder, run):
 def write_compact(folder, source, result, model, removed):
     """The files of a finished run whose weights are its own."""
     content = save({published(n, model.config.model_type): t.contiguous() for n, t in model.state_dict().items()})
-    config = plain(model.config)
     result = {key: value for key, value in result.items() if key not in ("kept", "prunable", "densities")}
-    result |= {"sha256": {"model.safetensors": hashlib.sha256(content).hexdigest()}, "config": config}
+    result |= {"sha256": {"model.safetensors": sha256(content)}, "config": str(model.config)}
     text = COMPACT.format(**{"commit": "unknown"} | result | {"removed": removed})
     result |= {"pruned_with": result["method"], "method": "finetune"}  # weights of its own, and no mask
     write_whole(folder / "README.md", text.encode())
-    config = read_json(source / "config.json") | {name: config[name] for name in PER_LAYER}
-    write_whole(folder / "config.json", json.dumps(config, indent=1).encode())
+    config = read_json(source / "config.json") | {name: getattr(model.config, name) for name in PER_LAYER}
+    write_whole(folder / "config.json", json_bytes(config))
     shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
     write_whole(folder / "model.safetensors", content)
-    write_json(folder / "result.json", result)
+    write_whole(folder / "result.json", json_bytes(result))
 
 
 def main(argv=None):
