@@ -23,7 +23,6 @@ from safetensors.torch import save
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 MASKS = "smp-mask-3"
-MOST_WEIGHTS = 1 << 32  # of a mask file, so that a hostile one cannot ask for all memory
 
 # --- one file, whole or not at all ---------------------------------------------------------------------------
 
@@ -168,6 +167,8 @@ def pack_bits(mask):
 
 def unpack_bits(stored, shape):
     """The inverse of pack_bits. Raises ValueError or LZMAError when it is not one bit a weight."""
+    if stored.dtype != torch.uint8 or stored.ndim != 1:
+        raise ValueError(f"a tensor {list(stored.shape)} of {stored.dtype}")
     weights = math.prod(shape)
     size = -(-weights // 8)
     bits = stored.numpy()
@@ -179,39 +180,28 @@ def unpack_bits(stored, shape):
 
 
 def read_masks(path):
-    """A mask file -> (tensors {name: tensor}, shapes {name: [out, in]}, the run's description), nothing unpacked yet.
+    """A mask file -> (tensors {name: tensor}, {"run": what describes the run, "shapes": {name: [out, in]}}).
 
-    Raises ValueError that says why the file cannot be used.
+    Nothing is unpacked yet. Raises ValueError that says why the file cannot be used.
     """
     tensors, description = unseal(path, MASKS)
-    what = f"{path} does not hold what it says"
-    check_types(description, {"run": dict, "shapes": dict}, what)
-    weights = 0
-    for name, shape in description["shapes"].items():
-        if type(shape) is not list or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
-            raise ValueError(f"{what}: {name} has no shape")
-        weights += math.prod(shape)
-    if weights > MOST_WEIGHTS or not description["shapes"].keys() <= tensors.keys():
-        raise ValueError(f"{what}: {weights} weights")
-    for name, tensor in tensors.items():
-        expected = torch.uint8 if name in description["shapes"] else torch.float32
-        if tensor.dtype != expected or (expected == torch.uint8 and tensor.ndim != 1):
-            raise ValueError(f"{what}: {name} is of {tensor.dtype}")
-    return tensors, description["shapes"], description["run"]
+    check_types(description, {"run": dict, "shapes": dict}, f"{path} does not hold what it says")
+    return tensors, description
 
 
-def load_masks(path, expected=None):
-    """Read a mask file -> ({name: bool [out, in]}, {name: tensor of the head}, the run's description).
+def load_masks(path, shapes):
+    """Read a mask file -> ({name: bool [out, in]}, {name: float32 tensor of the head}, the run's description).
 
-    expected: {name: shape} of the matrices that there must be. Raises ValueError that says why the file cannot be used.
+    shapes: {name: (out, in)} of the matrices that there must be. Raises ValueError that says why the file cannot be
+    used.
     """
-    head, shapes, run = read_masks(path)
-    if expected is not None and {name: tuple(shape) for name, shape in shapes.items()} != expected:
+    tensors, description = read_masks(path)
+    if description["shapes"] != {name: list(shape) for name, shape in shapes.items()}:
         raise ValueError(f"{path} was made for a backbone of another shape")
     masks = {}
     for name, shape in shapes.items():
         try:
-            masks[name] = unpack_bits(head.pop(name), shape)
-        except (ValueError, lzma.LZMAError) as error:
+            masks[name] = unpack_bits(tensors.pop(name), shape)
+        except (KeyError, ValueError, lzma.LZMAError) as error:
             raise ValueError(f"{path} does not hold what it says: {name}: {error}") from None
-    return masks, head, run
+    return masks, tensors, description["run"]

@@ -49,7 +49,8 @@ def test_the_exported_model_is_the_pruned_one(make_model, trained, tmp_path, nam
     assert torch.allclose(load_model(out, backbone.words.tolist()).eval()(*inputs), pruned, atol=1e-6)
     readme = (out / "README.md").read_text()
     assert {"bert": "BertForMaskedLM", "encoder": "BertModel", "roberta": "RobertaForMaskedLM"}[names] in readme
-    assert "- 1: 'great', id 8" in readme and (out / "config.json").read_bytes() == (model / "config.json").read_bytes()
+    assert "'great' (id 8) for 1" in readme
+    assert (out / "config.json").read_bytes() == (model / "config.json").read_bytes()
 
 
 @pytest.mark.parametrize("method", ["movement", "finetune"])
@@ -63,5 +64,5 @@ def test_what_was_trained_is_not_called_unchanged(make_model, trained, tmp_path,
 
 def test_what_cannot_be_exported_is_refused(make_model, trained, fails, tmp_path):
     run = trained(make_model(), "--head", "classifier")
-    assert "--export: a fresh head" in fails(export.main, [run, tmp_path / "out"])
+    assert "a fresh head has no place" in fails(export.main, [run, tmp_path / "out"])
     assert "holds files already" in fails(export.main, [run, run])

@@ -12,6 +12,9 @@ from plumbing.files import MASKS, load_masks, pack_masks, seal
 RUN = {"task": "movies", "sparsity": 0.5}
 
 
+SHAPES = dict.fromkeys(("layer.0", "layer.1", "layer.2"), (30, 37))
+
+
 def random_masks(density=0.5, shape=(30, 37), seed=0):
     g = torch.Generator().manual_seed(seed)
     return {f"layer.{i}": torch.rand(shape, generator=g) < density for i in range(3)}
@@ -21,7 +24,7 @@ def random_masks(density=0.5, shape=(30, 37), seed=0):
 def test_round_trip(tmp_path, density):
     masks, head = random_masks(density), {"classifier.weight": torch.randn(2, 5), "classifier.bias": torch.randn(2)}
     (tmp_path / "m").write_bytes(pack_masks(masks, RUN, head))
-    loaded, loaded_head, run = load_masks(tmp_path / "m")
+    loaded, loaded_head, run = load_masks(tmp_path / "m", SHAPES)
     assert run == RUN and loaded.keys() == masks.keys() and all(loaded[n].equal(m) for n, m in masks.items())
     assert loaded_head.keys() == head.keys() and all(loaded_head[n].equal(t) for n, t in head.items())
 
@@ -36,11 +39,11 @@ def test_cut_or_altered_files_are_refused_wherever_it_is(tmp_path):
     for cut in (0, 4, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match="not a whole safetensors file"):
-            load_masks(path)
+            load_masks(path, SHAPES)
     for at in np.random.default_rng(0).integers(0, len(whole), 400):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
         with pytest.raises(ValueError, match="m (was altered|is not a)"):
-            load_masks(path)
+            load_masks(path, SHAPES)
 
 
 def bits(content):
@@ -50,38 +53,40 @@ def bits(content):
 TWO = torch.zeros(2, dtype=torch.uint8)
 
 
+FIFTEEN, MANY = {"a": (3, 5)}, {"a": (100, 100)}
+
+
 @pytest.mark.parametrize(
-    ("tensors", "description"),
+    ("tensors", "description", "shapes"),
     [
-        ({"a": TWO}, {"run": {}, "shapes": {"a": [3, 3, 9]}}),
-        ({"a": TWO}, {"run": {}, "shapes": {"a": [-3, -5]}}),
-        ({"a": TWO}, {"run": {}, "shapes": {"a": [1 << 40, 1 << 40]}}),
-        ({"a": TWO}, {"run": {}, "shapes": {"a": 15}}),
-        ({"a": TWO}, {"run": {}, "shapes": {"b": [3, 5]}}),
-        ({"a": TWO}, {"run": {}, "shapes": [1]}),
-        ({"a": TWO}, {"run": {}}),
-        ({"a": TWO}, [1]),
-        ({"a": TWO.float()}, {"run": {}, "shapes": {"a": [3, 5]}}),
-        ({"a": TWO[:, None]}, {"run": {}, "shapes": {"a": [3, 5]}}),
-        ({"a": TWO, "head": TWO.clone()}, {"run": {}, "shapes": {"a": [3, 5]}}),
-        ({"a": bits(lzma.compress(bytes(10**6)))}, {"run": {}, "shapes": {"a": [100, 100]}}),
-        ({"a": bits(lzma.compress(bytes(10)))}, {"run": {}, "shapes": {"a": [100, 100]}}),
+        ({"a": TWO}, {"run": {}, "shapes": {"a": [3, 3, 9]}}, FIFTEEN),
+        ({"a": TWO}, {"run": {}, "shapes": {"a": [-3, -5]}}, FIFTEEN),
+        ({"a": TWO}, {"run": {}, "shapes": {"a": 15}}, FIFTEEN),
+        ({"b": TWO}, {"run": {}, "shapes": {"a": [3, 5]}}, FIFTEEN),
+        ({"a": TWO}, {"run": {}, "shapes": [1]}, FIFTEEN),
+        ({"a": TWO}, {"run": {}}, FIFTEEN),
+        ({"a": TWO}, [1], FIFTEEN),
+        ({"a": TWO.float()}, {"run": {}, "shapes": {"a": [3, 5]}}, FIFTEEN),
+        ({"a": TWO.bfloat16()}, {"run": {}, "shapes": {"a": [3, 5]}}, FIFTEEN),
+        ({"a": TWO[:, None]}, {"run": {}, "shapes": {"a": [3, 5]}}, FIFTEEN),
+        ({"a": bits(lzma.compress(bytes(10**6)))}, {"run": {}, "shapes": {"a": [100, 100]}}, MANY),
+        ({"a": bits(lzma.compress(bytes(10)))}, {"run": {}, "shapes": {"a": [100, 100]}}, MANY),
     ],
 )
-def test_descriptions_that_lie_are_refused(tmp_path, tensors, description):
+def test_descriptions_that_lie_are_refused(tmp_path, tensors, description, shapes):
     """Their sum is right, whatever else is wrong with them."""
     (tmp_path / "m").write_bytes(seal(MASKS, tensors, description))
-    with pytest.raises(ValueError, match="does not hold what it says"):
-        load_masks(tmp_path / "m")
+    with pytest.raises(ValueError, match="does not hold what it says|for a backbone of another shape"):
+        load_masks(tmp_path / "m", shapes)
 
 
 def test_other_files_are_refused(tmp_path):
     save_file({"a": TWO}, tmp_path / "m")
     with pytest.raises(ValueError, match="not a file of format smp-mask"):
-        load_masks(tmp_path / "m")
+        load_masks(tmp_path / "m", {})
     save_file({"a": TWO}, tmp_path / "m", {"format": MASKS})
     with pytest.raises(ValueError, match="was altered"):
-        load_masks(tmp_path / "m")
+        load_masks(tmp_path / "m", {})
     (tmp_path / "m").write_bytes(seal("smp-checkpoint-2", {"a": TWO}, {"step": 3}))
     with pytest.raises(ValueError, match="not a file of format smp-mask"):
-        load_masks(tmp_path / "m")
+        load_masks(tmp_path / "m", {})

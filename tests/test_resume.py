@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import train
 from plumbing import run as plumbing_run
-from plumbing.files import load_masks, lock, seal, unseal
+from plumbing.files import lock, read_masks, seal, unseal
 
 ROOT = Path(__file__).parent.parent
 # train.py, which kills itself when it syncs a file to disk for the n-th time, the file being half written.
@@ -45,8 +45,8 @@ def flags(make_model, glue):
 
 
 def masks_of(folder):
-    masks, _, run = load_masks(folder / "mask.safetensors")
-    return {name: mask.tolist() for name, mask in masks.items()}, run
+    tensors, description = read_masks(folder / "mask.safetensors")
+    return {name: mask.tolist() for name, mask in tensors.items()}, description["run"]
 
 
 def kill_when(command, ready, number):

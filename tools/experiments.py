@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data import TASKS
 from plumbing.cli import Parser, count, one_line_errors
+from plumbing.files import read_json
 from tools.lists import BY_TASK, LISTS, STEPS, words
 from tools.picture import plot_curves
 
@@ -35,25 +36,31 @@ KEPT = (
     "kept prunable stored_numbers stored_bits seconds device dtype versions commit clean multiply_accumulates layers "
     "fingerprint"
 ).split()
-NEEDED = "command task method sparsity final best density seconds stored_numbers stored_bits".split()
+NEEDED = set("command task method sparsity final best density seconds stored_numbers stored_bits".split())
 
 
 def commands(name):
-    """The commands of a list, each once."""
-    return list(dict.fromkeys(f"python train.py {arguments}" for arguments in LISTS[name]()))
+    """The commands of a list, each once: as tools.lists makes it, or as the lines of the repository's runs name it."""
+    if name in LISTS:
+        return list(dict.fromkeys(f"python train.py {arguments}" for arguments in LISTS[name]()))
+    return [line["command"] for line in read_lines(ROOT / "results" / RUNS) if name in line.get("lists", ())]
 
 
 def read_lines(path):
-    """Results of a file. Raises ValueError that names the line that is none."""
+    """Results of a file. Raises ValueError that names a line that is not the result of a run."""
     lines = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else (), 1):
+    for number, text in enumerate(path.read_text("utf-8").splitlines() if path.exists() else (), 1):
         try:
-            lines.append(json.loads(line))
-            if not lines[-1].keys() >= set(NEEDED) or lines[-1]["task"] not in TASKS:
-                raise ValueError
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{path}:{number} is not the result of a run; delete that line") from None
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if not isinstance(line, dict) or not line.keys() >= NEEDED or line["task"] not in TASKS:
+            raise ValueError(f"{path}:{number} is not the result of a run; delete that line")
+        lines.append(line)
     return lines
+
+
+# --- runs ----------------------------------------------------------------------------------------------------
 
 
 def make_run(command, machine, seconds, gpu):
@@ -66,50 +73,59 @@ def make_run(command, machine, seconds, gpu):
         if ended.returncode:
             said = [line for line in ended.stderr.splitlines() if "rror" in line]
             raise ValueError(said[-1] if said else f"train.py ended with status {ended.returncode}")
-        result = json.loads((out / "result.json").read_text("utf-8"))
+        result = read_json(out / "result.json")
     return {"command": command} | {key: result[key] for key in KEPT if key in result}
 
 
 def make_missing(name, folder, at_once, seconds, machine):
     """Make the runs of a list that its file lacks, several at a time, until the time is over."""
-    path, lock, deadline = folder / RUNS, Lock(), time.time() + seconds
-    wanted, done = commands(name), {line["command"] for line in read_lines(path)}
-    missing = [command for command in wanted if command not in done]
+    path = folder / RUNS
+    deadline = time.time() + seconds
+    done = {line["command"] for line in read_lines(path)}
+    missing = [command for command in commands(name) if command not in done]
     numbers = ",".join(map(str, range(torch.cuda.device_count())))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")
     where = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
     where |= {"gpus": sum(map(bool, gpus)), "at_once": at_once}
+    anew = "" if missing else "; make them anew with --results FOLDER"
+    made = len(commands(name)) - len(missing)
+    print(f"{made} runs of {name} are in {path}, {len(missing)} are missing{anew}", flush=True)
     free = Queue()  # a GPU for each run that there may be at a time
     for slot in range(at_once):
         free.put(gpus[slot % len(gpus)])
-    anew = "" if missing else "; make them anew with --results FOLDER"
-    print(f"{len(wanted) - len(missing)} runs of {name} are in {path}, {len(missing)} are missing{anew}", flush=True)
+    lock = Lock()
 
     def work(command):
-        """Whether the run did not fail; one that the time does not allow is none."""
+        """Whether the run failed; one that the time does not allow did not."""
         gpu = free.get()
+        left = deadline - time.time()
+        failed = False
         try:
-            if (left := deadline - time.time()) < 1:
-                return True
+            if left < 1:
+                return False
             line = make_run(command, machine, left, gpu)
             with lock, open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line | where) + "\n")
                 bar.update()
-            said, fine = line["final"], True
+            said = line["final"]
         except subprocess.TimeoutExpired:
-            said, fine = "stopped, out of time", True
+            said = "stopped, out of time"
         except ValueError as error:
-            said, fine = error, False
+            said = error
+            failed = True
         finally:
             free.put(gpu)
         tqdm.write(f"{command}: {said}")
-        return fine
+        return failed
 
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(missing), desc=name, unit="run") as bar:
-        failed = list(pool.map(work, missing)).count(False)
-    if failed:
-        raise ValueError(f"{failed} runs failed; the same command makes them again")
+        failures = sum(pool.map(work, missing))
+    if failures:
+        raise ValueError(f"{failures} runs failed; the same command makes them again")
+
+
+# --- tables and curves ---------------------------------------------------------------------------------------
 
 
 def kind(line, merge=False):
@@ -131,19 +147,23 @@ def mean_and_spread(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def cell(lines, which):
+def cell(lines):
     """Mean and standard deviation over seeds of a task's first metric, in percent; then the number of seeds."""
     metric = TASKS[lines[0]["task"]].metrics[0]
-    values = [100 * (line["best"]["dev"] if which == "best" else line["final"])[metric] for line in lines]
-    mean, spread = mean_and_spread(values)
-    return f"{mean:.1f} ± {spread:.1f} ({len(values)})" if len(values) > 1 else f"{mean:.1f} (1)"
+    mean, spread = mean_and_spread([100 * line["final"][metric] for line in lines])
+    return f"{mean:.1f} ± {spread:.1f} ({len(lines)})" if len(lines) > 1 else f"{mean:.1f} (1)"
 
 
 def stored(lines):
     """Mean size of what is kept for a task: numbers of weights that trained, bits of a mask."""
-    numbers, bits = (statistics.mean(line[key] for line in lines) for key in ("stored_numbers", "stored_bits"))
-    count = f"{numbers:,.0f}" if numbers < 1e5 else f"{numbers / 1e6:.1f} M"
-    return " + ".join([f"{count} numbers"] * (numbers > 0) + [f"{bits / 1e6:.1f} Mbit"] * (bits > 0))
+    numbers = statistics.mean(line["stored_numbers"] for line in lines)
+    bits = statistics.mean(line["stored_bits"] for line in lines)
+    parts = []
+    if numbers:
+        parts.append(f"{numbers:,.0f} numbers" if numbers < 1e5 else f"{numbers / 1e6:.1f} M numbers")
+    if bits:
+        parts.append(f"{bits / 1e6:.1f} Mbit")
+    return " + ".join(parts)
 
 
 def reached(lines):
@@ -153,13 +173,7 @@ def reached(lines):
 
 
 def curves(lines):
-    """-> {"task, method": [(sparsity, mean, standard deviation)]} of the first metric at the end, by sparsity.
-
-    Raises ValueError when they have several tasks, or settings of a method at a sparsity: they are no curves.
-    """
-    tasks, settings = {line["task"] for line in lines}, {kind(line) for line in lines}
-    if len(tasks) > 1 or len(settings) > len({(line["method"], line["sparsity"]) for line in lines}):
-        raise ValueError("plot is for lists of one task and one setting of each method at a sparsity, as `curve` is")
+    """-> {"task, method": [(sparsity, mean, standard deviation)]} of the first metric at the end, by sparsity."""
     found = {}
     for line in sorted(lines, key=lambda line: line["sparsity"]):
         at = found.setdefault(f"{line['task']}, {line['method']}", {})
@@ -167,41 +181,35 @@ def curves(lines):
     return {name: [(sparsity, *mean_and_spread(v)) for sparsity, v in at.items()] for name, at in found.items()}
 
 
-def table(lines, which="final", merge=False):
+def table(lines, merge=False):
     """Markdown: a row for every method with its flags, by sparsity; a column for every task, then what a run costs.
 
-    which: "best" for the best evaluation on dev in place of the last; merge: see kind.
+    merge: see kind.
     """
-    kinds = sorted({(line["sparsity"], kind(line, merge)) for line in lines})
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
     names = [f"{task}, {TASKS[task].metrics[0]} (seeds)" for task in tasks]
     rows = [["method", *names, "stored a task", "density reached", "minutes"]]
     rows.append(["---"] * len(rows[0]))
-    for _, wanted in kinds:
+    for _, wanted in sorted({(line["sparsity"], kind(line, merge)) for line in lines}):
         mine = [line for line in lines if kind(line, merge) == wanted]
         of_tasks = [[line for line in mine if line["task"] == task] for task in tasks]
-        costs = [stored(mine), reached(mine), f"{statistics.mean(line['seconds'] for line in mine) / 60:.1f}"]
-        rows.append([wanted, *(cell(some, which) if some else "" for some in of_tasks), *costs])
+        minutes = statistics.mean(line["seconds"] for line in mine) / 60
+        cells = [cell(some) if some else "" for some in of_tasks]
+        rows.append([wanted, *cells, stored(mine), reached(mine), f"{minutes:.1f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def main(argv=None):
     parser = Parser(prog="python -m tools.experiments", description="Make the missing runs of a list, or show a list.")
     parser.add_argument("do", choices=("run", "table", "plot"), help="plot: the metric over sparsity, into LIST.png")
-    sizes = ", ".join(f"{name} ({len(commands(name))} runs)" for name in LISTS)
-    parser.add_argument("list", choices=LISTS, help=sizes)
-    folder = ROOT / "results"
-    parser.add_argument("--results", type=Path, default=folder, metavar="FOLDER", help=f"of {RUNS} (results)")
+    parser.add_argument("list", choices=(*LISTS, "tuning", "abandoned"))
+    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER", help=f"of {RUNS} (results)")
     parser.add_argument("--at-once", type=count, default=1, help="runs at a time, on all GPUs (1)")
     parser.add_argument("--seconds", type=float, default=1e6, help="stop after so long; finished runs are kept")
-    parser.add_argument("--best", action="store_true", help="table: the best evaluation on dev in place of the last")
     parser.add_argument("--data-dir", metavar="FOLDER", help="run: as in train.py")
     parser.add_argument("--model", metavar="FOLDER", help="run: where minilm stands on this machine")
     args = parser.parse_args(argv)
-    if args.best and args.do != "table":
-        parser.error("--best is for table")
-    flags = {"--data-dir": args.data_dir, "--model": args.model}
-    machine = [f"{flag}={value}" for flag, value in flags.items() if value]
+    machine = words({"data_dir": args.data_dir, "model": args.model})
     with one_line_errors():
         if args.do == "run":
             make_missing(args.list, args.results, args.at_once, args.seconds, machine)
@@ -209,15 +217,16 @@ def main(argv=None):
         wanted = set(commands(args.list))
         lines = [line for line in read_lines(args.results / RUNS) if line["command"] in wanted]
         if not lines:
-            elsewhere = f" --results {args.results}" * (args.results != folder)
-            command = f"python -m tools.experiments run {args.list}{elsewhere}"
-            raise ValueError(f"{args.results / RUNS} has none; make them with: {command}")
+            command = f"python -m tools.experiments run {args.list} --results {args.results}"
+            raise ValueError(f"{args.results / RUNS} has none of these runs; make them with: {command}")
         if args.do == "plot":
+            if args.list != "curve":
+                raise ValueError("plot is for the list `curve`: one task, and one setting of each method at a sparsity")
             path = args.results / f"{args.list}.png"
             plot_curves(path, curves(lines), f"dev {TASKS[lines[0]['task']].metrics[0]}")
             print(path)
         else:
-            print(table(lines, "best" if args.best else "final", merge=args.list in ("main", "ablations")))
+            print(table(lines, merge=args.list in ("main", "ablations")))
 
 
 if __name__ == "__main__":

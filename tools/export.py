@@ -4,8 +4,7 @@ The removed weights are zeros in their places. Zeros alone make nothing smaller 
 other numbers. With --compact, heads and neurons that the mask cut off are taken out, and the rest computes the same;
 how fast that is, `python -m tools.bench --inference --model FOLDER` tells.
 
-    python -m tools.export RUN FOLDER
-    python -m tools.export RUN FOLDER --compact
+    python -m tools.export RUN FOLDER [--compact]
 """
 
 import copy
@@ -29,11 +28,9 @@ COPIED = "config.json tokenizer.json tokenizer_config.json special_tokens_map.js
 
 README = """# {task}, pruned to a density of {density:.4f}
 
-{model}{trained}{removed}{head}. Dev: {final}.
+{model}{changes}. Dev: {final}.
 
-The logit of a class is the logit of its label word, read at {where}:
-
-{words}
+The logit of a class is the logit of its label word, read at {where}: {words}.
 
 ```python
 import torch
@@ -51,66 +48,51 @@ def export(folder, run):
 
     Raises ValueError when the run has a head that other libraries lack, or lost heads or neurons.
     """
-    result, source, model, _, masks = run
-    if result["head"] != "words":
-        raise ValueError("--export: a fresh head has no place in an ordinary model folder; it stays in the run folder")
-    if any(getattr(model.config, name) for name in PER_LAYER):
+    if run.result["head"] != "words":
+        raise ValueError("a fresh head has no place in an ordinary model folder; it stays in the run folder")
+    if any(getattr(run.model.config, name) for name in PER_LAYER):
         raise ValueError("other libraries load no model that has lost heads or neurons; use the folder of the run")
-    with safe_open(source / "model.safetensors", "pt") as file:  # all tensors, under the names that they had
+    with safe_open(run.folder / "model.safetensors", "pt") as file:  # all tensors, under the names that they had
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         header = file.metadata()
     for name, tensor in tensors.items():
-        if canonical(name) in masks:
-            tensors[name] = tensor * masks[canonical(name)]
-    write_whole(folder / "README.md", describe(result, model, tensors).encode())
+        if canonical(name) in run.masks:
+            tensors[name] = tensor * run.masks[canonical(name)]
+    has_pooler = any("pooler." in name for name in tensors)
+    write_whole(folder / "README.md", describe(run.result, run.model, has_pooler).encode())
     for name in COPIED:
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        if (run.folder / name).exists():
+            shutil.copyfile(run.folder / name, folder / name)
     write_whole(folder / "model.safetensors", save(tensors, header))
     print(f"{folder}: an ordinary model folder; its README.md says how to use it")
 
 
-def describe(result, model, tensors):
+def describe(result, model, has_pooler):
     """The text of the exported folder's README."""
-    kind = "Roberta" if model.config.model_type == "roberta" else "Bert"
-    with_head = hasattr(model, "cls")
-    with_pooler = any("pooler." in name for name in tensors)
+    method = METHODS[result["method"]]
     ids = model.words.tolist()
     at = "" if model.every_token else "[:, 0]"
-    classes = zip(result["words"].items(), ids, strict=True)
-    method = METHODS[result["method"]]
-    no_head = "; it has no masked-LM head, so the first state times the word's embedding is the logit"
-    embedding = f"model.embeddings.word_embeddings.weight[{ids}]"
+    kind = "Roberta" if model.config.model_type == "roberta" else "Bert"
+    changes = f", its weights trained ({result['method']})" if method.trains_weights else ""
+    changes += f"; the weights that {result['method']} removed are zero" if method.masking else ""
+    code = {"loader": f"{kind}ForMaskedLM", "arguments": "", "output": f".logits{at}", "logits": f"hidden[..., {ids}]"}
+    if not hasattr(model, "cls"):
+        changes += "; it has no masked-LM head, so the first state times the word's embedding is the logit"
+        code = {"loader": f"{kind}Model", "arguments": "" if has_pooler else ", add_pooling_layer=False"}
+        code |= {"output": f".last_hidden_state{at}"}
+        code |= {"logits": f"hidden @ model.embeddings.word_embeddings.weight[{ids}].T"}
+    words = zip(result["words"].items(), ids, strict=True)
     return README.format(
-        **{key: result[key] for key in ("task", "density", "model")},
-        trained=f", its weights trained ({result['method']})" if method.trains_weights else "",
-        removed=f"; the weights that {result['method']} removed are zero" if method.masking else "",
-        head="" if with_head else no_head,
+        **{key: result[key] for key in ("task", "density", "model")} | code,
+        changes=changes,
         final=show(result["final"]),
         where="every token, for start and end of the answer" if model.every_token else "the first token",
-        words="\n".join(f"- {label}: {word!r}, id {i}" for (label, word), i in classes),
-        loader=f"{kind}ForMaskedLM" if with_head else f"{kind}Model",
-        arguments="" if with_head or with_pooler else ", add_pooling_layer=False",
+        words=", ".join(f"{word!r} (id {i}) for {label}" for (label, word), i in words),
         text='"a text", "its pair"' if len(TASKS[result["task"]].text) == 2 else '"a text"',
-        output=(".logits" if with_head else ".last_hidden_state") + at,
-        logits=f"hidden[..., {ids}]" if with_head else f"hidden @ {embedding}.T",
     )
 
 
 # --- compact -------------------------------------------------------------------------------------------------
-
-COMPACT = """# {task}, pruned to a density of {density:.4f}, without what is dead
-
-{model}; of the weights that {method} left, {removed}. These are gone, and the rest computes the same. Layers
-differ in size, so this needs the code that wrote it (commit {commit}): `python eval.py` and this folder's path, or
-
-```python
-from pathlib import Path
-from eval import load_run
-
-model = load_run(Path("this folder")).model.eval()
-```
-"""
 
 
 @torch.no_grad()
@@ -149,11 +131,10 @@ def export_compact(folder, run):
 
     Raises ValueError when the smaller model would compute something else.
     """
-    result, source, model, _, masks = run
-    model = copy.deepcopy(model).eval()  # its biases will change
+    model = copy.deepcopy(run.model).eval()  # its biases will change
     state = model.state_dict()
-    model.load_state_dict({name: state[name] * mask for name, mask in masks.items()}, strict=False)
-    ids = torch.randint(0, model.config.vocab_size, (32, min(64, result["length"])))
+    model.load_state_dict({name: state[name] * mask for name, mask in run.masks.items()}, strict=False)
+    ids = torch.randint(0, model.config.vocab_size, (32, min(64, run.result["length"])))
     probe = (ids, torch.zeros_like(ids), torch.ones_like(ids))
     logits = model(*probe)
     heads, neurons = fold_dead(model)
@@ -163,26 +144,26 @@ def export_compact(folder, run):
         raise ValueError(f"the smaller model would compute something else, by {difference:.1e}; nothing was written")
 
     all_heads, all_neurons = map(sum, zip(*model.config.layers, strict=True))
-    dead_heads = all_heads - sum(map(len, heads))
-    dead_neurons = all_neurons - sum(map(len, neurons))
-    removed = f"{dead_heads} of {all_heads} attention heads and {dead_neurons:,} of {all_neurons:,} neurons are dead"
-    write_compact(folder, source, result, smaller, removed)
+    dead = [all_heads - sum(map(len, heads)), all_neurons - sum(map(len, neurons))]
+    removed = f"{dead[0]} of {all_heads} attention heads and {dead[1]:,} of {all_neurons:,} neurons are dead"
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, smaller))
-    print(f"{folder}: {removed}" + ("" if dead_heads or dead_neurons else "; nothing is gained"))
-    print(f"parameters {before:,} -> {after:,}; logits differ by at most {difference:.1e}")
+    lines = [f"{folder}: {removed}" + ("" if any(dead) else "; nothing is gained")]
+    lines.append(f"parameters {before:,} -> {after:,}; logits differ by at most {difference:.1e}")
+    write_compact(folder, run, smaller, "\n".join(lines))
+    print("\n".join(lines))
 
 
-def write_compact(folder, source, result, model, removed):
-    """The files of a finished run whose weights are its own."""
+def write_compact(folder, run, model, said):
+    """The files of a finished run whose weights are its own, and that has no mask."""
     content = save({published(n, model.config.model_type): t.contiguous() for n, t in model.state_dict().items()})
-    result = {key: value for key, value in result.items() if key not in ("kept", "prunable", "densities")}
-    result |= {"sha256": {"model.safetensors": sha256(content)}, "config": str(model.config)}
-    text = COMPACT.format(**{"commit": "unknown"} | result | {"removed": removed})
-    result |= {"pruned_with": result["method"], "method": "finetune"}  # weights of its own, and no mask
-    write_whole(folder / "README.md", text.encode())
-    config = read_json(source / "config.json") | {name: getattr(model.config, name) for name in PER_LAYER}
+    result = {key: value for key, value in run.result.items() if key not in ("kept", "prunable", "densities")}
+    result |= {"pruned_with": result["method"], "method": "finetune", "config": str(model.config)}
+    result["sha256"] = {"model.safetensors": sha256(content)}
+    config = read_json(run.folder / "config.json") | {name: getattr(model.config, name) for name in PER_LAYER}
+    how = "Layers differ in size, so this folder needs the code that wrote it: it is a RUN for eval.py."
+    write_whole(folder / "README.md", f"{said}\n\n{how}\n".encode())
     write_whole(folder / "config.json", json_bytes(config))
-    shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
+    shutil.copyfile(run.folder / "tokenizer.json", folder / "tokenizer.json")
     write_whole(folder / "model.safetensors", content)
     write_whole(folder / "result.json", json_bytes(result))
 

@@ -1,6 +1,7 @@
-"""What is run for the comparisons: lists of runs, and what tuning found. tools.experiments makes and shows them.
+"""What is run for the comparisons, and what tuning found. tools.experiments makes and shows these lists of runs.
 
-A run is known by the arguments of train.py. What is compared follows tables 1 to 3 of Jiang et al., ACL 2023.
+A run is known by the arguments of train.py. What is compared follows tables 1 to 3 of Jiang et al., ACL 2023. Lists
+that only record what was tried, `tuning` and `abandoned`, are not made here: the lines of results/runs.jsonl name them.
 
     for arguments in LISTS["main"](): ...  # "--task=movies --model=minilm --method=finetune --steps=1196 --seed=0 ..."
 """
@@ -14,7 +15,7 @@ SEEDS = {"movies": 5, "rte": 5, "mrpc": 5, "cola": 5, "stsb": 5, "sst2": 3}
 SPARSITIES = (0.5, 0.9)
 COMPARED = ("magnitude", "movement", "soft-movement", "smp-l", "smp-s")
 
-# What the list `tuning` found, by method and sparsity; for SMP with the paper's schedule, cubic without a warm-up.
+# What tuning found, by method and sparsity; for SMP with the paper's schedule, cubic without a warm-up.
 MOVEMENT = {"weight_lr": 1e-4, "hold": 0.3, "schedule": "linear"}
 TUNED = {
     ("finetune", None): {"weight_lr": 1e-4},
@@ -92,20 +93,6 @@ def ablations():
         yield run(task, "movement", sparsity, seed, penalty=400, weight_lr=1e-4)
 
 
-def abandoned():
-    """What tuning chose before: movement without its late start or its schedule, lambdas of another task."""
-    for seed, (sparsity, penalty) in itertools.product(range(3), ((0.5, 25), (0.9, 100), (0.9, 400))):
-        yield run("sst2", "l0", sparsity, seed, penalty=penalty, weight_lr=1e-4)
-    everywhere = {0.5: [50], 0.9: [800]}  # lambdas of soft movement, without a warm-up
-    own = {("movies", 0.5): [400], ("movies", 0.9): [6400], ("sst2", 0.5): [200]}
-    for task, seeds in SEEDS.items():
-        for seed, sparsity in itertools.product(range(seeds), SPARSITIES):
-            yield run(task, "movement", sparsity, seed, lr=1e-3)
-            yield run(task, "movement", sparsity, seed, hold=0.3, weight_lr=1e-4)
-            for penalty in everywhere[sparsity] + own.get((task, sparsity), []):
-                yield run(task, "soft-movement", sparsity, seed, penalty=penalty, weight_lr=1e-4)
-
-
 def units():
     """P-pruning beside simpler choices of heads and neurons, SMP at the same share removed, and the dense model."""
     for task, seeds in (("movies", 3), ("mrpc", 3), ("sst2", 1), ("squad", 1)):
@@ -127,66 +114,4 @@ def curve():
                 yield run("movies", method, sparsity, seed, **flags)
 
 
-RATE = {"weight_lr": (1e-4,)}
-WARM = RATE | {"warmup": (0.1,)}
-RATES = {"weight_lr": (3e-5, 1e-4)}
-WARMUPS = {"weight_lr": (3e-5, 1e-4, 3e-4), "warmup": (0, 0.1)}
-STSB = {"lr": (1e-2,), "seed": (0, 3)}  # where SMP-S is weak
-OTHERS = "rte cola stsb sst2"
-# Of each method its own knobs: tasks, methods, sparsities, and values of flags, all with all.
-GRIDS = (
-    ("mrpc", "finetune", (None,), WARMUPS),
-    ("mrpc", "magnitude", SPARSITIES, WARMUPS),
-    ("mrpc", "magnitude movement", SPARSITIES, RATES | {"hold": (0.1, 0.3)}),
-    ("mrpc", "magnitude", SPARSITIES, RATE | {"hold": (0, 0.1, 0.3), "schedule": ("linear",)}),
-    ("mrpc", "movement", SPARSITIES, WARMUPS | {"lr": (1e-3, 1e-2)}),
-    ("mrpc", "movement", SPARSITIES, RATE | {"penalty": (50, 400)}),  # whether the regularizer is what it lacks
-    ("mrpc", "movement", SPARSITIES, RATE | {"steps": (4 * STEPS["mrpc"],)}),
-    ("movies", "movement", (0.5,), RATES | {"hold": (0, 0.3), "lr": (1e-3, 1e-2, 3e-2)}),
-    ("movies", "movement", (0.3, 0.7, 0.8, 0.95, 0.97), RATE | {"hold": (0.3,), "seed": (0, 1, 2)}),
-    ("mrpc movies", "movement", SPARSITIES, RATE | {"hold": (0.5,), "lr": (1e-2, 3e-2)}),
-    ("mrpc movies", "movement", SPARSITIES, RATE | {"hold": (0.1, 0.3), "schedule": ("linear",), "seed": (0, 1, 2)}),
-    ("mrpc", "soft-movement", SPARSITIES, RATES | {"penalty": (10, 50, 100, 400, 800, 1600)}),
-    ("movies", "soft-movement", (0.5,), RATE | {"penalty": (50, 200, 400, 800, 1600)}),
-    ("movies", "soft-movement", (0.9,), RATE | {"penalty": (800, 1600, 3200, 4800, 6400)}),
-    ("movies", "soft-movement", (0.5,), WARM | {"penalty": (200, 400, 800)}),
-    ("movies", "soft-movement", (0.5,), WARM | {"penalty": (400,), "seed": (1, 2, 3, 4)}),
-    ("movies", "soft-movement", (0.9,), WARM | {"penalty": (800, 1600, 3200, 6400)}),
-    (f"mrpc {OTHERS}", "soft-movement", (0.5,), WARM | {"penalty": (50, 100, 200, 400)}),
-    (f"mrpc {OTHERS}", "soft-movement", (0.9,), WARM | {"penalty": (400, 800, 1600, 3200)}),
-    ("mrpc cola stsb sst2", "soft-movement", (0.9,), WARM | {"penalty": (1200,)}),
-    (OTHERS, "soft-movement", (0.5,), RATE | {"penalty": (50, 100, 200, 400)}),
-    (OTHERS, "soft-movement", (0.9,), RATE | {"penalty": (800, 1200, 1600, 3200)}),
-    ("mrpc", "l0", (0.5,), RATE | {"penalty": (10,)}),
-    ("mrpc", "l0", SPARSITIES, RATE | {"penalty": (25, 50, 100, 400)}),
-    ("mrpc", "l0", (0.5,), RATE | {"lr": (3e-2, 1e-1), "penalty": (50, 200)}),
-    ("mrpc", "l0", (0.9,), RATE | {"lr": (3e-2, 1e-1), "penalty": (200, 800)}),
-    ("mrpc", "l0", (0.5,), WARM | {"penalty": (25, 50)}),
-    ("mrpc", "l0", (0.9,), WARM | {"penalty": (50, 100)}),
-    ("sst2", "l0", (0.5,), RATE | {"penalty": (25, 50, 100, 200)}),
-    ("sst2", "l0", (0.5,), WARM | {"penalty": (100,)}),
-    ("sst2", "l0", (0.9,), RATE | {"penalty": (100, 200, 400, 800, 1600)}),
-    ("sst2", "l0", (0.9,), WARM | {"penalty": (400, 800)}),
-    ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 2e-2, 4e-2), "penalty": (100, 400)}),
-    ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 4e-2), "schedule": ("linear",)}),
-    ("mrpc", "smp-s", SPARSITIES, {"lr": (1e-2, 4e-2), "warmup": (0.1,)}),
-    (f"movies {OTHERS}", "smp-s", (0.5,), {"lr": (1e-2, 2e-2)}),
-    (f"movies {OTHERS}", "smp-s", (0.9,), {"lr": (5e-3, 2e-2)}),
-    ("stsb", "smp-s", (0.9,), STSB | {"lr": (2e-2,)}),
-    ("stsb", "smp-s", (0.9,), STSB | {"penalty": (100, 200, 800)}),
-    ("stsb", "smp-s", (0.9,), STSB | {"ramp": (0.4, 0.8)}),
-    ("stsb", "smp-s", (0.9,), STSB | {"hold": (0.1,)}),
-    ("stsb", "smp-s", (0.9,), STSB | {"warmup": (0.1,)}),
-    ("stsb", "smp-s", (0.9,), STSB | {"temperature": (4,)}),
-)
-
-
-def tuning():
-    """What TUNED and BY_TASK were chosen from, with seed 0 if no other is named."""
-    for tasks, methods, sparsities, grid in GRIDS:
-        for task, method, sparsity in itertools.product(tasks.split(), methods.split(), sparsities):
-            for values in itertools.product(*grid.values()):
-                yield run(task, method, sparsity, **dict(zip(grid, values, strict=True)))
-
-
-LISTS = {make.__name__: make for make in (main, ablations, units, curve, tuning, abandoned)}
+LISTS = {make.__name__: make for make in (main, ablations, units, curve)}

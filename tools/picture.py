@@ -91,17 +91,8 @@ def plot_curves(path, curves, label):
     save(figure, path)
 
 
-def read_log(path):
-    """log.jsonl -> (loss lines, evaluation lines). Raises ValueError when it is not the log of a run."""
-    try:
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        return [line for line in lines if "loss" in line], [line for line in lines if "dev" in line]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not the log of a run: {error}") from None
-
-
-def plot_run(path, title, found, losses, evaluations):
-    """Draw densities() and the training curves of a log."""
+def plot_run(path, title, found, log):
+    """Draw densities() and the training curves of log.jsonl, a list of lines."""
     figure = figure_of(11, 4.2)
     left, right = figure.subplots(1, 2)
     table = np.array(list(found.values())).T  # [layers, groups]
@@ -114,9 +105,11 @@ def plot_run(path, title, found, losses, evaluations):
     figure.colorbar(image, ax=left)
     left.set_title(f"{title}: share of weights kept", fontsize=10)
 
+    losses = [line for line in log if "loss" in line]
     steps = [line["step"] for line in losses]
     right.plot(steps, [line["density"] for line in losses], label="density")
     right.plot(steps, [line["loss"] for line in losses], label="training loss", lw=0.8)
+    evaluations = [line for line in log if "dev" in line]
     for metric in evaluations[0]["dev"] if evaluations else ():
         points = [(line["step"], line["dev"][metric]) for line in evaluations]
         right.plot(*zip(*points, strict=True), "o-", label=f"dev {metric}")
@@ -146,10 +139,10 @@ def main(argv=None):
             print("\n".join(comparison(groups, masks, loaded[1].masks)))
         elif args.out:
             log = args.runs[0] / "log.jsonl"
-            losses, evaluations = read_log(log) if log.exists() else ([], [])
+            lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
             title = f"{result['task']}, {result['method']}, density {result['density']:.2f}"
-            plot_run(args.out, title, densities(groups, masks), losses, evaluations)
-            print(f"{args.out}: the mask{' and the training curves' if losses else ''}")
+            plot_run(args.out, title, densities(groups, masks), lines)
+            print(f"{args.out}: the mask{' and the training curves' if lines else ''}")
         else:
             print("\n".join(shaded_table("density", densities(groups, masks))))
             print("\n".join(head_map(head_densities(groups, masks, model.config.layers[0][0]))))
