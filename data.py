@@ -92,8 +92,8 @@ TASKS = {
 class Examples:
     """Tokenised rows of a file: token ids and segment ids as lists, labels, the longest input allowed."""
 
-    ids: list
-    types: list
+    ids: list  # of lists, without padding
+    types: list  # 0 for the first text, 1 for its pair
     labels: list
     limit: int
 
@@ -126,7 +126,7 @@ def load_tokenizer(folder, length):
     try:
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.enable_truncation(length, strategy="longest_first")
-        tokenizer.no_padding()
+        tokenizer.no_padding()  # published files carry settings of their own
         tokenizer.encode("a \u2603", "b")  # fails where no token stands for unknown characters, or between texts
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"{path} is not a valid tokenizer: {error}") from None
@@ -159,7 +159,7 @@ def read_rows(path, task, labelled=True):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
     rows = [line.removesuffix("\r").split("\t") for line in lines]
-    if rows[-1] == [""]:
+    if rows[-1] == [""]:  # behind the last newline
         rows.pop()
 
     columns = [*task.text, task.label] if labelled else [*(task.test_text or task.text)]
@@ -170,7 +170,7 @@ def read_rows(path, task, labelled=True):
         for name in columns:
             if name not in header:
                 raise ValueError(f"{path}:1: no column {name!r} in the header {header} (tabs separate columns)")
-        columns = [header.index(name) for name in columns]
+        columns = [header.index(name) for name in columns]  # by number from here on
         start = 1
         width = len(header)
 
@@ -180,7 +180,7 @@ def read_rows(path, task, labelled=True):
             if task.skip_broken and labelled:  # without labels, an answer must keep its number
                 continue
             raise ValueError(f"{path}:{number}: {len(row)} columns instead of {width}")
-        cells = [row[column] for column in columns]
+        cells = [row[column] for column in columns]  # the texts, then the label
         labels.append(read_label(task, cells.pop(), f"{path}:{number}") if labelled else 0)
         texts.append(tuple(cells))
     if not texts:
@@ -195,7 +195,7 @@ def read_label(task, cell, place):
             score = float(cell)
         except ValueError:
             score = -1.0
-        if not 0 <= score <= 5:
+        if not 0 <= score <= 5:  # nor is nan
             raise ValueError(f"{place}: {cell!r} is not a score from 0 to 5")
         return score
     if cell not in task.words:
@@ -205,7 +205,7 @@ def read_label(task, cell, place):
 
 def encode(texts, labels, tokenizer):
     """Tokenise texts (tuples of one sentence or a pair) once -> Examples."""
-    encoded = encode_texts(tokenizer, [text if len(text) == 2 else text[0] for text in texts])
+    encoded = encode_texts(tokenizer, [text if len(text) == 2 else text[0] for text in texts])  # a tuple is a pair
     limit = tokenizer.truncation["max_length"]
     return Examples([e.ids for e in encoded], [e.type_ids for e in encoded], labels, limit)
 
@@ -258,7 +258,7 @@ def collate(examples, rows, device="cpu", width=None):
         inputs[1, i, : lengths[i]] = examples.types[r]
         inputs[2, i, : lengths[i]] = 1
     labels = np.array([examples.labels[r] for r in rows])
-    labels = labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64)
+    labels = labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64)  # scores, or class numbers
     return tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in (inputs, labels))
 
 
@@ -279,12 +279,12 @@ def batch_rows(examples, size, rng=None):
     """
     n = len(examples)
     order = rng.permutation(n) if rng else np.arange(n)
-    pool = 50 * size if rng else n
+    pool = 50 * size if rng else n  # rows that are sorted together
     lengths = np.array([len(ids) for ids in examples.ids])
     pools = [order[i : i + pool] for i in range(0, n, pool)]
     order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in pools])
     batches = [order[i : i + size] for i in range(0, n, size)]
-    if rng:
+    if rng:  # or short texts would come first in every pool
         rng.shuffle(batches)
     return batches
 
@@ -302,7 +302,7 @@ def split_batch(rows, parts):
 
     A part without rows gets one with share 0, because a process without rows takes part in the step as well.
     """
-    split = np.array_split(parallel.share(rows), parts)
+    split = np.array_split(parallel.share(rows), parts)  # some may be empty
     return [(part, len(part) / len(rows)) if len(part) else (rows[:1], 0.0) for part in split]
 
 

@@ -34,7 +34,7 @@ def accuracy(predicted, true):
 
 def f1(predicted, true):
     """F1 of class 1; 0 when there is no true positive."""
-    hits = ((predicted == 1) & (true == 1)).sum()
+    hits = ((predicted == 1) & (true == 1)).sum()  # true positives
     return float(2 * hits / max((predicted == 1).sum() + (true == 1).sum(), 1))
 
 
@@ -48,7 +48,7 @@ def correlation(predicted, true):
 
 def ranks(values):
     """Ranks from 1; equal values share their mean rank."""
-    _, at, counts = np.unique(values, return_inverse=True, return_counts=True)
+    _, at, counts = np.unique(values, return_inverse=True, return_counts=True)  # at: place of each value among them
     return (counts.cumsum() - (counts - 1) / 2)[at]
 
 
@@ -68,7 +68,7 @@ def predict(model, weights, examples, device):
     `weights` {name: tensor} stand in for the model's own.
     """
     training = model.training
-    model.eval()
+    model.eval()  # no dropout
     batches = data.batch_rows(examples, EVAL_BATCH)
     outputs = []
     for rows in tqdm(parallel.share(batches), "evaluating", leave=False, delay=2, disable=parallel.rank() > 0):
@@ -78,7 +78,7 @@ def predict(model, weights, examples, device):
             logits = torch.nn.functional.pad(logits, (0, 0, 0, examples.limit - logits.shape[1]), value=-1e4)
         outputs.append(logits)
     model.train(training)
-    order = np.concatenate(batches).argsort()
+    order = np.concatenate(batches).argsort()  # batches are of like length, not in order
     return torch.cat(parallel.gather(outputs))[order]
 
 
@@ -145,13 +145,13 @@ def load_run(run, model_name=None):
     for what, found in identity(folder, model).items():
         if found != result[what] and not (own and what == "fingerprint"):
             raise ValueError(f"--model: the {what} of {folder} is not the one that {run} was trained with")
-    if METHODS[result["method"]].masking is None:
+    if METHODS[result["method"]].masking is None:  # the method decides whether there must be a mask, not the file
         return Loaded(result, folder, model, tokenizer, {})
 
     mask_file = run if run.is_file() else run / "mask.safetensors"
-    shapes = {name: tuple(w.shape) for weights in model.prunable().values() for name, w in weights.items()}
+    shapes = {name: w.shape for weights in model.prunable().values() for name, w in weights.items()}
     masks, head, described = load_masks(mask_file, shapes)
-    if described != result:
+    if described != result:  # the mask file is sealed, result.json is not
         raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
     expected = {n: p.shape for n, p in model.named_parameters() if n.startswith("classifier.") and not own}
     if expected != {name: tensor.shape for name, tensor in head.items()}:

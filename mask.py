@@ -29,7 +29,7 @@ def density_at(step, ramp, final, power=3):
     """
     if ramp == 0:
         return final
-    left = 1 - min(step / ramp, 1.0)
+    left = 1 - min(step / ramp, 1.0)  # share of the ramp that is still to come: 1 - t/N
     return final + (1 - final) * left**power
 
 
@@ -48,11 +48,11 @@ def kth_largest(scores, k):
         pairs = zip(scores.numpy(), place.tolist(), strict=True)
         values = torch.tensor([np.partition(row, i)[i].item() for row, i in pairs], dtype=scores.dtype)
     else:
-        values = scores.sort(dim=1).values.gather(1, place[:, None])[:, 0]
-    return values.masked_fill(k == 0, math.inf)
+        values = scores.sort(dim=1).values.gather(1, place[:, None])[:, 0]  # [L, n] -> [L, 1] -> [L]
+    return values.masked_fill(k == 0, math.inf)  # no score reaches infinity: nothing is kept
 
 
-SAMPLES = 1 << 16
+SAMPLES = 1 << 16  # of each row
 STRIDE = 32749  # a prime: its multiples modulo n lie evenly over rows and columns; every tenth score, say, does not
 
 
@@ -65,8 +65,8 @@ def about_kth_largest(scores, k):
     sizes = [s.shape[1] for s in scores]
     m = min(*sizes, SAMPLES)
     places = torch.arange(m, device=k.device) * STRIDE
-    samples = torch.stack([s[:, places % n] for s, n in zip(scores, sizes, strict=True)])
-    ordered = samples.sort(dim=2, descending=True).values  # [G, L, m]
+    samples = torch.stack([s[:, places % n] for s, n in zip(scores, sizes, strict=True)])  # [G, L, m]
+    ordered = samples.sort(dim=2, descending=True).values
     per_sample = torch.stack([torch.full_like(k[0], n / m, dtype=torch.float32) for n in sizes])  # scores a sample
 
     def value_at(rank):
@@ -75,7 +75,7 @@ def about_kth_largest(scores, k):
     rank = (k - 0.5) / per_sample  # of the k-th largest in the sample, from 0
     # Summed in float32, which holds whole numbers to 2^24: from bool to int64, torch would write eight bytes a score.
     counts = [(s >= value).sum(1, dtype=torch.float32) for s, value in zip(scores, value_at(rank), strict=True)]
-    rank = rank + (k - torch.stack(counts)) / per_sample
+    rank = rank + (k - torch.stack(counts)) / per_sample  # too few are above: further down by what is missing
     return value_at(rank)[:, :, 0].masked_fill(k == 0, math.inf)
 
 
@@ -96,11 +96,11 @@ def highest(scores, k, exact):
     for (group, shaped), s, threshold, row in zip(scores.items(), flat, thresholds, k, strict=True):
         mask = s >= threshold[:, None]
         if exact:
-            above = s > threshold[:, None]
-            ties = mask & ~above
-            room = row[:, None] - above.sum(1, keepdim=True)
+            above = s > threshold[:, None]  # these stay in any case
+            ties = mask & ~above  # of these, only the first few
+            room = row[:, None] - above.sum(1, keepdim=True)  # [L, 1]
             mask = above | (ties & (ties.cumsum(1) <= room))
-        masks[group] = mask.view_as(shaped)
+        masks[group] = mask.view_as(shaped)  # [L, out * in] -> [L, out, in]
     return masks
 
 
@@ -118,9 +118,9 @@ class MeanSigmoid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (s,) = ctx.saved_tensors
+        (s,) = ctx.saved_tensors  # grad: [L]
         grad = (grad / s[0].numel())[:, None, None].expand_as(s)  # torch's own mean would write this out
-        return torch.ops.aten.sigmoid_backward(grad, s)
+        return torch.ops.aten.sigmoid_backward(grad, s)  # grad * s * (1 - s)
 
 
 def mean_sigmoid(scores, temperature=1.0):
@@ -138,9 +138,9 @@ def proportional_densities(importance, density):
     layers = importance.shape[1]
     ordered = importance.sort(dim=1, descending=True).values
     others = ordered.flip(1).cumsum(1).flip(1)  # at j: importance of the layers that are not among the j largest
-    full = torch.arange(layers, device=importance.device, dtype=importance.dtype)
-    scale = (density * layers - full) / others
-    overflowing = (scale * ordered > 1).sum(1, keepdim=True).clamp(max=layers - 1)
+    full = torch.arange(layers, device=importance.device, dtype=importance.dtype)  # j
+    scale = (density * layers - full) / others  # [G, L]: density per importance, if j layers are full
+    overflowing = (scale * ordered > 1).sum(1, keepdim=True).clamp(max=layers - 1)  # the smallest j that does
     return (scale.gather(1, overflowing) * importance).clamp(max=1.0)
 
 
@@ -152,7 +152,7 @@ def whole_counts(densities, n):
 
     Each is rounded down, and the weights still missing go to the largest fractions.
     """
-    wanted = densities * n
+    wanted = densities * n  # [L], with fractions
     counts = wanted.floor()
     missing = int((wanted.sum() + ROUNDING).floor() - counts.sum())
     counts[(wanted - counts).argsort(descending=True, stable=True)[:missing]] += 1
@@ -170,7 +170,7 @@ def smp_l(scores, importance, density, exact):
 
 def smp_s(scores, importance, density, exact):
     """SMP-S: each group keeps the share v, its layers in proportion to their importance [G, L], R(S / p) (eq. 4)."""
-    sizes = [s[0].numel() for s in scores.values()]
+    sizes = [s[0].numel() for s in scores.values()]  # of one matrix of each group
     if exact:  # on the CPU in float64: in float32 the counts of a large matrix are off by one
         densities = proportional_densities(importance.cpu().double(), density)
         counts = torch.stack([whole_counts(d, n) for d, n in zip(densities, sizes, strict=True)])
@@ -185,8 +185,8 @@ def smp_g(scores, importance, density, exact):
     """SMP-G: the int(v * n) highest scores of all matrices together; some may lose nearly everything."""
     every = torch.cat([s.detach().flatten() for s in scores.values()])[None]  # [1, all]
     count = torch.as_tensor(density * every.numel() + ROUNDING, device=every.device).long().view(1, 1)
-    mask = highest({"every": every}, count, exact)["every"][0]
-    parts = mask.split([s.numel() for s in scores.values()])
+    mask = highest({"every": every}, count, exact)["every"][0]  # [all], as if it were one matrix
+    parts = mask.split([s.numel() for s in scores.values()])  # and back to the groups
     return {group: part.view_as(s) for (group, s), part in zip(scores.items(), parts, strict=True)}
 
 
@@ -211,10 +211,10 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (weight,) = ctx.saved_tensors
+        (weight,) = ctx.saved_tensors  # grad: dL/dW' [L, out, in]
         for_scores = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-        torch.mul(grad, weight, out=for_scores)
-        return None, for_scores, None
+        torch.mul(grad, weight, out=for_scores)  # in float32 at once: no copy in 16 bits
+        return None, for_scores, None  # W is frozen, M has no gradient
 
 
 def parameters(stacks):
@@ -233,7 +233,7 @@ class Masks(nn.Module):
     def __init__(self, groups, method, density, dtype=None, temperature=None):
         super().__init__()
         self.method = method
-        self.names = {group: list(weights) for group, weights in groups.items()}
+        self.names = {group: list(weights) for group, weights in groups.items()}  # in the order of the layers
         # p = 4 evens the layers out while most weights stay (reference code; not in the paper).
         self.temperature = temperature or (4.0 if density >= 0.7 else 1.0)
         # The matrices of a group are one tensor [L, out, in]: masking them all is then one operation.
@@ -257,11 +257,11 @@ class Masks(nn.Module):
         """
         scores = self.scores
         means = mean_sigmoid(scores)  # [G, L]
-        with torch.no_grad():
+        with torch.no_grad():  # which weights stay is not differentiable
             importance = means if self.temperature == 1 else mean_sigmoid(scores, self.temperature)
             masks = self.method.masking(scores, importance, density, exact=False)
         masked = {}
-        for group, weight in self.weights.items():
+        for group, weight in self.weights.items():  # six operations, not one for each of the matrices
             masked[group] = self.method.rule.apply(weight.to(self.dtype), scores[group], masks[group])
         return self.by_name(masked), means.mean()
 
@@ -279,7 +279,6 @@ class Masks(nn.Module):
 
 
 # --- the methods ---------------------------------------------------------------------------------------------
-
 
 SHARES = {"sparsity": 0.5, "hold": 0.0, "ramp": None, "schedule": None}  # None: the task, or the model, decides
 SCORES = {"lr": 2e-2, "penalty": 400.0}
@@ -301,9 +300,9 @@ class Method:
 
 
 METHODS = {
-    "smp-s": Method(smp_s, flags=SHARES | SCORES | {"temperature": None}),
-    "smp-l": Method(smp_l),
-    "smp-g": Method(smp_g),
-    "smp-t": Method(threshold),
+    "smp-s": Method(smp_s, flags=SHARES | SCORES | {"temperature": None}),  # S: the paper's best
+    "smp-l": Method(smp_l),  # L: local, the same share of each matrix
+    "smp-g": Method(smp_g),  # G: global
+    "smp-t": Method(threshold),  # T: does not end where it was asked to
     "finetune": Method(None, flags={"weight_lr": 3e-5}),  # the dense reference point
 }

@@ -87,8 +87,8 @@ class Embeddings(nn.Module):
         self.first = c.first_position
 
     def forward(self, input_ids, token_type_ids):
-        positions = self.position_embeddings.weight[self.first : self.first + input_ids.shape[1]]
-        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids) + positions
+        positions = self.position_embeddings.weight[self.first : self.first + input_ids.shape[1]]  # [S, H]
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids) + positions  # [B, S, H]
         return self.dropout(self.LayerNorm(x))
 
 
@@ -109,12 +109,12 @@ class SelfAttention(nn.Module):
         def split(rows):  # [B * S, heads * D] -> [B, heads, S, D]
             return rows.view(len(attend), -1, self.heads, self.size).transpose(1, 2)
 
-        q = split(self.query(x))
+        q = split(self.query(x))  # of x alone, which in the last layer are fewer tokens
         k = split(self.key(context))
         v = split(self.value(context))
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
-        return mixed.transpose(1, 2).reshape(len(x), -1)  # [B, heads, S, D] -> [B * S, heads * D]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)  # [B, heads, S, D]
+        return mixed.transpose(1, 2).reshape(len(x), -1)  # -> [B, S, heads, D] -> [B * S, heads * D]
 
 
 class AddNorm(nn.Module):
@@ -127,7 +127,7 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
 
     def forward(self, x, residual):
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)  # BERT normalises behind the residual
 
 
 class Layer(nn.Module):
@@ -140,7 +140,7 @@ class Layer(nn.Module):
     def forward(self, x, context, attend):
         """New states of the tokens x [B * R, H], which attend to all tokens of context [B * S, H]."""
         x = self.attention["output"](self.attention["self"](x, context, attend), x)
-        return self.output(F.gelu(self.intermediate["dense"](x)), x)
+        return self.output(F.gelu(self.intermediate["dense"](x)), x)  # [B * R, H] -> [B * R, neurons] -> [B * R, H]
 
 
 class Encoder(nn.Module):
@@ -161,7 +161,7 @@ class Encoder(nn.Module):
         *layers, last = self.encoder["layer"]
         for layer in layers:
             x = layer(x, x, attend)
-        read = x.view(batch, width, -1)[:, :tokens].flatten(0, 1)
+        read = x.view(batch, width, -1)[:, :tokens].flatten(0, 1)  # [B * S, H] -> [B * tokens, H]
         read = last(read, x, attend)  # nobody reads the other tokens: a seventh of MiniLM's work saved
         return read.view(batch, -1, x.shape[1])
 
@@ -177,7 +177,7 @@ class Bert(nn.Module):
         super().__init__()
         self.config = config
         self.every_token = every_token
-        self.register_buffer("words", torch.tensor(words, device="cpu"), persistent=False)
+        self.register_buffer("words", torch.tensor(words, device="cpu"), persistent=False)  # in no checkpoint
         self.bert = Encoder(config)
         if "cls" in parts:  # the decoder is the word embedding, so only its bias is stored here
             predictions = nn.Module()
@@ -210,18 +210,18 @@ class Bert(nn.Module):
             logits = self.word_logits(hidden, self.words)
         else:
             if hasattr(self.bert, "pooler"):
-                hidden = torch.tanh(self.bert.pooler["dense"](hidden))
+                hidden = torch.tanh(self.bert.pooler["dense"](hidden))  # pretrained, to tell pairs of sentences
             logits = self.classifier(F.dropout(hidden, self.config.hidden_dropout_prob, self.training))
         if not self.every_token:
-            return logits[:, 0]
-        return logits.masked_fill(attention_mask[:, :, None] == 0, -1e4)
+            return logits[:, 0]  # [B, 1, C] -> [B, C]: those of [CLS]
+        return logits.masked_fill(attention_mask[:, :, None] == 0, -1e4)  # padding is no answer
 
     def word_logits(self, hidden, words=slice(None)):
         """Hidden states [..., H] -> logits of the given words (default: the whole vocabulary) [..., words].
 
         With a masked-LM head: dense, GELU, LayerNorm, tied decoder row, bias row. Without: h . e_word.
         """
-        rows = self.bert.embeddings.word_embeddings.weight[words]
+        rows = self.bert.embeddings.word_embeddings.weight[words]  # [words, H]
         if not hasattr(self, "cls"):
             return F.linear(hidden, rows)
         head = self.cls["predictions"]
@@ -341,7 +341,7 @@ def load_model(folder, words, head="words", every_token=False, fresh=True):
     config = load_config(folder)
     tensors = {name: t for name, t in read_weights(path).items() if not name.startswith(UNUSED[head])}
     if head == "classifier" and fresh:
-        tensors["classifier.weight"] = 0.02 * torch.randn(len(words), config.hidden_size)
+        tensors["classifier.weight"] = 0.02 * torch.randn(len(words), config.hidden_size)  # as BERT's authors do
         tensors["classifier.bias"] = torch.zeros(len(words))
     try:
         return Bert.of(config, words, tensors, head, every_token)

@@ -112,9 +112,9 @@ class Learner(nn.Module):
         for name, weight in model.named_parameters():
             if name not in masked and (method.trains_weights or name.startswith("classifier.")):
                 trained[name] = weight.detach().float().clone()
-        self.names = list(trained)
+        self.names = list(trained)  # a ParameterDict takes no names with dots
         self.weights = nn.ParameterList(trained.values())
-        model.to(dtype)
+        model.to(dtype)  # in place, and after the copies were taken
         if self.masks and not method.trains_weights:  # the stacked weights are held once
             model.load_state_dict(self.masks.by_name(self.masks.weights), strict=False, assign=True)
 
@@ -126,7 +126,7 @@ class Learner(nn.Module):
     def forward(self, density):
         """-> the weights of one step {name: tensor in dtype}, and the regularizer."""
         weights = {name: weight.to(self.dtype) for name, weight in self.trained.items()}
-        if self.masks is None:
+        if self.masks is None:  # dense fine-tuning: nothing is masked, nothing regularized
             return weights, torch.zeros((), device=density.device)
         masked, regularizer = self.masks(density)
         return masked | weights, regularizer
@@ -157,8 +157,8 @@ def task_loss(logits, labels, taught=None, temperature=2.0):
         return loss
     student = F.log_softmax(logits / temperature, dim=1)
     teacher = F.log_softmax(taught / temperature, dim=1)
-    kl = F.kl_div(student, teacher, reduction="sum", log_target=True) / labels.numel()
-    return 0.5 * loss + 0.5 * temperature**2 * kl
+    kl = F.kl_div(student, teacher, reduction="sum", log_target=True) / labels.numel()  # KL(teacher || student)
+    return 0.5 * loss + 0.5 * temperature**2 * kl  # tau^2 keeps the size of the gradients
 
 
 def make_forward_backward(model, learner, teacher=None):
@@ -167,7 +167,7 @@ def make_forward_backward(model, learner, teacher=None):
     def forward_backward(inputs, labels, share, density, penalty):
         """Add the gradients of a data.Part -> [2]: loss on the task, regularizer. density, penalty: 0-dim tensors."""
         weights, regularizer = learner(density)  # W' = W * M(S)
-        logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
+        logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()  # [B, C]
         with torch.no_grad():
             taught = teacher(*inputs).float() if teacher else None
         loss = task_loss(logits, labels, taught)
@@ -180,11 +180,11 @@ def make_forward_backward(model, learner, teacher=None):
 def train_step(forward_backward, optimizer, parts, density, penalty):
     """One step on the parts of a batch, see data.training_batches -> [2]: loss on the task and regularizer."""
     losses = 0.0
-    for part in parts:
+    for part in parts:  # gradients add up
         losses = losses + part.share * forward_backward(part.inputs, part.labels, part.share, density, penalty)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parallel.add_up([p.grad for p in parameters])
-    nn.utils.clip_grad_norm_(parameters, 1.0)
+    parallel.add_up([p.grad for p in parameters])  # over the processes; shares are of the whole batch
+    nn.utils.clip_grad_norm_(parameters, 1.0)  # of all together (reference code)
     optimizer.step()
     optimizer.zero_grad()
     return losses
@@ -225,10 +225,10 @@ def load_teacher(args, tokenizer):
 
 def make_schedule(args, kind, total, final):
     """[(density, penalty)] before each of the steps, and after the last."""
-    hold = round(args.hold * total)
+    hold = round(args.hold * total)  # in steps
     ramp = round(args.ramp * total)
     power = {"cubic": 3, "linear": 1}[kind]
-    densities = [density_at(max(t - hold, 0), ramp - hold, final, power) for t in range(total + 1)]
+    densities = [density_at(max(t - hold, 0), ramp - hold, final, power) for t in range(total + 1)]  # 1 until `hold`
     return [(density, penalty_at(t, total, args.penalty)) for t, density in enumerate(densities)]
 
 
@@ -239,7 +239,7 @@ def learn(args, run, model, learner, teacher, train, dev, schedule):
     """
     device = next(model.parameters()).device
     total = len(schedule) - 1
-    schedule_there = torch.tensor(schedule, device=device)
+    schedule_there = torch.tensor(schedule, device=device)  # [total + 1, 2]: no step waits for the host
     eval_steps = {math.ceil(total * i / args.evals) for i in range(1, args.evals + 1)}
     optimizer = learner.optimizer(args.lr, args.weight_lr)
     run.restore(learner, optimizer, total)  # does nothing for a new run
@@ -249,10 +249,10 @@ def learn(args, run, model, learner, teacher, train, dev, schedule):
         forward_backward = Recorded(forward_backward, learner.parameters())
     batches = data.training_batches(train, args.batch, total, args.seed, device, args.accumulate, first=run.step)
     bar = cli.progress(batches, f"{args.task} {args.method}", total, run.step)
-    recent = []
+    recent = []  # losses since the last log line, on the device
     for step, parts in enumerate(bar, run.step):
         set_rates(optimizer, step, total, round(args.warmup * total))
-        recent.append(train_step(forward_backward, optimizer, parts, *schedule_there[step]))
+        recent.append(train_step(forward_backward, optimizer, parts, *schedule_there[step]))  # mask, learn, clip, Adam
 
         # once in a while: log, evaluate under the exact masks, save
         done = step + 1
@@ -277,7 +277,7 @@ def finish(args, run, model, learner, folder, description):
 
     description: what it also holds. Raises ValueError when a frozen weight moved.
     """
-    density = 1 - args.sparsity
+    density = 1 - args.sparsity  # of all prunable weights
     final = run.evaluations[-1]
     # Best on dev counts from when the target density is reached; a denser model would have an easier task.
     on_target = [line for line in run.evaluations if line["density"] == final["density"]]
@@ -309,7 +309,7 @@ def finish(args, run, model, learner, folder, description):
         result["sha256"]["model.safetensors"] = sha256(content)
     else:
         check_frozen(args, model, learner, folder)
-        head = trained
+        head = trained  # a fresh classifier, or nothing
     if masks:
         files["mask.safetensors"] = pack_masks(masks, result, head)
     run.finish(files, result)
@@ -352,11 +352,11 @@ def main(argv=None):
     with cli.one_line_errors():
         run = interrupted_run(args.resume) if args.resume else Run(args.out, argv)
         args = parse_args(run.argv)
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # of a fresh classifier
         cli.set_up(args.deterministic, args.eager)
         device, dtype, why = cli.choose_device(args.device, args.dtype)
         parallel.start(device)
-        with parallel.first_process_first():
+        with parallel.first_process_first():  # only one downloads
             model, folder, teacher, train, dev = load_everything(args)
 
         # What the run depends on beside its flags. Of a resumed one, all this must be what it was.
@@ -369,7 +369,7 @@ def main(argv=None):
 
         method = METHODS[args.method]
         density = 1 - args.sparsity
-        if method.before:  # a smaller model
+        if method.before:  # whole heads and neurons may go before training
             model, facts = method.before(model, train, dev, args, device)
             description |= facts | {"config": str(model.config)}
             density = facts["density"]

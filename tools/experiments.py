@@ -77,22 +77,27 @@ def make_run(command, machine, seconds, gpu):
     return {"command": command} | {key: result[key] for key in KEPT if key in result}
 
 
+def gpus_for(at_once):
+    """-> (a Queue with a GPU for each run that there may be at a time, what results say of the machine)."""
+    numbers = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")
+    free = Queue()
+    for slot in range(at_once):
+        free.put(gpus[slot % len(gpus)])
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return free, {"gpu": name, "gpus": sum(map(bool, gpus)), "at_once": at_once}
+
+
 def make_missing(name, folder, at_once, seconds, machine):
     """Make the runs of a list that its file lacks, several at a time, until the time is over."""
     path = folder / RUNS
     deadline = time.time() + seconds
     done = {line["command"] for line in read_lines(path)}
     missing = [command for command in commands(name) if command not in done]
-    numbers = ",".join(map(str, range(torch.cuda.device_count())))
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")
-    where = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
-    where |= {"gpus": sum(map(bool, gpus)), "at_once": at_once}
-    anew = "" if missing else "; make them anew with --results FOLDER"
     made = len(commands(name)) - len(missing)
+    anew = "" if missing else "; make them anew with --results FOLDER"
     print(f"{made} runs of {name} are in {path}, {len(missing)} are missing{anew}", flush=True)
-    free = Queue()  # a GPU for each run that there may be at a time
-    for slot in range(at_once):
-        free.put(gpus[slot % len(gpus)])
+    free, where = gpus_for(at_once)
     lock = Lock()
 
     def work(command):
