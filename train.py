@@ -183,7 +183,9 @@ def train_step(forward_backward, optimizer, parts, density, penalty):
     for part in parts:  # gradients add up
         losses = losses + part.share * forward_backward(part.inputs, part.labels, part.share, density, penalty)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parallel.add_up([p.grad for p in parameters])  # over the processes; shares are of the whole batch
+    sums = parallel.add_up([p.grad for p in parameters])  # over the processes; shares are of the whole batch
+    for p, gradient in zip(parameters, sums, strict=True):
+        p.grad = gradient
     nn.utils.clip_grad_norm_(parameters, 1.0)  # of all together (reference code)
     optimizer.step()
     optimizer.zero_grad()

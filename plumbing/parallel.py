@@ -78,12 +78,18 @@ def gather(items):
 
 
 def add_up(tensors):
-    """Replace each tensor, in place, by its sum over the processes."""
+    """-> the sum of each tensor over the processes; the tensors themselves may become these sums."""
     if processes() == 1:
-        return
+        return tensors
+    if len(tensors) > 8:  # one exchange, for the price of a copy, costs less than two hundred
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
     pending = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
     for work in pending:
         work.wait()
+    return tensors
 
 
 def check_equal(tensors):

@@ -125,9 +125,8 @@ class Run:
 
         losses: tensors [2] of both, of this process's share. Raises FloatingPointError if they are not finite.
         """
-        losses = torch.stack(losses)
-        parallel.add_up([losses])
-        losses, regularizers = losses.T.tolist()
+        (sums,) = parallel.add_up([torch.stack(losses)])
+        losses, regularizers = sums.T.tolist()
         loss = sum(losses) / len(losses)
         if not math.isfinite(loss + penalty * regularizers[-1]):
             raise FloatingPointError(f"the loss is {loss} at step {step}: try a smaller --lr, or float32")

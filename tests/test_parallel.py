@@ -45,7 +45,7 @@ def learn(folder, glue, parts):
         density, penalty = torch.tensor([density_at(t, 9, 0.5), penalty_at(t, TOTAL)])
         losses = train_step(forward_backward, adam, batch, density, penalty)
     parallel.check_equal(dict(learner.named_parameters()))
-    parallel.add_up([losses])
+    (losses,) = parallel.add_up([losses])
     return learner.masks.choose(0.5), losses
 
 
