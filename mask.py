@@ -14,6 +14,7 @@ as the identity, so that scores learn. Equations and sections are those of Jiang
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -22,14 +23,16 @@ from torch import nn
 # --- schedules -----------------------------------------------------------------------------------------------
 
 
-def density_at(step, ramp, final, power=3):
-    """Share of weights kept at a step: from 1 down to `final` in `ramp` steps, then constant (section 3.2).
+def density_at(step, ramp, final, power=3, hold=0):
+    """Share of weights kept at a step: 1 before step `hold`, then down to `final` at step `ramp` (section 3.2).
 
     v_t = v + (1 - v)(1 - t/N)^power; the default power 3 is the cubic schedule, 1 is linear.
     """
-    if ramp == 0:
+    if step < hold:
+        return 1.0
+    if step >= ramp:
         return final
-    left = 1 - min(step / ramp, 1.0)  # share of the ramp that is still to come: 1 - t/N
+    left = 1 - (step - hold) / (ramp - hold)  # of the way from hold to ramp: 1 - t/N
     return final + (1 - final) * left**power
 
 
@@ -107,25 +110,13 @@ def highest(scores, k, exact):
 # --- how many to keep, and where: (scores, importance, density, exact) -> masks ------------------------------
 
 
-class MeanSigmoid(torch.autograd.Function):
-    """S [L, out, in] -> mean of sigmoid(S) over each matrix [L]: torch's own, with less memory traffic backward."""
-
-    @staticmethod
-    def forward(ctx, scores):
-        s = torch.sigmoid(scores)
-        ctx.save_for_backward(s)
-        return s.mean((1, 2))
-
-    @staticmethod
-    def backward(ctx, grad):
-        (s,) = ctx.saved_tensors  # grad: [L]
-        grad = (grad / s[0].numel())[:, None, None].expand_as(s)  # torch's own mean would write this out
-        return torch.ops.aten.sigmoid_backward(grad, s)  # grad * s * (1 - s)
-
-
 def mean_sigmoid(scores, temperature=1.0):
     """R(S / p): scores {group: [L, out, in]} -> mean of the sigmoid over each matrix [G, L]."""
-    return torch.stack([MeanSigmoid.apply(s if temperature == 1 else s / temperature) for s in scores.values()])
+    means = []
+    for s in scores.values():
+        s = torch.sigmoid(s if temperature == 1 else s / temperature)
+        means.append(s.sum((1, 2)) / s[0].numel())  # the gradient of torch's own mean would be written out in full
+    return torch.stack(means)
 
 
 def proportional_densities(importance, density):
@@ -136,6 +127,7 @@ def proportional_densities(importance, density):
     the others share density * L - j in proportion, and j is the smallest for which none of them overflows.
     """
     layers = importance.shape[1]
+    importance = importance.clamp(min=torch.finfo(importance.dtype).tiny)  # where all are 0, the layers share evenly
     ordered = importance.sort(dim=1, descending=True).values
     others = ordered.flip(1).cumsum(1).flip(1)  # at j: importance of the layers that are not among the j largest
     full = torch.arange(layers, device=importance.device, dtype=importance.dtype)  # j
@@ -144,17 +136,24 @@ def proportional_densities(importance, density):
     return (scale.gather(1, overflowing) * importance).clamp(max=1.0)
 
 
-ROUNDING = 1e-3  # 1 - 0.9 is 0.09999999999999998 in binary: 1000 weights at sparsity 0.9 still keep 100
+def count(density, n):
+    """How many of n weights a density keeps: int(v n), for v to twelve decimals.
+
+    So 1 - 0.9, which is 0.09999999999999998, keeps 100 of 1000. In training, density is a 0-dim tensor -> another.
+    """
+    if isinstance(density, torch.Tensor):  # on the device; in float32, and so off by one at times
+        return (density * n).long()
+    return math.floor(Fraction(f"{density:.12f}") * n)
 
 
-def whole_counts(densities, n):
-    """Densities [L] in float64 of matrices of n weights -> whole numbers [L]: their sum is the group's, rounded down.
+def whole_counts(densities, n, total):
+    """Densities [L] in float64 of matrices of n weights -> whole numbers [L] whose sum is `total`.
 
     Each is rounded down, and the weights still missing go to the largest fractions.
     """
     wanted = densities * n  # [L], with fractions
     counts = wanted.floor()
-    missing = int((wanted.sum() + ROUNDING).floor() - counts.sum())
+    missing = total - int(counts.sum())
     counts[(wanted - counts).argsort(descending=True, stable=True)[:missing]] += 1
     return counts.long()
 
@@ -164,8 +163,8 @@ def smp_l(scores, importance, density, exact):
 
     density: a number, or in training a 0-dim tensor. The importance is for SMP-S: all are called alike.
     """
-    counts = [torch.as_tensor(density * s[0].numel() + ROUNDING, device=s.device) for s in scores.values()]
-    return highest(scores, torch.stack(counts).long()[:, None].expand(importance.shape), exact)
+    counts = [torch.as_tensor(count(density, s[0].numel()), device=s.device) for s in scores.values()]
+    return highest(scores, torch.stack(counts)[:, None].expand(importance.shape), exact)  # [G] -> [G, L]
 
 
 def smp_s(scores, importance, density, exact):
@@ -173,8 +172,9 @@ def smp_s(scores, importance, density, exact):
     sizes = [s[0].numel() for s in scores.values()]  # of one matrix of each group
     if exact:  # on the CPU in float64: in float32 the counts of a large matrix are off by one
         densities = proportional_densities(importance.cpu().double(), density)
-        counts = torch.stack([whole_counts(d, n) for d, n in zip(densities, sizes, strict=True)])
-        return highest(scores, counts.to(importance.device), exact)
+        totals = [count(density, n * len(densities[0])) for n in sizes]
+        counts = [whole_counts(d, n, total) for d, n, total in zip(densities, sizes, totals, strict=True)]
+        return highest(scores, torch.stack(counts).to(importance.device), exact)
     densities = proportional_densities(importance, density)
     # The clamp: scores that are not finite end in the loop's error about the loss, not in an index out of range.
     counts = torch.stack([(d * n).long().clamp(0, n) for d, n in zip(densities, sizes, strict=True)])
@@ -184,8 +184,8 @@ def smp_s(scores, importance, density, exact):
 def smp_g(scores, importance, density, exact):
     """SMP-G: the int(v * n) highest scores of all matrices together; some may lose nearly everything."""
     every = torch.cat([s.detach().flatten() for s in scores.values()])[None]  # [1, all]
-    count = torch.as_tensor(density * every.numel() + ROUNDING, device=every.device).long().view(1, 1)
-    mask = highest({"every": every}, count, exact)["every"][0]  # [all], as if it were one matrix
+    k = torch.as_tensor(count(density, every.numel()), device=every.device).view(1, 1)
+    mask = highest({"every": every}, k, exact)["every"][0]  # [all], as if it were one matrix
     parts = mask.split([s.numel() for s in scores.values()])  # and back to the groups
     return {group: part.view_as(s) for (group, s), part in zip(scores.items(), parts, strict=True)}
 

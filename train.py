@@ -230,7 +230,7 @@ def make_schedule(args, kind, total, final):
     hold = round(args.hold * total)  # in steps
     ramp = round(args.ramp * total)
     power = {"cubic": 3, "linear": 1}[kind]
-    densities = [density_at(max(t - hold, 0), ramp - hold, final, power) for t in range(total + 1)]  # 1 until `hold`
+    densities = [density_at(t, ramp, final, power, hold) for t in range(total + 1)]
     return [(density, penalty_at(t, total, args.penalty)) for t, density in enumerate(densities)]
 
 

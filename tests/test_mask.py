@@ -42,6 +42,24 @@ def test_density_schedule_ends():
     assert density_at(5, 10, 0.5, power=1) == 0.75  # linear
 
 
+@pytest.mark.parametrize(
+    ("hold", "ramp", "densities"),
+    [
+        (0, 0, [0.2, 0.2, 0.2, 0.2, 0.2]),  # from the first step on
+        (2, 2, [1, 1, 0.2, 0.2, 0.2]),  # at once, but not before
+        (0, 4, [1, 0.8, 0.6, 0.4, 0.2]),
+        (2, 4, [1, 1, 1, 0.6, 0.2]),
+        (4, 4, [1, 1, 1, 1, 0.2]),  # for the last evaluation alone
+    ],
+)
+def test_nothing_is_removed_before_hold(hold, ramp, densities):
+    assert [density_at(t, ramp, 0.2, 1, hold) for t in range(5)] == pytest.approx(densities)
+
+
+def test_schedules_of_one_step():
+    assert [density_at(t, 1, 0.2, hold=h) for h in (0, 1) for t in (0, 1)] == [1, 0.2, 1, 0.2]
+
+
 def test_proportional_densities_hand_computed():
     share = torch.tensor([[0.3, 0.1, 0.6], [0.2, 0.2, 0.2]], dtype=torch.float64)
     # 0.5 * 3 * share, nothing overflows
@@ -63,9 +81,33 @@ def test_proportional_densities_keep_the_mean_and_the_order(density):
 
 def test_whole_counts_give_the_remainder_to_the_largest_fractions():
     d = torch.tensor([0.29, 0.57, 0.64], dtype=torch.float64)
-    assert whole_counts(d, 10).tolist() == [3, 6, 6]  # 2.9 5.7 6.4: sum 15
-    assert whole_counts(torch.full((2,), 1 - 0.9, dtype=torch.float64), 1000).tolist() == [100, 100]
-    assert whole_counts(torch.full((3,), 0.29995, dtype=torch.float64), 10).tolist() == [3, 3, 2]  # sum 8.9985
+    assert whole_counts(d, 10, 15).tolist() == [3, 6, 6]  # 2.9 5.7 6.4
+    assert whole_counts(torch.full((2,), 0.1, dtype=torch.float64), 1000, 200).tolist() == [100, 100]
+    assert whole_counts(torch.full((3,), 0.29995, dtype=torch.float64), 10, 8).tolist() == [3, 3, 2]
+
+
+@pytest.mark.parametrize("n", [3_266, 147_456, 589_824, 2_359_296, 10_616_832, 84_934_656])
+def test_counts_are_those_of_the_decimal_that_was_asked_for(n):
+    for thousandths in range(1, 1000):
+        exact = (1000 - thousandths) * n // 1000
+        assert mask.count(1 - thousandths / 1000, n) == exact
+        for v in (1 - thousandths / 1000, (1000 - thousandths) / 1000):  # what the reference code computes, where it is
+            assert int(v * n) in (exact, exact - 1)  # off, it is by what the product was rounded
+
+
+@pytest.mark.parametrize(("method", "sparsity"), [("smp-g", 0.1), ("smp-g", 0.9), ("smp-l", 0.7), ("smp-s", 0.3)])
+def test_more_weights_than_float32_can_count(method, sparsity):
+    scores = {"g": torch.randn(2, 2900, 2900, generator=torch.Generator().manual_seed(0))}
+    found = METHODS[method].masking(scores, mask.mean_sigmoid(scores), 1 - sparsity, exact=True)["g"]
+    assert int(found.sum()) == (10 - round(10 * sparsity)) * 16_820_000 // 10
+
+
+def test_a_group_whose_sigmoids_are_all_zero_shares_evenly():
+    masks = Masks(groups(4, 20, 50), METHODS["smp-s"], 0.5)
+    for s in masks.scores.values():
+        s.data.fill_(-200.0)
+    assert [int(m.sum()) for m in masks.choose(0.5).values()] == [500] * 8
+    masks(torch.tensor(0.5))
 
 
 def top_k(scores, k, exact):
