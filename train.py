@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import nn
 from torch.func import functional_call
 
@@ -25,6 +24,7 @@ from mask import METHODS, density_at, penalty_at
 from model import PER_LAYER, load_model, published
 from plumbing import cli, fetch, parallel
 from plumbing.adam import make_optimizer, set_rates
+from plumbing.checkpoints import pack_weights, tokenizer_config
 from plumbing.files import json_bytes, pack_masks, read_json, sha256
 from plumbing.graphs import Recorded
 from plumbing.run import Run, identity, interrupted_run
@@ -304,11 +304,12 @@ def finish(args, run, model, learner, folder, description):
         if masks:
             trained |= learner.masks.baked(density, torch.float32)
             result["stored_numbers"] += kept
-        content = save({published(n, model.config.model_type): w.detach().cpu() for n, w in trained.items()})
+        content = pack_weights({published(name, model.config.model_type): w for name, w in trained.items()})
+        result["sha256"]["model.safetensors"] = sha256(content)
         config = read_json(folder / "config.json") | {name: getattr(model.config, name) for name in PER_LAYER}
         files = {"model.safetensors": content, "config.json": json_bytes(config)}
         files["tokenizer.json"] = (folder / "tokenizer.json").read_bytes()
-        result["sha256"]["model.safetensors"] = sha256(content)
+        files["tokenizer_config.json"] = tokenizer_config(folder, model.config.longest_input)
     else:
         check_frozen(args, model, learner, folder)
         head = trained  # a fresh classifier, or nothing

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import CONFIG, bert_tensors
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_model import roberta_name
 
@@ -51,6 +52,26 @@ def test_the_exported_model_is_the_pruned_one(make_model, trained, tmp_path, nam
     assert {"bert": "BertForMaskedLM", "encoder": "BertModel", "roberta": "RobertaForMaskedLM"}[names] in readme
     assert "'great' (id 8) for 1" in readme
     assert (out / "config.json").read_bytes() == (model / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(("method", "way"), [("smp-s", []), ("finetune", []), ("smp-s", ["--compact"])])
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_other_libraries_take_the_tokenizer_as_it_is(make_model, trained, tmp_path, method, way, lowercase):
+    """Their class for BERT lowers the case, whatever tokenizer.json says; and old ones want a format in the header."""
+    model, out = make_model("m"), tmp_path / "out"
+    stored = json.loads((model / "tokenizer.json").read_text())
+    stored["normalizer"]["lowercase"] = lowercase
+    (model / "tokenizer.json").write_text(json.dumps(stored))
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    run = trained(model, "--method", method)
+    export.main([str(run), str(out), *way])
+    for folder in [out, run] if method == "finetune" else [out]:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["cls_token"] == "[CLS]"
+        assert config["model_max_length"] == 32 and "do_lower_case" not in config
+        assert (folder / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.parametrize("method", ["movement", "finetune"])

@@ -147,7 +147,7 @@ def test_every_method_reaches_its_density_and_can_be_evaluated(make_model, glue,
     files = {"log.jsonl", "mask.safetensors", "result.json"}
     before = load_file(model / "model.safetensors")
     if METHODS[method].trains_weights:
-        files |= {"model.safetensors", "config.json", "tokenizer.json"}
+        files |= {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
         after = load_file(out / "model.safetensors")
         groups = {n for n in before if n.endswith("weight") and ".layer." in n and "Norm" not in n}
         assert len(groups) == 12 and sum(int((after[n] != 0).sum()) for n in groups) <= result["kept"]

@@ -91,7 +91,7 @@ def load_masks(folder, result):
 def test_finetune_learns_and_stands_on_its_own(run, capsys, tmp_path):
     folder, result = run("--method", "finetune", "--weight-lr", 5e-3, "--seed", 1, steps=120)
     assert result["final"]["accuracy"] == 1.0 and result["density"] == 1.0
-    files = ["config.json", "log.jsonl", "model.safetensors", "result.json", "tokenizer.json"]
+    files = ["config.json", "log.jsonl", "model.safetensors", "result.json", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(p.name for p in folder.iterdir()) == files
     old, new = load_file(run.model / "model.safetensors"), load_file(folder / "model.safetensors")
     assert old.keys() == new.keys() and not any(old[n].equal(new[n]) for n in old if "query.weight" in n)

@@ -14,17 +14,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save
 
 from data import TASKS
 from eval import load_run
 from extras.pprune import shrink
 from mask import METHODS
 from model import PER_LAYER, canonical, published
+from plumbing.checkpoints import pack_weights, tokenizer_config
 from plumbing.cli import Parser, one_line_errors, show
 from plumbing.files import json_bytes, read_json, sha256, write_whole
-
-COPIED = "config.json tokenizer.json tokenizer_config.json special_tokens_map.json vocab.txt merges.txt".split()
 
 README = """# {task}, pruned to a density of {density:.4f}
 
@@ -54,16 +52,15 @@ def export(folder, run):
         raise ValueError("other libraries load no model that has lost heads or neurons; use the folder of the run")
     with safe_open(run.folder / "model.safetensors", "pt") as file:  # all tensors, under the names that they had
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        header = file.metadata()
     for name, tensor in tensors.items():
         if canonical(name) in run.masks:
             tensors[name] = tensor * run.masks[canonical(name)]
     has_pooler = any("pooler." in name for name in tensors)
     write_whole(folder / "README.md", describe(run.result, run.model, has_pooler).encode())
-    for name in COPIED:
-        if (run.folder / name).exists():
-            shutil.copyfile(run.folder / name, folder / name)
-    write_whole(folder / "model.safetensors", save(tensors, header))
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copyfile(run.folder / name, folder / name)
+    write_whole(folder / "tokenizer_config.json", tokenizer_config(folder, run.model.config.longest_input))
+    write_whole(folder / "model.safetensors", pack_weights(tensors))
     print(f"{folder}: an ordinary model folder; its README.md says how to use it")
 
 
@@ -155,7 +152,7 @@ def export_compact(folder, run):
 
 def write_compact(folder, run, model, said):
     """The files of a finished run whose weights are its own, and that has no mask."""
-    content = save({published(n, model.config.model_type): t.contiguous() for n, t in model.state_dict().items()})
+    content = pack_weights({published(name, model.config.model_type): t for name, t in model.state_dict().items()})
     result = {key: value for key, value in run.result.items() if key not in ("kept", "prunable", "densities")}
     result |= {"pruned_with": result["method"], "method": "finetune", "config": str(model.config)}
     result["sha256"] = {"model.safetensors": sha256(content)}
@@ -164,6 +161,7 @@ def write_compact(folder, run, model, said):
     write_whole(folder / "README.md", f"{said}\n\n{how}\n".encode())
     write_whole(folder / "config.json", json_bytes(config))
     shutil.copyfile(run.folder / "tokenizer.json", folder / "tokenizer.json")
+    write_whole(folder / "tokenizer_config.json", tokenizer_config(folder, model.config.longest_input))
     write_whole(folder / "model.safetensors", content)
     write_whole(folder / "result.json", json_bytes(result))
 
