@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from plumbing import fetch, parallel
+from plumbing.checkpoints import open_tokenizer
 from plumbing.files import sha256
 
 
@@ -47,7 +47,7 @@ class Task:
     test_text: tuple = ()  # columns of the text in the test files, where they have other names
     skip_broken: bool = False  # rows with the wrong number of columns
     ending: str = ".tsv"
-    fetch: Callable = fetch.fetch_glue  # (task): fill the cache with the files
+    fetch: Callable = fetch.fetch_glue  # (task, split): put the file of a split, or all, into the cache
 
     # what a task that is not classification or regression of [CLS] brings along
     every_token: bool = False  # the model reads every token
@@ -105,14 +105,14 @@ class Examples:
         return sha256(repr((self.ids, self.labels)).encode())
 
     def asked(self):
-        """Number of questions that the rows put: as many as there are."""
+        """How many questions the rows ask: one each."""
         return len(self)
 
-    def score(self, logits, metrics):
-        """Logits [N, C], {name: (predicted, true) -> number} -> {name: number}."""
+    def score(self, logits, names, metrics):
+        """Logits [N, C], names of metrics {name: (predicted, true) -> number} -> {name: number}."""
         predicted = decide(logits)
         true = np.array(self.labels)
-        return {name: metric(predicted, true) for name, metric in metrics.items()}
+        return {name: metrics[name](predicted, true) for name in names}
 
 
 def decide(logits):
@@ -121,15 +121,16 @@ def decide(logits):
 
 
 def load_tokenizer(folder, length):
-    """tokenizer.json of a model folder, set to cut at `length` tokens, the longer of a pair first, and not to pad."""
-    path = Path(folder) / "tokenizer.json"
+    """The tokenizer of a model folder, set to cut at `length` tokens, the longer of a pair first, and not to pad."""
+    tokenizer = open_tokenizer(folder)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
         tokenizer.enable_truncation(length, strategy="longest_first")
         tokenizer.no_padding()  # published files carry settings of their own
         tokenizer.encode("a \u2603", "b")  # fails where no token stands for unknown characters, or between texts
     except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"{path} is not a valid tokenizer: {error}") from None
+        raise ValueError(f"{folder}: its tokenizer.json is not valid: {error}") from None
+    if not tokenizer.encode("a").special_tokens_mask[0]:
+        raise ValueError(f"{folder}: its tokenizer.json puts no [CLS] before a text, and the answer is read there")
     return tokenizer
 
 
@@ -195,7 +196,7 @@ def read_label(task, cell, place):
             score = float(cell)
         except ValueError:
             score = -1.0
-        if not 0 <= score <= 5:  # nor is nan
+        if not 0 <= score <= 5:  # nan is not either
             raise ValueError(f"{place}: {cell!r} is not a score from 0 to 5")
         return score
     if cell not in task.words:
@@ -235,7 +236,7 @@ def load_split(name, split, data_dir, tokenizer):
     task = TASKS[name]
     path = split_path(name, split, data_dir)
     if not path.exists():
-        task.fetch(task)
+        task.fetch(task, split)
         if not path.exists():
             raise ValueError(f"there is no {path}, and the download did not hold it")
     if task.read:

@@ -17,10 +17,11 @@ import data
 import extras  # noqa: F401 (its methods and tasks; without the folder, delete this line)
 from data import TASKS
 from mask import METHODS
-from model import Bert, load_config, load_model
+from model import Bert, load_model, read_config
 from plumbing import fetch, parallel
+from plumbing.checkpoints import read_model
 from plumbing.cli import Parser, add_files, add_machine, choose_device, dtype_name, one_line_errors, shaded_table, show
-from plumbing.files import check_digest, load_masks, write_whole
+from plumbing.files import check_digest, load_masks, named, write_whole
 from plumbing.run import identity, read_description
 
 EVAL_BATCH = 64  # one size everywhere: another would round differently
@@ -65,9 +66,8 @@ METRICS = {"accuracy": accuracy, "f1": f1, "mcc": correlation, "pearson": correl
 def predict(model, weights, examples, device):
     """Logits [N, C] in the order of the examples, without dropout; of every token [N, S, C] if the model reads them.
 
-    `weights` {name: tensor} stand in for the model's own.
+    `weights` {name: tensor} stand in for the model's own. Leaves the model in training mode, as it is loaded.
     """
-    training = model.training
     model.eval()  # no dropout
     batches = data.batch_rows(examples, EVAL_BATCH)
     outputs = []
@@ -77,7 +77,7 @@ def predict(model, weights, examples, device):
         if model.every_token:  # [B, S, C]: to one S
             logits = torch.nn.functional.pad(logits, (0, 0, 0, examples.limit - logits.shape[1]), value=-1e4)
         outputs.append(logits)
-    model.train(training)
+    model.train()
     order = np.concatenate(batches).argsort()  # batches are of like length, not in order
     return torch.cat(parallel.gather(outputs))[order]
 
@@ -90,7 +90,7 @@ def evaluate(model, weights, sets, metrics, device):
     values = {}
     for name, examples in sets.items():
         logits = predict(model, weights, examples, device)
-        found = examples.score(logits, {metric: METRICS.get(metric) for metric in metrics})
+        found = examples.score(logits, metrics, METRICS)
         values |= {f"{metric} {name}" if values else metric: value for metric, value in found.items()}
     return values
 
@@ -107,19 +107,19 @@ class Loaded(NamedTuple):
 
 
 def load_backbone(folder, task, length, head, fresh=True):
-    """-> (Bert with the task's label words and this head, fresh or the folder's, tokenizer) of a model folder.
-
-    Raises ValueError when they do not fit each other, the task or the length.
-    """
-    config = load_config(folder)
-    if not 4 <= length <= config.longest_input:
-        raise ValueError(f"--length {length}: the model in {folder} takes 4 to {config.longest_input} tokens")
+    """-> (Bert with this head, fresh or the folder's; tokenizer). Raises ValueError that says what does not fit."""
+    stored, tensors = read_model(folder)
     tokenizer = data.load_tokenizer(folder, length)
-    one, pair = tokenizer.encode("a"), tokenizer.encode("a", "b")  # with what the tokenizer puts around texts
-    ids = [*tokenizer.get_vocab().values(), *one.ids, *pair.ids]
-    if max(ids) >= config.vocab_size or max(one.type_ids + pair.type_ids) >= config.type_vocab_size:
-        raise ValueError(f"{folder}: tokenizer.json has more words or segments than config.json allows")
-    return load_model(folder, data.label_word_ids(task, tokenizer), head, task.every_token, fresh), tokenizer
+    probe = tokenizer.encode(*"ab"[: len(task.text)])  # with what the tokenizer puts around texts
+    with named(folder):
+        config = read_config(stored)
+        if not 4 <= length <= config.longest_input:
+            raise ValueError(f"--length {length}: the model takes 4 to {config.longest_input} tokens")
+        ids = [*tokenizer.get_vocab().values(), *probe.ids]
+        if max(ids) >= config.vocab_size or max(probe.type_ids) >= config.type_vocab_size:
+            raise ValueError("tokenizer.json has more words or segments than config.json allows")
+        words = data.label_word_ids(task, tokenizer) if head == "words" else [0] * len(task.words)  # not read
+        return load_model(stored, tensors, words, head, task.every_token, fresh), tokenizer
 
 
 def read_result(run):
@@ -183,10 +183,8 @@ SUBMISSION = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}  # GLU
 def write_predictions(path, task, logits):
     """A test split's answers in the format of the GLUE server: index and label as in the training file, or score."""
     decided = data.decide(logits)
-    if len(task.words) == 1:
-        answers = [f"{score:.3f}" for score in decided.clip(0, 5)]
-    else:
-        answers = [list(task.words)[number] for number in decided]
+    names = list(task.words)
+    answers = [names[c] for c in decided] if len(names) > 1 else [f"{score:.3f}" for score in decided.clip(0, 5)]
     rows = "".join(f"{n}\t{answer}\n" for n, answer in enumerate(answers))
     write_whole(path, f"index\tprediction\n{rows}".encode())
     print(f"{path}: {len(answers)} predictions")
@@ -219,7 +217,7 @@ def look(run, args):
         texts = (args.text,) if args.pair is None else (args.text, args.pair)
         if len(texts) != len(task.text):
             raise ValueError(f"this task takes {'--text and --pair' if args.pair is None else '--text without --pair'}")
-        print("\n".join((task.say or classify)(task, texts, tokenizer, logits_of)))
+        print("\n".join([str(run)] * (len(args.runs) > 1) + (task.say or classify)(task, texts, tokenizer, logits_of)))
         return
 
     data_dir = args.data_dir or result["data_dir"]
@@ -236,7 +234,8 @@ def look(run, args):
             write_predictions(path, task, logits_of(examples))
         return
 
-    print(f"{run}: {result['task']}, {result['method']} on {device} in {dtype_name(dtype)} ({why})")
+    method = result.get("pruned_with", result["method"])
+    print(f"{run}: {result['task']}, {method} on {device} in {dtype_name(dtype)} ({why})")
     metrics = evaluate(model, weights, sets, task.metrics, device)
     if masks:
         print("\n".join(shaded_table("density", densities(model.prunable(), masks))))

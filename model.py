@@ -3,19 +3,15 @@
 The logit of a class is the logit of its label word, read at [CLS]. Nothing here prunes: `prunable()` names the weights
 that a mask may touch. Sources: Devlin et al. 2019 (arXiv 1810.04805), Liu et al. 2019 (arXiv 1907.11692).
 
-    model = load_model("a folder with config.json and model.safetensors", words=[2053, 2748])
+    model = load_model(*plumbing.checkpoints.read_model(folder), words=[2053, 2748])
     logits = model(input_ids, token_type_ids, attention_mask)  # [B, 2]
 """
 
-import json
 import warnings
 from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 # The six groups of prunable matrices, and where each stands inside a layer.
@@ -43,10 +39,8 @@ class Config:
     layer_norm_eps: float = 1e-12
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
-    hidden_act: str = "gelu"
-    position_embedding_type: str = "absolute"
-    model_type: str = "bert"
     pad_token_id: int = 0
+    model_type: str = "bert"
     # Of a model that lost whole heads and neurons, a number for each layer. Empty: the same in every layer.
     heads_per_layer: tuple = ()
     neurons_per_layer: tuple = ()
@@ -65,7 +59,7 @@ class Config:
     @property
     def first_position(self):
         """RoBERTa counts positions from behind its padding id; the rows before are not used."""
-        return self.pad_token_id + 1 if self.model_type == "roberta" else 0
+        return 0 if self.model_type == "bert" else self.pad_token_id + 1
 
     @property
     def longest_input(self):
@@ -88,6 +82,9 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids, token_type_ids):
         positions = self.position_embeddings.weight[self.first : self.first + input_ids.shape[1]]  # [S, H]
+        if self.first:  # RoBERTa: a padding token in a text has no place of its own; those behind it move up
+            real = input_ids != self.first - 1
+            positions = self.position_embeddings(real.cumsum(1) * real + self.first - 1)  # [B, S, H]
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids) + positions  # [B, S, H]
         return self.dropout(self.LayerNorm(x))
 
@@ -228,6 +225,11 @@ class Bert(nn.Module):
         hidden = head.transform.LayerNorm(F.gelu(head.transform.dense(hidden)))
         return F.linear(hidden, rows, head.bias[words])
 
+    def compile_layers(self):
+        """Let torch.compile fuse what a layer does, for all widths of batches at once."""
+        for layer in self.bert.encoder["layer"]:
+            layer.compile(dynamic=True)
+
     def prunable(self):
         """{group: {parameter name: weight [out, in]}}, six groups of one matrix a layer."""
         groups = {group: {} for group in GROUPS}
@@ -237,13 +239,15 @@ class Bert(nn.Module):
         return groups
 
 
-# --- loading, strictly: every tensor of a file is used once, or known to be unused ----------------------------
+# --- loading, strictly: every tensor of a checkpoint is used once, or known to be unused -----------------------
 
-SUPPORTED = {"hidden_act": ["gelu"], "position_embedding_type": ["absolute"], "model_type": ["bert", "roberta"]}
+# All families but the first are RoBERTa; with the padding id of each, for where config.json leaves it out.
+FAMILIES = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1}
+ONLY = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
 PER_LAYER = {"heads_per_layer": "num_attention_heads", "neurons_per_layer": "intermediate_size"}  # and its maximum
 
 # Tensors that checkpoints carry and that no model uses, or none with that head.
-NEVER_USED = ("cls.seq_relationship.", "bert.embeddings.position_ids")
+NEVER_USED = ("cls.seq_relationship.", "bert.qa_outputs.")
 UNUSED = {"words": ("bert.pooler.", "classifier."), "classifier": ("cls.",)}
 
 # Stored copies of tied tensors: name in the file -> the tensor that must hold the same numbers.
@@ -261,30 +265,34 @@ ROBERTA = {
 }
 
 
-def load_config(folder):
-    """Read FOLDER/config.json. Raises ValueError that names the key when it is no model we can compute."""
-    path = Path(folder) / "config.json"
-    try:
-        stored = json.loads(path.read_text("utf-8"))
-        values = {f.name: stored.get(f.name, None if f.default is MISSING else f.default) for f in fields(Config)}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}") from None
-    for field in fields(Config):
+def read_config(stored):
+    """config.json as a dict -> Config. Raises ValueError that names the key of a model that we cannot compute."""
+    family = stored.get("model_type", "bert")
+    if family not in list(FAMILIES):
+        raise ValueError(f"model_type is {family!r}; the models here are {', '.join(FAMILIES)}")
+    for name, value in ONLY.items():
+        if stored.get(name, value) != value:
+            raise ValueError(f"{name} is {stored[name]!r}, and only {value!r} can be computed here")
+    values = {"model_type": family, "pad_token_id": stored.get("pad_token_id", FAMILIES[family])}
+    for field in fields(Config)[:-3]:  # all numbers
         name = field.name
-        value = values[name]
-        if name in SUPPORTED:
-            fits = value in SUPPORTED[name]
-        elif name in PER_LAYER:
-            fits = isinstance(value, (list, tuple)) and len(value) in (0, values["num_hidden_layers"])
-            fits = fits and all(type(n) is int and 0 <= n <= values[PER_LAYER[name]] for n in value)
-        else:
-            highest = 1 if field.type is float else 1000 if name == "num_hidden_layers" else 1 << 24
-            fits = type(value) in (int, field.type) and (field.default is MISSING) <= value <= highest
-        if not fits:
-            raise ValueError(f"{path}: {name} is {value!r}, not {' or '.join(SUPPORTED.get(name, ['a valid number']))}")
+        value = values.setdefault(name, stored.get(name, field.default))
+        lowest = 1 if field.default is MISSING else 0
+        highest = 1 if field.type is float else 1000 if name == "num_hidden_layers" else 1 << 24
+        if value is MISSING:
+            raise ValueError(f"it lacks {name}")
+        if type(value) not in (int, field.type) or not lowest <= value <= highest:
+            raise ValueError(f"{name} is {value!r}, not a number from {lowest} to {highest}")
+    for name, highest in PER_LAYER.items():
+        counts = stored.get(name, [])
+        if not isinstance(counts, list) or len(counts) not in (0, values["num_hidden_layers"]):
+            raise ValueError(f"{name} is {counts!r}, not a list of one number a layer")
+        if not all(type(count) is int and 0 <= count <= values[highest] for count in counts):
+            raise ValueError(f"{name} is {counts!r}, not all from 0 to {highest}")
+        values[name] = tuple(counts)
     if values["hidden_size"] % values["num_attention_heads"]:
-        raise ValueError(f"{path}: hidden_size is not divisible by num_attention_heads")
-    return Config(**values | {name: tuple(values[name]) for name in PER_LAYER})
+        raise ValueError("hidden_size is not divisible by num_attention_heads")
+    return Config(**values)
 
 
 def rename(name, prefixes):
@@ -304,46 +312,27 @@ def canonical(name):
 
 def published(name, model_type):
     """The inverse of canonical: the name under which checkpoints of this model_type store a tensor."""
-    return rename(name, {ours: theirs for theirs, ours in ROBERTA.items()}) if model_type == "roberta" else name
+    return name if model_type == "bert" else rename(name, {ours: theirs for theirs, ours in ROBERTA.items()})
 
 
-def read_weights(path):
-    """Tensors of a safetensors file in float32 under canonical names, without copies of tied ones.
+def load_model(stored, tensors, words, head="words", every_token=False, fresh=True):
+    """config.json as a dict, {name in the checkpoint: float32 tensor} -> Bert, in training mode.
 
-    Raises ValueError for an unreadable file, a tensor stored twice, or a decoder that is not tied.
+    words, every_token: see Bert. head: "words"; or "classifier", fresh or the checkpoint's, on its pooler if there is
+    one. Raises ValueError that names what does not fit.
     """
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    tensors = {}
-    for name, tensor in stored.items():
-        if canonical(name) in tensors:
-            raise ValueError(f"{path} holds {canonical(name)} twice, once as {name}")
-        if canonical(name).startswith(NEVER_USED):  # position_ids are whole numbers
-            continue
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(f"{path}: {name} is of {tensor.dtype}; weights must be floats of 16 bits or more")
-        tensors[canonical(name)] = tensor.float()
-    for copy, original in TIED.items():
-        if copy in tensors and not torch.equal(tensors.pop(copy), tensors.get(original, torch.empty(0))):
-            raise ValueError(f"{path}: {copy} differs from {original}; only tied decoders are supported")
-    return tensors
-
-
-def load_model(folder, words, head="words", every_token=False, fresh=True):
-    """A folder with config.json and model.safetensors -> Bert in float32 on the CPU, in training mode.
-
-    words, every_token: see Bert. head: "words"; or "classifier", fresh or the file's, on the file's pooler if it has
-    one. Raises ValueError that names what does not fit, OSError when a file is missing.
-    """
-    path = Path(folder) / "model.safetensors"
-    config = load_config(folder)
-    tensors = {name: t for name, t in read_weights(path).items() if not name.startswith(UNUSED[head])}
+    config = read_config(stored)
+    ours = {}
+    for name, tensor in tensors.items():
+        if canonical(name) in ours:
+            raise ValueError(f"{canonical(name)} is there twice, once as {name}")
+        ours[canonical(name)] = tensor
+    for copy, original in TIED.items():  # either may be stored, or both
+        if copy in ours and not torch.equal(ours.setdefault(original, ours[copy]), ours.pop(copy)):
+            raise ValueError(f"{copy} differs from {original}; only tied decoders are supported")
+    unused = NEVER_USED + UNUSED[head] + (("classifier.",) if fresh else ())
+    ours = {name: tensor for name, tensor in ours.items() if not name.startswith(unused)}
     if head == "classifier" and fresh:
-        tensors["classifier.weight"] = 0.02 * torch.randn(len(words), config.hidden_size)  # as BERT's authors do
-        tensors["classifier.bias"] = torch.zeros(len(words))
-    try:
-        return Bert.of(config, words, tensors, head, every_token)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        ours["classifier.weight"] = 0.02 * torch.randn(len(words), config.hidden_size)  # as BERT's authors do
+        ours["classifier.bias"] = torch.zeros(len(words))
+    return Bert.of(config, words, ours, head, every_token)

@@ -24,7 +24,7 @@ from mask import METHODS, density_at, penalty_at
 from model import PER_LAYER, load_model, published
 from plumbing import cli, fetch, parallel
 from plumbing.adam import make_optimizer, set_rates
-from plumbing.checkpoints import pack_weights, tokenizer_config
+from plumbing.checkpoints import pack_weights, read_model, tokenizer_bytes, tokenizer_config
 from plumbing.files import json_bytes, pack_masks, read_json, sha256
 from plumbing.graphs import Recorded
 from plumbing.run import Run, identity, interrupted_run
@@ -42,10 +42,10 @@ def make_parser():
     what.add_argument("--method", choices=METHODS, default="smp-s", metavar="METHOD", help=methods)
     cli.add_files(what)
     what.add_argument("--head", choices=("words", "classifier"), default="words", help="or a fresh linear layer")
-    what.add_argument("--teacher", type=Path, metavar="RUN_DIR", help="a finished --method finetune to learn from")
+    what.add_argument("--teacher", metavar="RUN_DIR", help="a finished --method finetune to learn from")
     what.add_argument("--warmup", type=cli.share_below_one, default=0.0, help="share of steps in which rates rise (0)")
     some = parser.add_argument_group("method", "Flags that only some methods use.")
-    some.add_argument("--sparsity", type=cli.share_below_one, help="share of the weights removed (0.5)")
+    some.add_argument("--sparsity", type=cli.share_below_one, help="share of weights, or of computation, removed (0.5)")
     some.add_argument("--lr", type=cli.positive, help="highest learning rate of the scores (smp-...: 2e-2)")
     some.add_argument("--weight-lr", type=cli.positive, help="the same of weights that train (3e-5)")
     some.add_argument("--hold", type=cli.share, help="share of the steps before any weight is removed (0)")
@@ -54,7 +54,7 @@ def make_parser():
     some.add_argument("--penalty", type=cli.not_negative, help="lambda of the regularizer at the end (400)")
     some.add_argument("--temperature", type=cli.positive, help="p of SMP-S; default: 4 when most weights stay, else 1")
     for name in sorted(method_flags() - vars(parser.parse_args([])).keys()):
-        some.add_argument(cli.flag(name), type=cli.positive, help="see METHODS")
+        some.add_argument(cli.flag(name), type=cli.positive, help="of few methods, see METHODS")
     cli.add_training(parser)
     return parser
 
@@ -84,6 +84,8 @@ def parse_args(argv):
     cli.fill(args, {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0})  # where the method does not use them
     if args.hold > args.ramp:
         parser.error(f"--hold must be at most --ramp, {args.ramp}; got {args.hold}")
+    if args.accumulate * parallel.processes() > args.batch:
+        parser.error(f"--accumulate: a batch of {args.batch} has no {args.accumulate} parts for each process")
 
     name = f"{args.task}-{Path(args.model).name}-{args.method}-{args.sparsity:g}"
     name += "-classifier" if args.head == "classifier" else ""
@@ -183,9 +185,7 @@ def train_step(forward_backward, optimizer, parts, density, penalty):
     for part in parts:  # gradients add up
         losses = losses + part.share * forward_backward(part.inputs, part.labels, part.share, density, penalty)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sums = parallel.add_up([p.grad for p in parameters])  # over the processes; shares are of the whole batch
-    for p, gradient in zip(parameters, sums, strict=True):
-        p.grad = gradient
+    parallel.add_up_gradients(parameters)  # over the processes; shares are of the whole batch
     nn.utils.clip_grad_norm_(parameters, 1.0)  # of all together (reference code)
     optimizer.step()
     optimizer.zero_grad()
@@ -204,24 +204,24 @@ def load_everything(args):
     model, tokenizer = load_backbone(folder, task, args.length, args.head)
     if METHODS[args.method].masking and len(set(model.config.layers)) > 1:
         raise ValueError(f"--method {args.method} needs layers of one size, which {args.model} lacks; try finetune")
-    teacher = load_teacher(args, tokenizer) if args.teacher else None
+    teacher = load_teacher(Path(args.teacher), args, tokenizer) if args.teacher else None
     train = data.load_split(args.task, task.train, args.data_dir, tokenizer)
     dev = {split: data.load_split(args.task, split, args.data_dir, tokenizer) for split in task.dev}
     return model, folder, teacher, train, dev
 
 
-def load_teacher(args, tokenizer):
-    """The fine-tuned model of --teacher, frozen. Raises ValueError if it cannot teach this task to this model."""
-    result = read_result(args.teacher)
-    if METHODS[result["method"]].masking:
-        raise ValueError(f"--teacher: {args.teacher} is a run of {result['method']}; a teacher must be fine-tuned")
+def load_teacher(run, args, tokenizer):
+    """The fine-tuned model of a run, frozen. Raises ValueError if it cannot teach this task to this model."""
+    result = read_result(run)
+    if METHODS[result["method"]].masking or "pruned_with" in result:
+        raise ValueError(f"--teacher: {run} is a pruned model; a teacher must be fine-tuned")
     if result["task"] != args.task:
-        raise ValueError(f"--teacher: {args.teacher} was trained on {result['task']}, not on {args.task}")
-    _, _, teacher, its_tokenizer, _ = load_run(args.teacher)
+        raise ValueError(f"--teacher: {run} was trained on {result['task']}, not on {args.task}")
+    _, _, teacher, its_tokenizer, _ = load_run(run)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"--teacher: {args.teacher} has another vocabulary than {args.model}")
+        raise ValueError(f"--teacher: {run} has another vocabulary than {args.model}")
     if args.length > teacher.config.longest_input:
-        raise ValueError(f"--teacher: {args.teacher} takes {teacher.config.longest_input} tokens; lower --length")
+        raise ValueError(f"--teacher: {run} takes {teacher.config.longest_input} tokens; lower --length")
     return teacher.eval().requires_grad_(False)
 
 
@@ -284,7 +284,7 @@ def finish(args, run, model, learner, folder, description):
     # Best on dev counts from when the target density is reached; a denser model would have an easier task.
     on_target = [line for line in run.evaluations if line["density"] == final["density"]]
     best = max(on_target, key=lambda line: line["dev"][TASKS[args.task].metrics[0]])
-    result = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    result = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
     result |= {"words": TASKS[args.task].words, "steps": final["step"], "final": final["dev"], "best": best}
     result |= {"density": 1.0, "stored_numbers": sum(p.numel() for p in learner.weights), "stored_bits": 0}
     result |= {"sha256": {}, "seconds": round(run.seconds, 1), "command": shlex.join(["python", "train.py", *run.argv])}
@@ -308,7 +308,7 @@ def finish(args, run, model, learner, folder, description):
         result["sha256"]["model.safetensors"] = sha256(content)
         config = read_json(folder / "config.json") | {name: getattr(model.config, name) for name in PER_LAYER}
         files = {"model.safetensors": content, "config.json": json_bytes(config)}
-        files["tokenizer.json"] = (folder / "tokenizer.json").read_bytes()
+        files["tokenizer.json"] = tokenizer_bytes(folder)
         files["tokenizer_config.json"] = tokenizer_config(folder, model.config.longest_input)
     else:
         check_frozen(args, model, learner, folder)
@@ -322,16 +322,15 @@ def finish(args, run, model, learner, folder, description):
 def check_frozen(args, model, learner, folder):
     """Raise ValueError unless all weights that were not trained still equal the file's (cast to the run's dtype)."""
     now = model.state_dict() | learner.masks.by_name(learner.masks.weights)
-    for name, tensor in load_model(folder, model.words.tolist(), args.head).state_dict().items():
+    for name, tensor in load_model(*read_model(folder), model.words.tolist(), args.head).state_dict().items():
         if name not in learner.names and not torch.equal(tensor.to(now[name].dtype), now[name].cpu()):
             raise ValueError(f"{name} no longer equals that of {folder}; the run counts as unfinished")
 
 
 def say(result, folder):
     """Print what a finished run came to: its metrics, its mask, its files, and what to type next."""
-    best = result["best"]
     print(f"final  dev {cli.show(result['final'])}")
-    print(f"best   dev {cli.show(best['dev'])} at step {best['step']}, chosen on dev (as papers report)")
+    print(f"best   dev {cli.show(result['best']['dev'])} at step {result['best']['step']}, chosen on dev")
     if "kept" in result:
         print("\n".join(cli.shaded_table("density", result["densities"])))
         print(f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}")
@@ -345,7 +344,8 @@ def say(result, folder):
     pair = ' --pair "..."' if len(TASKS[result["task"]].text) == 2 else ""
     print(f'next   {look}\n       {look} --text "..."{pair}')
     if result["method"] != "finetune":
-        words = [f"{cli.flag(name)}={result[name]}" for name in ("task", "model", "seed", "steps")]
+        given = ["task", "model", "data_dir", "head", "seed", "steps", "batch", "length"]
+        words = [f"{cli.flag(name)}={result[name]}" for name in given if result[name] is not None]
         print(f"       {shlex.join(['python', 'train.py', '--method=finetune', *words])}")
 
 
@@ -364,10 +364,10 @@ def main(argv=None):
 
         # What the run depends on beside its flags. Of a resumed one, all this must be what it was.
         description = identity(folder, model) | {"device": device.type, "dtype": cli.dtype_name(dtype)}
-        description["schedule"] = args.schedule or {"bert": "cubic", "roberta": "linear"}[model.config.model_type]
+        description["schedule"] = args.schedule or ("cubic" if model.config.model_type == "bert" else "linear")
         description |= {f"{name} digest": examples.digest() for name, examples in {"train": train, **dev}.items()}
         if teacher:
-            description["teacher digest"] = identity(args.teacher, teacher)["fingerprint"]
+            description["teacher digest"] = identity(Path(args.teacher), teacher)["fingerprint"]
         run.check_identity(dict(description))
 
         method = METHODS[args.method]
@@ -377,15 +377,15 @@ def main(argv=None):
             description |= facts | {"config": str(model.config)}
             density = facts["density"]
         model.to(device).requires_grad_(False)
+        teacher = teacher and teacher.to(device, dtype)
         learner = Learner(model, method, density, dtype, args.temperature)
         if args.compile:
-            for layer in model.bert.encoder["layer"]:
-                layer.compile(dynamic=True)
+            model.compile_layers()
 
         total = args.steps or math.ceil(min(args.epochs * math.ceil(len(train) / args.batch), cli.MOST))
         schedule = make_schedule(args, description["schedule"], total, density)
-        sizes = " + ".join(str(len(examples)) for examples in dev.values())
-        print(f"{args.task}: {len(train)} train and {sizes} dev examples; {total} steps of {args.batch}")
+        held_out = sum(len(examples) for examples in dev.values())
+        print(f"{args.task}: {len(train)} train and {held_out} dev examples; {total} steps of {args.batch}")
         print(f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {density:.4g}) -> {run.folder}")
         print(f"on {parallel.processes()} x {device} in {description['dtype']}: {why}")
         torch.manual_seed(args.seed * parallel.processes() + parallel.rank())  # every process has dropout of its own

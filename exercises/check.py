@@ -1,7 +1,7 @@
 """Check an answer to one of the programming exercises of EXERCISES.md, and say in words what is wrong.
 
-What it is: cases drawn anew from a seed, so that they cannot be learnt by heart, and the commonest mistakes by name.
-What it is not: it holds no solutions; what it compares with is computed the slow way, by definition. Sources: none.
+Cases are drawn anew from a seed, so that they cannot be learnt by heart, and the commonest mistakes are named. There
+are no solutions in here; what an answer is compared with is computed the slow way, by definition.
 
     python exercises/check.py 3 my_mask.py
 """

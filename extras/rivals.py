@@ -50,16 +50,12 @@ class Magnitude(Masks):
         return {group: weight.detach().abs() for group, weight in self.weights.items()}
 
 
-class Random(Magnitude):
+class Random(Masks):
     """Scores are drawn once."""
 
     def make(self, stacks):
-        super().make(stacks)
-        self.drawn = {group: torch.rand_like(stack, dtype=torch.float32) for group, stack in stacks.items()}
-
-    @property
-    def scores(self):
-        return self.drawn
+        self.weights = parameters(stacks)
+        self.scores = {group: torch.rand_like(stack, dtype=torch.float32) for group, stack in stacks.items()}
 
 
 # --- L0 ------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Windows(Examples):
     def asked(self):
         return len(self.questions)
 
-    def score(self, logits, metrics):
+    def score(self, logits, names, metrics):
         """{"f1": F1, "em": exact match}, each 0 to 1: the best over a question's answers, averaged over questions."""
         best, exact = [], []
         for text, question in zip(answers(logits, self), self.questions, strict=True):
@@ -50,17 +50,15 @@ class Windows(Examples):
 # --- files ---------------------------------------------------------------------------------------------------
 
 
-def fetch_squad(task):
-    """Download what the cache lacks of SQuAD v1.1."""
-    for name, md5 in MD5.items():
-        path = fetch.CACHE / "glue" / task.folder / name
-        if path.exists():
-            continue
-        url = f"{os.environ.get('SQUAD_URL') or URL}/{name}"
-        remedy = f"put it at {path} by hand, or name its folder's parent with --data-dir"
-        with fetch.fetched(url, path, remedy) as part:
-            check_digest(part, "md5", md5, url)
-            part.replace(path)
+def fetch_squad(task, split):
+    """Download a split of SQuAD v1.1 into the cache."""
+    name = f"{split}.json"
+    path = fetch.CACHE / "glue" / task.folder / name
+    url = f"{os.environ.get('SQUAD_URL') or URL}/{name}"
+    remedy = f"put it at {path} by hand, or name its folder's parent with --data-dir"
+    with fetch.fetched(url, path, remedy) as part:
+        check_digest(part, "md5", MD5[name], url)
+        part.replace(path)
 
 
 def read_articles(path):

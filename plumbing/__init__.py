@@ -1,1 +1,1 @@
-"""What the method stands on and does not care about: files, downloads, the command line, CUDA graphs, processes."""
+"""What training stands on: files and checkpoints, downloads, the command line, CUDA graphs, processes."""

@@ -112,7 +112,7 @@ def add_machine(parser):
 
 
 def add_training(parser):
-    """The flags of any training: how long, from where to where, on what machine."""
+    """The flags of any training: how long, into which folder, on what machine."""
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=seed, default=0, help="of batches, dropout and fresh weights (0)")
     run.add_argument("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/ and the settings")
@@ -217,10 +217,7 @@ def dtype_name(dtype):
 
 
 def set_up(deterministic, eager):
-    """Let torch choose algorithms that give the same bits every time, some slower; or that are quick to launch.
-
-    Call this first.
-    """
+    """Before the first kernel: the same bits every time, if slower; and, eager, attention that is quick to launch."""
     torch.backends.cuda.enable_cudnn_sdp(not eager)  # the fastest, but slow to launch
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it

@@ -29,6 +29,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from plumbing.checkpoints import lacks
 from plumbing.files import DISK_FULL, check_digest, partial_file, write_whole
 
 ROOT = Path(__file__).parent.parent  # of this code
@@ -85,7 +86,7 @@ MODELS = ("minilm", *HUB_MODELS)
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
-def add_files(folder, files):
+def fill_folder(folder, files):
     """Write {name: bytes} into a folder; what is there already stays."""
     for name, content in files.items():
         if not (folder / name).exists():
@@ -179,11 +180,11 @@ def fetch_assets():
             inner = source.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
         rated = tar.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read()
-    add_files(CACHE / "models" / "minilm", model)
-    add_files(CACHE / "glue" / "movies", split_movies(rated.decode("utf-8")))
+    fill_folder(CACHE / "models" / "minilm", model)
+    fill_folder(CACHE / "glue" / "movies", split_movies(rated.decode("utf-8")))
 
 
-def fetch_movies(task):
+def fetch_movies(task, split):
     fetch_assets()
 
 
@@ -205,8 +206,8 @@ def split_movies(rated):
     return {name: ("sentence\tlabel\n" + "".join(part)).encode() for name, part in parts.items()}
 
 
-def fetch_glue(task):
-    """Download a GLUE task into the cache, its train and dev files checked by MD5.
+def fetch_glue(task, split=None):
+    """Download a GLUE task into the cache, all splits at once, its train and dev files checked by MD5.
 
     Raises ValueError when GLUE has no such task, or sends something else; OSError when it cannot be reached.
     """
@@ -224,7 +225,7 @@ def fetch_glue(task):
             files = unzip_splits(part, task.folder, sums, tests)
     for name, md5 in sums.items():
         check_digest(files[name], "md5", md5, f"{task.folder}/{name}")
-    add_files(folder, files)
+    fill_folder(folder, files)
 
 
 def unzip_splits(path, folder, needed, tests):
@@ -273,13 +274,12 @@ def assemble_mrpc(base, folder, remedy):
 
 
 def model_folder(model):
-    """A name of MODELS, downloaded on first use, or a folder with MODEL_FILES -> Path of the folder."""
+    """A name of MODELS, downloaded on first use, or a model's folder -> its Path. Raises ValueError for neither."""
     folder = CACHE / "models" / model if model in MODELS else Path(model)
-    missing = [name for name in MODEL_FILES if not (folder / name).exists()]
-    if missing and model in MODELS:
+    if model in MODELS and not all((folder / name).exists() for name in MODEL_FILES):
         fetch_hub_model(model) if model in HUB_MODELS else fetch_assets()
-    elif not folder.is_dir():
+    if not folder.is_dir():
         raise ValueError(f"--model: there is no folder {model!r}, and the known names are {', '.join(MODELS)}")
-    elif missing:
-        raise ValueError(f"--model: the folder {folder} has no {missing[0]}")
+    if lacking := lacks(folder):
+        raise ValueError(f"--model: the folder {folder} {lacking}")
     return folder

@@ -55,9 +55,18 @@ def json_bytes(value):
 def read_json(path):
     """Raises ValueError that names the file when it is not JSON."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError too
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+@contextmanager
+def named(path):
+    """Put a file's or folder's name before what a ValueError says."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def lock(file):
@@ -128,7 +137,7 @@ def unseal(path, form):
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, TypeError, AttributeError, KeyError) as error:  # the last: of numbers torch does not know
+    except (SafetensorError, TypeError, AttributeError, KeyError) as error:  # the last: a dtype torch does not know
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     if header.get("format") != form:
         raise ValueError(f"{path} is not a file of format {form}")

@@ -1,4 +1,4 @@
-"""CUDA graphs: a function that is launched kernel by kernel the first time, and then replayed in one launch.
+"""CUDA graphs: a function that is recorded once, and from then on replayed in one launch.
 
 A small model is bound by launching a thousand kernels a step. This wraps a function from outside, as torch.compile
 does, and knows nothing about what it computes:

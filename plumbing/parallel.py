@@ -25,7 +25,9 @@ def processes():
 
 
 def refuse(what):
-    """Raise ValueError if there are several processes."""
+    """Raise ValueError if there are several processes; all but the first end without a word."""
+    if rank() > 0:
+        raise SystemExit(2)
     if processes() > 1:
         raise ValueError(f"{what} takes one process: start it with python, not with torchrun")
 
@@ -90,6 +92,11 @@ def add_up(tensors):
     for work in pending:
         work.wait()
     return tensors
+
+
+def add_up_gradients(parameters):
+    for p, gradient in zip(parameters, add_up([p.grad for p in parameters]), strict=True):
+        p.grad = gradient
 
 
 def check_equal(tensors):

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from plumbing import files, parallel
+from plumbing.checkpoints import tokenizer_bytes
 
 LOG, CHECKPOINT, RESULT = "log.jsonl", "checkpoint.safetensors", "result.json"
 FORMAT = "smp-checkpoint-2"
@@ -36,7 +37,7 @@ CHOICES = {"head": ("words", "classifier"), "dtype": ("float32", "bfloat16")}
 
 
 class Run:
-    """A run in `folder`, of the command that argv has the words of; state: of one that continues, see STATE.
+    """A run in `folder`. argv: the words of its command; state: what an interrupted run saved, see STATE.
 
     Raises ValueError, here and again when the folder is held, if the folder is not new, empty or of a run that saved
     nothing, which the new one replaces.
@@ -46,7 +47,6 @@ class Run:
         self.folder = Path(folder)
         self.argv = argv
         self.resumed = state is not None
-        self.writes = parallel.rank() == 0
         self.stopped = False  # whether SIGINT or SIGTERM came
         if not self.resumed:
             state = {"step": 0, "evaluations": [], "identity": {}, "seconds": 0.0, "log": 0}
@@ -62,7 +62,11 @@ class Run:
         return time.time() - self.began
 
     def check_free(self):
-        found = {path.name for path in self.folder.iterdir()} if self.writes and self.folder.exists() else set()
+        if parallel.rank() > 0 or not self.folder.exists():
+            return
+        if not self.folder.is_dir():
+            raise ValueError(f"--out: {self.folder} is not a folder")
+        found = {path.name for path in self.folder.iterdir()}
         if RESULT in found:
             raise ValueError(f"--out: {self.folder} holds a finished run; name another folder or seed, or delete it")
         if CHECKPOINT in found:
@@ -82,21 +86,28 @@ class Run:
     # --- holding the folder ---
 
     def __enter__(self):
-        self.signals = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.file = self.hold() if parallel.rank() == 0 else None
         self.pool = ThreadPoolExecutor(1)
         self.saving = None
-        self.file = None
-        if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / LOG, "a")  # noqa: SIM115 (the lock is on it, until the run ends)
-            files.lock(self.file)
+        self.signals = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def hold(self):
+        """-> the log, open, locked until it is closed, and cut to where the run continues."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = open(self.folder / LOG, "a")  # noqa: SIM115 (open until the run ends)
+        try:
+            files.lock(file)
             if not self.resumed:
                 self.check_free()  # again: another process may have written meanwhile
-            for part in self.folder.glob(".part-*"):  # of a process that was killed while it wrote
-                part.unlink(missing_ok=True)
-            if size := os.path.getsize(self.file.name):  # a device such as /dev/full has no size
-                self.file.truncate(min(self.log_size, size))
-        return self
+        except ValueError:
+            file.close()
+            raise
+        for part in self.folder.glob(".part-*"):  # of a process that was killed while it wrote
+            part.unlink(missing_ok=True)
+        if size := os.path.getsize(file.name):  # a device such as /dev/full has no size
+            file.truncate(min(self.log_size, size))
+        return file
 
     def __exit__(self, *_):
         try:
@@ -242,7 +253,7 @@ def interrupted_run(folder):
 def identity(folder, model):
     """What ties a mask to its model: {"fingerprint": digest of all pretrained weights, "config", "tokenizer"}."""
     pretrained = {name: t for name, t in model.state_dict().items() if not name.startswith("classifier.")}
-    tokenizer = files.file_digest(folder / "tokenizer.json")
+    tokenizer = files.sha256(tokenizer_bytes(folder))
     return {"fingerprint": files.digest(pretrained), "config": str(model.config), "tokenizer": tokenizer}
 
 

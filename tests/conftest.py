@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+import model
 from plumbing import fetch
+from plumbing.checkpoints import read_model
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 WORDS = "no yes terrible great incorrect correct the a film is was good bad and very it fun dull un ##happ ##y".split()
@@ -46,6 +48,15 @@ def bert_tensors(config, head=True, prefix="bert.", seed=0):
         tensors[f"{name}.weight"] = 1 + 0.1 * torch.randn(h, generator=generator)
         tensors[f"{name}.bias"] = 0.1 * torch.randn(h, generator=generator)
     return tensors
+
+
+def load_model(folder, words, head="words", **more):
+    """A model folder -> Bert."""
+    return model.load_model(*read_model(folder), words, head, **more)
+
+
+def load_config(folder):
+    return model.read_config(json.loads((folder / "config.json").read_text()))
 
 
 def write_tokenizer(path):

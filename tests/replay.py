@@ -29,6 +29,7 @@ from extras import pprune
 from mask import METHODS, density_at, penalty_at
 from model import Config, Encoder, load_model
 from plumbing.adam import set_rates
+from plumbing.checkpoints import read_model
 from train import Learner, make_forward_backward, train_step
 
 BOUNDS = {
@@ -47,7 +48,7 @@ def cut_densities(importance, density):
 
 def replay_dense(folder, batches):
     expected = load_file(folder / "dense_first_batch.safetensors")["mlm_logits"]
-    model = load_model(folder, words=[0]).eval()
+    model = load_model(*read_model(folder), words=[0]).eval()
     batch = [b[: len(expected)] for b in batches]
     with torch.inference_mode():
         gap = model.word_logits(model.bert(*batch)) - expected
@@ -59,7 +60,7 @@ def replay_method(folder, batches, labels, method):
     """Train as the recording did (no dropout, batches in order) -> {quantity: largest deviation}."""
     recorded = json.loads((folder / f"trajectory_{method}.json").read_text())
     total, ramp, final = recorded["total_steps"], recorded["prune_steps"], recorded["final_density"]
-    model = load_model(folder, words=recorded["label_word_ids"]).eval().requires_grad_(False)
+    model = load_model(*read_model(folder), words=recorded["label_word_ids"]).eval().requires_grad_(False)
     # All tokens of the last layer, as recorded. Its gradients of 1e-8 depend on the order of summation, and Adam's
     # first step makes whole steps of them; so another order leads to another path within 20 steps.
     model.bert.forward = lambda *batch, tokens: Encoder.forward(model.bert, *batch)

@@ -22,7 +22,9 @@ def test_a_model_of_ones_own(capsys, make_model, fails):
     folder = str(make_model())
     bench.main([*SMALL[4:], "--inference", "--model", folder])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert line["model"] == folder and line["evaluation"] > 0
+    assert line["model"] == folder and line["evaluation"] > 0 and "layers" not in line and "method" not in line
+    for wrong in (["--model", folder], ["--inference"], ["--inference", "--model", folder, "--compile"]):
+        assert "--inference needs --model" in fails(bench.main, wrong)
     assert "there is no folder" in fails(bench.main, ["--inference", "--model", f"{folder}/x", "--device", "cpu"])
     assert "--length: " in fails(bench.main, ["--inference", "--model", folder, "--length", 64, "--device", "cpu"])
 

@@ -5,11 +5,12 @@ import json
 
 import pytest
 import torch
+from conftest import load_config
 
 import eval as eval_
 import train
 from extras.pprune import shrink
-from model import Bert, Config, load_config
+from model import Bert, Config
 from tools import export
 from tools.export import fold_dead
 
@@ -79,7 +80,7 @@ def test_cutting_a_head_is_zeroing_its_output(model):
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"heads_per_layer": [4]}, "heads_per_layer is .4., not a valid number"),
+        ({"heads_per_layer": [4]}, "heads_per_layer is .4., not a list of one number a layer"),
         ({"neurons_per_layer": 4}, "neurons_per_layer is 4, not"),
         ({"heads_per_layer": [4, 5, 4]}, "heads_per_layer is .4, 5, 4., not"),
         ({"neurons_per_layer": [48, -1, 3.0]}, "neurons_per_layer is .48, -1, 3.0., not"),

@@ -119,8 +119,7 @@ def test_thresholds_without_sorting_are_near_enough():
 def test_compiled_layers_compute_the_same_and_are_not_compiled_for_every_width():
     _, learner, plain = make(dtype=torch.float32)
     model, compiled_learner, compiled = make(dtype=torch.float32)
-    for layer in model.bert.encoder["layer"]:
-        layer.compile(dynamic=True)
+    model.compile_layers()
     compiled = Recorded(compiled, compiled_learner.parameters())
     compilations = []
     for width in range(8, 40, 4):

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import zipfile
 
 import numpy as np
@@ -109,6 +110,14 @@ def test_pairs_are_cut_at_the_longer_one_and_not_padded(tokenizer):
     tokens = [[tokenizer.id_to_token(t) for t in ids] for ids in e.ids]
     assert tokens == ["[CLS] good [SEP] bad film was [SEP]".split(), "[CLS] good [SEP] un ##happ ##y [SEP]".split()]
     assert e.types == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
+
+
+def test_a_tokenizer_that_puts_nothing_before_a_text_is_refused(tmp_path, tokenizer):
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    for processor in (None, stored["post_processor"] | {"single": [{"Sequence": {"id": "A", "type_id": 0}}]}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(stored | {"post_processor": processor}))
+        with pytest.raises(ValueError, match="puts no .CLS. before a text"):
+            load_tokenizer(tmp_path, 7)
 
 
 def test_label_words_must_be_one_token(tokenizer):

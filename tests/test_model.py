@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIG, bert_tensors
+from conftest import CONFIG, bert_tensors, load_model
 from safetensors.torch import save_file
 from torch import nn
 
-from model import load_model
+import data
+from plumbing import fetch
 from plumbing.run import identity
 
 IDS = torch.tensor([[2, 5, 9, 13, 3], [2, 7, 3, 0, 0]])
@@ -96,12 +97,36 @@ def test_roberta_is_bert_under_other_names_with_positions_behind_the_padding_id(
     names = {roberta_name(n): v for n, v in t.items()}
     assert "lm_head.dense.weight" in names and "lm_head.bias" in names and "lm_head.layer_norm.bias" in names
     positions = "roberta.embeddings.position_embeddings.weight"
-    names[positions] = torch.cat([torch.full((2, 16), math.nan), names[positions]])  # the first two rows are not used
+    names[positions] = torch.cat([torch.full((2, 16), 99.0), names[positions]])  # the first two rows are not used
     changes = {"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 34}
     roberta = load_model(make_model("roberta", names, **changes), words=[5, 6]).eval()
     assert roberta.config.longest_input == plain.config.longest_input == 32
     assert roberta(IDS, TYPES, MASK).equal(plain(IDS, TYPES, MASK))
     assert roberta.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "camembert"])
+def test_padding_ids_that_config_json_leaves_out_are_those_of_the_family(make_model, family):
+    """As RoBERTa's own: positions from 2 on."""
+    config = CONFIG | {"max_position_embeddings": 34, "model_type": family}
+    names = {roberta_name(n): v for n, v in bert_tensors(config).items()}
+    given = load_model(make_model("given", names, **config, pad_token_id=1), words=[5, 6]).eval()
+    left_out = load_model(make_model("left-out", names, **config), words=[5, 6]).eval()
+    assert given.config == left_out.config and left_out.config.first_position == 2
+    assert given(IDS, TYPES, MASK).equal(left_out(IDS, TYPES, MASK))
+    assert load_model(make_model("bert"), words=[5, 6]).config.first_position == 0
+
+
+def test_a_padding_token_in_a_text_has_no_position(make_model):
+    """As in RoBERTa's own code: those behind it move up."""
+    config = CONFIG | {"max_position_embeddings": 34, "model_type": "roberta"}
+    model = load_model(make_model("m", {roberta_name(n): v for n, v in bert_tensors(config).items()}, **config), [5, 6])
+    table = model.bert.embeddings.position_embeddings.weight
+    seen = model.bert.embeddings.eval()(torch.tensor([[2, 9, 1, 7, 3]]), torch.zeros(1, 5).long())
+    words = model.bert.embeddings.word_embeddings.weight[[2, 9, 1, 7, 3]]
+    types = model.bert.embeddings.token_type_embeddings.weight[0]
+    expected = model.bert.embeddings.LayerNorm(words + types + table[[2, 3, 1, 4, 5]])
+    assert torch.allclose(seen[0], expected, atol=1e-6)
 
 
 def broken(change):
@@ -120,7 +145,7 @@ WORDS = "bert.embeddings.word_embeddings.weight"
         (lambda t: t.pop(QUERY), f"Missing key.*{QUERY}"),
         (lambda t: t.update({QUERY: torch.ones(16, 8)}), "size mismatch for " + QUERY + r".*\[16, 8\].*\[16, 16\]"),
         (lambda t: t.update({"bert.encoder.layer.2.x": torch.ones(1)}), "Unexpected key.*layer.2.x"),
-        (lambda t: t.update({"bert.embeddings.LayerNorm.gamma": torch.ones(16)}), "holds .* twice"),
+        (lambda t: t.update({"bert.embeddings.LayerNorm.gamma": torch.ones(16)}), "LayerNorm.weight is there twice"),
         (lambda t: t.update({"cls.predictions.decoder.weight": t[WORDS] + 1}), "only tied decoders"),
         (lambda t: t.pop("cls.predictions.bias"), "Missing key.*cls.predictions.bias"),
     ],
@@ -133,8 +158,11 @@ def test_every_tensor_is_used_once_or_named(make_model, change, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
-        ({"model_type": "gpt2"}, "model_type is 'gpt2', not bert or roberta"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu', and only 'gelu'"),
+        ({"is_decoder": True}, "is_decoder is True"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
+        ({"model_type": "distilbert", "vocab_size": None}, "model_type is 'distilbert'; the models here are bert, rob"),
+        ({"model_type": ["bert"]}, "model_type is"),
         ({"hidden_size": "16"}, "hidden_size is '16'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_attention_heads": 3}, "not divisible"),
@@ -156,10 +184,13 @@ def test_config_is_checked(make_model, changes, message):
 def test_unreadable_files(make_model):
     folder = make_model()
     content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[:-10])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        load_model(folder, words=[5, 6])
-    for text, message in (("{", "not a JSON object"), ("[]", "not a JSON object"), ("{}", "vocab_size is None")):
+    pointer = b"version https://git-lfs.github.com/spec/v1\n"
+    for damaged, message in ((content[:-10], "not a whole safetensors"), (pointer, "git lfs pull")):
+        (folder / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"model.safetensors is .*{message}"):
+            load_model(folder, words=[5, 6])
+    (folder / "model.safetensors").write_bytes(content)
+    for text, message in (("{", "not valid JSON"), ("[]", "not a JSON object"), ("{}", "lacks vocab_size")):
         (folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_model(folder, words=[5, 6])
@@ -172,3 +203,95 @@ def test_fingerprint_tells_weights_apart(make_model, tmp_path):
     t[QUERY][3, 3] = torch.nextafter(t[QUERY][3, 3], torch.tensor(9.0))
     save_file(t, tmp_path / "a" / "model.safetensors")
     assert identity(tmp_path / "a", load_model(tmp_path / "a", words=[5, 6]))["fingerprint"] != same[0]["fingerprint"]
+
+
+# --- layouts of published checkpoints ---
+
+
+def test_weights_in_several_files(make_model):
+    folder, t = make_model(), bert_tensors(CONFIG)
+    whole = load_model(folder, words=[5, 6]).state_dict()
+    (folder / "model.safetensors").unlink()
+    shards = {"a.safetensors": list(t)[::2], "b.safetensors": list(t)[1::2]}
+    for shard, names in shards.items():
+        save_file({name: t[name] for name in names}, folder / shard)
+    index = {"weight_map": {name: shard for shard, names in shards.items() for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = load_model(folder, words=[5, 6]).state_dict()
+    assert loaded.keys() == whole.keys() and all(loaded[n].equal(w) for n, w in whole.items())
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(OSError, match="b.safetensors"):
+        load_model(folder, words=[5, 6])
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="index.json has no weight_map"):
+        load_model(folder, words=[5, 6])
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_that_a_wrapper_left_behind(make_model, wrapper):
+    t = bert_tensors(CONFIG)
+    loaded = load_model(make_model("m", {wrapper + n: v for n, v in t.items()}), words=[5, 6]).state_dict()
+    assert all(loaded[n].equal(v) for n, v in t.items())
+
+
+@pytest.mark.parametrize("head", ["words", "classifier"])
+def test_heads_of_other_tasks_are_left_out(make_model, head):
+    t = bert_tensors(CONFIG, head=False)
+    extra = {"qa_outputs.weight": torch.ones(2, 16), "qa_outputs.bias": torch.ones(2)}
+    extra |= {"classifier.dense.weight": torch.ones(16, 16), "classifier.out_proj.bias": torch.ones(3)}
+    extra |= {f"bert.embeddings.{name}_ids": torch.zeros(1, 32).long() for name in ("position", "token_type")}
+    loaded = load_model(make_model("m", t | extra), words=[5, 6], head=head).state_dict()
+    assert loaded.keys() - t.keys() == ({"classifier.weight", "classifier.bias"} if head == "classifier" else set())
+
+
+def test_a_tied_decoder_may_be_stored_in_place_of_what_it_is_tied_to(make_model):
+    """As safetensors' save_model does, which drops all but one of the names that share their memory."""
+    t = bert_tensors(CONFIG)
+    stored = dict(t)
+    stored["cls.predictions.decoder.weight"] = stored.pop(WORDS)
+    stored["cls.predictions.decoder.bias"] = stored.pop("cls.predictions.bias")
+    loaded = load_model(make_model("m", stored), words=[5, 6]).state_dict()
+    assert loaded.keys() == t.keys() and all(loaded[n].equal(v) for n, v in t.items())
+
+
+def test_numbers_that_are_not_finite_are_named_before_training(make_model):
+    for value in (math.nan, math.inf):
+        t = bert_tensors(CONFIG)
+        t["bert.embeddings.position_embeddings.weight"][31, 15] = value  # which no text reaches
+        with pytest.raises(ValueError, match="position_embeddings.weight holds numbers that are not finite"):
+            load_model(make_model(f"m{value}", t), words=[5, 6])
+
+
+def test_a_tokenizer_is_made_of_vocab_txt(make_model):
+    folder = make_model()
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = sorted(stored["model"]["vocab"], key=stored["model"]["vocab"].get)
+    ours = data.load_tokenizer(folder, 16)
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    made = data.load_tokenizer(folder, 16)
+    for text in ("a Good film", "unhappy fun", "x"):
+        for pair in (None, "it was dull"):
+            a, b = ours.encode(text, pair), made.encode(text, pair)
+            assert (a.ids, a.type_ids) == (b.ids, b.type_ids)
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert data.load_tokenizer(folder, 16).encode("Good").tokens == ["[CLS]", "[UNK]", "[SEP]"]
+    (folder / "vocab.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match="vocab.txt has no .CLS. and .SEP."):
+        data.load_tokenizer(folder, 16)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["config.json", "tokenizer.json", "pytorch_model.bin"], "save_pretrained"),
+        (["config.json", "tokenizer.json"], "has no model.safetensors"),
+        (["config.json", "model.safetensors"], "has no tokenizer.json"),
+        (["model.safetensors", "vocab.txt"], "has no config.json"),
+    ],
+)
+def test_what_a_folder_lacks_is_said(tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"--model: the folder .*{message}"):
+        fetch.model_folder(str(tmp_path))

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from conftest import load_model  # noqa: E402
+
 import data  # noqa: E402
 import eval as eval_  # noqa: E402
 from mask import METHODS, density_at, penalty_at  # noqa: E402
-from model import load_model  # noqa: E402
 from plumbing import parallel  # noqa: E402
 from plumbing.adam import set_rates  # noqa: E402
 from train import Learner, make_forward_backward, train_step  # noqa: E402

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import load_model
 
 import data
 import eval as eval_
 import train
 from extras import pprune
-from model import Config, load_model
+from model import Config
 from tools import export
 
 BASE = Config(30522, 768, 12, 12, 3072, 512, 2)

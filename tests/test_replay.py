@@ -7,11 +7,12 @@ import pytest
 import replay
 import torch
 import torch.nn.functional as F
+from conftest import load_model
 from safetensors.torch import load_file, save_file
 from test_model import oracle
 from torch.func import functional_call
 
-from model import Encoder, load_model
+from model import Encoder
 
 TOTAL, RAMP, FINAL, LR, WORDS = 12, 8, 0.4, 0.02, [5, 6]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, bert_tensors
+from conftest import CONFIG, bert_tensors, load_model
 from safetensors.torch import load_file
 from test_model import roberta_name
 
@@ -21,7 +21,6 @@ import eval as eval_
 import mask
 import train
 from eval import accuracy, correlation, f1, load_run, spearman
-from model import load_model
 from plumbing import cli, files
 from plumbing.adam import set_rates
 from plumbing.cli import choose_device
@@ -82,7 +81,7 @@ def test_a_run_from_end_to_end(run, capsys, method):
 
 
 def load_masks(folder, result):
-    expected = identity(Path(result["model"]), load_model(result["model"], [5, 6]))
+    expected = identity(Path(result["model"]), load_model(Path(result["model"]), [5, 6]))
     loaded = load_run(folder)
     assert loaded.result == result and expected.items() <= result.items()
     return loaded.masks
@@ -160,6 +159,17 @@ def test_a_fresh_classifier_beside_a_mask(make_model, glue, tmp_path, capsys, po
     assert f"{reported}; training reported {reported}" in capsys.readouterr().out
 
 
+def test_a_classifier_needs_no_label_words(make_model, glue, tmp_path, fails):
+    model = make_model()
+    (model / "tokenizer.json").write_text((model / "tokenizer.json").read_text().replace('"great"', '"grand"'))
+    argv = ["--model", model, "--data-dir", glue, "--steps", 2, "--length", 16, "--device", "cpu"]
+    assert "label word 'great'" in fails(train.main, [*argv, "--out", tmp_path / "words"])
+    for method in ("smp-s", "finetune"):
+        out = tmp_path / method
+        train.main([str(a) for a in [*argv, "--out", out, "--head", "classifier", "--method", method]])
+        eval_.main([str(out)])
+
+
 def test_classifier_logits_by_hand(make_model):
     tensors = bert_tensors(CONFIG) | {"classifier.weight": torch.ones(2, 16)}
     tensors |= {"classifier.bias": torch.tensor([0.0, 1.0])}
@@ -211,13 +221,15 @@ def test_a_teacher_is_asked_and_stays_as_it_is(run, monkeypatch, capsys):
     [(inputs, *_)] = next(data.training_batches(examples, 8, 1, seed=0))
     assert len(asked) == 12 and torch.allclose(asked[0], teacher(*inputs), atol=1e-5)
     assert not asked[0].requires_grad and result["teacher"] == str(dense)
+    run("--teacher", dense, "--dtype", "bfloat16", out="half", steps=1)
+    assert load_run(dense).result["dtype"] == "float32" and asked[-1].sub(asked[0]).abs().max() > 1e-5  # in bfloat16
     assert (dense / "model.safetensors").read_bytes() == before
 
 
 def test_teachers_that_cannot_teach_are_refused(run, fails, make_model, glue, tmp_path):
     pruned, _ = run(out="pruned", steps=2)
     argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--length", 16, "--device", "cpu"]
-    assert "must be fine-tuned" in fails(train.main, [*argv, "--teacher", pruned])
+    assert "is a pruned model; a teacher must be fine-tuned" in fails(train.main, [*argv, "--teacher", pruned])
     dense, _ = run("--method", "finetune", out="dense", steps=2)
     assert "was trained on movies, not on rte" in fails(train.main, [*argv, "--task", "rte", "--teacher", dense])
     other = make_model("other")
@@ -366,6 +378,7 @@ def test_predictions_come_in_the_order_of_the_examples(run, glue):
         (["--method", "finetune", "--sparsity", 0.5], "--sparsity"),
         (["--batch", 0], "--batch"),
         (["--accumulate", 0], "--accumulate"),
+        (["--accumulate", 9], "--accumulate: a batch of 8 has no 9 parts"),
         (["--lr", "inf"], "--lr"),
         (["--ramp", 2], "--ramp"),
         (["--hold", 0.7, "--ramp", 0.6], "--hold"),
@@ -402,13 +415,18 @@ def test_bad_data_ends_in_one_line(run, tmp_path, fails, glue):
     assert "tokenizer.json is not a valid tokenizer" in fails(train.main, argv)
 
 
-def test_a_loss_that_is_not_finite(make_model, tmp_path, fails, glue):
-    tensors = bert_tensors(CONFIG)
-    tensors["bert.encoder.layer.0.output.dense.bias"][3] = math.inf
-    model, out = make_model("infinite", tensors), tmp_path / "r"
-    argv = ["--model", model, "--data-dir", glue, "--out", out, "--steps", 30, "--length", 16, "--device", "cpu"]
-    assert "the loss is nan at step 8: try a smaller --lr" in fails(train.main, argv)
-    assert [p.name for p in out.iterdir()] == ["log.jsonl"]
+def test_a_loss_that_is_not_finite(run, tmp_path, fails, glue, monkeypatch):
+    load = train.load_everything
+
+    def infinite(args):
+        model, *more = load(args)
+        model.bert.encoder["layer"][0].output.dense.bias.data[3] = math.inf
+        return model, *more
+
+    monkeypatch.setattr(train, "load_everything", infinite)
+    argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--steps", 30, "--length", 16]
+    assert "the loss is nan at step 8: try a smaller --lr" in fails(train.main, [*argv, "--device", "cpu"])
+    assert [p.name for p in (tmp_path / "r").iterdir()] == ["log.jsonl"]
 
 
 def test_an_infinite_regularizer_is_noticed(run, tmp_path, fails, glue, monkeypatch):
@@ -486,7 +504,8 @@ def test_a_tokenizer_for_another_model(make_model, tmp_path, fails, glue):
     assert "more words or segments than config.json allows" in fails(train.main, [*argv, "--model", model])
     model = make_model("one", type_vocab_size=1, tensors=bert_tensors(CONFIG) | {
         "bert.embeddings.token_type_embeddings.weight": torch.ones(1, 16)})  # fmt: skip
-    assert "more words or segments" in fails(train.main, [*argv, "--model", model])
+    assert "more words or segments" in fails(train.main, [*argv, "--model", model, "--task", "rte"])
+    train.main([str(a) for a in [*argv, "--model", model, "--steps", 2, "--device", "cpu"]])  # one text, one segment
 
 
 def test_a_finished_run_is_not_overwritten_an_unfinished_one_is(run, fails, capsys):
@@ -565,7 +584,8 @@ def test_device_and_dtype_choose_themselves(monkeypatch):
 
 def test_the_dense_reference_is_named(run, capsys):
     run("--method", "smp-l", "--seed", 3, steps=2)
-    named = f"python train.py --method=finetune --task=movies --model={run.model} --seed=3 --steps=2"
+    named = f"python train.py --method=finetune --task=movies --model={run.model} --data-dir={run.model.parent}/glue"
+    named += " --head=words --seed=3 --steps=2 --batch=8 --length=16"
     assert capsys.readouterr().out.splitlines()[-1].strip() == named
 
 

@@ -1,1 +1,1 @@
-"""Commands that look on: python -m tools.bench, experiments, export, picture. Nothing else imports them."""
+"""Commands around training, run as python -m tools.NAME. The method imports none of them."""

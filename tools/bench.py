@@ -20,6 +20,7 @@ from mask import METHODS, mean_sigmoid
 from model import Bert, Config, load_model
 from plumbing import cli, fetch, parallel
 from plumbing.adam import set_rates
+from plumbing.checkpoints import read_model
 from plumbing.graphs import Recorded
 from train import Learner, make_forward_backward, train_step
 
@@ -33,14 +34,16 @@ def parse_args(argv=None):
     parser.add_argument("--batch", type=cli.count, default=32, help="examples a step, over all processes (32)")
     parser.add_argument("--length", type=cli.count, default=64, help="tokens an example (64)")
     parser.add_argument("--steps", type=cli.count, default=20, help="timed steps of each kind (20)")
-    masking = [name for name, method in METHODS.items() if method.masking]
-    parser.add_argument("--method", choices=masking, default="smp-s", help="beside finetune (smp-s)")
+    learning = [name for name, method in METHODS.items() if "lr" in method.flags]
+    parser.add_argument("--method", choices=learning, default="smp-s", help="beside finetune (smp-s)")
     cli.add_machine(parser)
     parser.add_argument("--compile", action="store_true", help="as in train.py")
     parser.add_argument("--eager", action="store_true", help="as in train.py; so parts of a step can be timed")
     parser.add_argument("--inference", action="store_true", help="time evaluation of --model instead")
-    parser.add_argument("--model", metavar="NAME", default="minilm", help="of --inference, or a folder (minilm)")
+    parser.add_argument("--model", metavar="NAME", help="a name, or a folder; with --inference")
     args = parser.parse_args(argv)
+    if args.inference != (args.model is not None) or args.inference and args.compile:
+        parser.error("--inference needs --model, --model needs --inference, and evaluation is not compiled")
     if args.hidden % 64 or args.length > 512 or args.batch % parallel.processes():
         parser.error("--hidden must be a multiple of 64, --length at most 512, --batch a multiple of the processes")
     return args
@@ -120,8 +123,7 @@ def time_step(args, method, device, dtype, peak):
         scores.data.normal_(0, 0.1)
     forward_backward = make_forward_backward(model, learner)
     if args.compile:
-        for layer in model.bert.encoder["layer"]:
-            layer.compile(dynamic=True)
+        model.compile_layers()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         if not args.eager:
@@ -166,7 +168,7 @@ def time_parts(args, masks, density):
 @torch.inference_mode()
 def time_inference(args, device, dtype):
     """Evaluation of a model: examples a second at this length -> {what: number}."""
-    model = load_model(fetch.model_folder(args.model), [0, 1]).to(device, dtype).eval()
+    model = load_model(*read_model(fetch.model_folder(args.model)), [0, 1]).to(device, dtype).eval()
     if args.length > model.config.longest_input:
         raise ValueError(f"--length: {args.model} takes {model.config.longest_input} tokens, not {args.length}")
     inputs = make_batch(args, model.config.vocab_size, device).inputs
@@ -192,7 +194,9 @@ def main(argv=None):
             found = time_step(args, args.method, device, dtype, peak)
             found |= time_step(args, "finetune", device, dtype, peak)
             print(f"{args.method} takes {found[args.method] / found['finetune']:.2f} times the dense step")
-    line = vars(args) | {"device": name, "dtype": cli.dtype_name(dtype), "processes": parallel.processes()}
+    of_training = ("layers", "hidden", "method", "compile", "eager")
+    line = {key: value for key, value in vars(args).items() if not (args.inference and key in of_training)}
+    line |= {"device": name, "dtype": cli.dtype_name(dtype), "processes": parallel.processes()}
     print(json.dumps(line | found | cli.code_version()["versions"]))
     parallel.stop()
 

@@ -54,7 +54,7 @@ def read_lines(path):
             line = json.loads(text)
         except (ValueError, RecursionError):
             line = None
-        if not isinstance(line, dict) or not line.keys() >= NEEDED or line["task"] not in TASKS:
+        if not isinstance(line, dict) or not line.keys() >= NEEDED or line["task"] not in list(TASKS):
             raise ValueError(f"{path}:{number} is not the result of a run; delete that line")
         lines.append(line)
     return lines

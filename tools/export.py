@@ -8,19 +8,17 @@ how fast that is, `python -m tools.bench --inference --model FOLDER` tells.
 """
 
 import copy
-import shutil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 
 from data import TASKS
 from eval import load_run
 from extras.pprune import shrink
 from mask import METHODS
 from model import PER_LAYER, canonical, published
-from plumbing.checkpoints import pack_weights, tokenizer_config
+from plumbing.checkpoints import pack_weights, read_model, tokenizer_bytes, tokenizer_config
 from plumbing.cli import Parser, one_line_errors, show
 from plumbing.files import json_bytes, read_json, sha256, write_whole
 
@@ -50,15 +48,14 @@ def export(folder, run):
         raise ValueError("a fresh head has no place in an ordinary model folder; it stays in the run folder")
     if any(getattr(run.model.config, name) for name in PER_LAYER):
         raise ValueError("other libraries load no model that has lost heads or neurons; use the folder of the run")
-    with safe_open(run.folder / "model.safetensors", "pt") as file:  # all tensors, under the names that they had
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    _, tensors = read_model(run.folder)  # all of them, under the names that they had
     for name, tensor in tensors.items():
         if canonical(name) in run.masks:
             tensors[name] = tensor * run.masks[canonical(name)]
     has_pooler = any("pooler." in name for name in tensors)
     write_whole(folder / "README.md", describe(run.result, run.model, has_pooler).encode())
-    for name in ("config.json", "tokenizer.json"):
-        shutil.copyfile(run.folder / name, folder / name)
+    write_whole(folder / "config.json", (run.folder / "config.json").read_bytes())
+    write_whole(folder / "tokenizer.json", tokenizer_bytes(run.folder))
     write_whole(folder / "tokenizer_config.json", tokenizer_config(folder, run.model.config.longest_input))
     write_whole(folder / "model.safetensors", pack_weights(tensors))
     print(f"{folder}: an ordinary model folder; its README.md says how to use it")
@@ -69,13 +66,13 @@ def describe(result, model, has_pooler):
     method = METHODS[result["method"]]
     ids = model.words.tolist()
     at = "" if model.every_token else "[:, 0]"
-    kind = "Roberta" if model.config.model_type == "roberta" else "Bert"
     changes = f", its weights trained ({result['method']})" if method.trains_weights else ""
     changes += f"; the weights that {result['method']} removed are zero" if method.masking else ""
-    code = {"loader": f"{kind}ForMaskedLM", "arguments": "", "output": f".logits{at}", "logits": f"hidden[..., {ids}]"}
+    code = {"loader": "AutoModelForMaskedLM", "arguments": ""}
+    code |= {"output": f".logits{at}", "logits": f"hidden[..., {ids}]"}
     if not hasattr(model, "cls"):
         changes += "; it has no masked-LM head, so the first state times the word's embedding is the logit"
-        code = {"loader": f"{kind}Model", "arguments": "" if has_pooler else ", add_pooling_layer=False"}
+        code = {"loader": "AutoModel", "arguments": "" if has_pooler else ", add_pooling_layer=False"}
         code |= {"output": f".last_hidden_state{at}"}
         code |= {"logits": f"hidden @ model.embeddings.word_embeddings.weight[{ids}].T"}
     words = zip(result["words"].items(), ids, strict=True)
@@ -160,7 +157,7 @@ def write_compact(folder, run, model, said):
     how = "Layers differ in size, so this folder needs the code that wrote it: it is a RUN for eval.py."
     write_whole(folder / "README.md", f"{said}\n\n{how}\n".encode())
     write_whole(folder / "config.json", json_bytes(config))
-    shutil.copyfile(run.folder / "tokenizer.json", folder / "tokenizer.json")
+    write_whole(folder / "tokenizer.json", tokenizer_bytes(run.folder))
     write_whole(folder / "tokenizer_config.json", tokenizer_config(folder, model.config.longest_input))
     write_whole(folder / "model.safetensors", content)
     write_whole(folder / "result.json", json_bytes(result))

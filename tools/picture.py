@@ -91,6 +91,15 @@ def plot_curves(path, curves, label):
     save(figure, path)
 
 
+def read_log(path):
+    """Lines of log.jsonl, dicts. Raises ValueError when it is not the log of a run."""
+    try:
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return [line for line in lines if line.keys() & {"loss", "dev"}]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not the log of a run: {error}") from None
+
+
 def plot_run(path, title, found, log):
     """Draw densities() and the training curves of log.jsonl, a list of lines."""
     figure = figure_of(11, 4.2)
@@ -139,7 +148,7 @@ def main(argv=None):
             print("\n".join(comparison(groups, masks, loaded[1].masks)))
         elif args.out:
             log = args.runs[0] / "log.jsonl"
-            lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
+            lines = read_log(log) if log.exists() else []
             title = f"{result['task']}, {result['method']}, density {result['density']:.2f}"
             plot_run(args.out, title, densities(groups, masks), lines)
             print(f"{args.out}: the mask{' and the training curves' if lines else ''}")
