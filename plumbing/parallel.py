@@ -7,6 +7,7 @@ A process alone is the only one: every function then returns at once.
 
 import os
 import sys
+import time
 from contextlib import contextmanager
 
 import torch
@@ -110,3 +111,5 @@ def stop():
     if processes() > 1 and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        # gloo's threads need the interpreter to let go of their last tensors; one that is gone has them abort.
+        time.sleep(0.2)
