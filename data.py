@@ -224,7 +224,7 @@ def split_path(name, split, data_dir):
     task = TASKS[name]
     path = Path(data_dir or fetch.CACHE / "glue") / task.folder / f"{split}{task.ending}"
     if data_dir and not path.exists():
-        raise ValueError(f"--data-dir: there is no {path}")
+        raise ValueError(f"--data-dir: there is no {path.absolute()}")
     return path
 
 

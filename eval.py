@@ -26,7 +26,7 @@ from plumbing.run import identity, read_description
 
 EVAL_BATCH = 64  # one size everywhere: another would round differently
 
-# --- GLUE's metrics: (predicted classes or scores [N], true ones [N]) -> number -------------------------------
+# --- evaluation; metrics are GLUE's: (predicted classes or scores [N], true ones [N]) -> number -----------------
 
 
 def accuracy(predicted, true):
@@ -59,8 +59,6 @@ def spearman(predicted, true):
 
 METRICS = {"accuracy": accuracy, "f1": f1, "mcc": correlation, "pearson": correlation, "spearman": spearman}
 
-# --- evaluation ----------------------------------------------------------------------------------------------
-
 
 @torch.inference_mode()
 def predict(model, weights, examples, device):
@@ -85,12 +83,11 @@ def predict(model, weights, examples, device):
 def evaluate(model, weights, sets, metrics, device):
     """{metric: value} of a model, with `weights` in place of its own, on sets {name: labelled Examples}.
 
-    The first set gives the metrics their plain names; those of another (MNLI's dev_mismatched) get its name behind.
+    From the second set on (MNLI's dev_mismatched), the name of the set follows that of the metric.
     """
     values = {}
     for name, examples in sets.items():
-        logits = predict(model, weights, examples, device)
-        found = examples.score(logits, metrics, METRICS)
+        found = examples.score(predict(model, weights, examples, device), metrics, METRICS)
         values |= {f"{metric} {name}" if values else metric: value for metric, value in found.items()}
     return values
 
@@ -160,6 +157,17 @@ def load_run(run, model_name=None):
     return Loaded(result, folder, model, tokenizer, masks)
 
 
+def load_sets(result, splits, data_dir, tokenizer):
+    """{split: Examples} of a folder, or by default of the run. Raises ValueError if these are not what they were."""
+    known = result["data_dir"]
+    folder = data_dir or (known if known and Path(known).is_dir() else None)  # None: a mask that was handed on
+    sets = {split: data.load_split(result["task"], split, folder, tokenizer) for split in splits}
+    for split, examples in sets.items():
+        if not data_dir and result.get(f"{split} digest", examples.digest()) != examples.digest():
+            raise ValueError(f"{split} in {folder or fetch.CACHE} is not the run's; --data-dir allows for other data")
+    return sets
+
+
 def densities(groups, masks):
     """{group: matrix names}, masks {name: bool [out, in]} -> {group: [density of each layer]}."""
     return {group: [masks[name].float().mean().item() for name in names] for group, names in groups.items()}
@@ -220,14 +228,9 @@ def look(run, args):
         print("\n".join([str(run)] * (len(args.runs) > 1) + (task.say or classify)(task, texts, tokenizer, logits_of)))
         return
 
-    data_dir = args.data_dir or result["data_dir"]
-    if not args.data_dir and data_dir and not Path(data_dir).is_dir():  # a mask that was handed on
-        print(f"--data-dir: {data_dir}, which the run used, is not here; taking the files in {fetch.CACHE}")
-        data_dir = None
     if args.predict and not task.test:
         raise ValueError(f"--predict: {result['task']} has no test split")
-    splits = task.test if args.predict else task.dev
-    sets = {split: data.load_split(result["task"], split, data_dir, tokenizer) for split in splits}
+    sets = load_sets(result, task.test if args.predict else task.dev, args.data_dir, tokenizer)
     if args.predict:
         for split, examples in sets.items():
             path = (run if run.is_dir() else run.parent) / f"{task.folder}{SUBMISSION[split]}.tsv"
@@ -249,8 +252,6 @@ def main(argv=None):
     args = parse_args(argv)
     with one_line_errors():
         parallel.refuse("eval.py")
-        for run in args.runs:  # what is missing is said before anything is evaluated
-            read_result(run)
         for run in args.runs:
             look(run, args)
 

@@ -56,7 +56,7 @@ def kth_largest(scores, k):
 
 
 SAMPLES = 1 << 16  # of each row
-STRIDE = 32749  # a prime: its multiples modulo n lie evenly over rows and columns; every tenth score, say, does not
+STRIDE = 32749  # a prime, so that samples come from all columns; a stride of 100 would see a few of 1000 columns alone
 
 
 def about_kth_largest(scores, k):
@@ -75,7 +75,7 @@ def about_kth_largest(scores, k):
     def value_at(rank):
         return ordered.gather(2, rank.long().clamp(0, m - 1)[:, :, None])  # [G, L, 1]
 
-    rank = (k - 0.5) / per_sample  # of the k-th largest in the sample, from 0
+    rank = (k - 0.5) / per_sample  # of the k-th largest in the sample, from 0; 0.5: the middle of the k-th score
     # Summed in float32, which holds whole numbers to 2^24: from bool to int64, torch would write eight bytes a score.
     counts = [(s >= value).sum(1, dtype=torch.float32) for s, value in zip(scores, value_at(rank), strict=True)]
     rank = rank + (k - torch.stack(counts)) / per_sample  # too few are above: further down by what is missing
@@ -96,10 +96,10 @@ def highest(scores, k, exact):
         thresholds = about_kth_largest(flat, k)
 
     masks = {}
-    for (group, shaped), s, threshold, row in zip(scores.items(), flat, thresholds, k, strict=True):
-        mask = s >= threshold[:, None]
+    for (group, shaped), s, cut, row in zip(scores.items(), flat, thresholds, k, strict=True):
+        mask = s >= cut[:, None]
         if exact:
-            above = s > threshold[:, None]  # these stay in any case
+            above = s > cut[:, None]  # these stay in any case
             ties = mask & ~above  # of these, only the first few
             room = row[:, None] - above.sum(1, keepdim=True)  # [L, 1]
             mask = above | (ties & (ties.cumsum(1) <= room))
@@ -111,7 +111,7 @@ def highest(scores, k, exact):
 
 
 def mean_sigmoid(scores, temperature=1.0):
-    """R(S / p): scores {group: [L, out, in]} -> mean of the sigmoid over each matrix [G, L]."""
+    """R(S / p): scores {group: [L, out, in]} -> mean of the sigmoid over each matrix [G, L]; p > 1 evens them out."""
     means = []
     for s in scores.values():
         s = torch.sigmoid(s if temperature == 1 else s / temperature)
@@ -292,6 +292,7 @@ class Method:
     rule: type = StraightThrough  # what flows into the scores
     masks: type = Masks  # what learns; a subclass may start, rank or train otherwise
     flags: dict = field(default_factory=lambda: SHARES | SCORES)  # of train.py that it uses, and their defaults
+    help: dict = field(default_factory=dict)  # {flag: what it does}, of flags of its own
     before: Callable | None = None  # (model, train set, dev sets, args, device) -> a smaller model, facts about it
 
     @property

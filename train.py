@@ -41,27 +41,23 @@ def make_parser():
     methods = f"{', '.join(METHODS)} (smp-s)"
     what.add_argument("--method", choices=METHODS, default="smp-s", metavar="METHOD", help=methods)
     cli.add_files(what)
-    what.add_argument("--head", choices=("words", "classifier"), default="words", help="or a fresh linear layer")
+    heads = ("words", "classifier")
+    what.add_argument("--head", choices=heads, default="words", help="label words (default) or a fresh linear layer")
     what.add_argument("--teacher", metavar="RUN_DIR", help="a finished --method finetune to learn from")
     what.add_argument("--warmup", type=cli.share_below_one, default=0.0, help="share of steps in which rates rise (0)")
     some = parser.add_argument_group("method", "Flags that only some methods use.")
     some.add_argument("--sparsity", type=cli.share_below_one, help="share of weights, or of computation, removed (0.5)")
-    some.add_argument("--lr", type=cli.positive, help="highest learning rate of the scores (smp-...: 2e-2)")
-    some.add_argument("--weight-lr", type=cli.positive, help="the same of weights that train (3e-5)")
-    some.add_argument("--hold", type=cli.share, help="share of the steps before any weight is removed (0)")
+    some.add_argument("--lr", type=cli.positive, help="peak learning rate of the scores (smp-...: 2e-2)")
+    some.add_argument("--weight-lr", type=cli.positive, help="peak learning rate of trained weights (3e-5)")
+    some.add_argument("--hold", type=cli.share, help="share of steps before pruning starts (0)")
     some.add_argument("--ramp", type=cli.share, help="share of steps after which the target is reached (movies: 0.9)")
     some.add_argument("--schedule", choices=("cubic", "linear"), help="of the density; default: linear for RoBERTa")
-    some.add_argument("--penalty", type=cli.not_negative, help="lambda of the regularizer at the end (400)")
-    some.add_argument("--temperature", type=cli.positive, help="p of SMP-S; default: 4 when most weights stay, else 1")
-    for name in sorted(method_flags() - vars(parser.parse_args([])).keys()):
-        some.add_argument(cli.flag(name), type=cli.positive, help="of few methods, see METHODS")
+    some.add_argument("--penalty", type=cli.not_negative, help="lambda, the final weight of the regularizer (400)")
+    some.add_argument("--temperature", type=cli.positive, help="p of SMP-S (4 if 70 %% or more stay, else 1)")
+    for name, text in {name: text for method in METHODS.values() for name, text in method.help.items()}.items():
+        some.add_argument(cli.flag(name), type=cli.positive, help=text)
     cli.add_training(parser)
     return parser
-
-
-def method_flags():
-    """Names of all flags that only some methods use."""
-    return {name for method in METHODS.values() for name in method.flags}
 
 
 def parse_args(argv):
@@ -74,10 +70,11 @@ def parse_args(argv):
         return args
 
     used = METHODS[args.method].flags | ({"weight_lr": 3e-5} if args.head == "classifier" else {})
-    for name in method_flags() - used.keys():
+    some_use = {name for method in METHODS.values() for name in method.flags}
+    for name in sorted(some_use - used.keys()):
         if getattr(args, name) is not None:
             known = ", ".join(cli.flag(other) for other in used)
-            parser.error(f"{cli.flag(name)}: {args.method} does not use it; of such flags it uses {known}")
+            parser.error(f"{cli.flag(name)}: {args.method} does not use it; the method flags it takes are {known}")
 
     of_task = ["model", "epochs", "batch", "length", "evals", *(["ramp"] if "ramp" in used else [])]
     cli.fill(args, used | {name: getattr(TASKS[args.task], name) for name in of_task})
@@ -169,6 +166,7 @@ def make_forward_backward(model, learner, teacher=None):
     def forward_backward(inputs, labels, share, density, penalty):
         """Add the gradients of a data.Part -> [2]: loss on the task, regularizer. density, penalty: 0-dim tensors."""
         weights, regularizer = learner(density)  # W' = W * M(S)
+        # tie_weights: no weight has two names here, and torch would look for such in every step.
         logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()  # [B, C]
         with torch.no_grad():
             taught = teacher(*inputs).float() if teacher else None
@@ -185,7 +183,7 @@ def train_step(forward_backward, optimizer, parts, density, penalty):
     for part in parts:  # gradients add up
         losses = losses + part.share * forward_backward(part.inputs, part.labels, part.share, density, penalty)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parallel.add_up_gradients(parameters)  # over the processes; shares are of the whole batch
+    parallel.add_up_gradients(parameters)  # over the processes: each has its part of the batch
     nn.utils.clip_grad_norm_(parameters, 1.0)  # of all together (reference code)
     optimizer.step()
     optimizer.zero_grad()
@@ -335,7 +333,7 @@ def say(result, folder):
         print("\n".join(cli.shaded_table("density", result["densities"])))
         print(f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}")
         if abs(result["reached"] - result["density"]) > 1e-3:
-            print(f"training by itself keeps a share of {result['reached']:.4f}; no more is kept than was asked for")
+            print(f"training by itself keeps a share of {result['reached']:.4f}; cut to the density asked for")
         if not result["sha256"]:
             print(f"frozen weights are bit-identical to those of {result['model']} ({result['fingerprint'][:12]})")
     for file in (*result["sha256"], *(["mask.safetensors"] if "kept" in result else [])):
@@ -354,7 +352,7 @@ def main(argv=None):
     args = parse_args(argv)
     with cli.one_line_errors():
         run = interrupted_run(args.resume) if args.resume else Run(args.out, argv)
-        args = parse_args(run.argv)
+        args = parse_args(run.argv)  # of a resumed run, the flags that it began with
         torch.manual_seed(args.seed)  # of a fresh classifier
         cli.set_up(args.deterministic, args.eager)
         device, dtype, why = cli.choose_device(args.device, args.dtype)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 SECONDS = 30  # for all cases of an exercise
-SORTING = ("sort", "argsort", "topk", "kthvalue", "msort", "quantile", "nanquantile", "median", "nanmedian")
+SORTING = ("sort", "argsort", "topk", "kthvalue", "msort", "quantile", "nanquantile", "median", "nanmedian", "unique")
 
 
 class Wrong(Exception):
@@ -99,11 +99,14 @@ def forbidden_sorting():
     def refuse(*_, **__):
         raise Wrong("that sorts (or lets torch do it); find the k-th largest score by another way, by bisection, say")
 
+    def refuse_list(*_):
+        raise Wrong("tolist is not allowed here: Python's lists are too slow for millions of scores; stay with tensors")
+
     patches = [
         patch.object(where, name, refuse) for where in (torch, torch.Tensor) for name in SORTING if hasattr(where, name)
     ]
     patches += [patch.object(np, name, refuse) for name in ("sort", "argsort", "partition", "argpartition")]
-    patches += [patch("builtins.sorted", refuse), patch.object(torch.Tensor, "tolist", refuse)]
+    patches += [patch("builtins.sorted", refuse), patch.object(torch.Tensor, "tolist", refuse_list)]
     for p in patches:
         p.start()
     try:

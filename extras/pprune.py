@@ -296,5 +296,6 @@ def facts_of(smaller, model, tokens):
 
 
 FLAGS = {"sparsity": 0.5, "weight_lr": 3e-5, "ffn_share": 5.0}
+HELP = {"ffn_share": "multiply-accumulates that neurons lose for each that heads lose (5)"}
 for name, units in (("p-pruning", "clusters"), ("p-activation", "activation"), ("p-random", "random")):
-    METHODS[name] = Method(None, flags=FLAGS, before=partial(prune, units=units))
+    METHODS[name] = Method(None, flags=FLAGS, help=HELP, before=partial(prune, units=units))

@@ -90,8 +90,8 @@ def number(kind, what, fits):
 
 
 MOST = 10_000_000  # of steps, for one: each has an entry in the schedule
-share = number(float, "a share, from 0 to 1", lambda x: 0 <= x <= 1)
-share_below_one = number(float, "a share, at least 0 and less than 1", lambda x: 0 <= x < 1)
+share = number(float, "a fraction from 0 to 1", lambda x: 0 <= x <= 1)
+share_below_one = number(float, "a fraction, at least 0 and less than 1", lambda x: 0 <= x < 1)
 positive = number(float, "greater than 0", lambda x: 0 < x < math.inf)
 not_negative = number(float, "at least 0", lambda x: 0 <= x < math.inf)
 passes = number(float, f"greater than 0 and at most {MOST:,}", lambda x: 0 < x <= MOST)
@@ -114,15 +114,15 @@ def add_machine(parser):
 def add_training(parser):
     """The flags of any training: how long, into which folder, on what machine."""
     run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=seed, default=0, help="of batches, dropout and fresh weights (0)")
-    run.add_argument("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/ and the settings")
+    run.add_argument("--seed", type=seed, default=0, help="seed for batches, dropout and fresh weights (0)")
+    run.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/ plus a name made from the settings")
     run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue an interrupted run; no other flags")
     length = parser.add_argument_group("length")
     length.add_argument("--epochs", type=passes, help="passes over the training set (movies: 2)")
     length.add_argument("--steps", type=count, help="train for so many steps, whatever --epochs says")
-    length.add_argument("--batch", type=count, help="examples a step (movies: 32)")
+    length.add_argument("--batch", type=count, help="examples per step (movies: 32)")
     length.add_argument("--length", type=count, help="longest input in tokens; longer ones are cut (movies: 64)")
-    length.add_argument("--evals", type=count, help="evaluations in a run (movies: 4)")
+    length.add_argument("--evals", type=count, help="evaluations per run (movies: 4)")
     machine = parser.add_argument_group("machine")
     add_machine(machine)
     machine.add_argument("--accumulate", type=count, default=1, metavar="PARTS", help="take a batch in parts (1)")

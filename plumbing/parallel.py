@@ -96,6 +96,7 @@ def add_up(tensors):
 
 
 def add_up_gradients(parameters):
+    """Give each parameter the sum of its gradients over the processes, a new tensor where many went as one."""
     for p, gradient in zip(parameters, add_up([p.grad for p in parameters]), strict=True):
         p.grad = gradient
 

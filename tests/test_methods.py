@@ -177,7 +177,7 @@ def test_every_method_reaches_its_density_and_can_be_evaluated(make_model, glue,
 )
 def test_what_a_method_does_not_use_is_refused(fails, method, flag, uses):
     said = fails(train.main, ["--method", method, flag, "0.2"])
-    assert said.startswith(f"error: {flag}: {method} does not use it; of such flags it uses ") and uses in said
+    assert said.startswith(f"error: {flag}: {method} does not use it; the method flags it takes are ") and uses in said
 
 
 def test_what_a_method_uses_is_taken(fails):
@@ -189,7 +189,7 @@ def test_what_a_method_uses_is_taken(fails):
     for flag in ("--epochs", "--steps"):
         assert "10,000,000; got" in fails(train.main, [flag, "10000001"])
     assert "--weight-lr: must be greater than 0" in fails(train.main, ["--method", "random", "--weight-lr", "-1"])
-    assert "--warmup: must be a share" in fails(train.main, ["--warmup", "1"])
+    assert "--warmup: must be a fraction" in fails(train.main, ["--warmup", "1"])
 
 
 def test_learning_rates_rise_and_fall():

@@ -21,7 +21,7 @@ import eval as eval_
 import mask
 import train
 from eval import accuracy, correlation, f1, load_run, spearman
-from plumbing import cli, files
+from plumbing import cli, fetch, files
 from plumbing.adam import set_rates
 from plumbing.cli import choose_device
 from plumbing.run import identity
@@ -353,6 +353,26 @@ def test_predictions_without_a_test_file(run, glue, fails):
     assert f"--data-dir: there is no {glue}/RTE/test.tsv" in fails(eval_.main, [folder, "--predict"])
 
 
+def test_other_data_than_the_runs_only_where_it_is_asked_for(run, glue, fails, tmp_path, monkeypatch, capsys):
+    folder, result = run()
+    cached = tmp_path / "cache" / "glue"
+    shutil.copytree(glue, cached)
+    dev = glue / "movies" / "dev.tsv"
+    dev.write_text("\n".join(dev.read_text().splitlines()[:-1]) + "\n")
+    assert f"dev in {glue} is not the run's; --data-dir" in fails(eval_.main, [folder])
+    eval_.main([str(folder), "--data-dir", str(glue)])
+    assert "dev (39 examples)" in capsys.readouterr().out
+
+    # Where the run's folder is gone, the downloads stand in, if they hold the same.
+    monkeypatch.setattr(fetch, "CACHE", cached.parent)
+    moved = glue.rename(tmp_path / "moved")
+    eval_.main([str(folder)])
+    final = cli.show(result["final"])
+    assert f"dev (40 examples): {final}; training reported {final}" in capsys.readouterr().out
+    shutil.copy(moved / "movies" / "dev.tsv", cached / "movies")
+    assert f"dev in {cached.parent} is not the run's" in fails(eval_.main, [folder])
+
+
 def test_predictions_come_in_the_order_of_the_examples(run, glue):
     tokenizer = data.load_tokenizer(run.model, 16)
     dev = data.load_split("movies", "dev", glue, tokenizer)
@@ -387,7 +407,7 @@ def test_predictions_come_in_the_order_of_the_examples(run, glue):
         (["--step", 3], "--step"),
         (["--length", 33], "--length 33.*4 to 32"),
         (["--model", "nowhere"], "--model.*'nowhere'.*minilm, bert-base-uncased"),
-        (["--data-dir", "nowhere"], "--data-dir: there is no nowhere/movies/train.tsv"),
+        (["--data-dir", "nowhere"], "--data-dir: there is no /.*/nowhere/movies/train.tsv"),
     ],
 )
 def test_bad_arguments_end_in_one_line(run, tmp_path, fails, glue, flags, message):

@@ -141,10 +141,10 @@ def export_compact(folder, run):
     dead = [all_heads - sum(map(len, heads)), all_neurons - sum(map(len, neurons))]
     removed = f"{dead[0]} of {all_heads} attention heads and {dead[1]:,} of {all_neurons:,} neurons are dead"
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, smaller))
-    lines = [f"{folder}: {removed}" + ("" if any(dead) else "; nothing is gained")]
-    lines.append(f"parameters {before:,} -> {after:,}; logits differ by at most {difference:.1e}")
-    write_compact(folder, run, smaller, "\n".join(lines))
-    print("\n".join(lines))
+    said = f"{removed}{'' if any(dead) else '; nothing is gained'}\n"
+    said += f"parameters {before:,} -> {after:,}; logits differ by at most {difference:.1e}"
+    write_compact(folder, run, smaller, said)
+    print(f"{folder}: {said}")
 
 
 def write_compact(folder, run, model, said):
@@ -154,7 +154,7 @@ def write_compact(folder, run, model, said):
     result |= {"pruned_with": result["method"], "method": "finetune", "config": str(model.config)}
     result["sha256"] = {"model.safetensors": sha256(content)}
     config = read_json(run.folder / "config.json") | {name: getattr(model.config, name) for name in PER_LAYER}
-    how = "Layers differ in size, so this folder needs the code that wrote it: it is a RUN for eval.py."
+    how = "Layers may differ in size, so this folder needs the code that wrote it: it is a RUN for eval.py."
     write_whole(folder / "README.md", f"{said}\n\n{how}\n".encode())
     write_whole(folder / "config.json", json_bytes(config))
     write_whole(folder / "tokenizer.json", tokenizer_bytes(run.folder))

@@ -12,7 +12,7 @@ from plumbing.files import write_whole
 
 
 def main(argv=None):
-    parser = Parser(description="Split a SQuAD file by articles into a training and a dev file.")
+    parser = Parser(prog="python -m tools.split_squad", description="Split a SQuAD file into train and dev.")
     parser.add_argument("file", type=Path, help="a SQuAD v1.1 file")
     parser.add_argument("folder", type=Path, help="for --data-dir; gets squad/{train,dev}-v1.1.json")
     parser.add_argument("--dev", type=count, default=8, help="articles in the dev part, the last of the file (8)")
