@@ -9,6 +9,7 @@ Devlin et al. 2019 for windows over long paragraphs and n-best decoding.
 import os
 import re
 import string
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 
@@ -21,7 +22,9 @@ from plumbing.files import check_digest, read_json
 
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
 MD5 = {"train-v1.1.json": "981b29407e0affa3b1b156f72073b945", "dev-v1.1.json": "3e85deb501d4e538b6bc56f786231552"}
-STRIDE = 128  # tokens that neighbouring windows share
+STRIDE = 128  # tokens that neighbouring windows share, at most a third of a window
+LONGEST_QUESTION = 64  # tokens, at most a third of a window; longer ones are cut
+SHORTEST_WINDOW = 16  # tokens: thirds of fewer leave no room for the special tokens
 N_BEST = 20  # candidates for start and end
 LONGEST_ANSWER = 30  # tokens
 
@@ -94,8 +97,8 @@ def read_squad(path):
     for question in questions:
         if not question["answers"]:
             raise ValueError(f"{path}: question {question['id']} has no answer; SQuAD 2.0 is not supported")
-    notes = {"answers do not stand where the file says": elsewhere, "articles have no paragraphs": empty}
-    return questions, [f"{path}: {count} {what}" for what, count in notes.items() if count]
+    notes = {"answers that are not where the file says": elsewhere, "articles without paragraphs": empty}
+    return questions, [f"{path}: {what}: {count}" for what, count in notes.items() if count]
 
 
 def misplaced(question, answer):
@@ -103,52 +106,85 @@ def misplaced(question, answer):
     return question["context"][start : start + len(text)] != text
 
 
+def trimmed(answer):
+    """An answer (character, text) -> its (first, last) character, without what BERT drops at its ends."""
+    start, text = answer
+    seen = [i for i, character in enumerate(text) if not dropped(character)]
+    return (start + seen[0], start + seen[-1] + 1) if seen else (start, start)
+
+
+def dropped(character):
+    """Spaces, controls and signs without a width, and the accent that follows its letter as a character of its own."""
+    return character.isspace() or unicodedata.category(character) in ("Mn", "Cc", "Cf")
+
+
 def label(spans, answer):
     """Token positions (start, end) of an answer (character, text) in a window; (0, 0) if it is not wholly there."""
-    first = answer[0]
-    last = first + len(answer[1])
+    first, last = trimmed(answer)
     starts = np.flatnonzero((spans[:, 0] <= first) & (spans[:, 1] > first))
     ends = np.flatnonzero((spans[:, 0] < last) & (spans[:, 1] >= last))
-    return (int(starts[0]), int(ends[0])) if len(starts) and len(ends) else (0, 0)
+    return (int(starts[0]), int(ends[0])) if last > first and len(starts) and len(ends) else (0, 0)
 
 
-def make_windows(questions, tokenizer, length):
+def cut(question, tokenizer):
+    """A question as far as the tokenizer, cutting, reads it."""
+    (encoded,) = encode_texts(tokenizer, [question])
+    return question[: max(end for _, end in encoded.offsets)]
+
+
+def make_windows(questions, tokenizer, length, training=False):
     """Cut question and paragraph into windows of `length` tokens -> Windows, labelled with each first answer.
 
-    Raises ValueError for a question that leaves no room for the paragraph.
+    In training, a question whose answer is in none of its windows is left out. Raises ValueError for too short windows.
     """
-    tokenizer.no_truncation()
-    special = tokenizer.num_special_tokens_to_add(True)
-    for question in questions:
-        (encoded,) = encode_texts(tokenizer, [question["question"]])
-        size = len(encoded.ids) - tokenizer.num_special_tokens_to_add(False)
-        if size + special + STRIDE >= length:
-            raise ValueError(f"question {question['id']} has {size} tokens, too many for --length {length}")
-    tokenizer.enable_truncation(length, stride=STRIDE, strategy="only_second")
-    windows = Windows([], [], [], length, [], [], questions)
+    if length < SHORTEST_WINDOW:
+        raise ValueError(f"--length {length}: question and paragraph need {SHORTEST_WINDOW} tokens or more")
+    special = tokenizer.num_special_tokens_to_add(False)
+    tokenizer.enable_truncation(min(LONGEST_QUESTION, length // 3) + special)
+    texts = [(cut(q["question"], tokenizer), q["context"]) for q in questions]
+    tokenizer.enable_truncation(length, stride=min(STRIDE, length // 3), strategy="only_second")
+
+    windows = Windows([], [], [], length, [], [], [])
     for start in tqdm(range(0, len(questions), 256), "cutting windows", leave=False):  # in parts: encodings are large
-        part = questions[start : start + 256]
-        encodings = encode_texts(tokenizer, [(q["question"], q["context"]) for q in part])
-        for number, (question, encoding) in enumerate(zip(part, encodings, strict=True), start):
-            for window in (encoding, *encoding.overflowing):
-                inside = np.array([text == 1 for text in window.sequence_ids])
-                spans = np.where(inside[:, None], np.array(window.offsets), -1)
-                windows.ids.append(window.ids)
-                windows.types.append(window.type_ids)
-                windows.labels.append(label(spans, question["answers"][0]))
-                windows.owner.append(number)
-                windows.spans.append(spans)
+        part = slice(start, start + 256)
+        for question, encoding in zip(questions[part], encode_texts(tokenizer, texts[part]), strict=True):
+            add_windows(windows, question, [encoding, *encoding.overflowing], training)
     return windows
 
 
+def add_windows(windows, question, encodings, training):
+    """Append a question's windows; in training none of a question whose answer is not where the file says."""
+    answer = question["answers"][0]
+    spans, labels = [], []
+    for encoding in encodings:
+        inside = np.array([text == 1 for text in encoding.sequence_ids])
+        spans.append(np.where(inside[:, None], np.array(encoding.offsets), -1))
+        labels.append(label(spans[-1], answer))
+    if training and (misplaced(question, answer) or set(labels) == {(0, 0)}):  # it would teach nonsense
+        return
+
+    windows.ids.extend(encoding.ids for encoding in encodings)
+    windows.types.extend(encoding.type_ids for encoding in encodings)
+    windows.labels.extend(labels)
+    windows.owner.extend([len(windows.questions)] * len(encodings))
+    windows.spans.extend(spans)
+    windows.questions.append(question)
+
+
 def read_windows(task, path, tokenizer):
-    """Task.read: a SQuAD file -> Windows of the length at which the tokenizer cuts; what is odd in it is printed."""
+    """Task.read: a SQuAD file -> Windows of the length at which the tokenizer cuts; what is odd in it is printed.
+
+    Raises ValueError when no question can be learnt from.
+    """
     questions, notes = read_squad(path)
+    windows = make_windows(questions, tokenizer, tokenizer.truncation["max_length"], path.stem == task.train)
+    if lost := len(questions) - windows.asked():
+        notes.append(f"{path}: left out {lost} of {len(questions)} questions; their answers are not where it says")
+    if not len(windows):
+        raise ValueError(f"{path}: no answer stands in its paragraph where the file says")
     for note in notes:
         print(note)
-    if path.stem == task.train:  # a misplaced answer would teach nonsense
-        questions = [q for q in questions if not misplaced(q, q["answers"][0])]
-    return make_windows(questions, tokenizer, tokenizer.truncation["max_length"])
+    return windows
 
 
 # --- answers -------------------------------------------------------------------------------------------------

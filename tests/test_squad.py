@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_model, write_tokenizer
+from tokenizers import normalizers
 
 import data
 import eval as eval_
@@ -39,6 +40,7 @@ def tokenizer(tmp_path):
 @pytest.fixture(autouse=True)
 def small_stride(monkeypatch):
     monkeypatch.setattr(squad, "STRIDE", 3)
+    monkeypatch.setattr(squad, "SHORTEST_WINDOW", 12)
 
 
 def windows_of(tokenizer, *questions, length=12, folder):
@@ -116,7 +118,8 @@ def test_misplaced_answers_are_counted_not_fatal(tokenizer, tmp_path, capsys):
         write_squad(tmp_path / "squad" / f"{split}-v1.1.json", asked)
         assert data.load_split("squad", f"{split}-v1.1", tmp_path, tokenizer).asked() == kept
         out = capsys.readouterr().out
-        assert "1 answers do not stand where the file says" in out and "1 articles have no paragraphs" in out
+        assert "answers that are not where the file says: 1" in out and "articles without paragraphs: 1" in out
+        assert ("left out 1 of 2 questions" in out) == (kept == 1)
 
 
 @pytest.mark.parametrize(
@@ -136,21 +139,51 @@ def test_bad_files_are_named(tmp_path, content, message):
         squad.read_squad(tmp_path / "f.json")
 
 
-def test_a_question_longer_than_the_window(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="question q0 has 12 tokens, too many for --length 12"):
-        windows_of(tokenizer, question("is it fun " * 4, "fun"), folder=tmp_path)
+@pytest.mark.parametrize("length", [16, 17, 18, 30])
+def test_a_long_question_is_cut_and_windows_share_a_third(tokenizer, tmp_path, monkeypatch, length):
+    monkeypatch.setattr(squad, "STRIDE", 128)
+    asked = question("is it fun " * 40, "fun"), question("is it", "dull")
+    w = windows_of(tokenizer, *asked, length=length, folder=tmp_path)
+    assert max(map(len, w.ids)) == length and w.asked() == 2
+    sizes = {types.index(1) - 2 for types in w.types}  # of the questions, without [CLS] and [SEP]
+    assert sizes == {length // 3, 2}
+    parts = [[tuple(s) for s in spans if s[0] >= 0] for spans, owner in zip(w.spans, w.owner, strict=True) if not owner]
+    assert all(a[-(length // 3) :] == b[: length // 3] for a, b in zip(parts, parts[1:], strict=False))
 
 
-def test_every_question_that_fits_can_be_cut(tokenizer, tmp_path):
-    """Up to the last that fits: the tokenizer's own limit is met by our error, not by its panic."""
-    fits = 0
-    for words in range(1, 12):
-        asked = [question(" ".join(["fun"] * words), "fun")]
-        try:
-            fits += len(windows_of(tokenizer, *asked, folder=tmp_path)) > 0
-        except ValueError as error:
-            assert "too many for --length 12" in str(error)
-    assert fits == 12 - 3 - 3 - 1  # special tokens, stride, and one to move on by
+def test_too_short_windows_are_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="--length 11: question and paragraph need 12 tokens"):
+        windows_of(tokenizer, question("is it", "fun"), length=11, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("context", "answer", "found"),
+    [
+        ("the film was good", " film was ", "film was"),
+        ("the film was good", "film\u200b", None),  # stands nowhere
+        ("the film\u200b was good", "film\u200b", "film"),
+        ("the fil\u0301m was baḋ", "baḋ", "baḋ"),
+        ("the cafe\u0301 was good", "cafe\u0301", "cafe"),
+        ("the film was good", "   ", None),
+        ("the film was good", "", None),
+    ],
+)
+def test_answers_that_tokens_do_not_cover_to_the_end(tokenizer, tmp_path, context, answer, found):
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    at = max(context.find(answer), 0) if answer.strip() else 3
+    asked = [question("is it", answer, at), question("is it", "was", context.index("was"), number=1)]
+    questions, _ = squad.read_squad(write_squad(tmp_path / "s.json", asked, context))
+    w = squad.make_windows(questions, tokenizer, 16, training=True)
+    assert w.asked() == 1 + (found is not None)
+    if found:
+        start, end = w.labels[0]
+        assert context[w.spans[0][start][0] : w.spans[0][end][1]] == found
+
+
+def test_a_training_file_without_one_usable_answer(tokenizer, tmp_path):
+    write_squad(tmp_path / "squad" / "train-v1.1.json", [question("is it", "fun", at=0)])
+    with pytest.raises(ValueError, match="train-v1.1.json: no answer stands in its paragraph"):
+        data.load_split("squad", "train-v1.1", tmp_path, tokenizer)
 
 
 def test_loss_is_the_mean_of_start_and_end_and_padding_gets_nothing(make_model):
