@@ -19,7 +19,7 @@ import torch
 
 from plumbing import fetch, parallel
 from plumbing.checkpoints import open_tokenizer
-from plumbing.files import sha256
+from plumbing.files import regular, sha256
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def read_rows(path, task, labelled=True):
     unknown label, or a file without rows.
     """
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        lines = regular(path).read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
     rows = [line.removesuffix("\r").split("\t") for line in lines]
@@ -222,7 +222,7 @@ def encode_texts(tokenizer, texts):
 def split_path(name, split, data_dir):
     """Where a split of a task stands, or will. Raises ValueError if data_dir is given and has no such file."""
     task = TASKS[name]
-    path = Path(data_dir or fetch.CACHE / "glue") / task.folder / f"{split}{task.ending}"
+    path = Path(data_dir or fetch.cache() / "glue") / task.folder / f"{split}{task.ending}"
     if data_dir and not path.exists():
         raise ValueError(f"--data-dir: there is no {path.absolute()}")
     return path
@@ -315,4 +315,5 @@ def training_batches(examples, size, steps, seed, device="cpu", parts=1, first=0
     epochs = (batch_rows(examples, size, np.random.default_rng([seed, epoch])) for epoch in count())
     for batch in islice(chain.from_iterable(epochs), first, steps):
         width = padded(max(len(examples.ids[r]) for r in batch), examples.limit)
-        yield [Part(*collate(examples, rows, device, width), share) for rows, share in split_batch(batch, parts)]
+        most = min(parts, len(batch))
+        yield [Part(*collate(examples, rows, device, width), share) for rows, share in split_batch(batch, most)]

@@ -164,7 +164,7 @@ def load_sets(result, splits, data_dir, tokenizer):
     sets = {split: data.load_split(result["task"], split, folder, tokenizer) for split in splits}
     for split, examples in sets.items():
         if not data_dir and result.get(f"{split} digest", examples.digest()) != examples.digest():
-            raise ValueError(f"{split} in {folder or fetch.CACHE} is not the run's; --data-dir allows for other data")
+            raise ValueError(f"{split} in {folder or fetch.cache()} is not the run's; --data-dir allows for other data")
     return sets
 
 
@@ -248,12 +248,12 @@ def look(run, args):
     print(f"dev ({asked} examples): {show(metrics)}; training reported {show(result['final'])}")
 
 
+@one_line_errors()
 def main(argv=None):
     args = parse_args(argv)
-    with one_line_errors():
-        parallel.refuse("eval.py")
-        for run in args.runs:
-            look(run, args)
+    parallel.refuse("eval.py")
+    for run in args.runs:
+        look(run, args)
 
 
 if __name__ == "__main__":

@@ -347,50 +347,50 @@ def say(result, folder):
         print(f"       {shlex.join(['python', 'train.py', '--method=finetune', *words])}")
 
 
+@cli.one_line_errors()
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    with cli.one_line_errors():
-        run = interrupted_run(args.resume) if args.resume else Run(args.out, argv)
-        args = parse_args(run.argv)  # of a resumed run, the flags that it began with
-        torch.manual_seed(args.seed)  # of a fresh classifier
-        cli.set_up(args.deterministic, args.eager)
-        device, dtype, why = cli.choose_device(args.device, args.dtype)
-        parallel.start(device)
-        with parallel.first_process_first():  # only one downloads
-            model, folder, teacher, train, dev = load_everything(args)
+    run = interrupted_run(args.resume) if args.resume else Run(args.out, argv)
+    args = parse_args(run.argv)  # of a resumed run, the flags that it began with
+    torch.manual_seed(args.seed)  # of a fresh classifier
+    cli.set_up(args.deterministic, args.eager)
+    device, dtype, why = cli.choose_device(args.device, args.dtype)
+    parallel.start(device)
+    with parallel.first_process_first():  # only one downloads
+        model, folder, teacher, train, dev = load_everything(args)
 
-        # What the run depends on beside its flags. Of a resumed one, all this must be what it was.
-        description = identity(folder, model) | {"device": device.type, "dtype": cli.dtype_name(dtype)}
-        description["schedule"] = args.schedule or ("cubic" if model.config.model_type == "bert" else "linear")
-        description |= {f"{name} digest": examples.digest() for name, examples in {"train": train, **dev}.items()}
-        if teacher:
-            description["teacher digest"] = identity(Path(args.teacher), teacher)["fingerprint"]
-        run.check_identity(dict(description))
+    # What the run depends on beside its flags. Of a resumed one, all this must be what it was.
+    description = identity(folder, model) | {"device": device.type, "dtype": cli.dtype_name(dtype)}
+    description["schedule"] = args.schedule or ("cubic" if model.config.model_type == "bert" else "linear")
+    description |= {f"{name} digest": examples.digest() for name, examples in {"train": train, **dev}.items()}
+    if teacher:
+        description["teacher digest"] = identity(Path(args.teacher), teacher)["fingerprint"]
+    run.check_identity(dict(description))
 
-        method = METHODS[args.method]
-        density = 1 - args.sparsity
-        if method.before:  # whole heads and neurons may go before training
-            model, facts = method.before(model, train, dev, args, device)
-            description |= facts | {"config": str(model.config)}
-            density = facts["density"]
-        model.to(device).requires_grad_(False)
-        teacher = teacher and teacher.to(device, dtype)
-        learner = Learner(model, method, density, dtype, args.temperature)
-        if args.compile:
-            model.compile_layers()
+    method = METHODS[args.method]
+    density = 1 - args.sparsity
+    if method.before:  # whole heads and neurons may go before training
+        model, facts = method.before(model, train, dev, args, device)
+        description |= facts | {"config": str(model.config)}
+        density = facts["density"]
+    model.to(device).requires_grad_(False)
+    teacher = teacher and teacher.to(device, dtype)
+    learner = Learner(model, method, density, dtype, args.temperature)
+    if args.compile:
+        model.compile_layers()
 
-        total = args.steps or math.ceil(min(args.epochs * math.ceil(len(train) / args.batch), cli.MOST))
-        schedule = make_schedule(args, description["schedule"], total, density)
-        held_out = sum(len(examples) for examples in dev.values())
-        print(f"{args.task}: {len(train)} train and {held_out} dev examples; {total} steps of {args.batch}")
-        print(f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {density:.4g}) -> {run.folder}")
-        print(f"on {parallel.processes()} x {device} in {description['dtype']}: {why}")
-        torch.manual_seed(args.seed * parallel.processes() + parallel.rank())  # every process has dropout of its own
-        with run:
-            learn(args, run, model, learner, teacher, train, dev, schedule)
-            if parallel.rank() == 0:
-                say(finish(args, run, model, learner, folder, description), run.folder)
+    total = args.steps or math.ceil(min(args.epochs * math.ceil(len(train) / args.batch), cli.MOST))
+    schedule = make_schedule(args, description["schedule"], total, density)
+    held_out = sum(len(examples) for examples in dev.values())
+    print(f"{args.task}: {len(train)} train and {held_out} dev examples; {total} steps of {args.batch}")
+    print(f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {density:.4g}) -> {run.folder}")
+    print(f"on {parallel.processes()} x {device} in {description['dtype']}: {why}")
+    torch.manual_seed(args.seed * parallel.processes() + parallel.rank())  # every process has dropout of its own
+    with run:
+        learn(args, run, model, learner, teacher, train, dev, schedule)
+        if parallel.rank() == 0:
+            say(finish(args, run, model, learner, folder, description), run.folder)
     parallel.stop()
 
 

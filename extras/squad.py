@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from data import TASKS, Examples, Task, encode_texts
 from plumbing import fetch
+from plumbing.download import fetched
 from plumbing.files import check_digest, read_json
 
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
@@ -56,10 +57,10 @@ class Windows(Examples):
 def fetch_squad(task, split):
     """Download a split of SQuAD v1.1 into the cache."""
     name = f"{split}.json"
-    path = fetch.CACHE / "glue" / task.folder / name
+    path = fetch.cache() / "glue" / task.folder / name
     url = f"{os.environ.get('SQUAD_URL') or URL}/{name}"
     remedy = f"put it at {path} by hand, or name its folder's parent with --data-dir"
-    with fetch.fetched(url, path, remedy) as part:
+    with fetched(url, path, remedy) as part:
         check_digest(part, "md5", MD5[name], url)
         part.replace(path)
 

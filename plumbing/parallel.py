@@ -18,11 +18,19 @@ from plumbing.files import digest
 
 def rank():
     """This process's number, from 0. Process 0 writes the files and prints."""
-    return int(os.environ.get("RANK", 0))
+    return environment("RANK", 0) if processes() > 1 else 0
 
 
 def processes():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return environment("WORLD_SIZE", 1)
+
+
+def environment(name, default):
+    """A number that torchrun sets. Raises ValueError when it is set to something else."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ValueError(f"{name} is {text!r}, and should be a number that torchrun set; unset it")
+    return int(text)
 
 
 def refuse(what):

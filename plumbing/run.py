@@ -72,7 +72,7 @@ class Run:
         if CHECKPOINT in found:
             how = f"--resume {self.folder} continues it"
             raise ValueError(f"--out: {self.folder} holds an interrupted run; {how}, or delete it")
-        if found and LOG not in found:
+        if found and not is_log(self.folder / LOG):
             raise ValueError(f"--out: {self.folder} holds files that are not of a run; name another folder")
 
     def check_identity(self, identity):
@@ -95,17 +95,19 @@ class Run:
     def hold(self):
         """-> the log, open, locked until it is closed, and cut to where the run continues."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = open(self.folder / LOG, "a")  # noqa: SIM115 (open until the run ends)
+        file = open_log(self.folder / LOG)
         try:
             files.lock(file)
-            if not self.resumed:
-                self.check_free()  # again: another process may have written meanwhile
+            # Again, now that nobody else writes: another process may have, meanwhile.
+            if self.resumed:
+                check_interrupted(self.folder, self.step)
+            else:
+                self.check_free()
         except ValueError:
             file.close()
             raise
-        for part in self.folder.glob(".part-*"):  # of a process that was killed while it wrote
-            part.unlink(missing_ok=True)
-        if size := os.path.getsize(file.name):  # a device such as /dev/full has no size
+        files.remove_parts(self.folder)
+        if size := os.fstat(file.fileno()).st_size:
             file.truncate(min(self.log_size, size))
         return file
 
@@ -159,7 +161,7 @@ class Run:
             tensors = random_states() | learnt(learner, optimizer)
             tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
             state = {"step": step, "evaluations": list(self.evaluations), "argv": self.argv, "identity": self.identity}
-            state |= {"seconds": self.seconds, "log": os.path.getsize(self.file.name)}
+            state |= {"seconds": self.seconds, "log": os.fstat(self.file.fileno()).st_size}
             self.wait()
             path = self.folder / CHECKPOINT
             self.saving = self.pool.submit(lambda: files.write_whole(path, files.seal(FORMAT, tensors, state)))
@@ -238,13 +240,40 @@ def read_checkpoint(path):
 
 def interrupted_run(folder):
     """The run that stopped in a folder. Raises ValueError when it cannot continue."""
+    parallel.refuse("--resume")
+    state = check_interrupted(folder)
+    return Run(folder, state["argv"], state)
+
+
+def check_interrupted(folder, step=None):
+    """-> the state of the checkpoint in a folder. Raises ValueError if there is none, or none of the given step."""
     if (folder / RESULT).exists():
+        (folder / CHECKPOINT).unlink(missing_ok=True)  # a run that was killed before it could
         raise ValueError(f"--resume: {folder} is finished; look at it with: python eval.py {folder}")
     if not (folder / CHECKPOINT).exists():
         raise ValueError(f"--resume: there is no {folder / CHECKPOINT}; a run has one once it has evaluated")
-    parallel.refuse("--resume")
     _, state = read_checkpoint(folder / CHECKPOINT)
-    return Run(folder, state["argv"], state)
+    if step not in (None, state["step"]):
+        raise ValueError(f"--resume: another process has taken {folder} on to step {state['step']}; resume it again")
+    return state
+
+
+def open_log(path):
+    """-> a log, open to be appended to. A link in its place, which could lead to another's file, is an OSError."""
+    no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+    return open(path, "a", opener=lambda path, flags: os.open(path, flags | no_link, 0o666))
+
+
+def is_log(path):
+    """Whether a file is empty, or begins as a run's log does."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        first = file.readline(1 << 16)
+    try:
+        return not first or {"step", "density"} <= json.loads(first).keys()
+    except (ValueError, RecursionError, AttributeError):
+        return False
 
 
 # --- finished runs -------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import model
-from plumbing import fetch
 from plumbing.checkpoints import read_model
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
@@ -141,6 +140,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):  # noqa: N802
         content = self.files.get(self.path)
+        self.files.setdefault("logins", set()).add(self.headers.get("Authorization"))
         self.send_response(200 if content is not None else 404)
         self.send_header("Content-Length", len(content or b""))
         self.end_headers()
@@ -161,7 +161,7 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setenv("GLUE_URL", f"{url}/glue/")
     monkeypatch.setenv("SQUAD_URL", f"{url}/squad")
-    monkeypatch.setattr(fetch, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("SMP_CACHE", str(tmp_path / "cache"))
     yield files, cut
     httpd.shutdown()
     httpd.server_close()

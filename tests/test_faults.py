@@ -1,20 +1,25 @@
 """Disks, networks and GPUs that fail: one line of error, and nothing half-written is trusted."""
 
+import contextlib
 import errno
 import hashlib
 import http.server
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import train
-from plumbing import cli, fetch, files
+from plumbing import cli, download, files
+from plumbing import run as plumbing_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,17 +34,19 @@ def argv(make_model, glue, tmp_path):
 def unreliable():
     """start(content, sends, ranges): a server that closes each connection after the next number of bytes -> URL.
 
-    ranges: whether it can begin where it is asked to. start.replies counts its replies.
+    ranges: whether it can begin where it is asked to; off: how far it is off. start.replies counts its replies.
     """
     servers = []
 
-    def start(content, sends, ranges=True):
+    def start(content, sends, ranges=True, off=0):
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):  # noqa: N802
                 start.replies += 1
                 asked = int(self.headers.get("Range", "bytes=0-")[6:-1]) if ranges else 0
                 self.send_response(206 if asked else 200)
                 self.send_header("Content-Length", len(content) - asked)
+                if asked:
+                    self.send_header("Content-Range", f"bytes {asked + off}-{len(content) - 1}/{len(content)}")
                 self.end_headers()
                 self.wfile.write(content[asked : asked + (sends.pop(0) if sends else len(content))])
 
@@ -61,7 +68,7 @@ def test_a_download_cut_anywhere_is_continued(unreliable, tmp_path):
     content = os.urandom(3_000_000)
     for sends in ([1], [0x100000], [len(content) - 1], [7, 1_500_000, 2], [1] * 50):
         unreliable.replies = 0
-        with fetch.fetched(unreliable(content, list(sends)), tmp_path / "x", "") as part:
+        with download.fetched(unreliable(content, list(sends)), tmp_path / "x", "") as part:
             assert part.read_bytes() == content
         assert unreliable.replies == len(sends) + 1
     assert list(tmp_path.iterdir()) == []
@@ -69,13 +76,58 @@ def test_a_download_cut_anywhere_is_continued(unreliable, tmp_path):
 
 def test_a_server_that_always_begins_anew_is_given_up_when_it_gets_no_further(unreliable, tmp_path):
     content = os.urandom(3_000_000)
-    with fetch.fetched(unreliable(content, [100, 200], ranges=False), tmp_path / "x", "") as part:
+    with download.fetched(unreliable(content, [100, 200], ranges=False), tmp_path / "x", "") as part:
         assert part.read_bytes() == content
     unreliable.replies = 0
     url = unreliable(content, [200, 100], ranges=False)
     with pytest.raises(OSError, match="ended after 100 of 3000000 bytes.*; try this"):
-        fetch.fetched(url, tmp_path / "x", "try this").__enter__()
+        download.fetched(url, tmp_path / "x", "try this").__enter__()
     assert unreliable.replies == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_of_another_part_is_not_appended(unreliable, tmp_path):
+    url = unreliable(os.urandom(3000), [1000], off=1)
+    with pytest.raises(OSError, match="another part than it was asked"), download.fetched(url, tmp_path / "x", ""):
+        pass
+    assert unreliable.replies == 2 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [({"LARGEST_OF_OTHERS": 5000}, "larger than 5,000 bytes"), ({"PATIENCE": 0.2}, "less than a mebibyte came in 0.2")],
+)
+def test_downloads_have_bounds(tmp_path, monkeypatch, bounds, message):
+    class Endless(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):  # until the other side has had enough
+                while True:
+                    self.wfile.write(b"x" * 100)
+                    time.sleep(0.001)
+
+        def log_message(self, *_):
+            pass
+
+    for name, value in bounds.items():
+        monkeypatch.setattr(download, name, value)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/x"
+        with pytest.raises(OSError, match=f"{message}.*; try this"), download.fetched(url, tmp_path / "x", "try this"):
+            pass
+        server.shutdown()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_partial_files_of_killed_processes_go_after_a_day(tmp_path):
+    yesterday = time.time() - files.STALE - 1
+    for name in (".part-0123abcd-old", ".part-0123abcd-new", ".part-notours"):
+        (tmp_path / name).write_text("x")
+        if "new" not in name:
+            os.utime(tmp_path / name, (yesterday, yesterday))
+    files.write_whole(tmp_path / "file", b"x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".part-0123abcd-new", ".part-notours", "file"]
 
 
 def test_two_processes_fill_one_cache(unreliable, tmp_path):
@@ -84,8 +136,9 @@ def test_two_processes_fill_one_cache(unreliable, tmp_path):
     script = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from plumbing import fetch
-fetch.HUB_MODELS = {{"bert": ("a/b", "main", {{"model.safetensors": {digest!r}}})}}
-fetch.fetch_hub_model("bert")
+fetch.HUB["bert"] = ("a/b", "main")
+fetch.MODELS["bert"] = {{"model.safetensors": {digest!r}}}
+fetch.fetch_hub_model("bert", fetch.cache() / "models" / "bert")
 """
     environment = os.environ | {"SMP_CACHE": str(tmp_path), "HF_ENDPOINT": url}
     processes = [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(2)]
@@ -100,8 +153,8 @@ def test_a_full_disk_during_a_download(unreliable, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(fetch, "download_rest", full)
-    with pytest.raises(OSError, match="No space left") as said, fetch.fetched(url, tmp_path / "x", "remedy"):
+    monkeypatch.setattr(download, "download_rest", full)
+    with pytest.raises(OSError, match="No space left") as said, download.fetched(url, tmp_path / "x", "remedy"):
         pass
     assert said.value.errno == errno.ENOSPC and "SMP_CACHE" in cli.describe(said.value)
 
@@ -124,9 +177,8 @@ def test_a_full_disk(argv, fails, monkeypatch, tmp_path, nth):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux")
-def test_a_full_disk_under_the_log(argv, fails, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "log.jsonl").symlink_to("/dev/full")
+def test_a_full_disk_under_the_log(argv, fails, monkeypatch):
+    monkeypatch.setattr(plumbing_run, "open_log", lambda path: open("/dev/full", "a"))  # noqa: SIM115
     assert "No space left on device" in fails(train.main, argv)
 
 
@@ -183,3 +235,108 @@ def test_code_version(tmp_path, monkeypatch):
     assert not cli.code_version()["clean"]
     monkeypatch.setenv("PATH", "")
     assert cli.code_version().keys() == {"versions"}
+
+
+# --- where the output goes ---
+
+COMMAND = """
+import sys
+sys.path.insert(0, {root!r})
+import plumbing.cli
+plumbing.cli.cpu_computes_bf16 = lambda: False
+import train
+train.main(sys.argv[1:])
+"""
+
+
+def shell(argv, after="", **environment):
+    """Run train.py in a shell, with a redirection -> (exit status, stderr without progress bars)."""
+    script = shlex.join([sys.executable, "-c", COMMAND.format(root=str(ROOT)), *argv])
+    ended = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{script} {after}"], stderr=subprocess.PIPE, env=os.environ | environment
+    )
+    said = ended.stderr.decode().replace("\r", "\n").splitlines()
+    return ended.returncode, [line for line in said if line.strip() and "it/s" not in line]
+
+
+@pytest.mark.parametrize("after", ["| true", ">&-", ">&- 2>&-", "> /dev/full"])
+def test_output_that_goes_nowhere_is_no_traceback(argv, after):
+    status, said = shell(argv, after)
+    if after.startswith(">&-"):
+        assert status == 0 and said == []
+    elif after == "| true":
+        assert status == 141 and said == []
+    else:
+        assert status == 2 and len(said) == 1 and "No space left" in said[0]
+
+
+def test_help_into_a_pipe_that_nobody_reads(argv):
+    status, said = shell(["--help"], "| true")
+    assert status in (0, 141) and said == []
+
+
+def test_names_that_the_terminal_cannot_show(argv, tmp_path):
+    status, said = shell([*argv, "--out", str(tmp_path / "r\u00e9sum\u00e9")], "> /dev/null", PYTHONIOENCODING="ascii")
+    assert status == 0 and said == [] and (tmp_path / "r\u00e9sum\u00e9" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "1"}, None),
+        ({"RANK": "", "WORLD_SIZE": ""}, None),
+        ({"RANK": "abc", "WORLD_SIZE": "2"}, "RANK is 'abc'"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+    ],
+)
+def test_what_torchrun_sets_and_others_may(argv, fails, tmp_path, monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if message:
+        assert message in fails(train.main, argv)
+    else:
+        train.main(argv)
+        assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_names_are_printed_without_their_controls(fails):
+    assert fails(train.main, ["--model", "a\x1b[31mb\nc\u202ed"]).count("a\\x1b[31mb\\nc\\u202ed") == 1
+    assert cli.show({"a\x1b]0;x": 1.0}) == "a\\x1b]0;x 1.0000"
+    assert "\\x1b" in fails(train.main, ["--task", "\x1b[31m"])
+
+
+@pytest.mark.parametrize("flag", ["--out=--", "--model=--", "--lr=--"])
+def test_two_dashes_are_no_value(fails, flag):
+    assert f"{flag}: -- is not a value" in fails(train.main, [flag])
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks(argv, fails, monkeypatch, tmp_path, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    if number == errno.EIO:
+        assert os.strerror(number) in fails(train.main, argv)
+        return
+    train.main(argv)
+    assert (tmp_path / "run" / "result.json").exists() and "this file system has no locks" in capsys.readouterr().out
+
+
+def test_pipes_and_devices_are_not_read(argv, fails, tmp_path):
+    for path in (tmp_path / "glue" / "movies" / "dev.tsv", tmp_path / "model" / "tokenizer.json",
+                 tmp_path / "model" / "config.json", tmp_path / "model" / "model.safetensors"):  # fmt: skip
+        kept = path.rename(tmp_path / "kept")
+        os.mkfifo(path)
+        assert f"{path} is not a regular file" in fails(train.main, argv)
+        path.unlink()
+        path.symlink_to("/dev/zero")
+        assert f"{path} is not a regular file" in fails(train.main, argv)
+        path.unlink()
+        kept.rename(path)
+
+
+def test_no_compiler(argv, fails, tmp_path):
+    nowhere = {"cpp.cxx": ("/nonexistent/c++",)}
+    with torch._inductor.config.patch(nowhere), patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")):
+        assert "--compile: torch cannot compile here" in fails(train.main, [*argv, "--compile"])

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -211,9 +212,9 @@ def test_archives(survives, server, tmp_path, monkeypatch):
             with cli.one_line_errors():
                 fetch.fetch_glue(data.TASKS["rte"])
         finally:
-            landed = {str(p.relative_to(fetch.CACHE)) for p in fetch.CACHE.rglob("*")}
+            landed = {str(p.relative_to(fetch.cache())) for p in fetch.cache().rglob("*")}
             assert landed <= {"glue", "glue/RTE", *(f"glue/RTE/{name}.tsv" for name in ("train", "dev", "test"))}
-            shutil.rmtree(fetch.CACHE)
+            shutil.rmtree(fetch.cache())
 
     for number in range(TIMES):
         files["/glue/RTE.zip"] = altered_bytes(whole, rng) if number else whole
@@ -226,8 +227,8 @@ def test_archives_without_bounds(survives, tmp_path):
     path = tmp_path / "RTE.zip"
 
     def read():
-        with cli.one_line_errors():
-            fetch.unzip_splits(path, "RTE", ["train.tsv", "dev.tsv"], ["test.tsv"])
+        with cli.one_line_errors(), ExitStack() as unfinished:
+            fetch.unzip_splits(path, tmp_path / "RTE", ["train.tsv", "dev.tsv"], ["test.tsv"], unfinished)
 
     for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         archive(path, method)

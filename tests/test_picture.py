@@ -9,7 +9,6 @@ import torch
 
 import eval as eval_
 import train
-from plumbing import fetch
 from plumbing.cli import shaded_table
 from tools import picture
 
@@ -89,7 +88,7 @@ def test_what_people_see(capsys, runs):
 
 
 def test_a_mask_that_was_handed_on_finds_the_cache(runs, glue, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(fetch, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("SMP_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     glue.rename(tmp_path / "cache" / "glue")
     eval_.main([f"{runs[0]}/mask.safetensors"])

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import train
 from plumbing import run as plumbing_run
 from plumbing.files import lock, read_masks, seal, unseal
+from plumbing.run import FORMAT, open_log, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 # train.py, which kills itself when it syncs a file to disk for the n-th time, the file being half written.
@@ -151,7 +152,7 @@ def test_another_backbone_or_other_data_are_not_gone_on_with(interrupted, flags,
     dev.write_text(rows.rsplit("\n", 2)[0] + "\n")
     assert "--resume: dev digest is" in fails(train.main, ["--resume", interrupted])
     dev.write_text(rows)
-    (interrupted / ".part-1-model.safetensors").touch()
+    (interrupted / ".part-0123abcd-model.safetensors").touch()
     train.main(["--resume", str(interrupted)])
     assert not list(interrupted.glob(".part-*"))
     assert "is finished" in fails(train.main, ["--resume", interrupted])
@@ -273,3 +274,66 @@ def test_a_run_that_was_finished_meanwhile_stays(flags, tmp_path, fails, monkeyp
     monkeypatch.setattr(train, "load_everything", late)
     assert "holds a finished run" in fails(train.main, [*flags, "--out", tmp_path / "run"])
     assert (tmp_path / "run" / "result.json").read_text() == "{}"
+
+
+def test_two_that_resume_one_run_do_not_harm_it(interrupted, fails, monkeypatch):
+    """The second read the checkpoint before the first went on, or finished."""
+    load = train.load_everything
+    files = {}
+
+    def while_another_finishes(args):
+        loaded = load(args)
+        monkeypatch.setattr(train, "load_everything", load)
+        train.main(["--resume", str(interrupted)])
+        files.update({path: path.read_bytes() for path in interrupted.iterdir()})
+        return loaded
+
+    monkeypatch.setattr(train, "load_everything", while_another_finishes)
+    assert "is finished; look at it" in fails(train.main, ["--resume", interrupted])
+    assert {path: path.read_bytes() for path in interrupted.iterdir()} == files and len(files) == 3
+
+
+def test_a_run_that_another_took_further_is_not_taken_back(interrupted, fails, monkeypatch):
+    path = interrupted / "checkpoint.safetensors"
+    load = train.load_everything
+
+    def while_another_goes_on(args):
+        tensors, state = read_checkpoint(path)
+        path.write_bytes(seal(FORMAT, tensors, state | {"step": state["step"] + 50}))
+        return load(args)
+
+    log = (interrupted / "log.jsonl").read_bytes()
+    monkeypatch.setattr(train, "load_everything", while_another_goes_on)
+    assert "another process has taken" in fails(train.main, ["--resume", interrupted])
+    assert (interrupted / "log.jsonl").read_bytes() == log
+
+
+def test_a_checkpoint_that_a_killed_run_left_behind_goes(flags, tmp_path, fails):
+    out = tmp_path / "run"
+    train.main([*flags, "--steps", "2", "--evals", "1", "--out", str(out)])
+    (out / "checkpoint.safetensors").touch()
+    assert "is finished" in fails(train.main, ["--resume", out])
+    assert not (out / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("content", ["my notes\n", "[1]\n", '{"step": 1}\n', None])
+def test_a_folder_of_somebody_else_is_left_alone(flags, tmp_path, fails, content):
+    """Even if it has a log.jsonl; None: a link of that name, which leads to another run's."""
+    out, other = tmp_path / "run", tmp_path / "other.jsonl"
+    out.mkdir()
+    other.write_text('{"step": 1, "density": 1.0}\n')
+    (out / ".part-0123abcd-mine").write_text("mine")
+    if content is None:
+        (out / "log.jsonl").symlink_to(other)
+    else:
+        (out / "log.jsonl").write_text(content)
+    before = {path: path.read_bytes() for path in [*out.iterdir(), other]}
+    assert "holds files that are not of a run" in fails(train.main, [*flags, "--out", out])
+    assert {path: path.read_bytes() for path in [*out.iterdir(), other]} == before
+
+
+def test_a_link_that_takes_the_place_of_the_log_is_not_followed(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        open_log(tmp_path / "log.jsonl")
+    assert not (tmp_path / "elsewhere").exists()

@@ -228,7 +228,7 @@ def test_download_is_checked(server, tokenizer, monkeypatch):
     files["/squad/dev-v1.1.json"] = content[:-1]
     with pytest.raises(ValueError, match="dev-v1.1.json: md5"):
         data.load_split("squad", "dev-v1.1", None, tokenizer)
-    assert not list(fetch.CACHE.rglob("*.json"))
+    assert not list(fetch.cache().rglob("*.json"))
     files["/squad/dev-v1.1.json"] = content
     assert len(data.load_split("squad", "dev-v1.1", None, tokenizer).questions) == 1
     files.clear()

@@ -21,7 +21,7 @@ import eval as eval_
 import mask
 import train
 from eval import accuracy, correlation, f1, load_run, spearman
-from plumbing import cli, fetch, files
+from plumbing import cli, files
 from plumbing.adam import set_rates
 from plumbing.cli import choose_device
 from plumbing.run import identity
@@ -364,7 +364,7 @@ def test_other_data_than_the_runs_only_where_it_is_asked_for(run, glue, fails, t
     assert "dev (39 examples)" in capsys.readouterr().out
 
     # Where the run's folder is gone, the downloads stand in, if they hold the same.
-    monkeypatch.setattr(fetch, "CACHE", cached.parent)
+    monkeypatch.setenv("SMP_CACHE", str(cached.parent))
     moved = glue.rename(tmp_path / "moved")
     eval_.main([str(folder)])
     final = cli.show(result["final"])

@@ -29,11 +29,11 @@ DENSITY = 0.5
 
 def parse_args(argv=None):
     parser = cli.Parser(prog="python -m tools.bench", description="Time one training step and its parts.")
-    parser.add_argument("--layers", type=cli.count, default=6, help="(6)")
-    parser.add_argument("--hidden", type=cli.count, default=384, help="width (384); heads of 32, or 64 from 768 on")
-    parser.add_argument("--batch", type=cli.count, default=32, help="examples a step, over all processes (32)")
+    parser.add_argument("--layers", type=cli.up_to(1000), default=6, help="(6)")
+    parser.add_argument("--hidden", type=cli.up_to(16384), default=384, help="width (384); heads of 32, from 768 on 64")
+    parser.add_argument("--batch", type=cli.up_to(65536), default=32, help="examples a step, over all processes (32)")
     parser.add_argument("--length", type=cli.count, default=64, help="tokens an example (64)")
-    parser.add_argument("--steps", type=cli.count, default=20, help="timed steps of each kind (20)")
+    parser.add_argument("--steps", type=cli.up_to(10000), default=20, help="timed steps of each kind (20)")
     learning = [name for name, method in METHODS.items() if "lr" in method.flags]
     parser.add_argument("--method", choices=learning, default="smp-s", help="beside finetune (smp-s)")
     cli.add_machine(parser)
@@ -177,23 +177,23 @@ def time_inference(args, device, dtype):
     return {"evaluation": show("evaluation", times, f"  {speed:,.0f} examples/s"), "examples/s": round(speed, 1)}
 
 
+@cli.one_line_errors()
 def main(argv=None):
     args = parse_args(argv)
-    with cli.one_line_errors():
-        device, dtype, why = cli.choose_device(args.device, args.dtype)
-        parallel.start(device)
-        cli.set_up(deterministic=False, eager=args.eager)
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        print(f"{name}, {cli.dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.processes()} process(es)")
-        print("medians, in brackets the fastest and the slowest; parts are timed alone and overlap")
-        if args.inference:
-            found = time_inference(args, device, dtype)
-        else:
-            peak = matrix_peak(device, dtype)
-            print(f"matrix products reach {peak / 1e12:.1f} TFLOP/s here")
-            found = time_step(args, args.method, device, dtype, peak)
-            found |= time_step(args, "finetune", device, dtype, peak)
-            print(f"{args.method} takes {found[args.method] / found['finetune']:.2f} times the dense step")
+    device, dtype, why = cli.choose_device(args.device, args.dtype)
+    parallel.start(device)
+    cli.set_up(deterministic=False, eager=args.eager)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{name}, {cli.dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.processes()} process(es)")
+    print("medians, in brackets the fastest and the slowest; parts are timed alone and overlap")
+    if args.inference:
+        found = time_inference(args, device, dtype)
+    else:
+        peak = matrix_peak(device, dtype)
+        print(f"matrix products reach {peak / 1e12:.1f} TFLOP/s here")
+        found = time_step(args, args.method, device, dtype, peak)
+        found |= time_step(args, "finetune", device, dtype, peak)
+        print(f"{args.method} takes {found[args.method] / found['finetune']:.2f} times the dense step")
     of_training = ("layers", "hidden", "method", "compile", "eager")
     line = {key: value for key, value in vars(args).items() if not (args.inference and key in of_training)}
     line |= {"device": name, "dtype": cli.dtype_name(dtype), "processes": parallel.processes()}

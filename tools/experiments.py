@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from data import TASKS
 from plumbing.cli import Parser, count, one_line_errors
-from plumbing.files import read_json
+from plumbing.files import check_types, read_json, regular
 from tools.lists import BY_TASK, LISTS, STEPS, words
 from tools.picture import plot_curves
 
@@ -36,7 +37,8 @@ KEPT = (
     "kept prunable stored_numbers stored_bits seconds device dtype versions commit clean multiply_accumulates layers "
     "fingerprint"
 ).split()
-NEEDED = set("command task method sparsity final best density seconds stored_numbers stored_bits".split())
+NEEDED = {"command": str, "task": str, "method": str, "sparsity": float, "final": dict, "best": dict}
+NEEDED |= {"density": float, "seconds": float, "stored_numbers": int, "stored_bits": int}
 
 
 def commands(name):
@@ -49,15 +51,53 @@ def commands(name):
 def read_lines(path):
     """Results of a file. Raises ValueError that names a line that is not the result of a run."""
     lines = []
-    for number, text in enumerate(path.read_text("utf-8").splitlines() if path.exists() else (), 1):
+    for number, text in enumerate(regular(path).read_text("utf-8").splitlines() if path.exists() else (), 1):
         try:
             line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        if not isinstance(line, dict) or not line.keys() >= NEEDED or line["task"] not in list(TASKS):
-            raise ValueError(f"{path}:{number} is not the result of a run; delete that line")
+            check_line(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number} is not the result of a run ({error}); delete that line") from None
         lines.append(line)
     return lines
+
+
+def check_line(line):
+    """Raise ValueError unless a value is what this file needs of a run."""
+    check_types(line, NEEDED, "it is not as train.py writes it")
+    if line["task"] not in TASKS:
+        raise ValueError("TASKS has no such task")
+    metric = TASKS[line["task"]].metrics[0]
+    check_types(line["final"], {metric: float}, "final")
+    check_types({"reached": 1.0, "lists": []} | line, {"reached": float, "lists": list}, "it")
+    numbers = [line[key] for key in NEEDED if NEEDED[key] in (int, float)]
+    numbers += [line["final"][metric], line.get("reached", 1.0)]
+    if not all(abs(value) < 1e12 for value in numbers):  # nan is not either
+        raise ValueError("its numbers are too large")
+    shlex.split(line["command"])
+
+
+RUNNING = set()  # subprocesses, which must not outlive this one
+
+
+def stop_all(*_):
+    """For SIGTERM and Ctrl-C: end the runs in progress, then this process."""
+    for process in list(RUNNING):
+        process.kill()
+    raise KeyboardInterrupt("finished runs are kept")
+
+
+def side_by_side(work, items, at_once):
+    """-> [work(item)], so many at a time. Ends on SIGTERM and Ctrl-C, and has the runs end."""
+    before = {number: signal.signal(number, stop_all) for number in (signal.SIGTERM, signal.SIGINT)}
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            return list(pool.map(work, items))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 # --- runs ----------------------------------------------------------------------------------------------------
@@ -69,10 +109,16 @@ def make_run(command, machine, seconds, gpu):
         out = Path(folder) / "run"
         argv = [sys.executable, ROOT / "train.py", *shlex.split(command)[2:], *machine, "--out", out]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
-        ended = subprocess.run(argv, capture_output=True, text=True, timeout=seconds, env=environment)
-        if ended.returncode:
-            said = [line for line in ended.stderr.splitlines() if "rror" in line]
-            raise ValueError(said[-1] if said else f"train.py ended with status {ended.returncode}")
+        with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as p:
+            RUNNING.add(p)
+            try:
+                _, errors = p.communicate(timeout=seconds)
+            finally:
+                p.kill()  # does nothing to a process that has ended
+                RUNNING.discard(p)
+        if p.returncode:
+            said = [line for line in errors.splitlines() if "rror" in line]
+            raise ValueError(said[-1] if said else f"train.py ended with status {p.returncode}")
         result = read_json(out / "result.json")
     return {"command": command} | {key: result[key] for key in KEPT if key in result}
 
@@ -124,8 +170,8 @@ def make_missing(name, folder, at_once, seconds, machine):
         return failed
 
     folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(missing), desc=name, unit="run") as bar:
-        failures = sum(pool.map(work, missing))
+    with tqdm(total=len(missing), desc=name, unit="run") as bar:
+        failures = sum(side_by_side(work, missing, at_once))
     if failures:
         raise ValueError(f"{failures} runs failed; the same command makes them again")
 
@@ -204,6 +250,7 @@ def table(lines, merge=False):
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+@one_line_errors()
 def main(argv=None):
     parser = Parser(prog="python -m tools.experiments", description="Make the missing runs of a list, or show a list.")
     parser.add_argument("do", choices=("run", "table", "plot"), help="plot: the metric over sparsity, into LIST.png")
@@ -215,23 +262,22 @@ def main(argv=None):
     parser.add_argument("--model", metavar="FOLDER", help="run: where minilm stands on this machine")
     args = parser.parse_args(argv)
     machine = words({"data_dir": args.data_dir, "model": args.model})
-    with one_line_errors():
-        if args.do == "run":
-            make_missing(args.list, args.results, args.at_once, args.seconds, machine)
-            return
-        wanted = set(commands(args.list))
-        lines = [line for line in read_lines(args.results / RUNS) if line["command"] in wanted]
-        if not lines:
-            command = f"python -m tools.experiments run {args.list} --results {args.results}"
-            raise ValueError(f"{args.results / RUNS} has none of these runs; make them with: {command}")
-        if args.do == "plot":
-            if args.list != "curve":
-                raise ValueError("plot is for the list `curve`: one task, and one setting of each method at a sparsity")
-            path = args.results / f"{args.list}.png"
-            plot_curves(path, curves(lines), f"dev {TASKS[lines[0]['task']].metrics[0]}")
-            print(path)
-        else:
-            print(table(lines, merge=args.list in ("main", "ablations")))
+    if args.do == "run":
+        make_missing(args.list, args.results, args.at_once, args.seconds, machine)
+        return
+    wanted = set(commands(args.list))
+    lines = [line for line in read_lines(args.results / RUNS) if line["command"] in wanted]
+    if not lines:
+        command = f"python -m tools.experiments run {args.list} --results {args.results}"
+        raise ValueError(f"{args.results / RUNS} has none of these runs; make them with: {command}")
+    if args.do == "plot":
+        if args.list != "curve":
+            raise ValueError("plot is for the list `curve`: one task, and one setting of each method at a sparsity")
+        path = args.results / f"{args.list}.png"
+        plot_curves(path, curves(lines), f"dev {TASKS[lines[0]['task']].metrics[0]}")
+        print(path)
+    else:
+        print(table(lines, merge=args.list in ("main", "ablations")))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from extras.pprune import shrink
 from mask import METHODS
 from model import PER_LAYER, canonical, published
 from plumbing.checkpoints import pack_weights, read_model, tokenizer_bytes, tokenizer_config
-from plumbing.cli import Parser, one_line_errors, show
-from plumbing.files import json_bytes, read_json, sha256, write_whole
+from plumbing.cli import Parser, one_line_errors, printable, show
+from plumbing.files import json_bytes, partial_folder, read_json, sha256, write_whole
 
 README = """# {task}, pruned to a density of {density:.4f}
 
@@ -40,7 +40,7 @@ print({logits})
 
 
 def export(folder, run):
-    """Fill a new folder from a loaded run: its model's own files, with the masks' zeros, and a README.
+    """Fill a new folder from a loaded run, its model's own files with the masks' zeros and a README -> what it is.
 
     Raises ValueError when the run has a head that other libraries lack, or lost heads or neurons.
     """
@@ -58,7 +58,7 @@ def export(folder, run):
     write_whole(folder / "tokenizer.json", tokenizer_bytes(run.folder))
     write_whole(folder / "tokenizer_config.json", tokenizer_config(folder, run.model.config.longest_input))
     write_whole(folder / "model.safetensors", pack_weights(tensors))
-    print(f"{folder}: an ordinary model folder; its README.md says how to use it")
+    return "an ordinary model folder; its README.md says how to use it"
 
 
 def describe(result, model, has_pooler):
@@ -77,7 +77,7 @@ def describe(result, model, has_pooler):
         code |= {"logits": f"hidden @ model.embeddings.word_embeddings.weight[{ids}].T"}
     words = zip(result["words"].items(), ids, strict=True)
     return README.format(
-        **{key: result[key] for key in ("task", "density", "model")} | code,
+        **{key: result[key] for key in ("task", "density")} | {"model": printable(result["model"])} | code,
         changes=changes,
         final=show(result["final"]),
         where="every token, for start and end of the answer" if model.every_token else "the first token",
@@ -121,7 +121,7 @@ def fold(incoming, constant, outer, size):
 
 @torch.no_grad()
 def export_compact(folder, run):
-    """Fill a new folder with a loaded run's model less its dead heads and neurons; it is a finished run as well.
+    """Fill a new folder with a loaded run's model less its dead heads and neurons, a finished run too -> what is gone.
 
     Raises ValueError when the smaller model would compute something else.
     """
@@ -144,7 +144,7 @@ def export_compact(folder, run):
     said = f"{removed}{'' if any(dead) else '; nothing is gained'}\n"
     said += f"parameters {before:,} -> {after:,}; logits differ by at most {difference:.1e}"
     write_compact(folder, run, smaller, said)
-    print(f"{folder}: {said}")
+    return said
 
 
 def write_compact(folder, run, model, said):
@@ -163,6 +163,7 @@ def write_compact(folder, run, model, said):
     write_whole(folder / "result.json", json_bytes(result))
 
 
+@one_line_errors()
 def main(argv=None):
     parser = Parser(prog="python -m tools.export", description="Write a finished run as a model folder.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a mask file out of one")
@@ -170,11 +171,12 @@ def main(argv=None):
     parser.add_argument("--compact", action="store_true", help="without dead heads and neurons; needs this code")
     parser.add_argument("--model", metavar="FOLDER", help="where the backbone stands now")
     args = parser.parse_args(argv)
-    with one_line_errors():
-        if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
-            raise ValueError(f"{args.folder} holds files already; delete it, or name another folder")
-        write = export_compact if args.compact else export
-        write(args.folder, load_run(args.run, args.model))
+    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
+        raise ValueError(f"{args.folder} holds files already; delete it, or name another folder")
+    run = load_run(args.run, args.model)
+    with partial_folder(args.folder) as part:
+        said = export_compact(part, run) if args.compact else export(part, run)
+    print(f"{args.folder}: {said}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ import numpy as np
 
 from eval import densities, load_run
 from plumbing.cli import Parser, one_line_errors, shade, shaded_table, table_row
+from plumbing.files import regular
+
+LARGEST = 1e9  # number that is drawn; beyond, matplotlib counts ticks for ever
 
 
 def head_densities(groups, masks, heads):
@@ -92,16 +95,30 @@ def plot_curves(path, curves, label):
 
 
 def read_log(path):
-    """Lines of log.jsonl, dicts. Raises ValueError when it is not the log of a run."""
-    try:
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        return [line for line in lines if line.keys() & {"loss", "dev"}]
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not the log of a run: {error}") from None
+    """Lines of log.jsonl -> (dicts with step, density and loss; dicts with step and dev {metric: number}).
+
+    Raises ValueError that names a line that is none of a run.
+    """
+    losses, evaluations = [], []
+    for number, text in enumerate(regular(path).read_text("utf-8", "replace").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            if "dev" in line:
+                evaluations.append(line)
+                numbers = [line["step"], *line["dev"].values()]
+            else:
+                losses.append(line)
+                numbers = [line["step"], line["density"], line["loss"]]
+            whole = all(type(value) in (int, float) and abs(value) < LARGEST for value in numbers)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole or evaluations and evaluations[-1]["dev"].keys() != evaluations[0]["dev"].keys():
+            raise ValueError(f"{path}:{number} is not a line of a run's log; take it out")
+    return losses, evaluations
 
 
-def plot_run(path, title, found, log):
-    """Draw densities() and the training curves of log.jsonl, a list of lines."""
+def plot_run(path, title, found, losses, evaluations):
+    """Draw densities() and the training curves that read_log() found."""
     figure = figure_of(11, 4.2)
     left, right = figure.subplots(1, 2)
     table = np.array(list(found.values())).T  # [layers, groups]
@@ -114,11 +131,9 @@ def plot_run(path, title, found, log):
     figure.colorbar(image, ax=left)
     left.set_title(f"{title}: share of weights kept", fontsize=10)
 
-    losses = [line for line in log if "loss" in line]
     steps = [line["step"] for line in losses]
     right.plot(steps, [line["density"] for line in losses], label="density")
     right.plot(steps, [line["loss"] for line in losses], label="training loss", lw=0.8)
-    evaluations = [line for line in log if "dev" in line]
     for metric in evaluations[0]["dev"] if evaluations else ():
         points = [(line["step"], line["dev"][metric]) for line in evaluations]
         right.plot(*zip(*points, strict=True), "o-", label=f"dev {metric}")
@@ -129,6 +144,7 @@ def plot_run(path, title, found, log):
     save(figure, path)
 
 
+@one_line_errors()
 def main(argv=None):
     parser = Parser(prog="python -m tools.picture", description="Look at the mask of a run, or compare those of two.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="one or two run folders or mask files")
@@ -137,24 +153,23 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if len(args.runs) > (1 if args.out else 2):
         parser.error("a picture is of one run, a comparison of two")
-    with one_line_errors():
-        loaded = [load_run(run, args.model) for run in args.runs]
-        for run, one in zip(args.runs, loaded, strict=True):
-            if not one.masks:
-                raise ValueError(f"{run} has no mask to look at")
-        result, _, model, _, masks = loaded[0]
-        groups = {group: list(weights) for group, weights in model.prunable().items()}
-        if len(loaded) == 2:
-            print("\n".join(comparison(groups, masks, loaded[1].masks)))
-        elif args.out:
-            log = args.runs[0] / "log.jsonl"
-            lines = read_log(log) if log.exists() else []
-            title = f"{result['task']}, {result['method']}, density {result['density']:.2f}"
-            plot_run(args.out, title, densities(groups, masks), lines)
-            print(f"{args.out}: the mask{' and the training curves' if lines else ''}")
-        else:
-            print("\n".join(shaded_table("density", densities(groups, masks))))
-            print("\n".join(head_map(head_densities(groups, masks, model.config.layers[0][0]))))
+    loaded = [load_run(run, args.model) for run in args.runs]
+    for run, one in zip(args.runs, loaded, strict=True):
+        if not one.masks:
+            raise ValueError(f"{run} has no mask to look at")
+    result, _, model, _, masks = loaded[0]
+    groups = {group: list(weights) for group, weights in model.prunable().items()}
+    if len(loaded) == 2:
+        print("\n".join(comparison(groups, masks, loaded[1].masks)))
+    elif args.out:
+        log = args.runs[0] / "log.jsonl"
+        curves = read_log(log) if log.exists() else ([], [])
+        title = f"{result['task']}, {result['method']}, density {result['density']:.2f}"
+        plot_run(args.out, title, densities(groups, masks), *curves)
+        print(f"{args.out}: the mask{' and the training curves' if any(curves) else ''}")
+    else:
+        print("\n".join(shaded_table("density", densities(groups, masks))))
+        print("\n".join(head_map(head_densities(groups, masks, model.config.layers[0][0]))))
 
 
 if __name__ == "__main__":

@@ -11,22 +11,22 @@ from plumbing.cli import Parser, count, one_line_errors
 from plumbing.files import write_whole
 
 
+@one_line_errors()
 def main(argv=None):
     parser = Parser(prog="python -m tools.split_squad", description="Split a SQuAD file into train and dev.")
     parser.add_argument("file", type=Path, help="a SQuAD v1.1 file")
     parser.add_argument("folder", type=Path, help="for --data-dir; gets squad/{train,dev}-v1.1.json")
     parser.add_argument("--dev", type=count, default=8, help="articles in the dev part, the last of the file (8)")
     args = parser.parse_args(argv)
-    with one_line_errors():
-        articles = read_articles(args.file)
-        if args.dev >= len(articles):
-            raise ValueError(f"--dev must be less than {len(articles)}, the number of articles; got {args.dev}")
-        for name, part in (("train", articles[: -args.dev]), ("dev", articles[-args.dev :])):
-            path = args.folder / "squad" / f"{name}-v1.1.json"
-            if path.exists():
-                raise ValueError(f"{path} is there already; delete it or name another folder")
-            write_whole(path, json.dumps({"version": "1.1", "data": part}, ensure_ascii=False).encode())
-            print(f"{path}: {len(part)} articles")
+    articles = read_articles(args.file)
+    if args.dev >= len(articles):
+        raise ValueError(f"--dev must be less than {len(articles)}, the number of articles; got {args.dev}")
+    for name, part in (("train", articles[: -args.dev]), ("dev", articles[-args.dev :])):
+        path = args.folder / "squad" / f"{name}-v1.1.json"
+        if path.exists():
+            raise ValueError(f"{path} is there already; delete it or name another folder")
+        write_whole(path, json.dumps({"version": "1.1", "data": part}, ensure_ascii=False).encode())
+        print(f"{path}: {len(part)} articles")
 
 
 if __name__ == "__main__":
