@@ -1,9 +1,12 @@
 """tools.experiments and tools.lists: missing runs are made once, failures are tried again, tables are right."""
 
 import json
+import os
 import shlex
 import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from data import TASKS
 from tools import experiments, lists
 from tools.experiments import curves, kind, table
 
+ROOT = Path(train.__file__).parent
 RESULTS = Path(train.__file__).with_name("results") / "runs.jsonl"
 
 
@@ -85,6 +89,32 @@ def test_runs_at_a_time_have_gpus_of_their_own(pretend, monkeypatch):
     lines = pretend(make_run, "--at-once", "2")
     assert [line["gpus"] for line in lines] == [2] * 6
     assert sorted(gpu for _, gpu in seen) == ["3"] * 3 + ["5"] * 3
+
+
+def test_a_terminated_list_takes_its_runs_with_it(tmp_path):
+    """SIGTERM, as a batch system sends it: the runs in progress end too, and their folders go."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from tools import experiments
+experiments.LISTS = {{"two": lambda: ("--seed=0", "--seed=1")}}
+experiments.ROOT = Path({str(tmp_path)!r})  # its train.py only waits
+experiments.main(["run", "two", "--at-once", "2", "--results", {str(tmp_path)!r}])
+"""
+    waits = "import os, sys, time; open(f'{sys.argv[0]}.{os.getpid()}', 'w').close(); time.sleep(60)"
+    (tmp_path / "train.py").write_text(waits)
+    command = [sys.executable, "-c", script]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(started := list(tmp_path.glob("train.py.*"))) < 2 and process.poll() is None:
+        time.sleep(0.02)
+    process.terminate()
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130 and "interrupted; finished runs are kept" in said and "Traceback" not in said
+    for path in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.suffix[1:]), 0)
+    assert len(started) == 2
 
 
 def test_time_over_is_no_failure(pretend, capsys):

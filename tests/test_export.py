@@ -1,6 +1,8 @@
 """tools.export: an exported folder is the backbone with zeros in it, under the names that it had."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_model import roberta_name
 
+import eval as eval_
 import train
 from eval import load_run
 from tools import export
@@ -86,3 +89,31 @@ def test_what_cannot_be_exported_is_refused(make_model, trained, fails, tmp_path
     run = trained(make_model(), "--head", "classifier")
     assert "a fresh head has no place" in fails(export.main, [run, tmp_path / "out"])
     assert "holds files already" in fails(export.main, [run, run])
+
+
+def test_a_failed_export_leaves_nothing_and_can_be_made_again(make_model, trained, fails, tmp_path, monkeypatch):
+    folder, out = trained(make_model()), tmp_path / "out"
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for flags in ([], ["--compact"]):
+        with monkeypatch.context() as patched:
+            patched.setattr(export, "pack_weights", full)
+            assert "No space left" in fails(export.main, [folder, out, *flags])
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+    out.mkdir()  # empty: may be filled
+    export.main([str(folder), str(out)])
+    assert (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("main", [train.main, eval_.main, export.main])
+def test_weights_of_a_run_are_checked_wherever_they_are_read(make_model, trained, fails, glue, tmp_path, main):
+    folder = trained(make_model(), "--method", "finetune")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-9] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    argv = {train.main: ["--model", folder, "--data-dir", glue, "--out", tmp_path / "x", "--length", 16]}
+    argv |= {eval_.main: [folder], export.main: [folder, tmp_path / "x"]}
+    assert "model.safetensors: sha256 is" in fails(main, argv[main])

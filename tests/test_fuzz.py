@@ -26,7 +26,9 @@ from extras import squad
 from plumbing import cli, fetch
 from plumbing import run as plumbing_run
 from plumbing.files import MASKS, seal, unseal
+from tools import experiments, picture
 
+ROOT = Path(__file__).parent.parent
 TIMES = 300
 HOSTILE = [
     None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 1e308, -0.5, float("nan"), "", "x", "../../x", "/etc/passwd", "\0",
@@ -280,3 +282,39 @@ def test_another_config_is_another_backbone(run, survives):
     path = run.parent / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 2}))
     assert "the config of" in survives(lambda: eval_.main([str(run), "--text", "a good film"]))
+
+
+def altered_line(content, rng):
+    """One line of JSON lines altered."""
+    lines = content.splitlines()
+    at = rng.randrange(len(lines))
+    lines[at] = altered(lines[at], rng)
+    return b"\n".join(lines)
+
+
+def fuzz_lines(path, survives, command):
+    whole, rng, outcomes = path.read_bytes(), random.Random(0), []
+    for _ in range(TIMES):
+        path.write_bytes(altered_line(whole, rng))
+        outcomes.append(survives(command))
+    assert None in outcomes and any(outcomes)
+
+
+def test_logs(run, survives):
+    """What read_log lets through is drawn: numbers of a size that matplotlib can count ticks for."""
+
+    def read():
+        with cli.one_line_errors():
+            losses, evaluations = picture.read_log(run / "log.jsonl")
+            assert all(abs(line["loss"] + line["density"] + line["step"]) < 1e10 for line in losses)
+            assert all(abs(value) < 1e10 for line in evaluations for value in line["dev"].values())
+
+    fuzz_lines(run / "log.jsonl", survives, read)
+
+
+def test_lines_of_results(survives, tmp_path):
+    lines = (ROOT / "results" / "runs.jsonl").read_text().splitlines()
+    chosen = [line for line in lines if '"movies"' in line][:12]
+    (tmp_path / "runs.jsonl").write_text("\n".join(chosen))
+    argv = ["table", "main", "--results", str(tmp_path)]
+    fuzz_lines(tmp_path / "runs.jsonl", survives, lambda: experiments.main(argv))
