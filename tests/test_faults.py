@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import http.server
+import io
 import json
 import os
 import shlex
@@ -12,12 +13,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 
 import train
+from model import Bert
 from plumbing import cli, download, files
 from plumbing import run as plumbing_run
 
@@ -249,17 +250,15 @@ train.main(sys.argv[1:])
 """
 
 
-def shell(argv, after="", **environment):
+def shell(argv, after):
     """Run train.py in a shell, with a redirection -> (exit status, stderr without progress bars)."""
     script = shlex.join([sys.executable, "-c", COMMAND.format(root=str(ROOT)), *argv])
-    ended = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", f"{script} {after}"], stderr=subprocess.PIPE, env=os.environ | environment
-    )
+    ended = subprocess.run(["bash", "-o", "pipefail", "-c", f"{script} {after}"], stderr=subprocess.PIPE)
     said = ended.stderr.decode().replace("\r", "\n").splitlines()
     return ended.returncode, [line for line in said if line.strip() and "it/s" not in line]
 
 
-@pytest.mark.parametrize("after", ["| true", ">&-", ">&- 2>&-", "> /dev/full"])
+@pytest.mark.parametrize("after", ["| true", ">&- 2>&-", "> /dev/full"])
 def test_output_that_goes_nowhere_is_no_traceback(argv, after):
     status, said = shell(argv, after)
     if after.startswith(">&-"):
@@ -270,14 +269,11 @@ def test_output_that_goes_nowhere_is_no_traceback(argv, after):
         assert status == 2 and len(said) == 1 and "No space left" in said[0]
 
 
-def test_help_into_a_pipe_that_nobody_reads(argv):
-    status, said = shell(["--help"], "| true")
-    assert status in (0, 141) and said == []
-
-
-def test_names_that_the_terminal_cannot_show(argv, tmp_path):
-    status, said = shell([*argv, "--out", str(tmp_path / "r\u00e9sum\u00e9")], "> /dev/null", PYTHONIOENCODING="ascii")
-    assert status == 0 and said == [] and (tmp_path / "r\u00e9sum\u00e9" / "result.json").exists()
+def test_names_that_the_terminal_cannot_show(argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    train.main([*argv, "--out", str(tmp_path / "r\u00e9sum\u00e9")])
+    assert b"r\\xe9sum\\xe9" in sys.stdout.buffer.getvalue()
+    assert (tmp_path / "r\u00e9sum\u00e9" / "result.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -336,7 +332,13 @@ def test_pipes_and_devices_are_not_read(argv, fails, tmp_path):
         kept.rename(path)
 
 
-def test_no_compiler(argv, fails, tmp_path):
-    nowhere = {"cpp.cxx": ("/nonexistent/c++",)}
-    with torch._inductor.config.patch(nowhere), patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")):
-        assert "--compile: torch cannot compile here" in fails(train.main, [*argv, "--compile"])
+def test_no_compiler(argv, fails, monkeypatch):
+    class InductorError(RuntimeError):  # torch's own is slow to provoke
+        pass
+
+    def no_compiler(self):
+        raise InductorError("InvalidCxxCompiler: No working C++ compiler found")
+
+    monkeypatch.setattr(Bert, "compile_layers", no_compiler)
+    said = fails(train.main, [*argv, "--compile"])
+    assert "--compile: torch cannot compile here (InvalidCxxCompiler: No working C++" in said

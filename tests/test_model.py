@@ -227,6 +227,37 @@ def test_weights_in_several_files(make_model):
         load_model(folder, words=[5, 6])
 
 
+ROBERTA = CONFIG | {"model_type": "roberta", "max_position_embeddings": 34, "pad_token_id": 1, "layer_norm_eps": 1e-5}
+ROBERTA_LOGITS = [[-1.04766, 1.25575], [-0.99668, 1.24681]]
+QA_HEAD = {"qa_outputs.weight": torch.ones(2, 16), "qa_outputs.bias": torch.ones(2)}
+CLASSIFIER = {"classifier.dense.weight": torch.ones(16, 16), "classifier.dense.bias": torch.ones(16)}
+CLASSIFIER |= {"classifier.out_proj.weight": torch.ones(2, 16), "classifier.out_proj.bias": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("config", "prefix", "head", "logits"),
+    [
+        (ROBERTA, "roberta.", None, ROBERTA_LOGITS),
+        (ROBERTA | {"model_type": "xlm-roberta"}, "roberta.", None, ROBERTA_LOGITS),
+        (ROBERTA | {"model_type": "camembert"}, "roberta.", None, ROBERTA_LOGITS),
+        (ROBERTA, "roberta.", CLASSIFIER, [[-1.68581, -1.03819], [-1.56633, -0.82895]]),
+        (CONFIG, "bert.", QA_HEAD, [[1.45684, 0.8939], [1.76941, 1.95246]]),
+        (CONFIG | {"type_vocab_size": 1}, "bert.", None, [[0.3647, 1.09894], [0.99786, -0.29024]]),
+    ],
+    ids=["roberta", "xlm-roberta", "camembert", "sequence classification", "question answering", "one segment"],
+)
+def test_logits_recorded_from_transformers(make_model, config, prefix, head, logits):
+    """transformers 5.24 on the same folders: MaskedLM's logits, or the last state times the embeddings of the words."""
+    tensors = bert_tensors(config, head=head is None)
+    segments = "bert.embeddings.token_type_embeddings.weight"
+    tensors[segments] = tensors[segments][: config["type_vocab_size"]].clone()
+    if prefix == "roberta.":
+        tensors = {roberta_name(name): tensor for name, tensor in tensors.items()}
+    model = load_model(make_model("m", tensors | (head or {}), **config), words=[5, 6]).eval()
+    types = TYPES.clamp(max=config["type_vocab_size"] - 1)
+    assert torch.allclose(model(IDS, types, MASK), torch.tensor(logits), atol=2e-5)
+
+
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_names_that_a_wrapper_left_behind(make_model, wrapper):
     t = bert_tensors(CONFIG)

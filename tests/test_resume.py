@@ -337,3 +337,19 @@ def test_a_link_that_takes_the_place_of_the_log_is_not_followed(tmp_path):
     with pytest.raises(OSError, match="symbolic links"):
         open_log(tmp_path / "log.jsonl")
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_from_another_folder_a_relative_one_is_not_found(flags, tmp_path, fails, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    relative = [word.replace(f"{tmp_path}/", "") for word in flags]
+    with monkeypatch.context() as patched:
+        patched.chdir(tmp_path)
+        patched.setattr(train, "set_rates", stopping_at(60))
+        assert "enough" in fails(train.main, [*relative, "--out", tmp_path / "run"])
+    monkeypatch.chdir(elsewhere)
+    said = fails(train.main, ["--resume", tmp_path / "run"])
+    assert f"--data-dir: there is no {elsewhere}/glue/movies/train.tsv" in said
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume", "run"])
+    assert (tmp_path / "run" / "result.json").exists()

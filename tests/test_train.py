@@ -387,6 +387,15 @@ def test_predictions_come_in_the_order_of_the_examples(run, glue):
 # --- bad input ---
 
 
+@pytest.mark.parametrize("method", ["smp-s", "finetune", "p-pruning", "p-activation"])
+def test_a_table_of_only_empty_texts_trains(run, glue, method):
+    for split in ("train", "dev"):
+        rows = "".join(f"\t{n % 2}\n" for n in range(20))
+        (glue / "movies" / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
+    more = ["--ffn-share", 1] if method.startswith("p-") else []
+    assert run("--method", method, *more, steps=3)[1]["final"]["accuracy"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
