@@ -240,9 +240,10 @@ def learn(args, run, model, learner, teacher, train, dev, schedule):
     device = next(model.parameters()).device
     total = len(schedule) - 1
     schedule_there = torch.tensor(schedule, device=device)  # [total + 1, 2]: no step waits for the host
-    eval_steps = {math.ceil(total * i / args.evals) for i in range(1, args.evals + 1)}
+    evals = min(args.evals, total)
+    eval_steps = {math.ceil(total * i / evals) for i in range(1, evals + 1)}
     optimizer = learner.optimizer(args.lr, args.weight_lr)
-    run.restore(learner, optimizer, total)  # does nothing for a new run
+    run.restore(learner, optimizer, total, TASKS[args.task].metrics)  # does nothing for a new run
 
     forward_backward = make_forward_backward(model, learner, teacher)
     if device.type == "cuda" and not args.eager:  # wrapped from outside, as torch.compile wraps a model

@@ -4,6 +4,7 @@
     tokenizer = open_tokenizer(folder)
 """
 
+import string
 
 import torch
 from safetensors import SafetensorError
@@ -114,12 +115,26 @@ def tokenizer_bytes(folder):
 def open_tokenizer(folder):
     """The Tokenizer of a model folder. Raises ValueError that says why it cannot be read."""
     try:
-        return Tokenizer.from_str(tokenizer_bytes(folder).decode("utf-8-sig"))
+        tokenizer = Tokenizer.from_str(tokenizer_bytes(folder).decode("utf-8-sig"))
+        check_growth(tokenizer.normalizer)
+        return tokenizer
     except ValueError as error:
         raise ValueError(f"{folder}: its tokenizer.json is not valid: {error}") from None
     except Exception as error:  # the library raises bare Exceptions
         newer = "; it may be of a newer version of tokenizers" if "variant" in str(error) else ""
         raise ValueError(f"{folder / 'tokenizer.json'} is not a valid tokenizer: {error}{newer}") from None
+
+
+def check_growth(normalizer, text=string.printable):
+    """-> a text after a normalizer, or as it is. Raises ValueError if it grows a hundredfold: memory has an end."""
+    if isinstance(normalizer, normalizers.Sequence):
+        for part in normalizer:  # one by one, as all at once would have filled it
+            text = check_growth(part, text)
+    elif normalizer is not None:
+        text = normalizer.normalize_str(text)
+    if len(text) > 100 * len(string.printable):
+        raise ValueError("its normalizer makes texts a hundred times longer")
+    return text
 
 
 def tokenizer_config(folder, length):

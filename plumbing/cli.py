@@ -26,7 +26,7 @@ from plumbing.files import DISK_FULL
 
 # What people or machines can get wrong. Anything else is a mistake in the code, and keeps its traceback.
 ERRORS = (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-CPU_MEMORY_FULL = "allocate memory"  # torch says so in a plain RuntimeError
+MEMORY_FULL = ("allocate memory", "bad_alloc", "can't start new thread")  # a plain RuntimeError says so
 PANIC = "PanicException"  # of the tokenizers library: no Exception, and nowhere to be imported from
 NO_COMPILER = ("InductorError", "BackendCompilerFailed")  # of torch.compile
 SMALLER = "memory is full; make it smaller (train.py: --accumulate 2, --batch, --length), or use another --device"
@@ -74,12 +74,12 @@ def end(line, status):
 
 def known(error):
     """Whether an error that is of no kind of its own is one that people can do something about."""
-    return CPU_MEMORY_FULL in str(error) or type(error).__name__ in (PANIC, *NO_COMPILER)
+    return any(text in str(error) for text in MEMORY_FULL) or type(error).__name__ in (PANIC, *NO_COMPILER)
 
 
 def describe(error):
     """An error as one line that says what to do."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or CPU_MEMORY_FULL in str(error):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in MEMORY_FULL):
         return SMALLER
     if type(error).__name__ == PANIC:
         return f"the model folder's tokenizer.json is damaged: {error}"

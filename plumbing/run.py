@@ -5,7 +5,7 @@ as if it had never stopped; result.json is written last.
 
     run = Run(folder, argv)  # or interrupted_run(folder)
     with run:  # holds the folder
-        run.restore(learner, optimizer, total)
+        run.restore(learner, optimizer, total, metrics)
         for step in range(run.step, total):
             ...
             run.save(step + 1, learner, optimizer)
@@ -174,8 +174,11 @@ class Run:
         if saving:
             saving.result()
 
-    def restore(self, learner, optimizer, total):
-        """Put the checkpoint of a resumed run back. Raises ValueError when it is not of this run of `total` steps."""
+    def restore(self, learner, optimizer, total, metrics):
+        """Put the checkpoint of a resumed run back.
+
+        Raises ValueError when it is not of this run of `total` steps, whose evaluations hold these metrics.
+        """
         if not self.resumed:
             return
         path = self.folder / CHECKPOINT
@@ -183,7 +186,8 @@ class Run:
         ours = random_states() | learnt(learner, optimizer)
         # The optimizer trusts its state: a tensor of another shape would have it write beyond its end.
         found, wanted = ({name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (stored, ours))
-        if found != wanted or not 0 < state["step"] == self.step <= total:
+        measured = all(line["dev"].keys() >= set(metrics) for line in state["evaluations"])
+        if found != wanted or not measured or not 0 < state["step"] == self.step <= total:
             raise ValueError(f"{path} is the checkpoint of another run, or of another kind of device")
         try:
             torch.set_rng_state(stored["random.cpu"])
@@ -235,6 +239,7 @@ def read_checkpoint(path):
         raise ValueError(f"{what}: its step, log or argv")
     for evaluation in state["evaluations"]:
         files.check_types(evaluation, {"step": int, "density": float, "dev": dict}, what)
+        files.check_types(evaluation["dev"], dict.fromkeys(evaluation["dev"], float), what)
     return tensors, state
 
 

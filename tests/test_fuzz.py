@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
 from test_squad import CONTEXT, question
+from tokenizers import Tokenizer, normalizers
 
 import data
 import eval as eval_
@@ -318,3 +319,14 @@ def test_lines_of_results(survives, tmp_path):
     (tmp_path / "runs.jsonl").write_text("\n".join(chosen))
     argv = ["table", "main", "--results", str(tmp_path)]
     fuzz_lines(tmp_path / "runs.jsonl", survives, lambda: experiments.main(argv))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_tokenizer_that_grows_its_texts(run, survives, nested):
+    """Forty times twice as long would be a million million times as long."""
+    path = run.parent / "model" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    doubling = [normalizers.Replace("a", "aa") for _ in range(40)]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Sequence(doubling)] if nested else doubling)
+    tokenizer.save(str(path))
+    assert "a hundred times longer" in survives(lambda: eval_.main([str(run), "--text", "a good film"]))

@@ -164,6 +164,7 @@ def test_another_backbone_or_other_data_are_not_gone_on_with(interrupted, flags,
         *({"argv": 5}, {"argv": [1]}, {"seconds": "x"}, {"log": -1}, {"identity": 1}, {"step": []}, {"step": -1}),
         *({"step": True}, {"evaluations": [1]}, {"evaluations": [{}]}),
         {"evaluations": [{"step": 1, "density": "2", "dev": {}}]},
+        {"evaluations": [{"step": 1, "density": 1.0, "dev": {"accuracy": "high"}}]},
     ],
 )
 def test_descriptions_that_are_none(interrupted, fails, change):
@@ -182,6 +183,7 @@ def sealed(path, change, tensors=None):
     [
         ({"step": 0}, {}),
         ({"step": 401}, {}),
+        ({"evaluations": [{"step": 1, "density": 1.0, "dev": {"f1": 0.5}}]}, {}),  # found too late, after all steps
         ({"step": 10**9}, {}),
         ({}, {"exp_avg.0": torch.zeros(3)}),  # the optimizer would write beyond its end
         ({}, {"exp_avg_sq.1": torch.zeros(2, 16, 16, dtype=torch.float64)}),

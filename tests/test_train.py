@@ -387,6 +387,24 @@ def test_predictions_come_in_the_order_of_the_examples(run, glue):
 # --- bad input ---
 
 
+@pytest.mark.parametrize("method", ["smp-s", "movement"])
+def test_no_altered_result_makes_the_mask_optional(run, fails, method):
+    """Whatever is renamed or changed in result.json: nothing is evaluated, with the mask or without."""
+    folder, result = run("--method", method, steps=2)
+    for key in result:
+        renamed = {name if name != key else f"{name}x": value for name, value in result.items()}
+        (folder / "result.json").write_text(json.dumps(renamed))
+        fails(eval_.main, [folder, "--text", "a good film"])
+        kept = (folder / "mask.safetensors").rename(folder / "kept")
+        fails(eval_.main, [folder, "--text", "a good film"])
+        kept.rename(folder / "mask.safetensors")
+    if method == "smp-s":  # movement's weights have the zeros in them
+        (folder / "result.json").write_text(json.dumps(result | {"method": "finetune"}))
+        fails(eval_.main, [folder, "--text", "a good film"])
+    (folder / "result.json").write_text(json.dumps(result))
+    eval_.main([str(folder), "--text", "a good film"])
+
+
 @pytest.mark.parametrize("method", ["smp-s", "finetune", "p-pruning", "p-activation"])
 def test_a_table_of_only_empty_texts_trains(run, glue, method):
     for split in ("train", "dev"):
