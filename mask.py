@@ -225,9 +225,8 @@ def parameters(stacks):
 class Masks(nn.Module):
     """One score for every weight of the groups, and the weights under the masks that the scores give.
 
-    groups: {group: {name: weight [out, in]}}, the matrices of a group all of one shape. method: a row of METHODS;
-    density: the share of weights kept at the end, in (0, 1]; dtype: of what is multiplied, by default the weights';
-    temperature: p of SMP-S.
+    groups: {group: {name: weight [out, in]}}, a group of one shape. method: a row of METHODS; density: the share kept
+    at the end, in (0, 1]; dtype: of what is multiplied, by default the weights'; temperature: p of SMP-S.
     """
 
     def __init__(self, groups, method, density, dtype=None, temperature=None):
@@ -259,7 +258,7 @@ class Masks(nn.Module):
         means = mean_sigmoid(scores)  # [G, L]
         with torch.no_grad():  # which weights stay is not differentiable
             importance = means if self.temperature == 1 else mean_sigmoid(scores, self.temperature)
-            masks = self.method.masking(scores, importance, density, exact=False)
+            masks = self.method.masking(self.method.rank(self.weights, scores), importance, density, exact=False)
         masked = {}
         for group, weight in self.weights.items():  # six operations, not one for each of the matrices
             masked[group] = self.method.rule.apply(weight.to(self.dtype), scores[group], masks[group])
@@ -269,7 +268,8 @@ class Masks(nn.Module):
     def choose(self, density, exact=True):
         """-> masks {name: bool [out, in]} that keep exactly the share asked for; not exact: what training keeps."""
         importance = mean_sigmoid(self.scores, self.temperature)
-        return self.by_name(self.method.masking(self.scores, importance, density, exact))
+        ranks = self.method.rank(self.weights, self.scores)
+        return self.by_name(self.method.masking(ranks, importance, density, exact))
 
     @torch.no_grad()
     def baked(self, density, dtype=None):
@@ -290,9 +290,10 @@ class Method:
 
     masking: Callable | None  # (scores {group: [L, out, in]}, importance [G, L], density, exact) -> {group: bool}
     rule: type = StraightThrough  # what flows into the scores
-    masks: type = Masks  # what learns; a subclass may start, rank or train otherwise
+    masks: type = Masks  # what learns; a subclass may start or train otherwise
     flags: dict = field(default_factory=lambda: SHARES | SCORES)  # of train.py that it uses, and their defaults
     help: dict = field(default_factory=dict)  # {flag: what it does}, of flags of its own
+    rank: Callable = lambda weights, scores: scores  # {group: [L, out, in]} of both -> of what masking compares
     before: Callable | None = None  # (model, train set, dev sets, args, device) -> a smaller model, facts about it
 
     @property

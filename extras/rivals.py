@@ -1,5 +1,7 @@
 """The methods that SMP is compared with: their weights train as well, with AdamW, beside the scores or without any.
 
+And a rule of our own, smp-w, which trains scores alone.
+
 Sources: magnitude pruning, Zhu and Gupta 2017 (arXiv 1710.01878); movement and soft movement pruning, Sanh et al.,
 NeurIPS 2020 (arXiv 2005.07683); L0 regularization, Louizos et al., ICLR 2018 (arXiv 1712.01312).
 """
@@ -9,7 +11,7 @@ from functools import partial
 
 import torch
 
-from mask import METHODS, SHARES, Masks, Method, StraightThrough, mean_sigmoid, parameters, smp_l, threshold
+from mask import METHODS, SHARES, Masks, Method, StraightThrough, mean_sigmoid, parameters, smp_l, smp_s, threshold
 
 
 class BothLearn(StraightThrough):
@@ -101,6 +103,11 @@ class Gates(TrainedMasks):
         return {n: weight.to(dtype or self.dtype) * masks[n] for n, weight in self.by_name(gated).items()}
 
 
+def by_size(weights, scores):
+    """A rule of our own: a small weight needs a higher score to stay, |W| sigmoid(S)."""
+    return {group: weights[group].abs() * torch.sigmoid(s) for group, s in scores.items()}
+
+
 WEIGHTS = SHARES | {"weight_lr": 3e-5}
 BOTH = WEIGHTS | {"lr": 1e-2}
 METHODS |= {
@@ -109,4 +116,5 @@ METHODS |= {
     "soft-movement": Method(threshold, BothLearn, TrainedMasks, BOTH | {"penalty": 400.0}),
     "l0": Method(partial(threshold, tau=OPEN), BothLearn, Gates, BOTH | {"penalty": 400.0}),
     "random": Method(smp_l, BothLearn, Random, WEIGHTS),
+    "smp-w": Method(smp_s, flags=METHODS["smp-s"].flags, rank=by_size),
 }

@@ -114,4 +114,18 @@ def curve():
                 yield run("movies", method, sparsity, seed, **flags)
 
 
-LISTS = {make.__name__: make for make in (main, ablations, units, curve)}
+def steps():
+    """Accuracy over the number of steps, with the defaults: how many a mask needs, ranked by scores or by smp-w."""
+    for seed, method, sparsity in itertools.product(range(3), ("smp-s", "smp-w"), SPARSITIES):
+        for number in (40, 75, 150, 300, 598, 1196):
+            yield run("movies", method, sparsity, seed, steps=number)
+
+
+def rule():
+    """smp-w on every task, with what it took to tune smp-s, which is in `main`."""
+    for task, seeds in SEEDS.items():
+        for seed, sparsity in itertools.product(range(seeds), SPARSITIES):
+            yield run(task, "smp-w", sparsity, seed, **tuned(task, "smp-w", sparsity))
+
+
+LISTS = {make.__name__: make for make in (main, ablations, units, curve, steps, rule)}
