@@ -211,6 +211,7 @@ def test_what_was_chosen_came_out_best_of_what_was_tried():
     tried = set(experiments.commands("tuning"))
     done = read(RESULTS)
     chosen = [("mrpc", "finetune", None), ("mrpc", "magnitude", 0.5), ("mrpc", "magnitude", 0.9), *lists.BY_TASK]
+    chosen += [("mrpc", "smp-w", 0.5), ("mrpc", "smp-w", 0.9)]
     flags = {run: lists.tuned(*run) for run in chosen}
     flags |= {("mrpc", "smp-s", at): lists.tuned("mrpc", "smp-s", at) | more for at, more in lists.SMP_MORE.items()}
     for (task, method, sparsity), own in flags.items():

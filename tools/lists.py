@@ -27,6 +27,7 @@ TUNED = {
 TUNED |= {(method, sparsity): {"weight_lr": 1e-4} for method in ("soft-movement", "l0") for sparsity in SPARSITIES}
 TUNED |= {(method, 0.5): {"lr": 4e-2} for method in ("smp-s", "smp-l", "smp-g")}
 TUNED |= {(method, 0.9): {"lr": 1e-2} for method in ("smp-s", "smp-l", "smp-g")}
+TUNED |= {("smp-w", 0.5): {"lr": 4e-2, "warmup": 0.1}, ("smp-w", 0.9): {"lr": 1e-2, "warmup": 0.1}}
 # What tuning prefers for SMP beyond that, by sparsity, on one seed.
 SMP_MORE = {0.5: {"warmup": 0.1}, 0.9: {"schedule": "linear"}}
 # Which share of the weights soft movement and l0 leave depends on the task, and so does what they need.
