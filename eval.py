@@ -20,43 +20,14 @@ from mask import METHODS
 from model import Bert, load_model, read_config
 from plumbing import cli, fetch, parallel
 from plumbing.checkpoints import read_model
-from plumbing.files import check_digest, load_masks, named, write_whole
+from plumbing.files import check_digest, load_masks, named, regular
+from plumbing.metrics import METRICS
 from plumbing.run import identity, read_description
+from plumbing.summary import guessing, write_predictions
 
 EVAL_BATCH = 64  # one size everywhere: another would round differently
 
-# --- evaluation; metrics are GLUE's: (predicted classes or scores [N], true ones [N]) -> number -----------------
-
-
-def accuracy(predicted, true):
-    return float((predicted == true).mean())
-
-
-def f1(predicted, true):
-    """F1 of class 1; 0 when there is no true positive."""
-    hits = ((predicted == 1) & (true == 1)).sum()  # true positives
-    return float(2 * hits / max((predicted == 1).sum() + (true == 1).sum(), 1))
-
-
-def correlation(predicted, true):
-    """Pearson's r, which for two classes is Matthews' coefficient; 0 when one side is constant."""
-    p = predicted - predicted.mean()
-    t = true - true.mean()
-    spread = np.sqrt((p * p).sum() * (t * t).sum())
-    return float((p * t).sum() / spread) if spread else 0.0
-
-
-def ranks(values):
-    """Ranks from 1; equal values share their mean rank."""
-    _, at, counts = np.unique(values, return_inverse=True, return_counts=True)  # at: place of each value among them
-    return (counts.cumsum() - (counts - 1) / 2)[at]
-
-
-def spearman(predicted, true):
-    return correlation(ranks(predicted), ranks(true))
-
-
-METRICS = {"accuracy": accuracy, "f1": f1, "mcc": correlation, "pearson": correlation, "spearman": spearman}
+# --- evaluation ----------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -175,26 +146,46 @@ def densities(groups, masks):
 # --- the command ---------------------------------------------------------------------------------------------
 
 
-def classify(task, texts, tokenizer, logits_of):
-    """Lines: each label word and its probability, or the score, for a tuple of one or two texts."""
-    logits = logits_of(data.encode([texts], [0], tokenizer))[0]
-    if len(task.words) == 1:
-        return [f"{logits.item():7.4f}  score"]
-    rows = zip(logits.softmax(0).tolist(), task.words.values(), task.words, strict=True)
-    return [f"{p:7.4f}  {word} ({label})" for p, word, label in sorted(rows, reverse=True)]
+def reader(loaded, device="cpu", dtype=torch.float32):
+    """A loaded run -> a function: Examples -> their logits, see predict."""
+    model = loaded.model.to(device, dtype)
+    weights = {name: model.get_parameter(name).detach() * mask.to(device) for name, mask in loaded.masks.items()}
+    return partial(predict, model, weights, device=device)
+
+
+def answers(loaded, texts, read=None):
+    """Texts, or pairs as tuples -> for each [(probability, label)], the likeliest first; of a regression [(score, "")].
+
+    read: see reader.
+    """
+    labels = list(TASKS[loaded.result["task"]].words)
+    texts = [(text,) if isinstance(text, str) else text for text in texts]
+    logits = (read or reader(loaded))(data.encode(texts, [0] * len(texts), loaded.tokenizer))  # [N, C]
+    if len(labels) == 1:
+        return [[(score, "")] for score in logits[:, 0].tolist()]
+    return [sorted(zip(row, labels, strict=True), reverse=True) for row in logits.softmax(1).tolist()]
+
+
+def tell(loaded, task, read, args):
+    """Print the answers to --text, or to each line of --text-file as TSV."""
+    texts = [(args.text,) if args.pair is None else (args.text, args.pair)]
+    if args.text_file:
+        texts = [tuple(line.split("\t")) for line in regular(args.text_file).read_text("utf-8-sig").splitlines()]
+    if any(len(text) != len(task.text) for text in texts):
+        how = "--text without --pair" if len(task.text) == 1 else "--text and --pair"
+        raise ValueError(f"this task takes {how}, or lines of a --text-file with {len(task.text)} texts, tabs between")
+    if task.say:
+        lines = [line for text in texts for line in task.say(task, text, loaded.tokenizer, read)]
+    elif args.text_file:
+        found = [rows[0] for rows in answers(loaded, texts, read)]
+        lines = ["\t".join([label, f"{p:.4f}", *text]) for (p, label), text in zip(found, texts, strict=True)]
+    else:
+        words = {label: f"{word} ({label})" for label, word in task.words.items()}
+        lines = [f"{p:7.4f}  {words.get(label, 'score')}" for p, label in answers(loaded, texts, read)[0]]
+    print("\n".join(lines))
 
 
 SUBMISSION = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}  # GLUE's server wants MNLI-m and MNLI-mm
-
-
-def write_predictions(path, task, logits):
-    """A test split's answers in the format of the GLUE server: index and label as in the training file, or score."""
-    decided = data.decide(logits)
-    names = list(task.words)
-    answers = [names[c] for c in decided] if len(names) > 1 else [f"{score:.3f}" for score in decided.clip(0, 5)]
-    rows = "".join(f"{n}\t{answer}\n" for n, answer in enumerate(answers))
-    write_whole(path, f"index\tprediction\n{rows}".encode())
-    print(f"{path}: {len(answers)} predictions")
 
 
 def parse_args(argv):
@@ -202,6 +193,7 @@ def parse_args(argv):
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or a mask file out of one")
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--text", help="classify this sentence, or answer this question, instead")
+    asked.add_argument("--text-file", type=Path, metavar="FILE", help="the same of each line (pairs: a tab between)")
     asked.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
     parser.add_argument("--pair", help="the second sentence, or the paragraph, where the task takes two texts")
     cli.add_files(parser)
@@ -214,17 +206,13 @@ def parse_args(argv):
 
 def look(run, args):
     """Do with a run what the arguments ask for."""
-    result, _, model, tokenizer, masks = load_run(run, args.model)
+    loaded = load_run(run, args.model)
+    result, _, model, tokenizer, masks = loaded
     task = TASKS[result["task"]]
     device, dtype, why = cli.choose_device(args.device, args.dtype, (result["device"], result["dtype"]))
-    model.to(device, dtype)
-    weights = {name: model.get_parameter(name).detach() * mask.to(device) for name, mask in masks.items()}
-    logits_of = partial(predict, model, weights, device=device)
-    if args.text is not None:
-        texts = (args.text,) if args.pair is None else (args.text, args.pair)
-        if len(texts) != len(task.text):
-            raise ValueError(f"this task takes {'--text and --pair' if args.pair is None else '--text without --pair'}")
-        print("\n".join([str(run)] * (len(args.runs) > 1) + (task.say or classify)(task, texts, tokenizer, logits_of)))
+    read = reader(loaded, device, dtype)
+    if args.text is not None or args.text_file:
+        tell(loaded, task, read, args)
         return
 
     if args.predict and not task.test:
@@ -233,18 +221,19 @@ def look(run, args):
     if args.predict:
         for split, examples in sets.items():
             path = (run if run.is_dir() else run.parent) / f"{task.folder}{SUBMISSION[split]}.tsv"
-            write_predictions(path, task, logits_of(examples))
+            write_predictions(path, list(task.words), data.decide(read(examples)))
         return
 
     method = cli.printable(str(result.get("pruned_with", result["method"])))
     print(f"{run}: {result['task']}, {method} on {device} in {cli.dtype_name(dtype)} ({why})")
-    metrics = evaluate(model, weights, sets, task.metrics, device)
+    metrics = evaluate(model, read.args[1], sets, task.metrics, device)
     if masks:
         print("\n".join(cli.shaded_table("density", densities(model.prunable(), masks))))
     for i, (heads, neurons) in enumerate(model.config.layers if model.config.heads_per_layer else ()):
         print(f"layer {i}  {heads:3} heads {neurons:5} neurons")
     asked = sum(examples.asked() for examples in sets.values())
-    print(f"dev ({asked} examples): {cli.show(metrics)}; training reported {cli.show(result['final'])}")
+    found = f"dev ({asked} examples): {cli.show(metrics)}; training reported {cli.show(result['final'])}"
+    print("\n".join([found, *guessing(metrics, next(iter(sets.values())).labels)]))
 
 
 @cli.one_line_errors()

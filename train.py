@@ -28,8 +28,10 @@ from plumbing.checkpoints import pack_weights, read_model, tokenizer_bytes, toke
 from plumbing.files import json_bytes, pack_masks, read_json, sha256
 from plumbing.graphs import Recorded
 from plumbing.run import Run, identity, interrupted_run
+from plumbing.summary import evaluation, guessing, summary
 
 LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
+LEAST_STEPS = 300  # unless asked for fewer: below, scores hardly part (results/README.md)
 
 # --- flags ---------------------------------------------------------------------------------------------------
 
@@ -76,6 +78,7 @@ def parse_args(argv):
             known = ", ".join(cli.flag(other) for other in used)
             parser.error(f"{cli.flag(name)}: {args.method} does not use it; the method flags it takes are {known}")
 
+    args.least_steps = 0 if args.epochs else LEAST_STEPS
     of_task = ["model", "epochs", "batch", "length", "evals", *(["ramp"] if "ramp" in used else [])]
     cli.fill(args, used | {name: getattr(TASKS[args.task], name) for name in of_task})
     cli.fill(args, {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0})  # where the method does not use them
@@ -223,6 +226,12 @@ def load_teacher(run, args, tokenizer):
     return teacher.eval().requires_grad_(False)
 
 
+def count_steps(args, examples):
+    """--steps, or what --epochs come to; of little data at least LEAST_STEPS, as its epochs are over too soon."""
+    by_epochs = math.ceil(min(args.epochs * math.ceil(examples / args.batch), cli.MOST))
+    return args.steps or max(by_epochs, args.least_steps)
+
+
 def make_schedule(args, kind, total, final):
     """[(density, penalty)] before each of the steps, and after the last."""
     hold = round(args.hold * total)  # in steps
@@ -268,7 +277,7 @@ def learn(args, run, model, learner, teacher, train, dev, schedule):
             with torch.compiler.set_stance("force_eager"):  # as eval.py will compute it
                 scores = evaluate(model, learner.baked(density), dev, TASKS[args.task].metrics, device)
             run.evaluated(step=done, density=density, dev=scores)
-            bar.write(f"step {done:5}  density {density:.3f}  dev {cli.show(scores)}")
+            bar.write(evaluation(**run.evaluations[-1]))
         if (done in eval_steps or run.stopped) and done < total:
             run.save(done, learner, optimizer)  # and leave, if it was asked to stop
 
@@ -326,26 +335,17 @@ def check_frozen(args, model, learner, folder):
             raise ValueError(f"{name} no longer equals that of {folder}; the run counts as unfinished")
 
 
-def say(result, folder):
-    """Print what a finished run came to: its metrics, its mask, its files, and what to type next."""
-    print(f"final  dev {cli.show(result['final'])}")
-    print(f"best   dev {cli.show(result['best']['dev'])} at step {result['best']['step']}, chosen on dev")
-    if "kept" in result:
-        print("\n".join(cli.shaded_table("density", result["densities"])))
-        print(f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}")
-        if abs(result["reached"] - result["density"]) > 1e-3:
-            print(f"training by itself keeps a share of {result['reached']:.4f}; cut to the density asked for")
-        if not result["sha256"]:
-            print(f"frozen weights are bit-identical to those of {result['model']} ({result['fingerprint'][:12]})")
-    for file in (*result["sha256"], *(["mask.safetensors"] if "kept" in result else [])):
-        print(f"saved  {folder / file} ({(folder / file).stat().st_size / 1e6:.1f} MB) after {result['seconds']:.0f} s")
-    look = shlex.join(["python", "eval.py", str(folder)])
-    pair = ' --pair "..."' if len(TASKS[result["task"]].text) == 2 else ""
-    print(f'next   {look}\n       {look} --text "..."{pair}')
-    if result["method"] != "finetune":
-        given = ["task", "model", "data_dir", "head", "seed", "steps", "batch", "length"]
-        words = [f"{cli.flag(name)}={result[name]}" for name in given if result[name] is not None]
-        print(f"       {shlex.join(['python', 'train.py', '--method=finetune', *words])}")
+def say_before(run, total, few):
+    """Print what is already known of a run. few: whether too few steps would leave it at chance."""
+    if few and total < LEAST_STEPS:
+        print(f"{total} steps are few: smp-s stays at chance below about {LEAST_STEPS} at 50 % removed, 600 at 90 %")
+    for line in run.evaluations:  # of a resumed run, those before it was interrupted
+        print(evaluation(**line))
+
+
+def say_after(result, folder, dev):
+    lines = [*summary(result, folder, pair=len(TASKS[result["task"]].text) == 2)]
+    print("\n".join(lines + guessing(result["final"], next(iter(dev.values())).labels)))
 
 
 @cli.one_line_errors()
@@ -381,17 +381,18 @@ def main(argv=None):
     if args.compile:
         model.compile_layers()
 
-    total = args.steps or math.ceil(min(args.epochs * math.ceil(len(train) / args.batch), cli.MOST))
+    total = count_steps(args, len(train))
     schedule = make_schedule(args, description["schedule"], total, density)
     held_out = sum(len(examples) for examples in dev.values())
     print(f"{args.task}: {len(train)} train and {held_out} dev examples; {total} steps of {args.batch}")
     print(f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {density:.4g}) -> {run.folder}")
     print(f"on {parallel.processes()} x {device} in {description['dtype']}: {why}")
+    say_before(run, total, few=learner.masks and not method.trains_weights)
     torch.manual_seed(args.seed * parallel.processes() + parallel.rank())  # every process has dropout of its own
     with run:
         learn(args, run, model, learner, teacher, train, dev, schedule)
         if parallel.rank() == 0:
-            say(finish(args, run, model, learner, folder, description), run.folder)
+            say_after(finish(args, run, model, learner, folder, description), run.folder, dev)
     parallel.stop()
 
 

@@ -21,6 +21,8 @@ CONFIG = {
     "intermediate_size": 24, "max_position_embeddings": 32, "type_vocab_size": 2,
 }  # fmt: skip
 
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # wide enough for a mask of random weights to learn
+
 
 def bert_tensors(config, head=True, prefix="bert.", seed=0):
     """Random weights under the names of a BertForMaskedLM checkpoint."""

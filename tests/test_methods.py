@@ -121,12 +121,23 @@ def test_l0_starts_nine_tenths_open_and_counts_gates_that_are_open_without_noise
 def test_what_scores_are_and_what_trains():
     rows = {m: (row.flags.get("lr"), row.flags.get("penalty"), row.trains_weights) for m, row in METHODS.items()}
     assert rows == {
-        **dict.fromkeys(("smp-s", "smp-l", "smp-g", "smp-t"), (2e-2, 400, False)),
+        **dict.fromkeys(("smp-s", "smp-l", "smp-g", "smp-t", "smp-w"), (2e-2, 400, False)),
         **dict.fromkeys(("soft-movement", "l0"), (1e-2, 400, True)),
         "movement": (1e-2, 0, True),
         **dict.fromkeys(("magnitude", "random", "finetune"), (None, None, True)),
         **dict.fromkeys(("p-pruning", "p-activation", "p-random"), (None, None, True)),
     }
+
+
+def test_what_is_compared_may_depend_on_the_weights():
+    """smp-w by hand: |W| sigmoid(S) of 1 * 0.5, 3 * 0.5, 2 * 0.881 and 0.1 * 0.999; two of four stay."""
+    masks = Masks({"g": {"w": torch.tensor([[1.0, -3.0], [2.0, 0.1]])}}, METHODS["smp-w"], 0.5)
+    masks.scores["g"].data = torch.tensor([[[0.0, 0.0], [2.0, 7.0]]])
+    assert masks.choose(0.5)["w"].tolist() == [[False, True], [True, False]]
+    assert masks(torch.tensor(0.5))[0]["w"].tolist() == [[0.0, -3.0], [2.0, 0.0]]
+    by_score = Masks({"g": {"w": torch.ones(2, 2)}}, METHODS["smp-s"], 0.5)
+    by_score.scores["g"].data = masks.scores["g"].data
+    assert by_score.choose(0.5)["w"].tolist() == [[False, False], [True, True]]
 
 
 def test_temperature_can_be_set():

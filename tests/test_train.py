@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, bert_tensors, load_model
+from conftest import CONFIG, WIDE, bert_tensors, load_model
 from safetensors.torch import load_file
 from test_model import roberta_name
 
@@ -20,11 +20,13 @@ import data
 import eval as eval_
 import mask
 import train
-from eval import accuracy, correlation, f1, load_run, spearman
+from eval import load_run
 from plumbing import cli, files
 from plumbing.adam import set_rates
 from plumbing.cli import choose_device
+from plumbing.metrics import accuracy, correlation, f1, ranks, spearman
 from plumbing.run import identity
+from plumbing.summary import guessing, write_predictions
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +37,8 @@ def run(make_model, glue, tmp_path):
     model = make_model()
 
     def go(*flags, out="run", steps=12):
-        argv = ["--model", model, "--data-dir", glue, "--out", tmp_path / out, "--steps", steps, "--batch", 8]
+        argv = ["--model", model, "--data-dir", glue, "--out", tmp_path / out, "--batch", 8]
+        argv += ["--steps", steps] if steps else []
         argv += ["--length", 16, "--device", "cpu", *flags]
         train.main([str(a) for a in argv])
         return tmp_path / out, json.loads((tmp_path / out / "result.json").read_text())
@@ -290,7 +293,7 @@ def test_metrics_by_hand():
     assert correlation(p * 0, t) == f1(p * 0, t) == 0.0
     x, y = np.array([1.0, 2.0, 4.0]), np.array([0.0, 3.0, 3.0])
     assert correlation(x, y) == pytest.approx(4 / math.sqrt(42 / 9 * 6))  # sums of (dx dy), dx^2, dy^2: 4, 42/9, 6
-    assert eval_.ranks(np.array([5.0, 1.0, 5.0, 0.0])).tolist() == [3.5, 2.0, 3.5, 1.0]
+    assert ranks(np.array([5.0, 1.0, 5.0, 0.0])).tolist() == [3.5, 2.0, 3.5, 1.0]
     assert spearman(np.array([1.0, 10.0, 100.0]), np.array([-3.0, 0.0, 9.0])) == pytest.approx(1)
     assert spearman(np.array([1, 2, 3]), np.array([2, 2, 1])) == pytest.approx(-1.5 / math.sqrt(2 * 1.5))
 
@@ -318,13 +321,13 @@ def test_predictions_are_label_strings_in_order_and_clipped(run, glue, tmp_path)
     tokenizer = data.load_tokenizer(run.model, 16)
     examples = data.load_split("rte", "dev", glue, tokenizer)
     logits = eval_.predict(model, {}, examples, "cpu")
-    eval_.write_predictions(tmp_path / "p.tsv", data.TASKS["rte"], logits)
+    write_predictions(tmp_path / "p.tsv", list(data.TASKS["rte"].words), data.decide(logits))
     names = [["not_entailment", "entailment"][c] for c in logits.argmax(1)]
     expected = "".join(f"{n}\t{name}\n" for n, name in enumerate(names))
     assert (tmp_path / "p.tsv").read_text() == "index\tprediction\n" + expected
     far = {"cls.predictions.bias": torch.full((40,), 99.0)}
     one = load_model(run.model, [6])
-    eval_.write_predictions(tmp_path / "q.tsv", data.TASKS["stsb"], eval_.predict(one, far, examples, "cpu"))
+    write_predictions(tmp_path / "q.tsv", ["score"], data.decide(eval_.predict(one, far, examples, "cpu")))
     assert {line.split("\t")[1] for line in (tmp_path / "q.tsv").read_text().splitlines()[1:]} == {"5.000"}
 
 
@@ -633,7 +636,51 @@ def test_the_dense_reference_is_named(run, capsys):
     run("--method", "smp-l", "--seed", 3, steps=2)
     named = f"python train.py --method=finetune --task=movies --model={run.model} --data-dir={run.model.parent}/glue"
     named += " --head=words --seed=3 --steps=2 --batch=8 --length=16"
-    assert capsys.readouterr().out.splitlines()[-1].strip() == named
+    assert capsys.readouterr().out.splitlines()[-2].strip() == named
+    run("--method", "movement", "--weight-lr", 1e-4, "--seed", 3, steps=2, out="movement")
+    assert named + " --weight-lr=0.0001" in capsys.readouterr().out  # as fast as the method's own weights learnt
+
+
+def test_guessing_by_hand():
+    labels = [0] * 60 + [1] * 40  # two standard errors of 0.6 are 0.098
+    assert "accuracy is 0.6900, and always the commonest answer has 0.6000" in guessing({"accuracy": 0.69}, labels)[0]
+    assert guessing({"accuracy": 0.70, "f1": 0.0}, labels) == []
+    assert guessing({"mcc": 0.21}, labels) == guessing({"f1": 0.0}, labels) == []
+    assert "mcc is 0.1900, and always the same answer has 0" in guessing({"mcc": 0.19}, labels)[0]
+
+
+def test_little_data_gets_steps_enough_unless_fewer_are_asked_for(run, capsys, make_model):
+    """96 examples in batches of 8: two epochs would be 24 steps."""
+    learns = ["--model", make_model("wide", **WIDE), "--lr", 0.05, "--penalty", 50]
+    assert run(*learns, "--evals", 1, steps=None)[1]["final"]["accuracy"] > 0.9
+    said = capsys.readouterr().out
+    assert "300 steps of 8" in said and "are few" not in said and "guesses" not in said
+    _, result = run("--epochs", 2, "--evals", 1, steps=None, out="epochs")
+    said = capsys.readouterr().out
+    assert result["steps"] == 24 and "24 steps are few: smp-s stays at chance below about 300" in said
+    assert "this guesses: accuracy is" in said.splitlines()[-1]
+    eval_.main([str(run.model.parent / "epochs")])
+    assert "this guesses: accuracy is" in capsys.readouterr().out.splitlines()[-1]
+    run("--method", "finetune", steps=12, out="dense")
+    assert "are few" not in capsys.readouterr().out
+
+
+def test_answers_to_texts_and_to_the_lines_of_a_file(run, tmp_path, capsys, fails):
+    folder, _ = run(steps=2)
+    texts = ["a good film", "dull and very bad", ""]
+    found = eval_.answers(load_run(folder), texts)
+    assert [sorted(label for _, label in rows) for rows in found] == [["0", "1"]] * 3
+    assert all(rows[0][0] >= rows[1][0] and rows[0][0] + rows[1][0] == pytest.approx(1) for rows in found)
+    (tmp_path / "f.txt").write_text("\n".join(texts) + "\n")
+    capsys.readouterr()
+    eval_.main([str(folder), "--text-file", str(tmp_path / "f.txt")])
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert lines == [[rows[0][1], f"{rows[0][0]:.4f}", text] for rows, text in zip(found, texts, strict=True)]
+    eval_.main([str(folder), "--text", texts[0]])
+    first = capsys.readouterr().out.splitlines()[0].split()
+    assert first[0] == lines[0][1] and first[2] == f"({lines[0][0]})"
+    (tmp_path / "f.txt").write_text("a\tb\n")
+    assert "lines of a --text-file with 1 texts" in fails(eval_.main, [folder, "--text-file", tmp_path / "f.txt"])
 
 
 def test_dense_training_starts_from_unrounded_weights(run):

@@ -1,0 +1,69 @@
+"""What a command says at its end: what a run came to, whether it only guesses, what to type next; predictions as files.
+
+    for line in summary(result, folder, pair=False): print(line)
+    print("\n".join(guessing({"accuracy": 0.514}, labels)))
+"""
+
+import math
+import shlex
+from collections import Counter
+
+from plumbing.cli import flag, shaded_table, show
+from plumbing.files import write_whole
+
+
+def evaluation(step, density, dev):
+    """One evaluation as a line."""
+    return f"step {step:5}  density {density:.3f}  dev {show(dev)}"
+
+
+def summary(result, folder, pair):
+    """Lines on a finished run: its metrics, its mask, its files, and what to type next. pair: if it takes two texts."""
+    yield f"final  dev {show(result['final'])}"
+    yield f"best   dev {show(result['best']['dev'])} at step {result['best']['step']}, chosen on dev"
+    if "kept" in result:
+        yield from shaded_table("density", result["densities"])
+        yield f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}"
+        if abs(result["reached"] - result["density"]) > 1e-3:
+            yield f"training by itself keeps a share of {result['reached']:.4f}; cut to the density asked for"
+        if not result["sha256"]:
+            yield f"frozen weights are bit-identical to those of {result['model']} ({result['fingerprint'][:12]})"
+    for name in (*result["sha256"], *(["mask.safetensors"] if "kept" in result else [])):
+        size = (folder / name).stat().st_size / 1e6
+        yield f"saved  {folder / name} ({size:.1f} MB) after {result['seconds']:.0f} s"
+
+    look = shlex.join(["python", "eval.py", str(folder)])
+    yield f"next   {look}"
+    yield f'       {look} --text "..."' + (' --pair "..."' if pair else "")
+    if result["method"] != "finetune":  # the dense model, trained as long and as fast
+        given = ["task", "model", "data_dir", "head", "seed", "steps", "batch", "length", "weight_lr"]
+        words = [f"{flag(name)}={result[name]}" for name in given if result[name] is not None]
+        yield f"       {shlex.join(['python', 'train.py', '--method=finetune', *words])}"
+
+
+def guessing(metrics, labels):
+    """[a line] if the first of {metric: value} is within two standard errors of always the same answer, else []."""
+    metric, value = next(iter(metrics.items()))
+    if metric == "accuracy":
+        floor = max(Counter(labels).values()) / len(labels)
+        error = math.sqrt(floor * (1 - floor) / len(labels))
+        what = f"always the commonest answer has {floor:.4f}"
+    elif metric in ("mcc", "pearson"):
+        floor, error = 0.0, 1 / math.sqrt(len(labels))
+        what = "always the same answer has 0"
+    else:
+        return []
+    if value > floor + 2 * error:
+        return []
+    return [f"this guesses: {metric} is {value:.4f}, and {what}. Train longer (--steps), or remove less (--sparsity)"]
+
+
+def write_predictions(path, names, decided):
+    """Answers in the format of the GLUE server: index and label as in the training file, or score. Prints the path.
+
+    names: labels in the order of the classes; decided [N]: class numbers, or scores if there is one name.
+    """
+    answers = [names[c] for c in decided] if len(names) > 1 else [f"{score:.3f}" for score in decided.clip(0, 5)]
+    rows = "".join(f"{n}\t{answer}\n" for n, answer in enumerate(answers))
+    write_whole(path, f"index\tprediction\n{rows}".encode())
+    print(f"{path}: {len(answers)} predictions")
