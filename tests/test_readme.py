@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -49,12 +50,52 @@ def test_every_command_is_one_of_ours():
     assert {called for called, _ in commands()} <= COMMANDS.keys()
 
 
-def test_methods_and_tasks_of_the_tables_exist_in_this_order():
+def test_methods_and_tasks_that_are_named_exist_in_this_order():
     """A row that a reader adds, in extras/mine.py or in place, needs none in the README."""
     rows = re.findall(r"^\| `([a-z][\w-]*)`", section("Use it"), re.M)
-    assert len(rows) == 24
-    assert [name for name in mask.METHODS if name in rows] == rows[:13]
-    assert [name for name in data.TASKS if name in rows] == rows[13:]
+    assert len(rows) == 14 and [name for name in mask.METHODS if name in rows] == rows
+    (sentence,) = re.findall(r"\*\*Tasks\.\*\*(.*?)\(v1\.1", README, re.S)
+    named = re.findall(r"`(\w+)`", sentence)
+    assert len(named) == 11 and [name for name in data.TASKS if name in named] == named
+
+
+def results_of(name):
+    """{(method, sparsity): [lines]} of a list."""
+    wanted, found = set(experiments.commands(name)), {}
+    for line in experiments.read_lines(ROOT / "results" / "runs.jsonl"):
+        if line["command"] in wanted:
+            found.setdefault((line["method"], line["sparsity"]), []).append(line)
+    return found
+
+
+def test_the_table_of_steps_is_that_of_the_results():
+    for (method, sparsity), lines in results_of("steps").items():
+        cells = {}
+        for line in lines:
+            cells.setdefault(line["steps"], []).append(100 * line["final"]["accuracy"])
+        row = [f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for _, v in sorted(cells.items())]
+        assert all(len(v) == 3 for v in cells.values()) and f"`{method}`" in README
+        assert f"| `{method}`, {100 * sparsity:.0f} % removed | {' | '.join(row)} |" in README
+
+
+def test_the_short_table_has_its_cells_from_the_long_one(capsys):
+    experiments.main(["table", "main"])
+    long = capsys.readouterr().out
+    rows = [line for line in section("Results").splitlines() if "±" in line and line.startswith("|")]
+    assert len(rows) == 7
+    for row in rows:
+        cells = row.strip("| ").split(" | ")[1:]
+        assert any(all(f"| {cell} (" in line for cell in cells) for line in long.splitlines())
+
+
+def test_the_lines_of_python_answer(make_model, glue, tmp_path, monkeypatch):
+    run(make_model, glue, tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", section("Quick start"), re.S)
+    printed = []
+    path = "runs/movies-minilm-smp-s-0.5-seed0"
+    assert path in code and len(code.splitlines()) == 3
+    exec(code.replace(path, str(tmp_path / "run")), {"print": printed.append})
+    assert [len(rows) for rows in printed[0]] == [2, 2]
 
 
 def test_pictures_are_there_and_small():
@@ -114,7 +155,7 @@ def test_a_new_scoring_rule_is_a_row_of_its_own(make_model, tmp_path, glue, adde
     assert result["density"] == 0.5 and result["method"] == "smp-sign"
 
 
-@pytest.mark.parametrize("name", ["main", "ablations", "abandoned", "units"])
+@pytest.mark.parametrize("name", ["main", "ablations", "abandoned", "units", "rule"])
 def test_tables_are_those_of_the_results(name, capsys):
     experiments.main(["table", name])
     assert f"\n\n{capsys.readouterr().out}\n" in README + RESULTS  # the whole of a table
