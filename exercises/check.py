@@ -97,7 +97,7 @@ def forbidden_sorting():
     """torch's and Python's own ways to sort are not to be used here."""
 
     def refuse(*_, **__):
-        raise Wrong("that sorts (or lets torch do it); find the k-th largest score by another way, by bisection, say")
+        raise Wrong("that sorts (or lets torch do it); find the k-th largest score by another way")
 
     def refuse_list(*_):
         raise Wrong("tolist is not allowed here: Python's lists are too slow for millions of scores; stay with tensors")
@@ -153,6 +153,9 @@ def rows(masking, rng):
             require_tensor(found[group], s.shape, torch.bool, f"the mask of {group}")
             wanted = int(density * s.shape[2] + 1e-3)
             counts = found[group].sum(2)
+            columns = found[group].sum(1)
+            mixed_up = bool((columns == columns.max()).all()) and not bool((counts == wanted).all())
+            require(not mixed_up, f"all columns of {group} keep equally many; the rows, s[layer, row], should")
             kept, asked = int(counts.sum()), wanted * counts.numel()
             require(kept == asked, f"{kept} of {s.numel()} weights are kept at density {density}, not {asked}")
             require(
@@ -196,6 +199,9 @@ def dead(dead_neurons, rng):
         incoming[no_input], outgoing[:, no_output] = 0, 0
         if width > 1:
             incoming[:, 0] = 0  # a neuron with some zeros is alive
+        if width > 2:  # and one whose weights cancel
+            incoming[:, 1], outgoing[1] = -incoming[:, 2], -outgoing[2]
+            incoming[:, 3:], outgoing[0], outgoing[3:] = 0, 0, 0
         found = dead_neurons(incoming, outgoing)
         fine = isinstance(found, (list, set, tuple)) and not any(isinstance(n, bool) for n in found)
         require(fine, "dead_neurons must return a list of indices, [0, 3] say")
@@ -207,7 +213,7 @@ def dead(dead_neurons, rng):
             side = "incoming" if missed[0] in no_input else "outgoing"
             raise Wrong(f"neuron {missed[0]} of {neurons} has no {side} weights, and is not named")
         if named := sorted(set(found) - wanted):
-            raise Wrong(f"neuron {named[0]} of {neurons} is named, and has weights on both sides")
+            raise Wrong(f"neuron {named[0]} of {neurons} is named, and has weights on both sides, which may cancel")
 
 
 EXERCISES = {
