@@ -37,7 +37,7 @@ LEAST_STEPS = 300  # unless asked for fewer: below, scores hardly part (results/
 
 
 def make_parser():
-    parser = cli.Parser(usage="python train.py [flags]", description="Learn which weights of a frozen BERT to keep.")
+    parser = cli.Parser(usage="python train.py [flags]", description=cli.WHAT, epilog=cli.EXAMPLES)
     what = parser.add_argument_group("what", "Defaults that are not named are the task's or the method's.")
     what.add_argument("--task", choices=TASKS, default="movies", metavar="TASK", help=f"{', '.join(TASKS)} (movies)")
     methods = f"{', '.join(METHODS)} (smp-s)"

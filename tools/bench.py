@@ -185,7 +185,7 @@ def main(argv=None):
     cli.set_up(deterministic=False, eager=args.eager)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, {cli.dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.processes()} process(es)")
-    print("medians, in brackets the fastest and the slowest; parts are timed alone and overlap")
+    print("medians, in brackets the fastest and the slowest; parts are timed alone and overlap; a minute or two in all")
     if args.inference:
         found = time_inference(args, device, dtype)
     else:
