@@ -133,7 +133,7 @@ def load_sets(result, splits, data_dir, tokenizer):
     folder = data_dir or (known if known and Path(known).is_dir() else None)  # None: a mask that was handed on
     sets = {split: data.load_split(result["task"], split, folder, tokenizer) for split in splits}
     for split, examples in sets.items():
-        if not data_dir and result.get(f"{split} digest", examples.digest()) != examples.digest():
+        if not data_dir and result.get(f"{split} digest") not in (None, examples.digest()):
             raise ValueError(f"{split} in {folder or fetch.cache()} is not the run's; --data-dir allows for other data")
     return sets
 
@@ -146,43 +146,52 @@ def densities(groups, masks):
 # --- the command ---------------------------------------------------------------------------------------------
 
 
-def reader(loaded, device="cpu", dtype=torch.float32):
-    """A loaded run -> a function: Examples -> their logits, see predict."""
+def masked_weights(loaded, device, dtype):
+    """Move a loaded run's model there -> {name: tensor}, its weights under the masks."""
     model = loaded.model.to(device, dtype)
-    weights = {name: model.get_parameter(name).detach() * mask.to(device) for name, mask in loaded.masks.items()}
-    return partial(predict, model, weights, device=device)
+    return {name: model.get_parameter(name).detach() * mask.to(device) for name, mask in loaded.masks.items()}
 
 
 def answers(loaded, texts, read=None):
     """Texts, or pairs as tuples -> for each [(probability, label)], the likeliest first; of a regression [(score, "")].
 
-    read: see reader.
+    read: Examples -> logits [N, C]; by default on the CPU in float32. Not for tasks that answer with spans.
     """
     labels = list(TASKS[loaded.result["task"]].words)
     texts = [(text,) if isinstance(text, str) else text for text in texts]
-    logits = (read or reader(loaded))(data.encode(texts, [0] * len(texts), loaded.tokenizer))  # [N, C]
+    read = read or partial(predict, loaded.model, masked_weights(loaded, "cpu", torch.float32), device="cpu")
+    logits = read(data.encode(texts, [0] * len(texts), loaded.tokenizer))  # [N, C]
     if len(labels) == 1:
         return [[(score, "")] for score in logits[:, 0].tolist()]
     return [sorted(zip(row, labels, strict=True), reverse=True) for row in logits.softmax(1).tolist()]
 
 
+def read_texts(path, width):
+    """Lines of a file -> tuples of `width` texts, with tabs between. Raises ValueError that names the line."""
+    with named(path):
+        lines = regular(path).read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
+    texts = [tuple(line.removesuffix("\r").split("\t")) for line in lines]
+    for number, text in enumerate(texts, 1):
+        if len(text) != width:
+            raise ValueError(f"{path}:{number}: the task takes {width} texts with tabs between, not {len(text)}")
+    return texts
+
+
 def tell(loaded, task, read, args):
-    """Print the answers to --text, or to each line of --text-file as TSV."""
-    texts = [(args.text,) if args.pair is None else (args.text, args.pair)]
+    """Lines: the answers to --text, or to each line of --text-file as TSV."""
     if args.text_file:
-        texts = [tuple(line.split("\t")) for line in regular(args.text_file).read_text("utf-8-sig").splitlines()]
-    if any(len(text) != len(task.text) for text in texts):
-        how = "--text without --pair" if len(task.text) == 1 else "--text and --pair"
-        raise ValueError(f"this task takes {how}, or lines of a --text-file with {len(task.text)} texts, tabs between")
-    if task.say:
-        lines = [line for text in texts for line in task.say(task, text, loaded.tokenizer, read)]
-    elif args.text_file:
-        found = [rows[0] for rows in answers(loaded, texts, read)]
-        lines = ["\t".join([label, f"{p:.4f}", *text]) for (p, label), text in zip(found, texts, strict=True)]
+        texts = read_texts(args.text_file, len(task.text))
     else:
-        words = {label: f"{word} ({label})" for label, word in task.words.items()}
-        lines = [f"{p:7.4f}  {words.get(label, 'score')}" for p, label in answers(loaded, texts, read)[0]]
-    print("\n".join(lines))
+        texts = [(args.text,) if args.pair is None else (args.text, args.pair)]
+    if len(texts[0]) != len(task.text):
+        raise ValueError(f"this task takes {'--text and --pair' if args.pair is None else '--text without --pair'}")
+    if task.say:
+        return [line for text in texts for line in task.say(task, text, loaded.tokenizer, read)]
+    found = answers(loaded, texts, read)
+    if args.text_file:
+        return ["\t".join([rows[0][1], f"{rows[0][0]:.4f}", *text]) for rows, text in zip(found, texts, strict=True)]
+    words = {label: f"{word} ({label})" for label, word in task.words.items()}
+    return [f"{p:7.4f}  {words.get(label, 'score')}" for p, label in found[0]]
 
 
 SUBMISSION = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}  # GLUE's server wants MNLI-m and MNLI-mm
@@ -210,9 +219,10 @@ def look(run, args):
     result, _, model, tokenizer, masks = loaded
     task = TASKS[result["task"]]
     device, dtype, why = cli.choose_device(args.device, args.dtype, (result["device"], result["dtype"]))
-    read = reader(loaded, device, dtype)
+    weights = masked_weights(loaded, device, dtype)
+    read = partial(predict, model, weights, device=device)
     if args.text is not None or args.text_file:
-        tell(loaded, task, read, args)
+        print("\n".join([str(run)] * (len(args.runs) > 1) + tell(loaded, task, read, args)))
         return
 
     if args.predict and not task.test:
@@ -226,14 +236,14 @@ def look(run, args):
 
     method = cli.printable(str(result.get("pruned_with", result["method"])))
     print(f"{run}: {result['task']}, {method} on {device} in {cli.dtype_name(dtype)} ({why})")
-    metrics = evaluate(model, read.args[1], sets, task.metrics, device)
+    metrics = evaluate(model, weights, sets, task.metrics, device)
     if masks:
         print("\n".join(cli.shaded_table("density", densities(model.prunable(), masks))))
     for i, (heads, neurons) in enumerate(model.config.layers if model.config.heads_per_layer else ()):
         print(f"layer {i}  {heads:3} heads {neurons:5} neurons")
     asked = sum(examples.asked() for examples in sets.values())
     found = f"dev ({asked} examples): {cli.show(metrics)}; training reported {cli.show(result['final'])}"
-    print("\n".join([found, *guessing(metrics, next(iter(sets.values())).labels)]))
+    print("\n".join([found, *guessing(metrics, next(iter(sets.values())).labels, bool(result.get("sparsity")))]))
 
 
 @cli.one_line_errors()

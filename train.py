@@ -28,10 +28,9 @@ from plumbing.checkpoints import pack_weights, read_model, tokenizer_bytes, toke
 from plumbing.files import json_bytes, pack_masks, read_json, sha256
 from plumbing.graphs import Recorded
 from plumbing.run import Run, identity, interrupted_run
-from plumbing.summary import evaluation, guessing, summary
+from plumbing.summary import evaluation, summary
 
 LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
-LEAST_STEPS = 300  # unless asked for fewer: below, scores hardly part (results/README.md)
 
 # --- flags ---------------------------------------------------------------------------------------------------
 
@@ -78,8 +77,7 @@ def parse_args(argv):
             known = ", ".join(cli.flag(other) for other in used)
             parser.error(f"{cli.flag(name)}: {args.method} does not use it; the method flags it takes are {known}")
 
-    args.least_steps = 0 if args.epochs else LEAST_STEPS
-    of_task = ["model", "epochs", "batch", "length", "evals", *(["ramp"] if "ramp" in used else [])]
+    of_task = ["model", "batch", "length", *(["ramp"] if "ramp" in used else [])]
     cli.fill(args, used | {name: getattr(TASKS[args.task], name) for name in of_task})
     cli.fill(args, {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0})  # where the method does not use them
     if args.hold > args.ramp:
@@ -226,10 +224,16 @@ def load_teacher(run, args, tokenizer):
     return teacher.eval().requires_grad_(False)
 
 
+def least_steps(sparsity):
+    """With fewer, scores that start equal hardly part, and the model guesses (measured, see results/README.md)."""
+    return 300 if sparsity <= 0.5 else 1200
+
+
 def count_steps(args, examples):
-    """--steps, or what --epochs come to; of little data at least LEAST_STEPS, as its epochs are over too soon."""
-    by_epochs = math.ceil(min(args.epochs * math.ceil(examples / args.batch), cli.MOST))
-    return args.steps or max(by_epochs, args.least_steps)
+    """--steps, or what --epochs come to; by default the task's epochs, but of little data at least least_steps()."""
+    epochs = args.epochs or TASKS[args.task].epochs
+    steps = math.ceil(min(epochs * math.ceil(examples / args.batch), cli.MOST))
+    return args.steps or (steps if args.epochs else max(steps, least_steps(args.sparsity)))
 
 
 def make_schedule(args, kind, total, final):
@@ -249,7 +253,7 @@ def learn(args, run, model, learner, teacher, train, dev, schedule):
     device = next(model.parameters()).device
     total = len(schedule) - 1
     schedule_there = torch.tensor(schedule, device=device)  # [total + 1, 2]: no step waits for the host
-    evals = min(args.evals, total)
+    evals = min(args.evals or min(TASKS[args.task].evals, math.ceil(total / 10)), total)
     eval_steps = {math.ceil(total * i / evals) for i in range(1, evals + 1)}
     optimizer = learner.optimizer(args.lr, args.weight_lr)
     run.restore(learner, optimizer, total, TASKS[args.task].metrics)  # does nothing for a new run
@@ -335,17 +339,12 @@ def check_frozen(args, model, learner, folder):
             raise ValueError(f"{name} no longer equals that of {folder}; the run counts as unfinished")
 
 
-def say_before(run, total, few):
-    """Print what is already known of a run. few: whether too few steps would leave it at chance."""
-    if few and total < LEAST_STEPS:
-        print(f"{total} steps are few: smp-s stays at chance below about {LEAST_STEPS} at 50 % removed, 600 at 90 %")
+def say_before(args, run, total, frozen):
+    """Print what is already known of a run. frozen: whether it learns by its masks alone."""
+    if frozen and total < (needed := least_steps(args.sparsity)):
+        print(f"{total} steps are few: at this sparsity smp-s guesses with fewer than about {needed}")
     for line in run.evaluations:  # of a resumed run, those before it was interrupted
         print(evaluation(**line))
-
-
-def say_after(result, folder, dev):
-    lines = [*summary(result, folder, pair=len(TASKS[result["task"]].text) == 2)]
-    print("\n".join(lines + guessing(result["final"], next(iter(dev.values())).labels)))
 
 
 @cli.one_line_errors()
@@ -383,16 +382,16 @@ def main(argv=None):
 
     total = count_steps(args, len(train))
     schedule = make_schedule(args, description["schedule"], total, density)
-    held_out = sum(len(examples) for examples in dev.values())
-    print(f"{args.task}: {len(train)} train and {held_out} dev examples; {total} steps of {args.batch}")
+    print(f"{args.task}: {len(train)} train, {sum(map(len, dev.values()))} dev examples; {total} steps of {args.batch}")
     print(f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {density:.4g}) -> {run.folder}")
     print(f"on {parallel.processes()} x {device} in {description['dtype']}: {why}")
-    say_before(run, total, few=learner.masks and not method.trains_weights)
+    say_before(args, run, total, frozen=learner.masks and not method.trains_weights)
     torch.manual_seed(args.seed * parallel.processes() + parallel.rank())  # every process has dropout of its own
     with run:
         learn(args, run, model, learner, teacher, train, dev, schedule)
         if parallel.rank() == 0:
-            say_after(finish(args, run, model, learner, folder, description), run.folder, dev)
+            result = finish(args, run, model, learner, folder, description)
+            print("\n".join(summary(result, run.folder, dev, texts=len(TASKS[args.task].text))))
     parallel.stop()
 
 

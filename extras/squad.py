@@ -58,7 +58,7 @@ def fetch_squad(task, split):
     """Download a split of SQuAD v1.1 into the cache."""
     name = f"{split}.json"
     path = fetch.cache() / "glue" / task.folder / name
-    url = f"{os.environ.get('SQUAD_URL') or URL}/{name}"
+    url = f"{(os.environ.get('SQUAD_URL') or URL).rstrip('/')}/{name}"
     remedy = f"put it at {path} by hand, or name its folder's parent with --data-dir"
     with fetched(url, path, remedy) as part:
         check_digest(part, "md5", MD5[name], url)
@@ -115,8 +115,8 @@ def trimmed(answer):
 
 
 def dropped(character):
-    """Spaces, controls and signs without a width, and the accent that follows its letter as a character of its own."""
-    return character.isspace() or unicodedata.category(character) in ("Mn", "Cc", "Cf")
+    """Spaces, controls, signs of no meaning, and the accent that follows its letter as a character of its own."""
+    return character.isspace() or character == "\ufffd" or unicodedata.category(character) in ("Mn", "Cc", "Cf", "Co")
 
 
 def label(spans, answer):
@@ -180,9 +180,10 @@ def read_windows(task, path, tokenizer):
     questions, notes = read_squad(path)
     windows = make_windows(questions, tokenizer, tokenizer.truncation["max_length"], path.stem == task.train)
     if lost := len(questions) - windows.asked():
-        notes.append(f"{path}: left out {lost} of {len(questions)} questions; their answers are not where it says")
+        why = "their answers are not where it says, or longer than a window (--length)"
+        notes.append(f"{path}: left out {lost} of {len(questions)} questions; {why}")
     if not len(windows):
-        raise ValueError(f"{path}: no answer stands in its paragraph where the file says")
+        raise ValueError(f"{path}: no answer is where the file says, or all are longer than a window (--length)")
     for note in notes:
         print(note)
     return windows

@@ -181,7 +181,7 @@ def add_training(parser):
     length.add_argument("--steps", type=count, help="train for so many steps, whatever --epochs says")
     length.add_argument("--batch", type=count, help="examples per step (movies: 32)")
     length.add_argument("--length", type=count, help="longest input in tokens; longer ones are cut (movies: 64)")
-    length.add_argument("--evals", type=count, help="evaluations per run (movies: 4)")
+    length.add_argument("--evals", type=count, help="evaluations per run (movies: 4, fewer if short)")
     machine = parser.add_argument_group("machine")
     add_machine(machine)
     machine.add_argument("--accumulate", type=count, default=1, metavar="PARTS", help="take a batch in parts (1)")

@@ -102,6 +102,7 @@ def download_rest(url, file, bar, bounds):
         if reply.status != http.HTTPStatus.PARTIAL_CONTENT:
             file.seek(0)
             file.truncate()
+            bounds.size = 0
         elif not (reply.headers.get("Content-Range") or "").startswith(f"bytes {file.tell()}-"):
             raise OSError("the server sent another part than it was asked for")
         size = file.tell() + int(reply.headers.get("Content-Length") or 0)
@@ -121,14 +122,14 @@ def make_request(url):
     request = urllib.request.Request(public(url))
     if parts.username is not None:
         login = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-        request.add_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
+        # Not to another host, if this one sends us there.
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
     return request
 
 
 def public(url):
     """A URL without name and password."""
-    parts = urllib.parse.urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return re.sub(r"(?<=://)[^/]*@", "", url)
 
 
 # --- archives of a package index: files to look into, never packages to install --------------------------------
@@ -136,20 +137,27 @@ def public(url):
 
 @contextmanager
 def archive_of_package(project, filename, folder, remedy):
-    """A file of a package, from where pip would take it -> its Path; what is downloaded is a partial_file in `folder`.
+    """A file of a package -> its Path; what is downloaded is a partial_file in `folder`.
 
-    pip itself would run code of a source archive. Raises OSError that ends in the remedy when no index has the file.
+    Looks where pip is set to look: in folders of find-links, then at index-url and extra-index-url. pip itself would
+    run code of a source archive. Raises OSError that ends in the remedy when the file is at none of them.
     """
     for place in pip_setting("find-links"):
-        if (Path(place) / filename).is_file():
-            yield Path(place) / filename
+        path = Path(urllib.request.url2pathname(place.removeprefix("file://"))) / filename
+        if path.is_file():
+            yield path
             return
-    first = None
-    for index in [*(pip_setting("index-url") or [INDEX]), *pip_setting("extra-index-url")]:
+    if certificates := pip_setting("cert"):  # of a company's own mirror
+        os.environ.setdefault("SSL_CERT_FILE", certificates[0])
+    indexes = [*(pip_setting("index-url") or [INDEX]), *pip_setting("extra-index-url")]
+    if pip_setting("no-index"):
+        indexes = []
+    first = OSError(f"{filename} is in none of pip's find-links, and it is set to no-index; {remedy}")
+    for number, index in enumerate(indexes):
         try:
             url = find_file(f"{index.rstrip('/')}/{project}/", filename, folder, remedy)
         except OSError as error:
-            first = first or error
+            first = error if number == 0 else first
             continue
         with fetched(url, folder / filename, remedy) as part:
             yield part

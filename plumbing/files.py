@@ -62,7 +62,7 @@ def partial_folder(folder):
 def remove_parts(folder, age=0):
     """Remove what is partial in a folder and so many seconds old: of processes that were killed."""
     for part in folder.glob(".part-*"):
-        with suppress(FileNotFoundError):  # another process may be quicker
+        with suppress(OSError):  # another process may be quicker, or it may be another user's
             if not PART.fullmatch(part.name) or time.time() - part.lstat().st_mtime < age:
                 continue
             if part.is_dir() and not part.is_symlink():
@@ -97,8 +97,9 @@ def regular(path):
 
 def read_json(path):
     """Raises ValueError that names the file when it is not JSON."""
+    regular(path)
     try:
-        return json.loads(regular(path).read_text("utf-8-sig"))
+        return json.loads(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError too
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
@@ -121,7 +122,7 @@ def lock(file):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another process is writing to {file.name}; name another --out") from None
+        raise ValueError(f"another process is writing to {file.name}; wait for it, or name another --out") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise

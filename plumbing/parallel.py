@@ -28,8 +28,8 @@ def processes():
 def environment(name, default):
     """A number that torchrun sets. Raises ValueError when it is set to something else."""
     text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        raise ValueError(f"{name} is {text!r}, and should be a number that torchrun set; unset it")
+    if not text.isdecimal() or int(text) < default:
+        raise ValueError(f"{name} is {text!r}, which torchrun would not set; unset it")
     return int(text)
 
 

@@ -18,6 +18,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from plumbing import files, parallel
 from plumbing.checkpoints import tokenizer_bytes
 
 LOG, CHECKPOINT, RESULT = "log.jsonl", "checkpoint.safetensors", "result.json"
+# What else a run writes into its folder.
+WRITTEN = {"mask.safetensors", "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
 FORMAT = "smp-checkpoint-2"
 # What a checkpoint says beside its tensors. identity: what the run depends on; seconds: spent; log: bytes of the log.
 STATE = {"step": int, "evaluations": list, "argv": list, "identity": dict, "seconds": float, "log": int}
@@ -72,7 +75,8 @@ class Run:
         if CHECKPOINT in found:
             how = f"--resume {self.folder} continues it"
             raise ValueError(f"--out: {self.folder} holds an interrupted run; {how}, or delete it")
-        if found and not is_log(self.folder / LOG):
+        others = {name for name in found - {LOG} if not files.PART.fullmatch(name)}
+        if others - WRITTEN or found and not is_log(self.folder / LOG, empty=not others):
             raise ValueError(f"--out: {self.folder} holds files that are not of a run; name another folder")
 
     def check_identity(self, identity):
@@ -253,7 +257,9 @@ def interrupted_run(folder):
 def check_interrupted(folder, step=None):
     """-> the state of the checkpoint in a folder. Raises ValueError if there is none, or none of the given step."""
     if (folder / RESULT).exists():
-        (folder / CHECKPOINT).unlink(missing_ok=True)  # a run that was killed before it could
+        with suppress(ValueError, OSError):  # one that a run left behind that was killed before it could remove it
+            read_checkpoint(folder / CHECKPOINT)
+            (folder / CHECKPOINT).unlink()
         raise ValueError(f"--resume: {folder} is finished; look at it with: python eval.py {folder}")
     if not (folder / CHECKPOINT).exists():
         raise ValueError(f"--resume: there is no {folder / CHECKPOINT}; a run has one once it has evaluated")
@@ -264,19 +270,21 @@ def check_interrupted(folder, step=None):
 
 
 def open_log(path):
-    """-> a log, open to be appended to. A link in its place, which could lead to another's file, is an OSError."""
+    """-> a log, open to be appended to. Raises ValueError for a link, which could lead to somebody else's file."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link; remove it")
     no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
     return open(path, "a", opener=lambda path, flags: os.open(path, flags | no_link, 0o666))
 
 
-def is_log(path):
-    """Whether a file is empty, or begins as a run's log does."""
+def is_log(path, empty):
+    """Whether a file begins as a run's log does; `empty` says what an empty one is."""
     if path.is_symlink() or not path.is_file():
         return False
     with open(path, "rb") as file:
         first = file.readline(1 << 16)
     try:
-        return not first or {"step", "density"} <= json.loads(first).keys()
+        return {"step", "density"} <= json.loads(first).keys() if first else empty
     except (ValueError, RecursionError, AttributeError):
         return False
 

@@ -1,7 +1,7 @@
 """What a command says at its end: what a run came to, whether it only guesses, what to type next; predictions as files.
 
-    for line in summary(result, folder, pair=False): print(line)
-    print("\n".join(guessing({"accuracy": 0.514}, labels)))
+    for line in summary(result, folder, {"dev": examples}, texts=1): print(line)
+    print("\n".join(guessing({"accuracy": 0.514}, labels, pruned=True)))
 """
 
 import math
@@ -17,8 +17,11 @@ def evaluation(step, density, dev):
     return f"step {step:5}  density {density:.3f}  dev {show(dev)}"
 
 
-def summary(result, folder, pair):
-    """Lines on a finished run: its metrics, its mask, its files, and what to type next. pair: if it takes two texts."""
+def summary(result, folder, dev, texts):
+    """Lines on a finished run: its metrics, its mask, its files, what to type next, and whether it guesses.
+
+    dev: {name: labelled Examples}; texts: how many its task takes, one or two.
+    """
     yield f"final  dev {show(result['final'])}"
     yield f"best   dev {show(result['best']['dev'])} at step {result['best']['step']}, chosen on dev"
     if "kept" in result:
@@ -34,15 +37,19 @@ def summary(result, folder, pair):
 
     look = shlex.join(["python", "eval.py", str(folder)])
     yield f"next   {look}"
-    yield f'       {look} --text "..."' + (' --pair "..."' if pair else "")
+    yield f'       {look} --text "..."' + (' --pair "..."' if texts == 2 else "")
     if result["method"] != "finetune":  # the dense model, trained as long and as fast
         given = ["task", "model", "data_dir", "head", "seed", "steps", "batch", "length", "weight_lr"]
         words = [f"{flag(name)}={result[name]}" for name in given if result[name] is not None]
         yield f"       {shlex.join(['python', 'train.py', '--method=finetune', *words])}"
+    yield from guessing(result["final"], next(iter(dev.values())).labels, bool(result["sparsity"]))
 
 
-def guessing(metrics, labels):
-    """[a line] if the first of {metric: value} is within two standard errors of always the same answer, else []."""
+def guessing(metrics, labels, pruned):
+    """[a line] if the first of {metric: value} is within two standard errors of always the same answer, else [].
+
+    pruned: whether there is a sparsity to lower.
+    """
     metric, value = next(iter(metrics.items()))
     if metric == "accuracy":
         floor = max(Counter(labels).values()) / len(labels)
@@ -53,9 +60,10 @@ def guessing(metrics, labels):
         what = "always the same answer has 0"
     else:
         return []
-    if value > floor + 2 * error:
+    if value > floor + 2 * error or value == 1:
         return []
-    return [f"this guesses: {metric} is {value:.4f}, and {what}. Train longer (--steps), or remove less (--sparsity)"]
+    remedy = "Train longer (--steps)" + (", or remove less (--sparsity)" if pruned else "")
+    return [f"this guesses: {metric} is {value:.4f}, and {what}. {remedy}"]
 
 
 def write_predictions(path, names, decided):

@@ -121,6 +121,28 @@ def test_downloads_have_bounds(tmp_path, monkeypatch, bounds, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_login_is_not_sent_to_another_host(tmp_path):
+    seen = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            seen[self.path] = self.headers.get("Authorization")
+            self.send_response(302 if self.path == "/a" else 200)
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/b")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with download.fetched(f"http://me:secret@127.0.0.1:{server.server_port}/a", tmp_path / "x", ""):
+            pass
+        server.shutdown()
+    assert seen["/a"].startswith("Basic ") and seen["/b"] is None
+
+
 def test_partial_files_of_killed_processes_go_after_a_day(tmp_path):
     yesterday = time.time() - files.STALE - 1
     for name in (".part-0123abcd-old", ".part-0123abcd-new", ".part-notours"):
@@ -283,6 +305,7 @@ def test_names_that_the_terminal_cannot_show(argv, tmp_path, monkeypatch):
         ({"RANK": "", "WORLD_SIZE": ""}, None),
         ({"RANK": "abc", "WORLD_SIZE": "2"}, "RANK is 'abc'"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
     ],
 )
 def test_what_torchrun_sets_and_others_may(argv, fails, tmp_path, monkeypatch, environment, message):

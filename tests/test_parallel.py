@@ -67,7 +67,8 @@ def test_the_same_masks_as_with_the_whole_batch(make_model, glue, tmp_path, way)
 
 def test_two_processes_from_end_to_end(make_model, glue, tmp_path, capsys):
     flags = ["--model", make_model(), "--data-dir", glue, "--steps", 12, "--batch", 10, "--length", 16]
-    flags = [str(f) for f in [*flags, "--out", tmp_path / "run", "--device", "cpu", "--dtype", "float32"]]
+    flags += ["--out", tmp_path / "run", "--device", "cpu", "--dtype", "float32", "--evals", 4]
+    flags = [str(f) for f in flags]
     ended = subprocess.run([*TORCHRUN, ROOT / "train.py", *flags], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("saved ") == 1 and "on 2 x cpu" in ended.stdout

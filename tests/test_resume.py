@@ -310,12 +310,14 @@ def test_a_run_that_another_took_further_is_not_taken_back(interrupted, fails, m
     assert (interrupted / "log.jsonl").read_bytes() == log
 
 
-def test_a_checkpoint_that_a_killed_run_left_behind_goes(flags, tmp_path, fails):
-    out = tmp_path / "run"
-    train.main([*flags, "--steps", "2", "--evals", "1", "--out", str(out)])
-    (out / "checkpoint.safetensors").touch()
-    assert "is finished" in fails(train.main, ["--resume", out])
-    assert not (out / "checkpoint.safetensors").exists()
+def test_a_checkpoint_that_a_killed_run_left_behind_goes(interrupted, fails):
+    path = interrupted / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    train.main(["--resume", str(interrupted)])
+    path.write_bytes(b"precious")  # of somebody else
+    assert "is finished" in fails(train.main, ["--resume", interrupted]) and path.read_bytes() == b"precious"
+    path.write_bytes(whole)
+    assert "is finished" in fails(train.main, ["--resume", interrupted]) and not path.exists()
 
 
 @pytest.mark.parametrize("content", ["my notes\n", "[1]\n", '{"step": 1}\n', None])
@@ -334,9 +336,22 @@ def test_a_folder_of_somebody_else_is_left_alone(flags, tmp_path, fails, content
     assert {path: path.read_bytes() for path in [*out.iterdir(), other]} == before
 
 
+@pytest.mark.parametrize("name", ["config.json", "thesis.tex"])
+def test_an_empty_log_makes_no_folder_a_runs(flags, tmp_path, fails, name):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "log.jsonl").touch()
+    (out / name).write_text("mine")
+    assert "holds files that are not of a run" in fails(train.main, [*flags, "--out", out])
+    (out / "log.jsonl").write_text('{"step": 1, "density": 1.0}\n')  # of a run that was killed while it finished
+    if name == "thesis.tex":
+        assert "holds files that are not of a run" in fails(train.main, [*flags, "--out", out])
+    assert (out / name).read_text() == "mine"
+
+
 def test_a_link_that_takes_the_place_of_the_log_is_not_followed(tmp_path):
     (tmp_path / "log.jsonl").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(ValueError, match="is a link; remove it"):
         open_log(tmp_path / "log.jsonl")
     assert not (tmp_path / "elsewhere").exists()
 

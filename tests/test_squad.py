@@ -161,6 +161,7 @@ def test_too_short_windows_are_refused(tokenizer, tmp_path):
     [
         ("the film was good", " film was ", "film was"),
         ("the film was good", "film\u200b", None),  # stands nowhere
+        ("the \ufffdfilm\ue000 was", "\ufffdfilm\ue000", "film"),
         ("the film\u200b was good", "film\u200b", "film"),
         ("the fil\u0301m was baḋ", "baḋ", "baḋ"),
         ("the cafe\u0301 was good", "cafe\u0301", "cafe"),
@@ -182,7 +183,7 @@ def test_answers_that_tokens_do_not_cover_to_the_end(tokenizer, tmp_path, contex
 
 def test_a_training_file_without_one_usable_answer(tokenizer, tmp_path):
     write_squad(tmp_path / "squad" / "train-v1.1.json", [question("is it", "fun", at=0)])
-    with pytest.raises(ValueError, match="train-v1.1.json: no answer stands in its paragraph"):
+    with pytest.raises(ValueError, match="train-v1.1.json: no answer is where the file says"):
         data.load_split("squad", "train-v1.1", tmp_path, tokenizer)
 
 

@@ -474,8 +474,8 @@ def test_a_loss_that_is_not_finite(run, tmp_path, fails, glue, monkeypatch):
         return model, *more
 
     monkeypatch.setattr(train, "load_everything", infinite)
-    argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--steps", 30, "--length", 16]
-    assert "the loss is nan at step 8: try a smaller --lr" in fails(train.main, [*argv, "--device", "cpu"])
+    argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--steps", 80, "--length", 16]
+    assert "the loss is nan at step 10: try a smaller --lr" in fails(train.main, [*argv, "--device", "cpu"])
     assert [p.name for p in (tmp_path / "r").iterdir()] == ["log.jsonl"]
 
 
@@ -643,10 +643,13 @@ def test_the_dense_reference_is_named(run, capsys):
 
 def test_guessing_by_hand():
     labels = [0] * 60 + [1] * 40  # two standard errors of 0.6 are 0.098
-    assert "accuracy is 0.6900, and always the commonest answer has 0.6000" in guessing({"accuracy": 0.69}, labels)[0]
-    assert guessing({"accuracy": 0.70, "f1": 0.0}, labels) == []
-    assert guessing({"mcc": 0.21}, labels) == guessing({"f1": 0.0}, labels) == []
-    assert "mcc is 0.1900, and always the same answer has 0" in guessing({"mcc": 0.19}, labels)[0]
+    (said,) = guessing({"accuracy": 0.69}, labels, pruned=True)
+    assert "accuracy is 0.6900, and always the commonest answer has 0.6000" in said and "--sparsity" in said
+    assert guessing({"accuracy": 0.70, "f1": 0.0}, labels, True) == []
+    assert guessing({"mcc": 0.21}, labels, True) == guessing({"f1": 0.0}, labels, True) == []
+    (said,) = guessing({"mcc": 0.19}, labels, pruned=False)
+    assert "mcc is 0.1900, and always the same answer has 0" in said and "--sparsity" not in said
+    assert guessing({"accuracy": 1.0}, [0, 0, 1, 1], True) == guessing({"accuracy": 1.0}, [1] * 9, True) == []
 
 
 def test_little_data_gets_steps_enough_unless_fewer_are_asked_for(run, capsys, make_model):
@@ -657,7 +660,8 @@ def test_little_data_gets_steps_enough_unless_fewer_are_asked_for(run, capsys, m
     assert "300 steps of 8" in said and "are few" not in said and "guesses" not in said
     _, result = run("--epochs", 2, "--evals", 1, steps=None, out="epochs")
     said = capsys.readouterr().out
-    assert result["steps"] == 24 and "24 steps are few: smp-s stays at chance below about 300" in said
+    assert result["steps"] == 24
+    assert "24 steps are few: at this sparsity smp-s guesses with fewer than about 300" in said
     assert "this guesses: accuracy is" in said.splitlines()[-1]
     eval_.main([str(run.model.parent / "epochs")])
     assert "this guesses: accuracy is" in capsys.readouterr().out.splitlines()[-1]
@@ -679,8 +683,12 @@ def test_answers_to_texts_and_to_the_lines_of_a_file(run, tmp_path, capsys, fail
     eval_.main([str(folder), "--text", texts[0]])
     first = capsys.readouterr().out.splitlines()[0].split()
     assert first[0] == lines[0][1] and first[2] == f"({lines[0][0]})"
-    (tmp_path / "f.txt").write_text("a\tb\n")
-    assert "lines of a --text-file with 1 texts" in fails(eval_.main, [folder, "--text-file", tmp_path / "f.txt"])
+    (tmp_path / "f.txt").write_text("a \u2028 film\r\nx\x0by\n")  # two lines
+    eval_.main([str(folder), "--text-file", str(tmp_path / "f.txt")])
+    assert len(capsys.readouterr().out.split("\n")) == 2 + 1
+    for content, message in ((b"a\nb\tc\n", "f.txt:2: the task takes 1 texts"), (b"caf\xe9\n", "f.txt: 'utf-8' codec")):
+        (tmp_path / "f.txt").write_bytes(content)
+        assert message in fails(eval_.main, [folder, "--text-file", tmp_path / "f.txt"])
 
 
 def test_dense_training_starts_from_unrounded_weights(run):

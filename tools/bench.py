@@ -151,7 +151,7 @@ def time_parts(args, masks, density):
 
     @torch.no_grad()
     def select():
-        masks.method.masking(masks.scores, importance, density, exact=False)
+        masks.method.masking(masks.method.rank(masks.weights, masks.scores), importance, density, exact=False)
 
     def mask():
         made = list(masks(density)[0].values())

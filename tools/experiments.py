@@ -19,7 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
-from threading import Lock
+from threading import Event, Lock
 
 import torch
 from tqdm import tqdm
@@ -77,27 +77,35 @@ def check_line(line):
 
 
 RUNNING = set()  # subprocesses, which must not outlive this one
+STOPPING = Event()
 
 
-def stop_all(*_):
-    """For SIGTERM and Ctrl-C: end the runs in progress, then this process."""
+def kill_running():
+    STOPPING.set()  # what is just being started sees it
     for process in list(RUNNING):
         process.kill()
+
+
+def interrupt(*_):
+    kill_running()
     raise KeyboardInterrupt("finished runs are kept")
 
 
 def side_by_side(work, items, at_once):
-    """-> [work(item)], so many at a time. Ends on SIGTERM and Ctrl-C, and has the runs end."""
-    before = {number: signal.signal(number, stop_all) for number in (signal.SIGTERM, signal.SIGINT)}
-    with ThreadPoolExecutor(at_once) as pool:
-        try:
-            return list(pool.map(work, items))
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    """-> [work(item)], so many at a time. On SIGTERM, Ctrl-C and errors the runs in progress end too."""
+    STOPPING.clear()
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with ThreadPoolExecutor(at_once) as pool:
+            try:
+                return list(pool.map(work, items))
+            except BaseException:
+                kill_running()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- runs ----------------------------------------------------------------------------------------------------
@@ -111,6 +119,8 @@ def make_run(command, machine, seconds, gpu):
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
         with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as p:
             RUNNING.add(p)
+            if STOPPING.is_set():
+                p.kill()
             try:
                 _, errors = p.communicate(timeout=seconds)
             finally:

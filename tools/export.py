@@ -174,7 +174,7 @@ def main(argv=None):
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise ValueError(f"{args.folder} holds files already; delete it, or name another folder")
     run = load_run(args.run, args.model)
-    with partial_folder(args.folder) as part:
+    with partial_folder(args.folder.resolve()) as part:
         said = export_compact(part, run) if args.compact else export(part, run)
     print(f"{args.folder}: {said}")
 

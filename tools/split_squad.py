@@ -21,10 +21,13 @@ def main(argv=None):
     articles = read_articles(args.file)
     if args.dev >= len(articles):
         raise ValueError(f"--dev must be less than {len(articles)}, the number of articles; got {args.dev}")
-    for name, part in (("train", articles[: -args.dev]), ("dev", articles[-args.dev :])):
-        path = args.folder / "squad" / f"{name}-v1.1.json"
+    parts = {"train": articles[: -args.dev], "dev": articles[-args.dev :]}
+    paths = {name: args.folder / "squad" / f"{name}-v1.1.json" for name in parts}
+    for path in paths.values():
         if path.exists():
             raise ValueError(f"{path} is there already; delete it or name another folder")
+    for name, part in parts.items():
+        path = paths[name]
         write_whole(path, json.dumps({"version": "1.1", "data": part}, ensure_ascii=False).encode())
         print(f"{path}: {len(part)} articles")
 
