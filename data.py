@@ -315,5 +315,5 @@ def training_batches(examples, size, steps, seed, device="cpu", parts=1, first=0
     epochs = (batch_rows(examples, size, np.random.default_rng([seed, epoch])) for epoch in count())
     for batch in islice(chain.from_iterable(epochs), first, steps):
         width = padded(max(len(examples.ids[r]) for r in batch), examples.limit)
-        most = min(parts, len(batch))
+        most = min(parts, len(batch))  # the last batch may be small
         yield [Part(*collate(examples, rows, device, width), share) for rows, share in split_batch(batch, most)]

@@ -105,7 +105,7 @@ def printable(text):
 WHAT = "Learn which weights of a frozen BERT to keep."
 EXAMPLES = """examples:
   python train.py                                  film reviews: minutes on a CPU
-  python train.py --sparsity 0.9 --steps 1196      fewer weights take more steps
+  python train.py --sparsity 0.9                   a tenth stays; takes more steps
   python train.py --task rte --method finetune     dense BERT, to compare with
   python train.py --task sst2 --data-dir mine      texts of your own
 """
