@@ -202,7 +202,7 @@ def parse_args(argv):
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or a mask file out of one")
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--text", help="classify this sentence, or answer this question, instead")
-    asked.add_argument("--text-file", type=Path, metavar="FILE", help="the same of each line (pairs: a tab between)")
+    asked.add_argument("--text-file", type=Path, metavar="FILE", help="the same for each line of a file, as TSV")
     asked.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
     parser.add_argument("--pair", help="the second sentence, or the paragraph, where the task takes two texts")
     cli.add_files(parser)

@@ -37,7 +37,7 @@ LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the
 
 def make_parser():
     parser = cli.Parser(usage="python train.py [flags]", description=cli.WHAT, epilog=cli.EXAMPLES)
-    what = parser.add_argument_group("what", "Defaults that are not named are the task's or the method's.")
+    what = parser.add_argument_group("what", "Where no default is named, it is the task's or the method's.")
     what.add_argument("--task", choices=TASKS, default="movies", metavar="TASK", help=f"{', '.join(TASKS)} (movies)")
     methods = f"{', '.join(METHODS)} (smp-s)"
     what.add_argument("--method", choices=METHODS, default="smp-s", metavar="METHOD", help=methods)
@@ -342,7 +342,7 @@ def check_frozen(args, model, learner, folder):
 def say_before(args, run, total, frozen):
     """Print what is already known of a run. frozen: whether it learns by its masks alone."""
     if frozen and total < (needed := least_steps(args.sparsity)):
-        print(f"{total} steps are few: at this sparsity smp-s guesses with fewer than about {needed}")
+        print(f"{total} steps are few: on movies, smp-s needs about {needed} at this sparsity to do more than guess")
     for line in run.evaluations:  # of a resumed run, those before it was interrupted
         print(evaluation(**line))
 

@@ -165,7 +165,7 @@ def add_files(parser):
 
 
 def add_machine(parser):
-    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the first that is available")
     dtypes = ("float32", "bfloat16")
     parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16 if native; evaluation: as in training")
 
@@ -178,7 +178,7 @@ def add_training(parser):
     run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue an interrupted run; no other flags")
     length = parser.add_argument_group("length")
     length.add_argument("--epochs", type=passes, help="passes over the training set (movies: 2)")
-    length.add_argument("--steps", type=count, help="train for so many steps, whatever --epochs says")
+    length.add_argument("--steps", type=count, help="train for so many steps; overrides --epochs")
     length.add_argument("--batch", type=count, help="examples per step (movies: 32)")
     length.add_argument("--length", type=count, help="longest input in tokens; longer ones are cut (movies: 64)")
     length.add_argument("--evals", type=count, help="evaluations per run (movies: 4, fewer if short)")

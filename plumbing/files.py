@@ -86,7 +86,9 @@ def json_bytes(value):
 
 
 def regular(path):
-    """The path itself, of a file that has an end. Raises ValueError for a pipe or a device, or if it is too large."""
+    """The path itself, of a file that has an end. Raises ValueError if there is none, or it is a pipe or too large."""
+    if not os.path.exists(path):
+        raise ValueError(f"there is no {path}")
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path} is not a regular file")

@@ -305,11 +305,14 @@ def read_description(run):
     Raises ValueError when there is no finished run, or not of this code.
     """
     path = run if run.is_file() else run / RESULT
+    if not run.exists():
+        raise ValueError(f"there is no folder or file {run}")
+    if not path.exists() and not (run / LOG).exists():
+        raise ValueError(f"{run} is not the folder of a run: there is no {path}")
     if not path.exists():
-        state = "an interrupted or still running" if (run / LOG).exists() else "no finished"
         saved = (run / CHECKPOINT).exists()
         remedy = f"python train.py --resume {run} continues it" if saved else "run its train.py command to the end"
-        raise ValueError(f"{run} holds {state} run: there is no {path}; {remedy}")
+        raise ValueError(f"{run} holds an interrupted or still running run; {remedy}")
     result = files.read_masks(path)[1]["run"] if run.is_file() else files.read_json(path)
     what = f"{path} is not the result of a run of this train.py"
     files.check_types(result, DESCRIBED, what)

@@ -63,7 +63,7 @@ def guessing(metrics, labels, pruned):
     if value > floor + 2 * error or value == 1:
         return []
     remedy = "Train longer (--steps)" + (", or remove less (--sparsity)" if pruned else "")
-    return [f"this guesses: {metric} is {value:.4f}, and {what}. {remedy}"]
+    return [f"the model only guesses: {metric} is {value:.4f}, and {what}. {remedy}"]
 
 
 def write_predictions(path, names, decided):

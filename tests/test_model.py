@@ -220,7 +220,7 @@ def test_weights_in_several_files(make_model):
     loaded = load_model(folder, words=[5, 6]).state_dict()
     assert loaded.keys() == whole.keys() and all(loaded[n].equal(w) for n, w in whole.items())
     (folder / "b.safetensors").unlink()
-    with pytest.raises(OSError, match="b.safetensors"):
+    with pytest.raises(ValueError, match="there is no .*b.safetensors"):
         load_model(folder, words=[5, 6])
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="index.json has no weight_map"):

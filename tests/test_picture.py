@@ -80,7 +80,7 @@ def test_what_people_see(capsys, runs):
         *["layer"] * 2,
         "all",
         "dev",
-        "this",  # guesses: these runs are short
+        "the",  # model only guesses: these runs are short
     ]
     picture.main(runs[:1])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[4:]] == ["heads,", *["layer"] * 2]

@@ -241,7 +241,7 @@ def test_teachers_that_cannot_teach_are_refused(run, fails, make_model, glue, tm
     assert "another vocabulary" in fails(train.main, [*argv, "--teacher", foreign])
     (dense / "model.safetensors").unlink()
     assert "model.safetensors" in fails(train.main, [*argv, "--teacher", dense])
-    assert "holds no finished run" in fails(train.main, [*argv, "--teacher", tmp_path])
+    assert "is not the folder of a run" in fails(train.main, [*argv, "--teacher", tmp_path])
 
 
 def test_bfloat16_and_pairs(run, capsys):
@@ -544,7 +544,7 @@ def test_a_model_folder_that_vanishes_during_the_run(run, fails, glue, tmp_path,
 
     monkeypatch.setattr(train, "learn", vanishing)
     argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--steps", 2, "--length", 16]
-    assert "No such file" in fails(train.main, [*argv, "--device", "cpu"])
+    assert "there is no " in fails(train.main, [*argv, "--device", "cpu"])
     assert not (tmp_path / "r" / "result.json").exists()
 
 
@@ -572,7 +572,7 @@ def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
     folder, result = run()
     other = make_model("other", tensors=bert_tensors(CONFIG, seed=9))
     assert "the fingerprint of" in fails(eval_.main, [folder, "--model", other])
-    assert "holds no finished run" in fails(eval_.main, [tmp_path])
+    assert "is not the folder of a run" in fails(eval_.main, [tmp_path])
     (tmp_path / "log.jsonl").touch()
     assert "an interrupted or still running run" in fails(eval_.main, [tmp_path])
     assert "--pair needs --text" in fails(eval_.main, [folder, "--pair", "b"])
@@ -657,14 +657,14 @@ def test_little_data_gets_steps_enough_unless_fewer_are_asked_for(run, capsys, m
     learns = ["--model", make_model("wide", **WIDE), "--lr", 0.05, "--penalty", 50]
     assert run(*learns, "--evals", 1, steps=None)[1]["final"]["accuracy"] > 0.9
     said = capsys.readouterr().out
-    assert "300 steps of 8" in said and "are few" not in said and "guesses" not in said
+    assert "300 steps of 8" in said and "are few" not in said and "only guesses" not in said
     _, result = run("--epochs", 2, "--evals", 1, steps=None, out="epochs")
     said = capsys.readouterr().out
     assert result["steps"] == 24
-    assert "24 steps are few: at this sparsity smp-s guesses with fewer than about 300" in said
-    assert "this guesses: accuracy is" in said.splitlines()[-1]
+    assert "24 steps are few: on movies, smp-s needs about 300" in said
+    assert "the model only guesses: accuracy is" in said.splitlines()[-1]
     eval_.main([str(run.model.parent / "epochs")])
-    assert "this guesses: accuracy is" in capsys.readouterr().out.splitlines()[-1]
+    assert "the model only guesses: accuracy is" in capsys.readouterr().out.splitlines()[-1]
     run("--method", "finetune", steps=12, out="dense")
     assert "are few" not in capsys.readouterr().out
 
