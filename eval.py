@@ -168,8 +168,9 @@ def answers(loaded, texts, read=None):
 
 def read_texts(path, width):
     """Lines of a file -> tuples of `width` texts, with tabs between. Raises ValueError that names the line."""
+    content = regular(path).read_bytes()
     with named(path):
-        lines = regular(path).read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
+        lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
     texts = [tuple(line.removesuffix("\r").split("\t")) for line in lines]
     for number, text in enumerate(texts, 1):
         if len(text) != width:
