@@ -186,7 +186,9 @@ def replay_pprune(folder):
 def replay_all(folder):
     """-> ({quantity: largest deviation}, names of those out of bounds)."""
     if (folder / "activations.safetensors").exists():
-        found = {f"{part} {name}": gap for part, gaps in replay_pprune(folder).items() for name, gap in gaps.items()}
+        found = {}
+        for part, deviations in replay_pprune(folder).items():
+            found |= {f"{part} {name}": gap for name, gap in deviations.items()}
         return found, [name for name, gap in found.items() if gap > BOUNDS[name.split()[1]]]
 
     path = folder / "batches.safetensors"
