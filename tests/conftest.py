@@ -158,7 +158,7 @@ def server(monkeypatch, tmp_path):
     """(files, cut): fill them with what is served; the cache is a new folder."""
     files, cut = {}, set()
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, files, cut))
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{httpd.server_port}"
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setenv("GLUE_URL", f"{url}/glue/")
