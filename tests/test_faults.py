@@ -274,7 +274,8 @@ train.main(sys.argv[1:])
 
 def test_output_that_goes_nowhere_is_no_traceback(argv, tmp_path):
     """Run train.py in a shell, its output redirected: exit status, and stderr without progress bars."""
-    expected = {"| true": (141, 0), ">&- 2>&-": (0, 0), "> /dev/full": (2, 1)}
+    expected = {"| true": (141, 0), ">&- 2>&-": (0, 0)}
+    expected |= {"> /dev/full": (2, 1)} if Path("/dev/full").exists() else {}  # Linux
     started = {}
     for number, after in enumerate(expected):  # side by side: each spends its time on importing torch
         words = [sys.executable, "-c", COMMAND.format(root=str(ROOT)), *argv, "--out", str(tmp_path / str(number))]
