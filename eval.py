@@ -128,7 +128,7 @@ def load_run(run, model_name=None):
 
 
 def load_sets(result, splits, data_dir, tokenizer):
-    """{split: Examples} of a folder, or by default of the run. Raises ValueError if these are not what they were."""
+    """{split: Examples} of a folder, or by default of the run. Raises ValueError if the run's have changed since."""
     known = result["data_dir"]
     folder = data_dir or (known if known and Path(known).is_dir() else None)  # None: a mask that was handed on
     sets = {split: data.load_split(result["task"], split, folder, tokenizer) for split in splits}
@@ -184,8 +184,8 @@ def tell(loaded, task, read, args):
         texts = read_texts(args.text_file, len(task.text))
     else:
         texts = [(args.text,) if args.pair is None else (args.text, args.pair)]
-    if len(texts[0]) != len(task.text):
-        raise ValueError(f"this task takes {'--text and --pair' if args.pair is None else '--text without --pair'}")
+        if len(texts[0]) != len(task.text):
+            raise ValueError(f"this task takes {'--text and --pair' if args.pair is None else '--text without --pair'}")
     if task.say:
         return [line for text in texts for line in task.say(task, text, loaded.tokenizer, read)]
     found = answers(loaded, texts, read)

@@ -74,12 +74,17 @@ def end(line, status):
 
 def known(error):
     """Whether an error that is of no kind of its own is one that people can do something about."""
-    return any(text in str(error) for text in MEMORY_FULL) or type(error).__name__ in (PANIC, *NO_COMPILER)
+    return memory_full(error) or type(error).__name__ in (PANIC, *NO_COMPILER)
+
+
+def memory_full(error):
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(text in str(error) for text in MEMORY_FULL)
 
 
 def describe(error):
     """An error as one line that says what to do."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in MEMORY_FULL):
+    if memory_full(error):
         return SMALLER
     if type(error).__name__ == PANIC:
         return f"the model folder's tokenizer.json is damaged: {error}"

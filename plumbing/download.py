@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from contextlib import contextmanager
@@ -150,7 +149,7 @@ def archive_of_package(project, filename, folder, remedy):
     if certificates := pip_setting("cert"):  # of a company's own mirror
         os.environ.setdefault("SSL_CERT_FILE", certificates[0])
     indexes = [*(pip_setting("index-url") or [INDEX]), *pip_setting("extra-index-url")]
-    if pip_setting("no-index"):
+    if pip_setting("no-index") not in ([], ["0"], ["false"], ["False"]):
         indexes = []
     first = OSError(f"{filename} is in none of pip's find-links, and it is set to no-index; {remedy}")
     for number, index in enumerate(indexes):

@@ -278,7 +278,7 @@ def open_log(path):
 
 
 def is_log(path, empty):
-    """Whether a file begins as a run's log does; `empty` says what an empty one is."""
+    """Whether a file begins as a run's log does; empty: whether an empty one counts."""
     if path.is_symlink() or not path.is_file():
         return False
     with open(path, "rb") as file:

