@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from plumbing import fetch, parallel
-from plumbing.checkpoints import open_tokenizer
+from plumbing.checkpoints import encode_texts, open_tokenizer
 from plumbing.files import regular, sha256
 
 
@@ -37,22 +37,25 @@ class Task:
     batch: int = 32
     length: int = 128  # longest input in tokens
     ramp: float = 0.6  # share of the steps in which the density falls to its target
+    weight_lr: float = 3e-5  # peak learning rate of weights that train
+    decay: float = 0.01  # of matrices that train
     evals: int = 20  # evaluations in a run
+    best: Callable = max  # or min: which value of the first metric is best
     model: str = "bert-base-uncased"
 
-    # the files
-    train: str = "train"  # names without their ending
+    # the files: "train", and
     dev: tuple = ("dev",)
-    test: tuple = ("test",)
+    test: tuple = ("test",)  # without labels
+    file: str = "{}.tsv"  # what the file of a split is called
     test_text: tuple = ()  # columns of the text in the test files, where they have other names
     skip_broken: bool = False  # rows with the wrong number of columns
-    ending: str = ".tsv"
     fetch: Callable = fetch.fetch_glue  # (task, split): put the file of a split, or all, into the cache
 
     # what a task that is not classification or regression of [CLS] brings along
     every_token: bool = False  # the model reads every token
+    load: Callable | None = None  # (folder, length, head) -> model, tokenizer; default: a Bert
     read: Callable | None = None  # (task, path, tokenizer) -> Examples; default: a TSV file
-    say: Callable | None = None  # (task, texts, tokenizer, logits of Examples) -> lines, for eval.py --text
+    say: Callable | None = None  # (texts, tokenizer, Examples -> what they keep, args) -> lines, for eval.py --text
 
 
 SENTIMENT = {"0": "terrible", "1": "great"}
@@ -96,6 +99,7 @@ class Examples:
     types: list  # 0 for the first text, 1 for its pair
     labels: list
     limit: int
+    eval_batch = 64  # rows at a time in evaluation: another number would round differently
 
     def __len__(self):
         return len(self.ids)
@@ -108,8 +112,12 @@ class Examples:
         """How many questions the rows ask: one each."""
         return len(self)
 
+    def keep(self, logits, labels):
+        """What evaluation keeps of a batch: logits [B, C], labels [B] -> [B, ...], of one shape in all batches."""
+        return logits
+
     def score(self, logits, names, metrics):
-        """Logits [N, C], names of metrics {name: (predicted, true) -> number} -> {name: number}."""
+        """What was kept, logits [N, C], names of metrics {name: (predicted, true) -> number} -> {name: number}."""
         predicted = decide(logits)
         true = np.array(self.labels)
         return {name: metrics[name](predicted, true) for name in names}
@@ -211,18 +219,10 @@ def encode(texts, labels, tokenizer):
     return Examples([e.ids for e in encoded], [e.type_ids for e in encoded], labels, limit)
 
 
-def encode_texts(tokenizer, texts):
-    """encode_batch. Raises ValueError when the tokenizer cannot read a text, or the text is not Unicode."""
-    try:
-        return tokenizer.encode_batch(texts)
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"tokenizer.json cannot read a text: {error}") from None
-
-
 def split_path(name, split, data_dir):
     """Where a split of a task stands, or will. Raises ValueError if data_dir is given and has no such file."""
     task = TASKS[name]
-    path = Path(data_dir or fetch.cache() / "glue") / task.folder / f"{split}{task.ending}"
+    path = Path(data_dir or fetch.cache() / "glue") / task.folder / task.file.format(split)
     if data_dir and not path.exists():
         raise ValueError(f"--data-dir: there is no {path.absolute()}")
     return path

@@ -25,26 +25,22 @@ from plumbing.metrics import METRICS
 from plumbing.run import identity, read_description
 from plumbing.summary import guessing, write_predictions
 
-EVAL_BATCH = 64  # one size everywhere: another would round differently
-
 # --- evaluation ----------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def predict(model, weights, examples, device):
-    """Logits [N, C] in the order of the examples, without dropout; of every token [N, S, C] if the model reads them.
+    """What the examples keep of the model's logits [N, ...], in their order, without dropout.
 
     `weights` {name: tensor} stand in for the model's own. Leaves the model in training mode, as it is loaded.
     """
     model.eval()  # no dropout
-    batches = data.batch_rows(examples, EVAL_BATCH)
+    batches = data.batch_rows(examples, examples.eval_batch)
     outputs = []
     for rows in tqdm(parallel.share(batches), "evaluating", leave=False, delay=2, disable=parallel.rank() > 0):
-        inputs, _ = data.collate(examples, rows, device)
-        logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float().cpu()
-        if model.every_token:  # [B, S, C]: to one S
-            logits = torch.nn.functional.pad(logits, (0, 0, 0, examples.limit - logits.shape[1]), value=-1e4)
-        outputs.append(logits)
+        inputs, labels = data.collate(examples, rows, device)
+        logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
+        outputs.append(examples.keep(logits, labels).cpu())
     model.train()
     order = np.concatenate(batches).argsort()  # batches are of like length, not in order
     return torch.cat(parallel.gather(outputs))[order]
@@ -75,6 +71,8 @@ class Loaded(NamedTuple):
 
 def load_backbone(folder, task, length, head, fresh=True):
     """-> (Bert with this head, fresh or the folder's; tokenizer). Raises ValueError that says what does not fit."""
+    if task.load:
+        return task.load(folder, length, head)
     stored, tensors = read_model(folder)
     tokenizer = data.load_tokenizer(folder, length)
     probe = tokenizer.encode(*"ab"[: len(task.text)])  # with what the tokenizer puts around texts
@@ -187,7 +185,7 @@ def tell(loaded, task, read, args):
         if len(texts[0]) != len(task.text):
             raise ValueError(f"this task takes {'--text and --pair' if args.pair is None else '--text without --pair'}")
     if task.say:
-        return [line for text in texts for line in task.say(task, text, loaded.tokenizer, read)]
+        return [line for text in texts for line in task.say(text, loaded.tokenizer, read, args)]
     found = answers(loaded, texts, read)
     if args.text_file:
         return ["\t".join([rows[0][1], f"{rows[0][0]:.4f}", *text]) for rows, text in zip(found, texts, strict=True)]
@@ -202,10 +200,13 @@ def parse_args(argv):
     parser = cli.Parser(description="Evaluate finished runs and show their masks.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or a mask file out of one")
     asked = parser.add_mutually_exclusive_group()
-    asked.add_argument("--text", help="classify this sentence, or answer this question, instead")
+    asked.add_argument("--text", help="classify it, answer it, or continue it, as the task is")
     asked.add_argument("--text-file", type=Path, metavar="FILE", help="the same for each line of a file, as TSV")
     asked.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
     parser.add_argument("--pair", help="the second sentence, or the paragraph, where the task takes two texts")
+    what = "language models: 0 continues a text with what is likeliest, 1 draws by probability (0)"
+    parser.add_argument("--temperature", type=cli.not_negative, default=0.0, help=what)
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of what is drawn (0)")
     cli.add_files(parser)
     cli.add_machine(parser)
     args = parser.parse_args(argv)

@@ -306,5 +306,5 @@ METHODS = {
     "smp-l": Method(smp_l),  # L: local, the same share of each matrix
     "smp-g": Method(smp_g),  # G: global
     "smp-t": Method(threshold),  # T: does not end where it was asked to
-    "finetune": Method(None, flags={"weight_lr": 3e-5}),  # the dense reference point
+    "finetune": Method(None, flags={"weight_lr": None}),  # the dense reference point
 }

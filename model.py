@@ -9,6 +9,7 @@ that a mask may touch. Sources: Devlin et al. 2019 (arXiv 1810.04805), Liu et al
 
 import warnings
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +171,9 @@ class Bert(nn.Module):
     every_token: read every token instead of [CLS].
     """
 
+    activation = staticmethod(F.gelu)  # of the neurons
+    states = property(lambda self: self.bert)  # (inputs as of forward) -> what the last layer gives [B, S, H]
+
     def __init__(self, config, words, parts=(), every_token=False):
         super().__init__()
         self.config = config
@@ -189,19 +193,15 @@ class Bert(nn.Module):
     @classmethod
     def of(cls, config, words, tensors, head="words", every_token=False):
         """A model of tensors {name: tensor}, which it keeps. Raises ValueError that names one that does not fit."""
-        parts = {head}
-        parts |= {part for part in ("cls", "pooler", "classifier") if any(f"{part}." in name for name in tensors)}
-        with torch.device("meta"), warnings.catch_warnings():  # no memory and no random numbers
-            warnings.simplefilter("ignore", UserWarning)  # a layer without heads has nothing to initialize
-            model = cls(config, words, parts, every_token)
-        try:
-            model.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:  # its lines name the tensors that are missing, unknown or misshapen
-            raise ValueError(str(error).splitlines()[1].strip()[:200]) from None
-        return model
+        parts = {head, *(p for p in ("cls", "pooler", "classifier") if any(f"{p}." in name for name in tensors))}
+        return filled(partial(cls, config, words, parts, every_token), tensors)
+
+    def resized(self, config, tensors):
+        """The same kind of model, in the same mode, with layers of another size."""
+        return Bert.of(config, self.words.tolist(), tensors, every_token=self.every_token).train(self.training)
 
     def forward(self, input_ids, token_type_ids, attention_mask):
-        """Token ids, segment ids and 0/1 mask, each [B, S] -> logits of the classes [B, C]; every_token: [B, S, C]."""
+        """Token ids, segment ids and 0/1 mask, each [B, S] -> logits [B, C]; every_token: of the tokens [B, C, S]."""
         hidden = self.bert(input_ids, token_type_ids, attention_mask, tokens=None if self.every_token else 1)
         if not hasattr(self, "classifier"):
             logits = self.word_logits(hidden, self.words)
@@ -211,17 +211,15 @@ class Bert(nn.Module):
             logits = self.classifier(F.dropout(hidden, self.config.hidden_dropout_prob, self.training))
         if not self.every_token:
             return logits[:, 0]  # [B, 1, C] -> [B, C]: those of [CLS]
-        return logits.masked_fill(attention_mask[:, :, None] == 0, -1e4)  # padding is no answer
+        logits = logits.transpose(1, 2)  # [B, S, C] -> [B, C, S]
+        return logits.masked_fill(attention_mask[:, None, :] == 0, -1e4)  # padding is no answer
 
     def word_logits(self, hidden, words=slice(None)):
-        """Hidden states [..., H] -> logits of the given words (default: the whole vocabulary) [..., words].
-
-        With a masked-LM head: dense, GELU, LayerNorm, tied decoder row, bias row. Without: h . e_word.
-        """
+        """Hidden states [..., H] -> logits of the given words (default: the whole vocabulary) [..., words]."""
         rows = self.bert.embeddings.word_embeddings.weight[words]  # [words, H]
         if not hasattr(self, "cls"):
-            return F.linear(hidden, rows)
-        head = self.cls["predictions"]
+            return F.linear(hidden, rows)  # h . e_word
+        head = self.cls["predictions"]  # dense, GELU, LayerNorm, tied decoder row, bias row
         hidden = head.transform.LayerNorm(F.gelu(head.transform.dense(hidden)))
         return F.linear(hidden, rows, head.bias[words])
 
@@ -238,13 +236,38 @@ class Bert(nn.Module):
                 groups[group][f"bert.encoder.layer.{i}.{path}.weight"] = layer.get_submodule(path).weight
         return groups
 
+    @staticmethod
+    def canonical(name):
+        """A checkpoint's tensor name -> ours: RoBERTa's, LayerNorm.gamma/beta, encoders saved without `bert.`."""
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        name = rename(name, ROBERTA)
+        return name if name.startswith(("bert.", "cls.", "classifier.")) else f"bert.{name}"
+
+    def published(self, tensors):
+        """{our name: tensor} -> {name in checkpoints of this model_type: tensor}."""
+        names = {} if self.config.model_type == "bert" else {ours: theirs for theirs, ours in ROBERTA.items()}
+        return {rename(name, names): tensor for name, tensor in tensors.items()}
+
 
 # --- loading, strictly: every tensor of a checkpoint is used once, or known to be unused -----------------------
+
+
+def filled(make, tensors):
+    """make() -> a model, here of the tensors {name: tensor}, which it keeps. Raises ValueError that names a misfit."""
+    with torch.device("meta"), warnings.catch_warnings():  # no memory and no random numbers
+        warnings.simplefilter("ignore", UserWarning)  # a layer without heads has nothing to initialize
+        model = make()
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:  # its lines name the tensors that are missing, unknown or misshapen
+        raise ValueError(str(error).splitlines()[1].strip()[:200]) from None
+    return model
+
 
 # All families but the first are RoBERTa; with the padding id of each, for where config.json leaves it out.
 FAMILIES = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1}
 ONLY = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-PER_LAYER = {"heads_per_layer": "num_attention_heads", "neurons_per_layer": "intermediate_size"}  # and its maximum
+PER_LAYER = ("heads_per_layer", "neurons_per_layer")
 
 # Tensors that checkpoints carry and that no model uses, or none with that head.
 NEVER_USED = ("cls.seq_relationship.", "bert.qa_outputs.")
@@ -265,34 +288,35 @@ ROBERTA = {
 }
 
 
-def read_config(stored):
+def read_config(stored, kind=Config, families=FAMILIES, only=ONLY):
     """config.json as a dict -> Config. Raises ValueError that names the key of a model that we cannot compute."""
     family = stored.get("model_type", "bert")
-    if family not in list(FAMILIES):
-        raise ValueError(f"model_type is {family!r}; the models here are {', '.join(FAMILIES)}")
-    for name, value in ONLY.items():
+    if family not in list(families):
+        raise ValueError(f"model_type is {family!r}; the models for this task are {', '.join(families)}")
+    for name, value in only.items():
         if stored.get(name, value) != value:
             raise ValueError(f"{name} is {stored[name]!r}, and only {value!r} can be computed here")
-    values = {"model_type": family, "pad_token_id": stored.get("pad_token_id", FAMILIES[family])}
-    for field in fields(Config)[:-3]:  # all numbers
+    stored = {"pad_token_id": families[family]} | stored
+    values = {"model_type": family}
+    for field in fields(kind)[:-3]:  # all numbers
         name = field.name
-        value = values.setdefault(name, stored.get(name, field.default))
+        value = values[name] = stored.get(name, field.default)
         lowest = 1 if field.default is MISSING else 0
-        highest = 1 if field.type is float else 1000 if name == "num_hidden_layers" else 1 << 24
+        highest = 1 if field.type is float else 1000 if "layer" in name else 1 << 24
         if value is MISSING:
             raise ValueError(f"it lacks {name}")
         if type(value) not in (int, field.type) or not lowest <= value <= highest:
             raise ValueError(f"{name} is {value!r}, not a number from {lowest} to {highest}")
-    for name, highest in PER_LAYER.items():
+    whole = kind(**values)  # before it lost any heads or neurons
+    if whole.hidden_size % whole.layers[0][0]:
+        raise ValueError("its width is not divisible by its number of attention heads")
+    for name, most in zip(PER_LAYER, whole.layers[0], strict=True):
         counts = stored.get(name, [])
-        if not isinstance(counts, list) or len(counts) not in (0, values["num_hidden_layers"]):
-            raise ValueError(f"{name} is {counts!r}, not a list of one number a layer")
-        if not all(type(count) is int and 0 <= count <= values[highest] for count in counts):
-            raise ValueError(f"{name} is {counts!r}, not all from 0 to {highest}")
+        fits = isinstance(counts, list) and len(counts) in (0, len(whole.layers))
+        if not fits or not all(type(count) is int and 0 <= count <= most for count in counts):
+            raise ValueError(f"{name} is {counts!r}, not a list of one number from 0 to {most} a layer")
         values[name] = tuple(counts)
-    if values["hidden_size"] % values["num_attention_heads"]:
-        raise ValueError("hidden_size is not divisible by num_attention_heads")
-    return Config(**values)
+    return kind(**values)
 
 
 def rename(name, prefixes):
@@ -301,18 +325,6 @@ def rename(name, prefixes):
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
-
-
-def canonical(name):
-    """A checkpoint's tensor name -> this model's: RoBERTa's, LayerNorm.gamma/beta, encoders saved without `bert.`."""
-    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    name = rename(name, ROBERTA)
-    return name if name.startswith(("bert.", "cls.", "classifier.")) else f"bert.{name}"
-
-
-def published(name, model_type):
-    """The inverse of canonical: the name under which checkpoints of this model_type store a tensor."""
-    return name if model_type == "bert" else rename(name, {ours: theirs for theirs, ours in ROBERTA.items()})
 
 
 def load_model(stored, tensors, words, head="words", every_token=False, fresh=True):
@@ -324,9 +336,9 @@ def load_model(stored, tensors, words, head="words", every_token=False, fresh=Tr
     config = read_config(stored)
     ours = {}
     for name, tensor in tensors.items():
-        if canonical(name) in ours:
-            raise ValueError(f"{canonical(name)} is there twice, once as {name}")
-        ours[canonical(name)] = tensor
+        if (known := Bert.canonical(name)) in ours:
+            raise ValueError(f"{known} is there twice, once as {name}")
+        ours[known] = tensor
     for copy, original in TIED.items():  # either may be stored, or both
         if copy in ours and not torch.equal(ours.setdefault(original, ours[copy]), ours.pop(copy)):
             raise ValueError(f"{copy} differs from {original}; only tied decoders are supported")

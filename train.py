@@ -21,10 +21,10 @@ import extras  # noqa: F401 (its methods and tasks; without the folder, delete t
 from data import TASKS
 from eval import densities, evaluate, load_backbone, load_run, read_result
 from mask import METHODS, density_at, penalty_at
-from model import PER_LAYER, load_model, published
+from model import PER_LAYER
 from plumbing import cli, fetch, parallel
 from plumbing.adam import make_optimizer, set_rates
-from plumbing.checkpoints import pack_weights, read_model, tokenizer_bytes, tokenizer_config
+from plumbing.checkpoints import pack_weights, tokenizer_bytes, tokenizer_config
 from plumbing.files import json_bytes, pack_masks, read_json, sha256
 from plumbing.graphs import Recorded
 from plumbing.run import Run, identity, interrupted_run
@@ -70,14 +70,14 @@ def parse_args(argv):
             parser.error("--resume takes the settings of its run, and no other flags")
         return args
 
-    used = METHODS[args.method].flags | ({"weight_lr": 3e-5} if args.head == "classifier" else {})
+    used = METHODS[args.method].flags | ({"weight_lr": None} if args.head == "classifier" else {})
     some_use = {name for method in METHODS.values() for name in method.flags}
     for name in sorted(some_use - used.keys()):
         if getattr(args, name) is not None:
             known = ", ".join(cli.flag(other) for other in used)
             parser.error(f"{cli.flag(name)}: {args.method} does not use it; the method flags it takes are {known}")
 
-    of_task = ["model", "batch", "length", *(["ramp"] if "ramp" in used else [])]
+    of_task = {"model", "batch", "length"} | {"ramp", "weight_lr"} & used.keys()
     cli.fill(args, used | {name: getattr(TASKS[args.task], name) for name in of_task})
     cli.fill(args, {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0})  # where the method does not use them
     if args.hold > args.ramp:
@@ -136,27 +136,27 @@ class Learner(nn.Module):
         weights = self.masks.baked(density) if self.masks else {}
         return weights | {name: weight.detach().to(self.dtype) for name, weight in self.trained.items()}
 
-    def optimizer(self, score_lr, weight_lr):
-        return make_optimizer(self.named_parameters(), "masks.scores.", score_lr, weight_lr)
+    def optimizer(self, score_lr, weight_lr, decay=0.01):
+        return make_optimizer(self.named_parameters(), "masks.scores.", score_lr, weight_lr, decay)
 
 
 # --- one step ------------------------------------------------------------------------------------------------
 
 
 def task_loss(logits, labels, taught=None, temperature=2.0):
-    """Cross-entropy of logits [B, C] with classes [B], or mean squared error of the one logit with scores [B].
+    """Cross-entropy of logits [..., C] with classes [...], or mean squared error of the one logit with scores [B].
 
-    Of every token: logits [B, S, C] with the position of each class [B, C], the mean over the classes. With a teacher's
-    logits, half of that and half tau^2 KL(teacher || student) at temperature tau (regression: the squared error).
+    With a teacher's logits, half of that and half tau^2 KL(teacher || student) at temperature tau (regression: the
+    squared error).
     """
     if labels.is_floating_point():
         loss = F.mse_loss(logits[:, 0], labels)
         return loss if taught is None else 0.5 * loss + 0.5 * F.mse_loss(logits, taught)
-    loss = F.cross_entropy(logits, labels)
+    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())  # in one row: [..., C] -> [B, C]
     if taught is None:
         return loss
-    student = F.log_softmax(logits / temperature, dim=1)
-    teacher = F.log_softmax(taught / temperature, dim=1)
+    student = F.log_softmax(logits / temperature, dim=-1)
+    teacher = F.log_softmax(taught / temperature, dim=-1)
     kl = F.kl_div(student, teacher, reduction="sum", log_target=True) / labels.numel()  # KL(teacher || student)
     return 0.5 * loss + 0.5 * temperature**2 * kl  # tau^2 keeps the size of the gradients
 
@@ -197,14 +197,14 @@ def train_step(forward_backward, optimizer, parts, density, penalty):
 def load_everything(args):
     """-> (model in float32, folder of the model, teacher or None, train set, {name: dev set})."""
     task = TASKS[args.task]
-    for split in (task.train, *task.dev):  # before anything large is downloaded
+    for split in ("train", *task.dev):  # before anything large is downloaded
         data.split_path(args.task, split, args.data_dir)
     folder = fetch.model_folder(args.model)
     model, tokenizer = load_backbone(folder, task, args.length, args.head)
     if METHODS[args.method].masking and len(set(model.config.layers)) > 1:
         raise ValueError(f"--method {args.method} needs layers of one size, which {args.model} lacks; try finetune")
     teacher = load_teacher(Path(args.teacher), args, tokenizer) if args.teacher else None
-    train = data.load_split(args.task, task.train, args.data_dir, tokenizer)
+    train = data.load_split(args.task, "train", args.data_dir, tokenizer)
     dev = {split: data.load_split(args.task, split, args.data_dir, tokenizer) for split in task.dev}
     return model, folder, teacher, train, dev
 
@@ -255,7 +255,7 @@ def learn(args, run, model, learner, teacher, train, dev, schedule):
     schedule_there = torch.tensor(schedule, device=device)  # [total + 1, 2]: no step waits for the host
     evals = min(args.evals or min(TASKS[args.task].evals, math.ceil(total / 10)), total)
     eval_steps = {math.ceil(total * i / evals) for i in range(1, evals + 1)}
-    optimizer = learner.optimizer(args.lr, args.weight_lr)
+    optimizer = learner.optimizer(args.lr, args.weight_lr, TASKS[args.task].decay)
     run.restore(learner, optimizer, total, TASKS[args.task].metrics)  # does nothing for a new run
 
     forward_backward = make_forward_backward(model, learner, teacher)
@@ -295,7 +295,7 @@ def finish(args, run, model, learner, folder, description):
     final = run.evaluations[-1]
     # Best on dev counts from when the target density is reached; a denser model would have an easier task.
     on_target = [line for line in run.evaluations if line["density"] == final["density"]]
-    best = max(on_target, key=lambda line: line["dev"][TASKS[args.task].metrics[0]])
+    best = TASKS[args.task].best(on_target, key=lambda line: line["dev"][TASKS[args.task].metrics[0]])
     result = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
     result |= {"words": TASKS[args.task].words, "steps": final["step"], "final": final["dev"], "best": best}
     result |= {"density": 1.0, "stored_numbers": sum(p.numel() for p in learner.weights), "stored_bits": 0}
@@ -316,7 +316,7 @@ def finish(args, run, model, learner, folder, description):
         if masks:
             trained |= learner.masks.baked(density, torch.float32)
             result["stored_numbers"] += kept
-        content = pack_weights({published(name, model.config.model_type): w for name, w in trained.items()})
+        content = pack_weights(model.published(trained))
         result["sha256"]["model.safetensors"] = sha256(content)
         config = read_json(folder / "config.json") | {name: getattr(model.config, name) for name in PER_LAYER}
         files = {"model.safetensors": content, "config.json": json_bytes(config)}
@@ -334,7 +334,8 @@ def finish(args, run, model, learner, folder, description):
 def check_frozen(args, model, learner, folder):
     """Raise ValueError unless all weights that were not trained still equal the file's (cast to the run's dtype)."""
     now = model.state_dict() | learner.masks.by_name(learner.masks.weights)
-    for name, tensor in load_model(*read_model(folder), model.words.tolist(), args.head).state_dict().items():
+    before, _ = load_backbone(folder, TASKS[args.task], args.length, args.head)
+    for name, tensor in before.state_dict().items():
         if name not in learner.names and not torch.equal(tensor.to(now[name].dtype), now[name].cpu()):
             raise ValueError(f"{name} no longer equals that of {folder}; the run counts as unfinished")
 

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from data import collate
 from mask import METHODS, Method
-from model import Bert
 from plumbing import parallel
 
 INPUTS = 3000  # of the training set, at most
@@ -27,6 +26,12 @@ TOKENS = 200  # of these, drawn at random
 BATCH = 64
 
 # --- what units do -------------------------------------------------------------------------------------------
+
+
+def modules(model):
+    """{group: [the module of each layer whose weight is prunable]}."""
+    groups = model.prunable().items()
+    return {group: [model.get_submodule(name.removesuffix(".weight")) for name in names] for group, names in groups}
 
 
 @torch.no_grad()
@@ -42,8 +47,7 @@ def activations(model, examples, device, seed):
     rows = rows[lengths.argsort(kind="stable")]
     lengths = np.sort(lengths)
     chosen = np.sort(rng.choice(lengths.sum(), min(TOKENS, lengths.sum()), replace=False))  # tokens, counted through
-    layers = model.bert.encoder["layer"]
-    projections = [layer.attention["output"].dense for layer in layers] + [layer.output.dense for layer in layers]
+    projections = [projection for group in ("attn_output", "output") for projection in modules(model)[group]]
     seen = {}  # projection -> its input in the last batch
 
     def watch(module, inputs):
@@ -59,18 +63,19 @@ def activations(model, examples, device, seed):
         if len(here) == 0:
             continue
         inputs, _ = collate(examples, rows[start : start + BATCH], device)
-        model.bert(*inputs)
+        model.states(*inputs)
         real = inputs[2].flatten().nonzero()[:, 0]  # [B, S] -> rows of [B * S, units] that are no padding
         at = real[torch.from_numpy(here).to(device)]
         for projection, part in zip(projections, parts, strict=True):
-            part.append(seen[projection][at].float().cpu())
+            part.append(seen[projection].flatten(0, -2)[at].float().cpu())
     for hook in hooks:
         hook.remove()
     model.train().to("cpu")
     found = [torch.cat(part) for part in parts]
     if not all(x.isfinite().all() for x in found):
         raise ValueError("--model: its activations are not finite, so no clusters can be made of them")
-    return found[: len(layers)], found[len(layers) :]
+    layers = len(model.config.layers)
+    return found[:layers], found[layers:]
 
 
 def cosines(x):
@@ -249,27 +254,24 @@ def choose(model, units, examples, keep, device, seed):
 
 
 def shrink(model, heads, neurons):
-    """A new Bert with only these heads and neurons, a tensor of indices for each layer."""
+    """A new model with only these heads and neurons, a tensor of indices for each layer."""
     tensors = model.state_dict()
+    names = {group: [name.removesuffix(".weight") for name in weights] for group, weights in model.prunable().items()}
     size = model.config.head_size
     for i, (kept_heads, kept_neurons) in enumerate(zip(heads, neurons, strict=True)):
-        at = f"bert.encoder.layer.{i}"
         rows = (kept_heads[:, None] * size + torch.arange(size)).flatten()  # [heads, size] -> [heads * size]
-        incoming = {f"{at}.attention.self.{name}": rows for name in ("query", "key", "value")}
-        incoming[f"{at}.intermediate.dense"] = kept_neurons
-        for name, kept in incoming.items():
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"][kept]
-            tensors[f"{name}.bias"] = tensors[f"{name}.bias"][kept]
-        outgoing = {f"{at}.attention.output.dense": rows, f"{at}.output.dense": kept_neurons}
-        for name, kept in outgoing.items():
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:, kept].contiguous()
+        for group, kept in {"query": rows, "key": rows, "value": rows, "intermediate": kept_neurons}.items():
+            for name in (f"{names[group][i]}.weight", f"{names[group][i]}.bias"):
+                tensors[name] = tensors[name][kept]
+        for group, kept in {"attn_output": rows, "output": kept_neurons}.items():
+            name = f"{names[group][i]}.weight"
+            tensors[name] = tensors[name][:, kept].contiguous()
     counts = {"heads_per_layer": tuple(map(len, heads)), "neurons_per_layer": tuple(map(len, neurons))}
-    config = replace(model.config, **counts)
-    return Bert.of(config, model.words.tolist(), tensors, every_token=model.every_token).train(model.training)
+    return model.resized(replace(model.config, **counts), tensors)
 
 
 def prune(model, train, dev, args, device, units):
-    """Method.before: -> (a new Bert without the units that go, {what: value} for result.json).
+    """Method.before: -> (a new model without the units that go, {what: value} for result.json).
 
     args.sparsity: the share of the multiply-accumulates of all heads and neurons that goes, for inputs as long as those
     of the dev sets; args.ffn_share: see budget. Raises ValueError as budget and choose do.
@@ -295,7 +297,7 @@ def facts_of(smaller, model, tokens):
     return facts | {"multiply_accumulates": float(after / before), "density": kept / weights}
 
 
-FLAGS = {"sparsity": 0.5, "weight_lr": 3e-5, "ffn_share": 5.0}
+FLAGS = {"sparsity": 0.5, "weight_lr": None, "ffn_share": 5.0}
 HELP = {"ffn_share": "multiply-accumulates that neurons lose for each that heads lose (5)"}
 for name, units in (("p-pruning", "clusters"), ("p-activation", "activation"), ("p-random", "random")):
     METHODS[name] = Method(None, flags=FLAGS, help=HELP, before=partial(prune, units=units))

@@ -108,7 +108,7 @@ def by_size(weights, scores):
     return {group: weights[group].abs() * torch.sigmoid(s) for group, s in scores.items()}
 
 
-WEIGHTS = SHARES | {"weight_lr": 3e-5}
+WEIGHTS = SHARES | {"weight_lr": None}
 BOTH = WEIGHTS | {"lr": 1e-2}
 METHODS |= {
     "magnitude": Method(smp_l, BothLearn, Magnitude, WEIGHTS),

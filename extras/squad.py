@@ -14,12 +14,13 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import TASKS, Examples, Task, encode_texts
+from data import TASKS, Examples, Task
 from plumbing import fetch
-from plumbing.download import fetched
-from plumbing.files import check_digest, read_json
+from plumbing.checkpoints import encode_texts
+from plumbing.files import read_json
 
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
 MD5 = {"train-v1.1.json": "981b29407e0affa3b1b156f72073b945", "dev-v1.1.json": "3e85deb501d4e538b6bc56f786231552"}
@@ -41,6 +42,10 @@ class Windows(Examples):
     def asked(self):
         return len(self.questions)
 
+    def keep(self, logits, labels):
+        """Logits [B, 2, S] of the tokens -> all of one S, that of the longest window allowed."""
+        return F.pad(logits, (0, self.limit - logits.shape[2]), value=-1e4)
+
     def score(self, logits, names, metrics):
         """{"f1": F1, "em": exact match}, each 0 to 1: the best over a question's answers, averaged over questions."""
         best, exact = [], []
@@ -56,13 +61,11 @@ class Windows(Examples):
 
 def fetch_squad(task, split):
     """Download a split of SQuAD v1.1 into the cache."""
-    name = f"{split}.json"
+    name = task.file.format(split)
     path = fetch.cache() / "glue" / task.folder / name
     url = f"{(os.environ.get('SQUAD_URL') or URL).rstrip('/')}/{name}"
     remedy = f"put it at {path} by hand, or name its folder's parent with --data-dir"
-    with fetched(url, path, remedy) as part:
-        check_digest(part, "md5", MD5[name], url)
-        part.replace(path)
+    fetch.fetch_file(url, path, MD5[name], remedy)
 
 
 def read_articles(path):
@@ -178,7 +181,8 @@ def read_windows(task, path, tokenizer):
     Raises ValueError when no question can be learnt from.
     """
     questions, notes = read_squad(path)
-    windows = make_windows(questions, tokenizer, tokenizer.truncation["max_length"], path.stem == task.train)
+    training = path.name == task.file.format("train")
+    windows = make_windows(questions, tokenizer, tokenizer.truncation["max_length"], training)
     if lost := len(questions) - windows.asked():
         why = "their answers are not where it says, or longer than a window (--length)"
         notes.append(f"{path}: left out {lost} of {len(questions)} questions; {why}")
@@ -193,15 +197,14 @@ def read_windows(task, path, tokenizer):
 
 
 def best_spans(logits, spans):
-    """Logits [S, 2] and characters [S, 2] of a window -> (score, first character, last) of its best answer.
+    """Logits [2, S] and characters [S, 2] of a window -> (score, first character, last) of its best answer.
 
     Only spans of at most 30 tokens inside the paragraph count; score -inf and an empty span if there is none.
     """
     size = len(spans)  # logits may reach further, over padding
-    scores = np.where(spans[:, :1] >= 0, logits[:size], -np.inf)
-    start = np.argsort(-scores[:, 0], kind="stable")[:N_BEST]
-    end = np.argsort(-scores[:, 1], kind="stable")[:N_BEST]
-    total = scores[start, 0][:, None] + scores[end, 1][None, :]  # [starts, ends]
+    scores = np.where(spans[:, 0] >= 0, logits[:, :size], -np.inf)
+    start, end = np.argsort(-scores, kind="stable")[:, :N_BEST]  # tokens
+    total = scores[0, start][:, None] + scores[1, end][None, :]  # [starts, ends]
     tokens = end[None, :] - start[:, None] + 1
     total[(tokens < 1) | (tokens > LONGEST_ANSWER)] = -np.inf
     i, j = np.unravel_index(total.argmax(), total.shape)
@@ -211,7 +214,7 @@ def best_spans(logits, spans):
 
 
 def answers(logits, windows):
-    """Logits [N, S, 2] of Windows -> the best answer text to each question, over all its windows."""
+    """Logits [N, 2, S] of Windows -> the best answer text to each question, over all its windows."""
     best = [(-np.inf, 0, 0)] * len(windows.questions)
     for window, owner, spans in zip(logits.numpy(), windows.owner, windows.spans, strict=True):
         best[owner] = max(best[owner], best_spans(window, spans), key=lambda found: found[0])
@@ -232,7 +235,7 @@ def f1(predicted, true):
     return 2 * shared / (len(predicted) + len(true)) if shared else 0.0
 
 
-def say(task, texts, tokenizer, logits_of):
+def say(texts, tokenizer, logits_of, args):
     """Task.say: the answer to a question (texts[0]) from a paragraph (texts[1]), a line."""
     question = {"id": "--text", "question": texts[0], "context": texts[1], "answers": [(0, "")]}
     windows = make_windows([question], tokenizer, tokenizer.truncation["max_length"])
@@ -241,6 +244,5 @@ def say(task, texts, tokenizer, logits_of):
 
 TASKS["squad"] = Task(
     "squad", ("question", "context"), "answers", {"start": "no", "end": "yes"}, ("f1", "em"), epochs=10, length=384,
-    ramp=0.82, train="train-v1.1", dev=("dev-v1.1",), test=(), ending=".json", fetch=fetch_squad, every_token=True,
-    read=read_windows, say=say,
+    ramp=0.82, test=(), file="{}-v1.1.json", fetch=fetch_squad, every_token=True, read=read_windows, say=say,
 )  # fmt: skip

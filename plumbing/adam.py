@@ -9,7 +9,7 @@ import math
 import torch
 
 
-def make_optimizer(named, prefix, own_lr, lr):
+def make_optimizer(named, prefix, own_lr, lr, decay=0.01):
     """AdamW on (name, parameter) pairs, decaying only matrices, as BERT's authors fine-tune, at a highest rate of lr.
 
     Parameters whose names begin with the prefix have a highest rate of their own, and no decay.
@@ -23,9 +23,9 @@ def make_optimizer(named, prefix, own_lr, lr):
         else:
             vectors.append(parameter)
     groups = []
-    for parameters, rate, decay in ((special, own_lr, 0.0), (matrices, lr, 0.01), (vectors, lr, 0.0)):
+    for parameters, rate, its_decay in ((special, own_lr, 0.0), (matrices, lr, decay), (vectors, lr, 0.0)):
         if parameters:
-            groups.append({"params": parameters, "lr": rate, "highest_lr": rate, "weight_decay": decay})
+            groups.append({"params": parameters, "lr": rate, "highest_lr": rate, "weight_decay": its_decay})
     return torch.optim.AdamW(groups, fused=True)
 
 

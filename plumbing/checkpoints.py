@@ -16,16 +16,18 @@ from plumbing.files import json_bytes, read_json, regular
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of weights in several files
 WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before names
-COUNTERS = ("position_ids", "token_type_ids")  # whole numbers that some checkpoints carry, and that are no weights
+# What some checkpoints carry, and that are no weights: whole numbers, and GPT-2's causal mask.
+NO_WEIGHTS = ("position_ids", "token_type_ids", ".attn.bias", ".attn.masked_bias")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# BERT's special tokens, and RoBERTa's.
+# BERT's special tokens, RoBERTa's, and GPT-2's only one.
 SPECIAL = {
     "cls_token": ("[CLS]", "<s>"),
     "sep_token": ("[SEP]", "</s>"),
     "pad_token": ("[PAD]", "<pad>"),
     "unk_token": ("[UNK]", "<unk>"),
     "mask_token": ("[MASK]", "<mask>"),
+    "eos_token": ("<|endoftext|>",),
 }
 
 
@@ -74,7 +76,7 @@ def read_tensors(path):
     except (SafetensorError, KeyError) as error:  # the latter: of numbers torch does not know
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     for name, tensor in stored.items():
-        if name.endswith(COUNTERS):
+        if name.endswith(NO_WEIGHTS):
             continue
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is of {tensor.dtype}; weights must be floats of 16 bits or more")
@@ -108,7 +110,7 @@ def tokenizer_bytes(folder):
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     template = {"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B:1 [SEP]:1", "special_tokens": special}
     tokenizer.post_processor = processors.TemplateProcessing(**template)
-    tokenizer.add_special_tokens([token for token, _ in SPECIAL.values() if token in words])
+    tokenizer.add_special_tokens([token for token, *_ in SPECIAL.values() if token in words])
     return tokenizer.to_str().encode()
 
 
@@ -123,6 +125,14 @@ def open_tokenizer(folder):
     except Exception as error:  # the library raises bare Exceptions
         newer = "; it may be of a newer version of tokenizers" if "variant" in str(error) else ""
         raise ValueError(f"{folder / 'tokenizer.json'} is not a valid tokenizer: {error}{newer}") from None
+
+
+def encode_texts(tokenizer, texts, **options):
+    """encode_batch. Raises ValueError when the tokenizer cannot read a text, or the text is not Unicode."""
+    try:
+        return tokenizer.encode_batch(texts, **options)
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"tokenizer.json cannot read a text: {error}") from None
 
 
 def check_growth(normalizer, text=string.printable):

@@ -216,7 +216,8 @@ def progress(items, name, total, done):
 
 
 def show(metrics):
-    return ", ".join(f"{printable(name)} {value:.4f}" for name, value in metrics.items())
+    """{name: value} as text; shares with four decimals, larger numbers with two."""
+    return ", ".join(f"{printable(name)} {value:.{4 if abs(value) < 10 else 2}f}" for name, value in metrics.items())
 
 
 WIDTH = 12  # of a column: six of them and the rows' names in 80 columns

@@ -237,10 +237,23 @@ def fetch_glue(task, split=None):
             check_digest(files[name], "md5", md5, f"MRPC/{name}")
         fill_folder(folder, files)
         return
-    with fetched(f"{base}/{archive}", folder / archive, remedy) as zipped, ExitStack() as unfinished:
+    fetch_zip(f"{base}/{archive}", folder, sums, tests, remedy)
+
+
+def fetch_file(url, path, md5, remedy):
+    """Download a file whose MD5 is known."""
+    with fetched(url, path, remedy) as part:
+        check_digest(part, "md5", md5, url)
+        part.replace(path)
+
+
+def fetch_zip(url, folder, sums, tests, remedy):
+    """Download files of a zip's FOLDER/, {name: MD5, or None where it is not known}, and of `tests` what is there."""
+    with fetched(url, folder / url.rpartition("/")[2], remedy) as zipped, ExitStack() as unfinished:
         parts = unzip_splits(zipped, folder, list(sums), tests, unfinished)
         for name, md5 in sums.items():
-            check_digest(parts[name], "md5", md5, f"{task.folder}/{name}")
+            if md5:
+                check_digest(parts[name], "md5", md5, f"{folder.name}/{name}")
         for name, part in parts.items():
             if not (folder / name).exists():
                 part.replace(folder / name)
@@ -260,7 +273,7 @@ def unzip_splits(path, folder, needed, tests, unfinished):
             if sum(info.file_size for info in found.values()) > LARGEST_SPLITS:
                 raise zipfile.BadZipFile("it would unpack to more than a gibibyte")
             if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in found.values()):
-                raise zipfile.BadZipFile("it is compressed in a way that GLUE does not use")  # and that has no bounds
+                raise zipfile.BadZipFile("it is compressed in a way that is not read here")  # and that has no bounds
             for name, info in found.items():
                 parts[name] = unfinished.enter_context(partial_file(folder / name))
                 with archive.open(info) as source, open(parts[name], "wb") as file:

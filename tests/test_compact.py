@@ -80,7 +80,7 @@ def test_cutting_a_head_is_zeroing_its_output(model):
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"heads_per_layer": [4]}, "heads_per_layer is .4., not a list of one number a layer"),
+        ({"heads_per_layer": [4]}, "heads_per_layer is .4., not a list of one number from 0 to 4 a layer"),
         ({"neurons_per_layer": 4}, "neurons_per_layer is 4, not"),
         ({"heads_per_layer": [4, 5, 4]}, "heads_per_layer is .4, 5, 4., not"),
         ({"neurons_per_layer": [48, -1, 3.0]}, "neurons_per_layer is .48, -1, 3.0., not"),

@@ -167,7 +167,7 @@ def test_squad_files(run, survives, tmp_path, monkeypatch):
     def read():
         with cli.one_line_errors():
             tokenizer = data.load_tokenizer(run.parent / "model", 32)
-            data.load_split("squad", "dev-v1.1", str(tmp_path), tokenizer)
+            data.load_split("squad", "dev", str(tmp_path), tokenizer)
 
     fuzz(path, survives, read)
 

@@ -75,12 +75,12 @@ def test_decoding_stays_in_the_paragraph_in_order_and_short(monkeypatch):
     logits[1] = 99  # the question
     logits[[6, 7]] = 99
     logits[4, 0], logits[2, 1], logits[5, 1] = 5, 9, 3  # best end before best start
-    assert squad.best_spans(logits, spans) == (9, 0, 3)  # 0 + 9 beats 5 + 3
+    assert squad.best_spans(logits.T, spans) == (9, 0, 3)  # 0 + 9 beats 5 + 3
     logits[2, 1] = 7
-    assert squad.best_spans(logits, spans) == (8, 9, 17)
+    assert squad.best_spans(logits.T, spans) == (8, 9, 17)
     monkeypatch.setattr(squad, "LONGEST_ANSWER", 1)
-    assert squad.best_spans(logits, spans) == (7, 0, 3)
-    assert squad.best_spans(logits, np.full((6, 2), -1)) == (-np.inf, 0, 0)
+    assert squad.best_spans(logits.T, spans) == (7, 0, 3)
+    assert squad.best_spans(logits.T, np.full((6, 2), -1)) == (-np.inf, 0, 0)
 
 
 def test_decoding_equals_a_search_of_all_spans(monkeypatch):
@@ -90,15 +90,15 @@ def test_decoding_equals_a_search_of_all_spans(monkeypatch):
         spans = np.array([[-1, -1]] * 3 + [[i, i + 1] for i in range(12)])
         logits = rng.normal(size=(15, 2))
         every = [(logits[i, 0] + logits[j, 1], i - 3, j - 2) for i in range(3, 15) for j in range(i, min(i + 4, 15))]
-        assert squad.best_spans(logits, spans) == pytest.approx(max(every))
+        assert squad.best_spans(logits.T, spans) == pytest.approx(max(every))
 
 
 def test_perfect_logits_give_perfect_scores_and_the_best_window_wins(tokenizer, tmp_path):
     asked = [question("is it fun", "it was fun"), question("was it", "very bad", number=1)]
     w = windows_of(tokenizer, *asked, folder=tmp_path)
-    logits = torch.full((len(w), 12, 2), -5.0)
+    logits = torch.full((len(w), 2, 12), -5.0)
     for n, (start, end) in enumerate(w.labels):
-        logits[n, start, 0] = logits[n, end, 1] = 5.0
+        logits[n, 0, start] = logits[n, 1, end] = 5.0
     assert squad.answers(logits, w) == ["it was fun", "very bad"]
     assert w.score(logits, (), {}) == {"f1": 1.0, "em": 1.0}
 
@@ -109,14 +109,14 @@ def test_metrics_by_hand():
     assert squad.f1("x", "y") == 0.0
     questions = [{"context": "ab cd", "answers": a} for a in ([(0, "AB"), (3, "xx")], [(0, "ab cd")])]
     w = squad.Windows([[1]], [[0]], [(0, 0)], 4, [0, 1], [np.array([[0, 2]])] * 2, questions)
-    assert w.score(torch.zeros(2, 4, 2), (), {}) == {"f1": pytest.approx((1 + 2 / 3) / 2), "em": 0.5}
+    assert w.score(torch.zeros(2, 2, 4), (), {}) == {"f1": pytest.approx((1 + 2 / 3) / 2), "em": 0.5}
 
 
 def test_misplaced_answers_are_counted_not_fatal(tokenizer, tmp_path, capsys):
     for split, kept in (("dev", 2), ("train", 1)):  # what stands elsewhere would teach nonsense
         asked = [question("is it", "fun"), question("was it", "fun", at=0)]
         write_squad(tmp_path / "squad" / f"{split}-v1.1.json", asked)
-        assert data.load_split("squad", f"{split}-v1.1", tmp_path, tokenizer).asked() == kept
+        assert data.load_split("squad", split, tmp_path, tokenizer).asked() == kept
         out = capsys.readouterr().out
         assert "answers that are not where the file says: 1" in out and "articles without paragraphs: 1" in out
         assert ("left out 1 of 2 questions" in out) == (kept == 1)
@@ -184,21 +184,21 @@ def test_answers_that_tokens_do_not_cover_to_the_end(tokenizer, tmp_path, contex
 def test_a_training_file_without_one_usable_answer(tokenizer, tmp_path):
     write_squad(tmp_path / "squad" / "train-v1.1.json", [question("is it", "fun", at=0)])
     with pytest.raises(ValueError, match="train-v1.1.json: no answer is where the file says"):
-        data.load_split("squad", "train-v1.1", tmp_path, tokenizer)
+        data.load_split("squad", "train", tmp_path, tokenizer)
 
 
 def test_loss_is_the_mean_of_start_and_end_and_padding_gets_nothing(make_model):
     model = load_model(make_model(), [5, 6], every_token=True).eval()
     ids, mask = torch.tensor([[2, 5, 9, 3], [2, 7, 3, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     logits = model(ids, torch.zeros_like(ids), mask)
-    assert logits.shape == (2, 4, 2) and (logits[1, 3] == -1e4).all()
+    assert logits.shape == (2, 2, 4) and (logits[1, :, 3] == -1e4).all()
     expected = model.word_logits(model.bert(ids, torch.zeros_like(ids), mask), [5, 6])
-    assert torch.allclose(logits[mask.bool()], expected[mask.bool()])
+    assert torch.allclose(logits.transpose(1, 2)[mask.bool()], expected[mask.bool()])
     where = torch.tensor([[1, 2], [0, 1]])
-    logs = [-logits[b, :, side].log_softmax(0)[where[b, side]] for b in range(2) for side in range(2)]
+    logs = [-logits[b, side].log_softmax(0)[where[b, side]] for b in range(2) for side in range(2)]
     assert train.task_loss(logits, where).item() == pytest.approx(sum(logs).item() / 4, rel=1e-5)
     taught = logits.flip(0)
-    pairs = [(taught[b, :, side] / 2, logits[b, :, side] / 2) for b in range(2) for side in range(2)]
+    pairs = [(taught[b, side] / 2, logits[b, side] / 2) for b in range(2) for side in range(2)]
     kls = [(t.softmax(0) * (t.log_softmax(0) - s.log_softmax(0))).sum() for t, s in pairs]
     both = train.task_loss(logits, where, taught).item()
     assert both == pytest.approx(0.5 * sum(logs).item() / 4 + 0.5 * 4 * sum(kls).item() / 4, rel=1e-4)
@@ -228,12 +228,12 @@ def test_download_is_checked(server, tokenizer, monkeypatch):
     monkeypatch.setitem(squad.MD5, "dev-v1.1.json", hashlib.md5(content).hexdigest())
     files["/squad/dev-v1.1.json"] = content[:-1]
     with pytest.raises(ValueError, match="dev-v1.1.json: md5"):
-        data.load_split("squad", "dev-v1.1", None, tokenizer)
+        data.load_split("squad", "dev", None, tokenizer)
     assert not list(fetch.cache().rglob("*.json"))
     files["/squad/dev-v1.1.json"] = content
-    assert len(data.load_split("squad", "dev-v1.1", None, tokenizer).questions) == 1
+    assert len(data.load_split("squad", "dev", None, tokenizer).questions) == 1
     files.clear()
-    assert len(data.load_split("squad", "dev-v1.1", None, tokenizer).questions) == 1
+    assert len(data.load_split("squad", "dev", None, tokenizer).questions) == 1
 
 
 def test_split_by_articles(tmp_path, capsys):

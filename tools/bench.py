@@ -4,6 +4,7 @@ Medians after a warm-up, the spread, the share of what the device's matrix units
 
     python -m tools.bench --layers 12 --hidden 768 --batch 32 --length 128 [--compile]      # bert-base
     python -m tools.bench --layers 6 --hidden 384 --batch 32 --length 64                    # MiniLM
+    python -m tools.bench --gpt2 --layers 12 --hidden 768 --batch 32 --length 512           # GPT-2
     python -m tools.bench --inference --model minilm                                        # evaluation of a model
 """
 
@@ -16,6 +17,7 @@ import time
 import torch
 
 from data import Part
+from extras import gpt2
 from mask import METHODS, mean_sigmoid
 from model import Bert, Config, load_model
 from plumbing import cli, fetch, parallel
@@ -25,12 +27,15 @@ from plumbing.graphs import Recorded
 from train import Learner, make_forward_backward, train_step
 
 DENSITY = 0.5
+BERT_WORDS = 30522  # of their vocabularies
+GPT2_WORDS = 50257
 
 
 def parse_args(argv=None):
     parser = cli.Parser(prog="python -m tools.bench", description="Time one training step and its parts.")
     parser.add_argument("--layers", type=cli.up_to(1000), default=6, help="(6)")
     parser.add_argument("--hidden", type=cli.up_to(16384), default=384, help="width (384); heads of 32, from 768 on 64")
+    parser.add_argument("--gpt2", action="store_true", help="a language model of GPT-2's vocabulary instead of BERT")
     parser.add_argument("--batch", type=cli.up_to(65536), default=32, help="examples a step, over all processes (32)")
     parser.add_argument("--length", type=cli.count, default=64, help="tokens an example (64)")
     parser.add_argument("--steps", type=cli.up_to(10000), default=20, help="timed steps of each kind (20)")
@@ -44,15 +49,19 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.inference != (args.model is not None) or args.inference and args.compile:
         parser.error("--inference needs --model, --model needs --inference, and evaluation is not compiled")
-    if args.hidden % 64 or args.length > 512 or args.batch % parallel.processes():
-        parser.error("--hidden must be a multiple of 64, --length at most 512, --batch a multiple of the processes")
+    longest = 1024 if args.gpt2 else 512
+    if args.hidden % 64 or args.length > longest or args.batch % parallel.processes():
+        error = f"--hidden must be a multiple of 64, --length at most {longest}, --batch a multiple of the processes"
+        parser.error(error)
     return args
 
 
 def make_model(args):
     heads = args.hidden // (64 if args.hidden >= 768 else 32)
-    config = Config(30522, args.hidden, args.layers, heads, 4 * args.hidden, 512, 2)
-    model = Bert(config, words=[3, 4])
+    if args.gpt2:
+        model = gpt2.GPT2(gpt2.Config(GPT2_WORDS, 1024, args.hidden, args.layers, heads, 4 * args.hidden))
+    else:
+        model = Bert(Config(BERT_WORDS, args.hidden, args.layers, heads, 4 * args.hidden, 512, 2), words=[3, 4])
     for name, p in model.named_parameters():
         if "LayerNorm" not in name and p.ndim > 1:
             p.data.normal_(0, 0.02)
@@ -61,17 +70,21 @@ def make_model(args):
 
 def make_batch(args, vocabulary, device):
     ids = torch.randint(vocabulary, (args.batch // parallel.processes(), args.length), device=device)
-    return Part(torch.stack([ids, torch.zeros_like(ids), torch.ones_like(ids)]), ids[:, 0] % 2)
+    labels = ids if args.gpt2 else ids[:, 0] % 2
+    return Part(torch.stack([ids, torch.zeros_like(ids), torch.ones_like(ids)]), labels)
 
 
 def flops(args):
     """Multiplications and additions of matrix products in a step: forward 1, gradients to inputs and weights 1 each.
 
-    Of the last layer, only keys and values see all tokens.
+    Of BERT's last layer, only keys and values see all tokens. GPT-2's head is counted without gradients to its weights,
+    which dense training alone has, and attention without the half that a causal mask saves.
     """
     tokens = args.batch * args.length
     h = args.hidden
     layer = 2 * tokens * 12 * h * h + 4 * tokens * args.length * h
+    if args.gpt2:
+        return 3 * args.layers * layer + 2 * 2 * tokens * h * GPT2_WORDS
     last = 2 * tokens * 2 * h * h + 2 * args.batch * 10 * h * h
     return 3 * ((args.layers - 1) * layer + last)
 
@@ -130,7 +143,7 @@ def time_step(args, method, device, dtype, peak):
             forward_backward = Recorded(forward_backward, learner.parameters())
     adam = learner.optimizer(1e-5, 1e-5)
     set_rates(adam, 5, 10)
-    parts = [make_batch(args, 30522, device)]
+    parts = [make_batch(args, model.config.vocab_size, device)]
     density, penalty = torch.tensor([DENSITY, 10.0], device=device)
     times = timed(lambda: train_step(forward_backward, adam, parts, density, penalty), device, args.steps)
 
@@ -168,7 +181,10 @@ def time_parts(args, masks, density):
 @torch.inference_mode()
 def time_inference(args, device, dtype):
     """Evaluation of a model: examples a second at this length -> {what: number}."""
-    model = load_model(*read_model(fetch.model_folder(args.model)), [0, 1]).to(device, dtype).eval()
+    stored, tensors = read_model(fetch.model_folder(args.model))
+    language = stored.get("model_type") == "gpt2"
+    model = gpt2.load_gpt2(stored, tensors) if language else load_model(stored, tensors, [0, 1])
+    model.to(device, dtype).eval()
     if args.length > model.config.longest_input:
         raise ValueError(f"--length: {args.model} takes {model.config.longest_input} tokens, not {args.length}")
     inputs = make_batch(args, model.config.vocab_size, device).inputs

@@ -207,10 +207,16 @@ def mean_and_spread(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def cell(lines):
-    """Mean and standard deviation over seeds of a task's first metric, in percent; then the number of seeds."""
-    metric = TASKS[lines[0]["task"]].metrics[0]
-    mean, spread = mean_and_spread([100 * line["final"][metric] for line in lines])
+def metrics_of(task):
+    """The first metric of a task; where lower is better, as of perplexity, on each of its dev sets."""
+    row = TASKS[task]
+    return [row.metrics[0]] + [f"{row.metrics[0]} {split}" for split in row.dev[1:] if row.best is min]
+
+
+def cell(lines, metric):
+    """Mean and standard deviation over seeds of a metric, shares in percent; then the number of seeds."""
+    scale = 1 if TASKS[lines[0]["task"]].best is min else 100
+    mean, spread = mean_and_spread([scale * line["final"][metric] for line in lines])
     return f"{mean:.1f} ± {spread:.1f} ({len(lines)})" if len(lines) > 1 else f"{mean:.1f} (1)"
 
 
@@ -247,14 +253,15 @@ def table(lines, merge=False):
     merge: see kind.
     """
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
-    names = [f"{task}, {TASKS[task].metrics[0]} (seeds)" for task in tasks]
+    columns = [(task, metric) for task in tasks for metric in metrics_of(task)]
+    names = [f"{task}, {metric} (seeds)" for task, metric in columns]
     rows = [["method", *names, "stored a task", "density reached", "minutes"]]
     rows.append(["---"] * len(rows[0]))
     for _, wanted in sorted({(line["sparsity"], kind(line, merge)) for line in lines}):
         mine = [line for line in lines if kind(line, merge) == wanted]
-        of_tasks = [[line for line in mine if line["task"] == task] for task in tasks]
+        of_tasks = {task: [line for line in mine if line["task"] == task] for task in tasks}
         minutes = statistics.mean(line["seconds"] for line in mine) / 60
-        cells = [cell(some) if some else "" for some in of_tasks]
+        cells = [cell(of_tasks[task], metric) if of_tasks[task] else "" for task, metric in columns]
         rows.append([wanted, *cells, stored(mine), reached(mine), f"{minutes:.1f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -268,7 +275,7 @@ def main(argv=None):
     parser.add_argument("--at-once", type=count, default=1, help="runs at a time, on all GPUs (1)")
     parser.add_argument("--seconds", type=float, default=1e6, help="stop after so long; finished runs are kept")
     parser.add_argument("--data-dir", metavar="FOLDER", help="run: as in train.py")
-    parser.add_argument("--model", metavar="FOLDER", help="run: where minilm stands on this machine")
+    parser.add_argument("--model", metavar="FOLDER", help="run: where the list's model stands here")
     args = parser.parse_args(argv)
     machine = words({"data_dir": args.data_dir, "model": args.model})
     if args.do == "run":

