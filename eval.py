@@ -74,10 +74,11 @@ def load_backbone(folder, task, length, head, fresh=True):
     if task.load:
         return task.load(folder, length, head)
     stored, tensors = read_model(folder)
+    with named(folder):
+        config = read_config(stored)
     tokenizer = data.load_tokenizer(folder, length)
     probe = tokenizer.encode(*"ab"[: len(task.text)])  # with what the tokenizer puts around texts
     with named(folder):
-        config = read_config(stored)
         if not 4 <= length <= config.longest_input:
             raise ValueError(f"--length {length}: the model takes 4 to {config.longest_input} tokens")
         ids = [*tokenizer.get_vocab().values(), *probe.ids]
@@ -199,14 +200,7 @@ SUBMISSION = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}  # GLU
 def parse_args(argv):
     parser = cli.Parser(description="Evaluate finished runs and show their masks.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or a mask file out of one")
-    asked = parser.add_mutually_exclusive_group()
-    asked.add_argument("--text", help="classify it, answer it, or continue it, as the task is")
-    asked.add_argument("--text-file", type=Path, metavar="FILE", help="the same for each line of a file, as TSV")
-    asked.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
-    parser.add_argument("--pair", help="the second sentence, or the paragraph, where the task takes two texts")
-    what = "language models: 0 continues a text with what is likeliest, 1 draws by probability (0)"
-    parser.add_argument("--temperature", type=cli.not_negative, default=0.0, help=what)
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of what is drawn (0)")
+    cli.add_texts(parser)
     cli.add_files(parser)
     cli.add_machine(parser)
     args = parser.parse_args(argv)

@@ -49,10 +49,10 @@ def make_parser():
     some = parser.add_argument_group("method", "Flags that only some methods use.")
     some.add_argument("--sparsity", type=cli.share_below_one, help="share of weights, or of computation, removed (0.5)")
     some.add_argument("--lr", type=cli.positive, help="peak learning rate of the scores (smp-...: 2e-2)")
-    some.add_argument("--weight-lr", type=cli.positive, help="peak learning rate of trained weights (3e-5)")
+    some.add_argument("--weight-lr", type=cli.positive, help="peak learning rate of trained weights (GLUE: 3e-5)")
     some.add_argument("--hold", type=cli.share, help="share of steps before pruning starts (0)")
     some.add_argument("--ramp", type=cli.share, help="share of steps after which the target is reached (movies: 0.9)")
-    some.add_argument("--schedule", choices=("cubic", "linear"), help="of the density; default: linear for RoBERTa")
+    some.add_argument("--schedule", choices=("cubic", "linear"), help="of the density (BERT: cubic, else linear)")
     some.add_argument("--penalty", type=cli.not_negative, help="lambda, the final weight of the regularizer (400)")
     some.add_argument("--temperature", type=cli.positive, help="p of SMP-S (4 if 70 %% or more stay, else 1)")
     for name, text in {name: text for method in METHODS.values() for name, text in method.help.items()}.items():

@@ -52,6 +52,12 @@ class Blocks(Examples):
     tokens_per_word: float  # of the whole text; a line end counts as a word
     eval_batch = 8  # a block has a logit for every word of the vocabulary
 
+    @classmethod
+    def of(cls, ids, tokens_per_word):
+        labels = np.full_like(ids, NOTHING)
+        labels[:, :-1] = ids[:, 1:]
+        return cls(ids, np.zeros((len(ids), 1), np.int32), labels, ids.shape[1], tokens_per_word)
+
     def digest(self):
         return sha256(self.ids.tobytes())
 
@@ -126,10 +132,7 @@ def read_blocks(task, path, tokenizer):
     left = len(ids) - count * size
     of_text = f"{words:,} words and line ends, {len(ids):,} tokens"
     print(f"{path.name}: {of_text}; {count:,} blocks of {size}, and the last {left} tokens are left out")
-    blocks = ids[: count * size].reshape(count, size)
-    labels = np.full_like(blocks, NOTHING)
-    labels[:, :-1] = blocks[:, 1:]
-    return Blocks(blocks, np.zeros((count, 1), np.int32), labels, size, len(ids) / words)
+    return Blocks.of(ids[: count * size].reshape(count, size), len(ids) / words)
 
 
 # --- the model -----------------------------------------------------------------------------------------------

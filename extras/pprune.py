@@ -46,7 +46,11 @@ def activations(model, examples, device, seed):
     lengths = np.array([len(examples.ids[row]) for row in rows])
     rows = rows[lengths.argsort(kind="stable")]
     lengths = np.sort(lengths)
-    chosen = np.sort(rng.choice(lengths.sum(), min(TOKENS, lengths.sum()), replace=False))  # tokens, counted through
+    ends = lengths.cumsum()
+    chosen = np.sort(rng.choice(ends[-1], min(TOKENS, ends[-1]), replace=False))  # tokens, counted through
+    owner = np.searchsorted(ends, chosen, side="right")  # the input of each
+    place = chosen - (ends - lengths)[owner]  # and where it stands there
+    needed = np.unique(owner)  # no other input need pass
     projections = [projection for group in ("attn_output", "output") for projection in modules(model)[group]]
     seen = {}  # projection -> its input in the last batch
 
@@ -56,16 +60,12 @@ def activations(model, examples, device, seed):
     hooks = [projection.register_forward_pre_hook(watch) for projection in projections]
     parts = [[] for _ in projections]
     model.eval().to(device)
-    for start in tqdm(range(0, len(rows), BATCH), "looking at inputs", leave=False):
-        first = lengths[:start].sum()  # of this batch's tokens
-        beyond = lengths[: start + BATCH].sum()
-        here = chosen[(chosen >= first) & (chosen < beyond)] - first
-        if len(here) == 0:
-            continue
-        inputs, _ = collate(examples, rows[start : start + BATCH], device)
+    for start in tqdm(range(0, len(needed), BATCH), "looking at inputs", leave=False):
+        batch = needed[start : start + BATCH]
+        inputs, _ = collate(examples, rows[batch], device)
         model.states(*inputs)
-        real = inputs[2].flatten().nonzero()[:, 0]  # [B, S] -> rows of [B * S, units] that are no padding
-        at = real[torch.from_numpy(here).to(device)]
+        here = np.isin(owner, batch)
+        at = np.searchsorted(batch, owner[here]) * inputs.shape[2] + place[here]  # rows of [B * S, units]
         for projection, part in zip(projections, parts, strict=True):
             part.append(seen[projection].flatten(0, -2)[at].float().cpu())
     for hook in hooks:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing import parallel
+from plumbing import fetch, parallel
 from plumbing.files import DISK_FULL
 
 # --- errors --------------------------------------------------------------------------------------------------
@@ -163,9 +163,22 @@ passes = number(float, f"greater than 0 and at most {MOST:,}", lambda x: 0 < x <
 seed = number(int, "a whole number, at least 0 and less than 2^63", lambda x: 0 <= x < 2**63)
 
 
+def add_texts(parser):
+    """The flags of what eval.py does instead of evaluating."""
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--text", help="classify, answer or continue this text, as the task is, instead")
+    asked.add_argument("--text-file", type=Path, metavar="FILE", help="the same for each line of a file, as TSV")
+    asked.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
+    parser.add_argument("--pair", help="the second sentence, or the paragraph, where the task takes two texts")
+    drawing = parser.add_argument_group("language models", "How --text is continued.")
+    what = "0, the default, takes the likeliest token; 1 draws by probability"
+    drawing.add_argument("--temperature", type=not_negative, default=0.0, help=what)
+    drawing.add_argument("--seed", type=seed, default=0, help="of what is drawn (0)")
+
+
 def add_files(parser):
     """The flags for files that several commands share."""
-    parser.add_argument("--model", metavar="MODEL", help="minilm, bert-base-uncased, roberta-base, or a folder")
+    parser.add_argument("--model", metavar="MODEL", help=f"{', '.join(fetch.MODELS)}, or a folder")
     parser.add_argument("--data-dir", metavar="FOLDER", help="a folder in GLUE's layout; default: download")
 
 

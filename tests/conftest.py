@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import model
 from plumbing.checkpoints import read_model
@@ -19,6 +19,11 @@ WORDS = "no yes terrible great incorrect correct the a film is was good bad and 
 CONFIG = {
     "model_type": "bert", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
     "intermediate_size": 24, "max_position_embeddings": 32, "type_vocab_size": 2,
+}  # fmt: skip
+
+GPT2_CONFIG = {
+    "model_type": "gpt2", "vocab_size": 300, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 24,
+    "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
 }  # fmt: skip
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # wide enough for a mask of random weights to learn
@@ -44,6 +49,24 @@ def bert_tensors(config, head=True, prefix="bert.", seed=0):
         shapes |= {"cls.predictions.transform.dense.weight": (h, h), "cls.predictions.transform.dense.bias": (h,)}
         shapes |= {"cls.predictions.bias": (v,)}
         norms.append("cls.predictions.transform.LayerNorm")
+    tensors = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name in norms:
+        tensors[f"{name}.weight"] = 1 + 0.1 * torch.randn(h, generator=generator)
+        tensors[f"{name}.bias"] = 0.1 * torch.randn(h, generator=generator)
+    return tensors
+
+
+def gpt2_tensors(config=GPT2_CONFIG, seed=0):
+    """Random weights under the names of a GPT2LMHeadModel checkpoint, its matrices [in, out]."""
+    generator = torch.Generator().manual_seed(seed)
+    h, inner = config["n_embd"], config["n_inner"]
+    shapes = {"wte.weight": (config["vocab_size"], h), "wpe.weight": (config["n_positions"], h)}
+    norms = ["ln_f"]
+    for n in range(config["n_layer"]):
+        linears = {"attn.c_attn": (h, 3 * h), "attn.c_proj": (h, h), "mlp.c_fc": (h, inner), "mlp.c_proj": (inner, h)}
+        for name, shape in linears.items():
+            shapes |= {f"h.{n}.{name}.weight": shape, f"h.{n}.{name}.bias": shape[1:]}
+        norms += [f"h.{n}.ln_1", f"h.{n}.ln_2"]
     tensors = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     for name in norms:
         tensors[f"{name}.weight"] = 1 + 0.1 * torch.randn(h, generator=generator)
@@ -94,6 +117,42 @@ def make_model(tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture
+def make_gpt2(tmp_path):
+    """make_gpt2(name, tensors=None, **config) -> a model folder; its tokenizer knows all bytes and a few pairs."""
+
+    def make(name="gpt2", tensors=None, **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = GPT2_CONFIG | changes
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(gpt2_tensors(config) if tensors is None else tensors, folder / "model.safetensors")
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        special = {"special_tokens": ["<|endoftext|>"], "initial_alphabet": alphabet}
+        trainer = trainers.BpeTrainer(vocab_size=290, show_progress=False, **special)
+        tokenizer.train_from_iterator([" the film is good\n", " the film was dull\n"] * 9, trainer)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder with ptb/: sentences in which the second word decides the last."""
+    folder = tmp_path / "texts"
+    (folder / "ptb").mkdir(parents=True)
+    rng = random.Random(0)
+    for split, size in (("train", 300), ("valid", 60), ("test", 60)):
+        kinds = [rng.choice((("film", "good"), ("show", "dull"))) for _ in range(size)]
+        lines = [f" the {what} {rng.choice(('is', 'was'))} {how} \n" for what, how in kinds]
+        (folder / "ptb" / f"ptb.{split}.txt").write_text("".join(lines))
+    return folder
 
 
 @pytest.fixture

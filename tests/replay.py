@@ -1,4 +1,4 @@
-"""Replay recorded reference numbers: the dense model, every step of smp-l and smp-s; or the choices of P-pruning.
+"""Replay recorded reference numbers: a dense model, every step of smp-l and smp-s; or the choices of P-pruning.
 
     python tests/replay.py FOLDER
 
@@ -6,6 +6,8 @@ FOLDER holds a tiny BERT or RoBERTa (config.json, model.safetensors) and dense_f
 batches.safetensors, scores_start.safetensors and, a method, trajectory_METHOD.json and mask_end_METHOD.safetensors.
 Or it holds activations.safetensors (head_activations.LAYER [tokens, heads * D], neuron_activations.LAYER, and the
 distances between them) and expected.json (budget, thresholds, clusters, kept units).
+Or it holds a tiny GPT-2 (config.json, model.safetensors), expected.json (loss, loss_of_rows) and its own
+dense_first_batch.safetensors (input_ids, logits, and the inputs of every c_proj, heads.LAYER and neurons.LAYER).
 Prints one flat JSON line, the largest deviation of each quantity, and names what is beyond its bound; exit status 1 if
 anything is. A trajectory may leave the recorded one by rounding alone: a score just above or just below the cut sends
 all that follows another way. So each method is replayed again with weights nudged by a few roundings. At each step, ten
@@ -17,6 +19,7 @@ and as it is, where a few weights more in the first step lead to another, equall
 """
 
 import json
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -29,16 +32,21 @@ from torch.func import functional_call
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import mask
 from data import Part
+from eval import evaluate
 from extras import pprune
+from extras.gpt2 import load_gpt2
+from extras.lm import Blocks
 from mask import METHODS, density_at, penalty_at
 from model import Config, Encoder, load_model
 from plumbing.adam import set_rates
 from plumbing.checkpoints import read_model
 from plumbing.cli import one_line_errors
+from plumbing.files import read_json
 from train import Learner, make_forward_backward, train_step
 
 BOUNDS = {
-    "logits": 1e-4, "density": 1e-6, "penalty": 1e-6, "ce": 1e-3, "regularizer": 1e-3, "layer_density": 1e-3,
+    "logits": 1e-4, "inputs": 1e-4, "loss": 1e-5,
+    "density": 1e-6, "penalty": 1e-6, "ce": 1e-3, "regularizer": 1e-3, "layer_density": 1e-3,
     "mask_end": 1e-3, "logits_end": 1e-3,
     "distance": 1e-4, "budget": 0, "threshold": 1e-3, "layers_clustered_otherwise": 0, "layers_kept_otherwise": 0,
 }  # fmt: skip
@@ -183,8 +191,42 @@ def replay_pprune(folder):
     return worst | {"split": {"budget": float(keep != wanted)}}
 
 
+def replay_gpt2(folder):
+    """-> {quantity: largest deviation}; the losses are those of eval.py's perplexities, of each row and of all."""
+    model = load_gpt2(*read_model(folder)).eval()
+    recorded = load_file(folder / "dense_first_batch.safetensors")
+    expected = json.loads((folder / "expected.json").read_text())
+    seen = {}
+
+    def watch(name):
+        return lambda module, inputs: seen.update({name: inputs[0]})
+
+    for group, units in (("attn_output", "heads"), ("output", "neurons")):
+        for layer, module in enumerate(pprune.modules(model)[group]):
+            module.register_forward_pre_hook(watch(f"{units}.{layer}"))
+    ids = recorded["input_ids"]
+    with torch.inference_mode():
+        found = {"logits": (model(ids) - recorded["logits"]).abs().max().item()}
+    found["inputs"] = max((seen[name] - recorded[name]).abs().max().item() for name in seen)
+
+    rows = [ids[i : i + 1] for i in range(len(ids))]
+    losses = dict(zip(("all", *range(len(rows))), (expected["loss"], *expected["loss_of_rows"]), strict=True))
+    perplexities = {name: perplexity(model, ids if name == "all" else rows[name]) for name in losses}
+    found["loss"] = max(abs(math.log(perplexities[name]) - losses[name]) for name in losses)
+    return found
+
+
+def perplexity(model, ids):
+    blocks = Blocks.of(ids.numpy(), tokens_per_word=1.0)
+    return evaluate(model, {}, {"rows": blocks}, (), "cpu")["perplexity"]
+
+
 def replay_all(folder):
     """-> ({quantity: largest deviation}, names of those out of bounds)."""
+    if (folder / "config.json").exists() and read_json(folder / "config.json").get("model_type") == "gpt2":
+        found = replay_gpt2(folder)
+        return found, [name for name, gap in found.items() if not gap <= BOUNDS[name]]
+
     if (folder / "activations.safetensors").exists():
         found = {}
         for part, deviations in replay_pprune(folder).items():

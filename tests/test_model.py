@@ -161,7 +161,7 @@ def test_every_tensor_is_used_once_or_named(make_model, change, message):
         ({"hidden_act": "relu"}, "hidden_act is 'relu', and only 'gelu'"),
         ({"is_decoder": True}, "is_decoder is True"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
-        ({"model_type": "distilbert", "vocab_size": None}, "model_type is 'distilbert'; the models for this task are bert"),
+        ({"model_type": "distilbert", "vocab_size": None}, "model_type is 'distilbert'; the models for this task are"),
         ({"model_type": ["bert"]}, "model_type is"),
         ({"hidden_size": "16"}, "hidden_size is '16'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),

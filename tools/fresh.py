@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from extras.gpt2 import GPT2, gpt2_config
 from extras.lm import END
-from plumbing.checkpoints import WEIGHTS, pack_weights
+from plumbing.checkpoints import WEIGHTS, open_tokenizer, pack_weights
 from plumbing.cli import Parser, count, one_line_errors, seed, share_below_one, up_to
 from plumbing.files import json_bytes, named, read_json, regular, write_whole
 
@@ -27,7 +27,8 @@ def make_tokenizer(path, vocabulary):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()  # all bytes, so that no text has an unknown token
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet)
+    settings = {"special_tokens": [END], "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, **settings)
     tokenizer.train_from_iterator(lines, trainer)
     return tokenizer.to_str().encode()
 
@@ -66,10 +67,12 @@ def main(argv=None):
         write_whole(tokenizer, make_tokenizer(args.text, args.vocabulary))
     if not config.exists():
         shape = {"n_layer": args.layers, "n_embd": args.hidden, "n_head": args.heads, "n_positions": args.positions}
-        entries = Tokenizer.from_str(tokenizer.read_text("utf-8")).get_vocab_size()
+        known = open_tokenizer(args.folder)
+        end = known.token_to_id(END)
         dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), args.dropout)
         what = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
-        write_whole(config, json_bytes(what | {"vocab_size": entries} | shape | dropout))
+        what |= {"vocab_size": known.get_vocab_size(), "bos_token_id": end, "eos_token_id": end}
+        write_whole(config, json_bytes(what | shape | dropout))
     with named(config):
         model_config = gpt2_config(read_json(config))
     write_whole(args.folder / WEIGHTS, pack_weights(make_tensors(model_config, args.seed)))
