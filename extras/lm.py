@@ -109,9 +109,9 @@ def fetch_text(task, split):
 def read_blocks(task, path, tokenizer):
     """Task.read: a text -> Blocks as long as the tokenizer cuts; prints what they are.
 
-    Every line is tokenised by itself, with its line end and without special tokens (as the authors' code does; there,
-    what is left over of each thousand lines is dropped, here it is once, at the end of the text). Raises ValueError for
-    a text that is not UTF-8, or shorter than a block.
+    Every line is tokenised by itself, without special tokens (as the authors' code does), and with its line end, so that
+    blocks decode to the text. What is left over at the end of the text is dropped (there, of each thousand lines).
+    Raises ValueError for a text that is not UTF-8, or shorter than a block.
     """
     content = regular(path).read_bytes()
     with named(path):

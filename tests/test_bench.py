@@ -3,7 +3,10 @@
 import json
 
 import pytest
+import torch
 
+import train
+from mask import METHODS
 from tools import bench
 
 SMALL = ["--layers", "3", "--hidden", "64", "--batch", "2", "--length", "8", "--steps", "1", "--device", "cpu"]
@@ -12,6 +15,7 @@ SMALL = ["--layers", "3", "--hidden", "64", "--batch", "2", "--length", "8", "--
 @pytest.mark.parametrize("method", ["smp-s", "movement"])
 def test_a_line_of_json_comes_last(capsys, monkeypatch, method):
     monkeypatch.setattr(bench, "matrix_peak", lambda *_: 1e12)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda *_: 1e12)
     bench.main([*SMALL, "--dtype", "float32", "--method", method])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["layers"] == 3 and line["device"].endswith("CPU threads") and line["dtype"] == "float32"
@@ -35,6 +39,29 @@ def test_operations_by_hand():
     layer = 16 * 2 * (12 * 64 * 64 + 2 * 8 * 64)
     last = 16 * 2 * 2 * 64 * 64 + 2 * 2 * (10 * 64 * 64 + 2 * 8 * 64)  # keys and values of all, the rest of two [CLS]
     assert bench.flops(args) == pytest.approx(3 * (2 * layer + last), rel=1e-2)
+
+
+def test_the_floor_by_hand():
+    """With one operation and one byte a second: 7 passes of Adam over scores of 4 bytes, one over them and weights."""
+    args = bench.parse_args(SMALL)
+    learner = train.Learner(bench.make_model(args), METHODS["smp-s"], 0.5, torch.bfloat16)
+    scores = 3 * (4 * 64 * 64 + 2 * 64 * 256)
+    moved = 7 * 4 * scores + 4 * scores + 2 * scores
+    assert bench.floor(args, learner, 1, 1) == 1000 * (bench.flops(args) + moved)
+
+
+def test_a_language_model_is_timed_too(capsys, make_gpt2, monkeypatch):
+    monkeypatch.setattr(bench, "matrix_peak", lambda *_: 1e12)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda *_: 1e12)
+    monkeypatch.setattr(bench, "GPT2_WORDS", 50)
+    bench.main([*SMALL, "--dtype", "float32", "--gpt2"])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["gpt2"] and line["smp-s"] > 0 < line["finetune"] and line["smp-s over its floor"] > 1
+    # All layers see all tokens; the head is a product forward and one for the gradients of its inputs.
+    layer = 16 * 2 * (12 * 64 * 64 + 2 * 8 * 64)
+    assert bench.flops(bench.parse_args([*SMALL, "--gpt2"])) == 3 * 3 * layer + 2 * 2 * 16 * 64 * 50
+    bench.main([*SMALL[4:], "--inference", "--model", str(make_gpt2())])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["evaluation"] > 0
 
 
 def test_shapes_that_cannot_be_are_refused(fails):

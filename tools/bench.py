@@ -1,6 +1,7 @@
 """Time one training step and its parts, beside dense fine-tuning of the same model, on random weights.
 
-Medians after a warm-up, the spread, the share of what the device's matrix units reach here, and one JSON line.
+Medians after a warm-up, the spread, the share of what the device's matrix units reach here, how far the step is from
+its floor (see floor), and one JSON line.
 
     python -m tools.bench --layers 12 --hidden 768 --batch 32 --length 128 [--compile]      # bert-base
     python -m tools.bench --layers 6 --hidden 384 --batch 32 --length 64                    # MiniLM
@@ -96,6 +97,24 @@ def matrix_peak(device, dtype):
     return 2 * n**3 / (min(timed(lambda: a @ b, device, 10)) / 1000)
 
 
+def copy_bandwidth(device):
+    """Bytes a second that copying a large tensor reads and writes here."""
+    a = torch.randn(1 << (28 if device.type == "cuda" else 24), device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / (min(timed(lambda: b.copy_(a), device, 10)) / 1000)
+
+
+def floor(args, learner, peak, bandwidth):
+    """Milliseconds below which a step cannot be: its matrix products, and then, of all that learns, Adam's passes.
+
+    Adam reads values, gradients and two moments and writes all but the gradients; a mask reads scores and weights.
+    """
+    moved = 7 * sum(p.nbytes for p in learner.parameters())
+    if learner.masks:
+        moved += sum(stack.nbytes for stack in [*learner.masks.scores.values(), *learner.masks.weights.values()])
+    return 1000 * (flops(args) / parallel.processes() / peak + moved / bandwidth)
+
+
 def timed(work, device, steps, warmup=3):
     """Milliseconds of each of `steps` calls; on a GPU the mean of five: in training the host runs ahead."""
     wait = (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
@@ -128,7 +147,7 @@ def show(name, times, note=""):
     return round(median, 3)
 
 
-def time_step(args, method, device, dtype, peak):
+def time_step(args, method, device, dtype, peak, bandwidth):
     """Time whole training steps of a method, and by hand its parts, if it has masks -> {what: number}."""
     model = make_model(args).to(device).train()
     learner = Learner(model, METHODS[method], DENSITY, dtype)
@@ -151,7 +170,9 @@ def time_step(args, method, device, dtype, peak):
     tokens = round(args.batch * args.length / seconds)
     share = round(flops(args) / parallel.processes() / seconds / peak, 4)
     memory = round(peak_memory(device), 2)
-    found = {method: show(f"{method} step", times, f"  {tokens:,} tokens/s, {share:.1%} of peak, {memory} GiB")}
+    over = round(1000 * seconds / floor(args, learner, peak, bandwidth), 2)
+    said = f"  {tokens:,} tokens/s, {share:.1%} of peak, {over} times its floor, {memory} GiB"
+    found = {method: show(f"{method} step", times, said), f"{method} over its floor": over}
     found |= {f"{method} tokens/s": tokens, f"{method} share of peak": share, f"{method} GiB": memory}
     if learner.masks and not args.compile and (args.eager or device.type == "cpu"):
         found |= time_parts(args, learner.masks, density)
@@ -206,9 +227,10 @@ def main(argv=None):
         found = time_inference(args, device, dtype)
     else:
         peak = matrix_peak(device, dtype)
-        print(f"matrix products reach {peak / 1e12:.1f} TFLOP/s here")
-        found = time_step(args, args.method, device, dtype, peak)
-        found |= time_step(args, "finetune", device, dtype, peak)
+        bandwidth = copy_bandwidth(device)
+        print(f"matrix products reach {peak / 1e12:.1f} TFLOP/s here, copies {bandwidth / 1e9:.0f} GB/s")
+        found = time_step(args, args.method, device, dtype, peak, bandwidth)
+        found |= time_step(args, "finetune", device, dtype, peak, bandwidth)
         print(f"{args.method} takes {found[args.method] / found['finetune']:.2f} times the dense step")
     of_training = ("layers", "hidden", "method", "compile", "eager")
     line = {key: value for key, value in vars(args).items() if not (args.inference and key in of_training)}
