@@ -30,7 +30,7 @@ class Task:
     text: tuple  # columns of the sentence (and of its pair), by header name; by number where there is no header
     label: str | int
     words: dict  # label as it stands in the file -> label word, in the order of the classes; one alone: regression
-    metrics: tuple  # of eval.METRICS; the first decides which checkpoint was best
+    metrics: tuple  # of plumbing.metrics, or of the task's own Examples; by the first, one is best
     epochs: int
 
     # the recipe
@@ -43,7 +43,7 @@ class Task:
     best: Callable = max  # or min: which value of the first metric is best
     model: str = "bert-base-uncased"
 
-    # the files: "train", and
+    # the splits beside "train", and their files
     dev: tuple = ("dev",)
     test: tuple = ("test",)  # without labels
     file: str = "{}.tsv"  # what the file of a split is called
@@ -229,7 +229,7 @@ def split_path(name, split, data_dir):
 
 
 def load_split(name, split, data_dir, tokenizer):
-    """Examples of a split ("train", or one of the task's dev and test) from data_dir/FOLDER/SPLIT.tsv.
+    """Examples of a split ("train", or one of the task's dev and test) from data_dir/FOLDER/FILE.
 
     data_dir None: the cache, filled on first use.
     """
@@ -294,7 +294,7 @@ class Part(NamedTuple):
     """What is computed at once: a batch, or a part of one."""
 
     inputs: torch.Tensor  # [3, B, S], see collate
-    labels: torch.Tensor  # [B], or [B, 2]
+    labels: torch.Tensor  # [B], or [B, ...]
     share: float = 1.0  # of the examples of the batch
 
 

@@ -17,7 +17,7 @@ import data
 import extras  # noqa: F401 (its methods and tasks; without the folder, delete this line)
 from data import TASKS
 from mask import METHODS
-from model import Bert, load_model, read_config
+from model import load_model, read_config
 from plumbing import cli, fetch, parallel
 from plumbing.checkpoints import read_model
 from plumbing.files import check_digest, load_masks, named, regular
@@ -64,13 +64,13 @@ def evaluate(model, weights, sets, metrics, device):
 class Loaded(NamedTuple):
     result: dict  # result.json
     folder: Path  # of the model
-    model: Bert
+    model: torch.nn.Module
     tokenizer: object
     masks: dict  # {name: bool [out, in]}; empty if the run has none
 
 
 def load_backbone(folder, task, length, head, fresh=True):
-    """-> (Bert with this head, fresh or the folder's; tokenizer). Raises ValueError that says what does not fit."""
+    """-> (the task's model with this head, fresh or the folder's; tokenizer). Raises ValueError for what misfits."""
     if task.load:
         return task.load(folder, length, head)
     stored, tensors = read_model(folder)
@@ -186,7 +186,8 @@ def tell(loaded, task, read, args):
         if len(texts[0]) != len(task.text):
             raise ValueError(f"this task takes {'--text and --pair' if args.pair is None else '--text without --pair'}")
     if task.say:
-        return [line for text in texts for line in task.say(text, loaded.tokenizer, read, args)]
+        said = [task.say(text, loaded.tokenizer, read, args) for text in texts]
+        return [" ".join(lines) for lines in said] if args.text_file else said[0]
     found = answers(loaded, texts, read)
     if args.text_file:
         return ["\t".join([rows[0][1], f"{rows[0][0]:.4f}", *text]) for rows, text in zip(found, texts, strict=True)]
@@ -204,8 +205,9 @@ def parse_args(argv):
     cli.add_files(parser)
     cli.add_machine(parser)
     args = parser.parse_args(argv)
-    if args.pair is not None and args.text is None:
-        parser.error("--pair needs --text")
+    for needing in ("pair", "temperature"):
+        if getattr(args, needing) is not None and args.text is None:
+            parser.error(f"--{needing} needs --text")
     return args
 
 
@@ -238,8 +240,8 @@ def look(run, args):
     for i, (heads, neurons) in enumerate(model.config.layers if model.config.heads_per_layer else ()):
         print(f"layer {i}  {heads:3} heads {neurons:5} neurons")
     asked = sum(examples.asked() for examples in sets.values())
-    found = f"dev ({asked} examples): {cli.show(metrics)}; training reported {cli.show(result['final'])}"
-    print("\n".join([found, *guessing(metrics, next(iter(sets.values())).labels, bool(result.get("sparsity")))]))
+    found = [f"dev ({asked} examples): {cli.show(metrics)}", f"training reported {cli.show(result['final'])}"]
+    print("\n".join([*found, *guessing(metrics, next(iter(sets.values())).labels, bool(result.get("sparsity")))]))
 
 
 @cli.one_line_errors()

@@ -77,8 +77,9 @@ def parse_args(argv):
             known = ", ".join(cli.flag(other) for other in used)
             parser.error(f"{cli.flag(name)}: {args.method} does not use it; the method flags it takes are {known}")
 
-    of_task = {"model", "batch", "length"} | {"ramp", "weight_lr"} & used.keys()
-    cli.fill(args, used | {name: getattr(TASKS[args.task], name) for name in of_task})
+    of_task = ["model", "batch", "length", *(name for name in ("ramp", "weight_lr") if name in used)]
+    cli.fill(args, used)  # and where the method leaves it open, None, the task decides
+    cli.fill(args, {name: getattr(TASKS[args.task], name) for name in of_task})
     cli.fill(args, {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0})  # where the method does not use them
     if args.hold > args.ramp:
         parser.error(f"--hold must be at most --ramp, {args.ramp}; got {args.hold}")
@@ -146,8 +147,7 @@ class Learner(nn.Module):
 def task_loss(logits, labels, taught=None, temperature=2.0):
     """Cross-entropy of logits [..., C] with classes [...], or mean squared error of the one logit with scores [B].
 
-    With a teacher's logits, half of that and half tau^2 KL(teacher || student) at temperature tau (regression: the
-    squared error).
+    With a teacher's logits, half of that and half tau^2 KL(teacher || student) at tau (regression: squared error).
     """
     if labels.is_floating_point():
         loss = F.mse_loss(logits[:, 0], labels)
@@ -162,13 +162,13 @@ def task_loss(logits, labels, taught=None, temperature=2.0):
 
 
 def make_forward_backward(model, learner, teacher=None):
-    """The method, as one function of tensors. teacher: a frozen Bert in evaluation mode, or None."""
+    """The method, as one function of tensors. teacher: a frozen model in evaluation mode, or None."""
 
     def forward_backward(inputs, labels, share, density, penalty):
         """Add the gradients of a data.Part -> [2]: loss on the task, regularizer. density, penalty: 0-dim tensors."""
         weights, regularizer = learner(density)  # W' = W * M(S)
         # tie_weights: no weight has two names here, and torch would look for such in every step.
-        logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()  # [B, C]
+        logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()  # [..., C]
         with torch.no_grad():
             taught = teacher(*inputs).float() if teacher else None
         loss = task_loss(logits, labels, taught)

@@ -109,13 +109,14 @@ def fetch_text(task, split):
 def read_blocks(task, path, tokenizer):
     """Task.read: a text -> Blocks as long as the tokenizer cuts; prints what they are.
 
-    Every line is tokenised by itself, without special tokens (as the authors' code does), and with its line end, so that
-    blocks decode to the text. What is left over at the end of the text is dropped (there, of each thousand lines).
+    Every line is tokenised by itself, without special tokens (as the authors' code does), and with its line end, so
+    that blocks decode to the text. What is left over at the end of the text is dropped (there, of each thousand lines).
     Raises ValueError for a text that is not UTF-8, or shorter than a block.
     """
     content = regular(path).read_bytes()
     with named(path):
-        lines = [f"{line}\n" for line in content.decode("utf-8").removesuffix("\n").split("\n")]
+        lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
+    lines = [line.removesuffix("\r") + "\n" for line in lines]
     words = len(lines) + sum(len(line.split()) for line in lines)
     size = tokenizer.truncation["max_length"]
     tokenizer.no_truncation()
@@ -127,7 +128,7 @@ def read_blocks(task, path, tokenizer):
     ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     count = len(ids) // size
     if count == 0:
-        raise ValueError(f"{path} has {len(ids)} tokens, fewer than a block of {size}; lower --length")
+        raise ValueError(f"{path} is shorter than a block of {size} tokens (it has {len(ids)}); lower --length")
 
     left = len(ids) - count * size
     of_text = f"{words:,} words and line ends, {len(ids):,} tokens"
@@ -158,20 +159,20 @@ def load(folder, length, head):
 def say(texts, tokenizer, read, args):
     """Task.say: lines of a text that the model continues by at most CONTINUED tokens.
 
-    args.temperature 0 takes the likeliest token each time, 1 draws by probability, with args.seed.
+    args.temperature None takes the likeliest token each time, 1 draws by probability, with args.seed.
     """
     size = tokenizer.truncation["max_length"]
     tokenizer.no_truncation()
     ids = encode_texts(tokenizer, texts, add_special_tokens=False)[0].ids
     tokenizer.enable_truncation(size)
     if not ids:
-        raise ValueError("--text: a language model needs a beginning to continue")
+        raise ValueError("a language model needs something to continue, and this text is empty")
     rng = np.random.default_rng(args.seed)
     for _ in tqdm(range(CONTINUED), "writing", leave=False, delay=2):
         seen = ids[-size:]  # all of it again each time: slow, and plain
         (logits,) = read(Prompt([seen], [[0]], [len(seen) - 1], size)).double().numpy()  # [V]
         token = int(logits.argmax())
-        if args.temperature > 0:
+        if args.temperature:
             odds = np.exp((logits - logits.max()) / args.temperature)
             token = int(rng.choice(len(odds), p=odds / odds.sum()))
         if token == tokenizer.token_to_id(END):

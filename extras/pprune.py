@@ -52,26 +52,23 @@ def activations(model, examples, device, seed):
     place = chosen - (ends - lengths)[owner]  # and where it stands there
     needed = np.unique(owner)  # no other input need pass
     projections = [projection for group in ("attn_output", "output") for projection in modules(model)[group]]
-    seen = {}  # projection -> its input in the last batch
+    parts = {projection: [] for projection in projections}
 
-    def watch(module, inputs):
-        seen[module] = inputs[0]
+    def watch(module, inputs):  # as a batch passes: all of its inputs would take gigabytes
+        parts[module].append(inputs[0].flatten(0, -2)[at].float().cpu())
 
     hooks = [projection.register_forward_pre_hook(watch) for projection in projections]
-    parts = [[] for _ in projections]
     model.eval().to(device)
     for start in tqdm(range(0, len(needed), BATCH), "looking at inputs", leave=False):
         batch = needed[start : start + BATCH]
         inputs, _ = collate(examples, rows[batch], device)
-        model.states(*inputs)
         here = np.isin(owner, batch)
         at = np.searchsorted(batch, owner[here]) * inputs.shape[2] + place[here]  # rows of [B * S, units]
-        for projection, part in zip(projections, parts, strict=True):
-            part.append(seen[projection].flatten(0, -2)[at].float().cpu())
+        model.states(*inputs)
     for hook in hooks:
         hook.remove()
     model.train().to("cpu")
-    found = [torch.cat(part) for part in parts]
+    found = [torch.cat(part) for part in parts.values()]
     if not all(x.isfinite().all() for x in found):
         raise ValueError("--model: its activations are not finite, so no clusters can be made of them")
     layers = len(model.config.layers)

@@ -107,7 +107,7 @@ def printable(text):
 # --- flags ---------------------------------------------------------------------------------------------------
 
 
-WHAT = "Learn which weights of a frozen BERT to keep."
+WHAT = "Learn which weights of a frozen BERT, or GPT-2, to keep."
 EXAMPLES = """examples:
   python train.py                                  film reviews: minutes on a CPU
   python train.py --sparsity 0.9                   a tenth stays; takes more steps
@@ -170,16 +170,16 @@ def add_texts(parser):
     asked.add_argument("--text-file", type=Path, metavar="FILE", help="the same for each line of a file, as TSV")
     asked.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
     parser.add_argument("--pair", help="the second sentence, or the paragraph, where the task takes two texts")
-    drawing = parser.add_argument_group("language models", "How --text is continued.")
-    what = "0, the default, takes the likeliest token; 1 draws by probability"
-    drawing.add_argument("--temperature", type=not_negative, default=0.0, help=what)
+    drawing = parser.add_argument_group("language models", "How --text is continued; without, by the likeliest token.")
+    warmth = number(float, "a number from 0.01 to 100", lambda x: 0.01 <= x <= 100)
+    drawing.add_argument("--temperature", type=warmth, help="draw: 1 by probability, below 1 likelier tokens")
     drawing.add_argument("--seed", type=seed, default=0, help="of what is drawn (0)")
 
 
 def add_files(parser):
     """The flags for files that several commands share."""
     parser.add_argument("--model", metavar="MODEL", help=f"{', '.join(fetch.MODELS)}, or a folder")
-    parser.add_argument("--data-dir", metavar="FOLDER", help="a folder in GLUE's layout; default: download")
+    parser.add_argument("--data-dir", metavar="FOLDER", help="a folder that has those of the tasks; default: download")
 
 
 def add_machine(parser):
@@ -229,8 +229,19 @@ def progress(items, name, total, done):
 
 
 def show(metrics):
-    """{name: value} as text; shares with four decimals, larger numbers with two."""
-    return ", ".join(f"{printable(name)} {value:.{4 if abs(value) < 10 else 2}f}" for name, value in metrics.items())
+    """{name: value} as text, shares with four decimals, larger numbers with two.
+
+    What further sets add, "accuracy dev_mismatched", stands in brackets behind the metric.
+    """
+    parts = {}
+    for name, value in metrics.items():
+        metric, _, other = name.partition(" ")
+        number = f"{value:.{4 if abs(value) < 10 else 2}f}"
+        if other and metric in parts:
+            parts[metric] += f" ({other} {number})"
+        else:
+            parts[name] = f"{name} {number}"
+    return printable(", ".join(parts.values()))
 
 
 WIDTH = 12  # of a column: six of them and the rows' names in 80 columns

@@ -130,6 +130,9 @@ class Run:
         if self.stopped:
             raise KeyboardInterrupt("what an evaluation saved is kept: --resume RUN_DIR continues from there")
         self.stopped = True
+        if parallel.rank() == 0:
+            with suppress(OSError):  # not print, which may be at work just now
+                os.write(2, b"\nstopping once this step, or evaluation, is done; again to stop at once\n")
 
     # --- writing ---
 

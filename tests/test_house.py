@@ -102,7 +102,7 @@ def test_the_method_stands_without_its_wings(make_model, glue, tmp_path):
     for method in ("smp-s", "finetune"):
         python("train.py", *flags, "--method", method, "--out", tmp_path / method)
         final = json.loads((tmp_path / method / "result.json").read_text())["final"]["accuracy"]
-        assert f"accuracy {final:.4f}; training reported" in python("eval.py", tmp_path / method)
+        assert f"accuracy {final:.4f}\ntraining reported" in python("eval.py", tmp_path / method)
     listed = python("-c", "from mask import METHODS; from data import TASKS; import train; print(*METHODS, *TASKS)")
     assert "movement" not in listed and "squad" not in listed and "smp-s" in listed
 

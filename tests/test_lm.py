@@ -1,5 +1,6 @@
 """Language modelling: blocks and perplexities by hand, runs of every kind with GPT-2, texts that go on, faults."""
 
+import argparse
 import io
 import json
 import math
@@ -16,6 +17,7 @@ import eval as eval_
 import train
 from data import TASKS
 from extras import lm
+from mask import METHODS, Method
 from plumbing.cli import show
 from plumbing.files import load_masks
 from tools import export, fresh
@@ -39,7 +41,8 @@ def test_blocks_by_hand(make_gpt2, tmp_path, capsys):
     """Lines keep their ends, nothing is added, the remainder goes; labels are the tokens behind."""
     _, tokenizer = load(make_gpt2)
     path = tmp_path / "t.txt"
-    path.write_text(" the film\n\nzx\u2028y it's 7")  # the separator is no end of a line; the last line has none
+    # A byte-order mark and Windows' line ends do not count; the separator is no end of a line; the last line has none.
+    path.write_bytes("\ufeff the film\r\n\nzx\u2028y it's 7".encode())
     blocks = lm.read_blocks(TASKS["ptb"], path, tokenizer)
     tokenizer.no_truncation()
     lines = [" the film\n", "\n", "zx\u2028y it's 7\n"]
@@ -109,7 +112,9 @@ def test_a_mask_learns_and_the_rest_stays(make_gpt2, texts, tmp_path, capsys, me
         assert all(2 * mask.sum() == mask.numel() for mask in masks.values())
     eval_.main([str(tmp_path / "run" / "mask.safetensors")])
     final = show(result["final"])
-    assert f": {final}; training reported {final}" in capsys.readouterr().out
+    assert f": {final}\ntraining reported {final}" in capsys.readouterr().out
+    values = result["final"]
+    assert final.startswith(f"perplexity {values['perplexity']:.2f} (test {values['perplexity test']:.2f}), word_")
 
 
 def read_log(folder):
@@ -134,6 +139,12 @@ def test_defaults_are_the_papers():
     assert train.parse_args(["--method", "finetune"]).weight_lr == 3e-5
     assert train.parse_args(["--task", "ptb", "--method", "p-pruning", "--weight-lr", "1"]).weight_lr == 1
     assert train.parse_args(["--task", "ptb"]).weight_lr is None
+
+
+def test_a_rows_own_default_comes_before_the_tasks(monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", Method(None, flags={"weight_lr": 7e-4}))
+    assert train.parse_args(["--method", "mine"]).weight_lr == 7e-4
+    assert train.parse_args(["--method", "mine", "--task", "ptb"]).weight_lr == 7e-4
 
 
 def test_p_pruning_takes_units_and_its_folder_is_a_model(make_gpt2, texts, tmp_path, capsys):
@@ -175,14 +186,15 @@ def test_an_interrupted_run_and_one_in_parts_end_the_same(make_gpt2, texts, tmp_
 
 def test_a_teacher_teaches_tokens(make_gpt2, texts, tmp_path):
     run(make_gpt2, texts, tmp_path, "--method", "finetune", name="taught-by")
-    result = run(make_gpt2, texts, tmp_path, "--teacher", tmp_path / "taught-by")
-    assert result["teacher"].endswith("taught-by") and result["final"]["perplexity"] > 1
+    alone = run(make_gpt2, texts, tmp_path, "--lr", 0.1, name="alone")
+    result = run(make_gpt2, texts, tmp_path, "--lr", 0.1, "--teacher", tmp_path / "taught-by")
+    assert result["final"]["perplexity"] != alone["final"]["perplexity"]
 
 
 # --- texts that go on --------------------------------------------------------------------------------------------
 
 
-def test_a_text_goes_on(make_gpt2, texts, tmp_path, capsys, monkeypatch):
+def test_a_text_goes_on(make_gpt2, texts, tmp_path, capsys, monkeypatch, fails):
     """Greedy by hand; drawn, the same seed says the same; the end token ends it."""
     monkeypatch.setattr(lm, "CONTINUED", 6)
     run(make_gpt2, texts, tmp_path, "--method", "finetune", "--steps", 200, "--weight-lr", 0.02)
@@ -203,12 +215,31 @@ def test_a_text_goes_on(make_gpt2, texts, tmp_path, capsys, monkeypatch):
     assert said().startswith("the film is good")
     drawn = {seed: said("--temperature", 3, "--seed", seed) for seed in range(3)}
     assert len(set(drawn.values())) == 3 and drawn[1] == said("--temperature", 3, "--seed", 1)
-    assert said("--temperature", 1e-3) == said()  # the colder, the greedier
     monkeypatch.setattr(lm, "END", loaded.tokenizer.id_to_token(ids[start]))
     assert said() == "the film is\n"
     (tmp_path / "two.txt").write_text(" the film\n the show\n")
     eval_.main([str(tmp_path / "run"), "--text-file", str(tmp_path / "two.txt")])
-    assert [line[:8] for line in capsys.readouterr().out.splitlines() if line.strip()][0] == "the film"
+    assert [line[:8] for line in capsys.readouterr().out.splitlines()] == ["the film", "the show"]
+    assert "--temperature needs --text" in fails(eval_.main, [tmp_path / "run", "--temperature", 1])
+    assert "--temperature: must be a number from 0.01" in fails(eval_.main, [tmp_path / "run", "--temperature", 0])
+
+
+def test_tokens_are_drawn_by_their_probabilities(make_gpt2, monkeypatch):
+    """Three tokens of probabilities 0.6, 0.3 and 0.1; at temperature 1/2 they are drawn by the squares of these."""
+    monkeypatch.setattr(lm, "CONTINUED", 3000)
+    monkeypatch.setattr(lm, "printable", lambda text: text)
+    _, tokenizer = load(make_gpt2)
+    a, b, c = (tokenizer.encode(letter).ids[0] for letter in "abc")
+    logits = torch.full((1, 300), -torch.inf)
+    logits[0, [a, b, c]] = torch.tensor([0.6, 0.3, 0.1]).log() + 5
+
+    def shares(temperature):
+        (line,) = lm.say(("x",), tokenizer, lambda prompt: logits, argparse.Namespace(temperature=temperature, seed=0))
+        return [line[1:].count(letter) / 3000 for letter in "abc"]
+
+    assert shares(1.0) == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
+    assert shares(0.5) == pytest.approx([0.36 / 0.46, 0.09 / 0.46, 0.01 / 0.46], abs=0.03)
+    assert shares(None) == [1, 0, 0]
 
 
 # --- elsewhere ---------------------------------------------------------------------------------------------------
@@ -250,6 +281,9 @@ def test_a_fresh_folder(tmp_path, capsys, fails):
     """Tokenizer, configuration and weights; what is there stays; the same seed gives the same weights."""
     (tmp_path / "t.txt").write_text(" the film is good\n" * 50)
     flags = ["--text", tmp_path / "t.txt", "--vocabulary", 270, "--layers", 2, "--hidden", 16, "--heads", 2]
+    assert "--hidden must be a multiple of --heads; got 16 and 3" in fails(fresh.main, [tmp_path / "a", *flags[:-1], 3])
+    assert "--vocabulary: must be a whole number, at least" in fails(fresh.main, [tmp_path / "a", "--vocabulary", 9])
+    assert not (tmp_path / "a").exists()  # nothing half-made is left
     for name in ("a", "b"):
         fresh.main([str(a) for a in (tmp_path / name, *flags, "--positions", 32, "--dropout", 0.2)])
     model, tokenizer = lm.load(tmp_path / "a", 32, "words")
@@ -257,15 +291,16 @@ def test_a_fresh_folder(tmp_path, capsys, fails):
     assert (model.config.resid_pdrop, model.config.n_positions, model.config.vocab_size) == (0.2, 32, 270)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
-    assert "model.safetensors is there already" in fails(fresh.main, [tmp_path / "a", *flags])
+    assert "is neither new nor a model's folder that lacks weights alone" in fails(fresh.main, [tmp_path / "a", *flags])
     (tmp_path / "b" / "model.safetensors").unlink()
+    assert "--layers: the files of" in fails(fresh.main, [tmp_path / "b", "--layers", 2])
     before = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
     fresh.main([str(tmp_path / "b"), "--seed", "1"])
     assert before.items() <= {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}.items()
     assert (tmp_path / "b" / "model.safetensors").read_bytes() != weights[0]
     spread = model.h[0].mlp["c_fc"].weight.std().item(), model.h[0].mlp["c_proj"].weight.std().item()
     assert spread == (pytest.approx(0.02, rel=0.1), pytest.approx(0.02 / 2, rel=0.1))  # 2 = sqrt(2 * layers)
-    assert "name a text to learn one from with --text" in fails(fresh.main, [tmp_path / "c"])
+    assert "--text: name a text to learn the tokenizer from" in fails(fresh.main, [tmp_path / "c"])
 
 
 # --- downloads -----------------------------------------------------------------------------------------------------
@@ -316,9 +351,9 @@ def test_what_is_refused(make_gpt2, make_model, glue, texts, tmp_path, fails):
     assert "gpt2: size mismatch for wte.weight" in error()
     (gpt2 / "config.json").write_text(config)
     (texts / "ptb" / "ptb.test.txt").write_text("a\n")
-    assert "ptb.test.txt has 2 tokens, fewer than a block of 16; lower --length" in error()
+    assert "ptb.test.txt is shorter than a block of 16 tokens (it has 2); lower --length" in error()
     (texts / "ptb" / "ptb.test.txt").write_text("")
-    assert "ptb.test.txt has 1 tokens" in error()
+    assert "ptb.test.txt is shorter than a block" in error()
     (texts / "ptb" / "ptb.valid.txt").write_bytes(b"caf\xe9\n" * 99)
     assert "ptb.valid.txt: 'utf-8' codec can't decode" in error()
     (texts / "ptb" / "ptb.train.txt").unlink()
@@ -333,6 +368,6 @@ def test_a_tokenizer_that_knows_more_than_the_model(make_gpt2):
 
 def test_questions_a_language_model_cannot_answer(make_gpt2, texts, tmp_path, fails):
     run(make_gpt2, texts, tmp_path)
-    assert "needs a beginning to continue" in fails(eval_.main, [tmp_path / "run", "--text", ""])
+    assert "needs something to continue, and this text is empty" in fails(eval_.main, [tmp_path / "run", "--text", ""])
     assert "--text without --pair" in fails(eval_.main, [tmp_path / "run", "--text", "a", "--pair", "b"])
     assert "--predict: ptb has no test split" in fails(eval_.main, [tmp_path / "run", "--predict"])

@@ -170,7 +170,7 @@ def test_every_method_reaches_its_density_and_can_be_evaluated(make_model, glue,
     capsys.readouterr()
     eval_.main([str(out)])
     shown = capsys.readouterr().out
-    assert f"accuracy {result['final']['accuracy']:.4f}; training reported" in shown and "layer 1" in shown
+    assert f"accuracy {result['final']['accuracy']:.4f}\ntraining reported" in shown and "layer 1" in shown
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_two_processes_from_end_to_end(make_model, glue, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "dev" in line] == [3, 6, 9, 12]
     eval_.main([str(tmp_path / "run")])  # alone, all of the dev set: the answers were gathered in order
-    assert f"accuracy {result['final']['accuracy']:.4f}; training reported" in capsys.readouterr().out
+    assert f"accuracy {result['final']['accuracy']:.4f}\ntraining reported" in capsys.readouterr().out
 
 
 def test_processes_compare_names_and_numbers(monkeypatch):

@@ -225,7 +225,7 @@ def test_a_run_is_smaller_and_can_be_looked_at_and_teach(make_model, glue, tmp_p
     assert (run / "model.safetensors").stat().st_size < (model / "model.safetensors").stat().st_size
     eval_.main([str(run)])
     said = capsys.readouterr().out
-    assert f"accuracy {result['final']['accuracy']:.4f}; training reported" in said
+    assert f"accuracy {result['final']['accuracy']:.4f}\ntraining reported" in said
     assert f"layer 0  {result['layers'][0][0]:3} heads" in said
     train.main([str(a) for a in ["--model", model, "--out", tmp_path / "taught", *given[:-2], "--teacher", run]])
     assert "lost heads or neurons" in fails(export.main, [run, tmp_path / "out"])

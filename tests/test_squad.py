@@ -217,7 +217,7 @@ def test_a_run_from_end_to_end(make_model, tmp_path, capsys, method):
     capsys.readouterr()
     eval_.main([str(out)])
     reported = cli.show(result["final"])
-    assert f"{reported}; training reported {reported}" in capsys.readouterr().out
+    assert f"{reported}\ntraining reported {reported}" in capsys.readouterr().out
     eval_.main([str(out), "--text", "is it fun", "--pair", CONTEXT])
     assert capsys.readouterr().out.strip() in CONTEXT
 

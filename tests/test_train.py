@@ -70,7 +70,7 @@ def test_a_run_from_end_to_end(run, capsys, method):
     eval_.main([str(folder)])
     out = capsys.readouterr().out
     reported = f"accuracy {result['final']['accuracy']:.4f}"
-    assert f"{reported}; training reported {reported}" in out
+    assert f"{reported}\ntraining reported {reported}" in out
     header, *layers, total = (line.split() for line in out[out.index("density ") :].splitlines()[:4])
     masks = load_masks(folder, result)
     assert header == "density query key value attn output intermed. output".split()
@@ -100,7 +100,7 @@ def test_finetune_learns_and_stands_on_its_own(run, capsys, tmp_path):
     shutil.rmtree(run.model)
     capsys.readouterr()
     eval_.main([str(folder)])
-    assert "accuracy 1.0000; training reported accuracy 1.0000" in capsys.readouterr().out
+    assert "accuracy 1.0000\ntraining reported accuracy 1.0000" in capsys.readouterr().out
     eval_.main([str(folder), "--text", "it was dull"])
     assert capsys.readouterr().out.splitlines()[0].endswith("terrible (0)")
 
@@ -159,7 +159,7 @@ def test_a_fresh_classifier_beside_a_mask(make_model, glue, tmp_path, capsys, po
     assert identity(model, loaded) == identity(model, load_model(model, [7, 8], "classifier"))
     eval_.main([str(out)])
     reported = f"accuracy {result['final']['accuracy']:.4f}"
-    assert f"{reported}; training reported {reported}" in capsys.readouterr().out
+    assert f"{reported}\ntraining reported {reported}" in capsys.readouterr().out
 
 
 def test_a_classifier_needs_no_label_words(make_model, glue, tmp_path, fails):
@@ -371,7 +371,7 @@ def test_other_data_than_the_runs_only_where_it_is_asked_for(run, glue, fails, t
     moved = glue.rename(tmp_path / "moved")
     eval_.main([str(folder)])
     final = cli.show(result["final"])
-    assert f"dev (40 examples): {final}; training reported {final}" in capsys.readouterr().out
+    assert f"dev (40 examples): {final}\ntraining reported {final}" in capsys.readouterr().out
     shutil.copy(moved / "movies" / "dev.tsv", cached / "movies")
     assert f"dev in {cached.parent} is not the run's" in fails(eval_.main, [folder])
 
@@ -505,7 +505,7 @@ def test_a_mask_file_needs_nothing_but_its_backbone(run, fails, make_model, tmp_
     shutil.rmtree(folder)
     capsys.readouterr()
     eval_.main([str(alone)])
-    assert f"accuracy {result['final']['accuracy']:.4f}; training reported" in capsys.readouterr().out
+    assert f"accuracy {result['final']['accuracy']:.4f}\ntraining reported" in capsys.readouterr().out
     assert [len(v) for v in result["densities"].values()] == [2] * 6
     other = make_model("other", tensors=bert_tensors(CONFIG, seed=9))
     assert "the fingerprint of" in fails(eval_.main, [alone, "--model", other])

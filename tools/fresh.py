@@ -1,9 +1,9 @@
-"""Make what a GPT-2 folder lacks: a tokenizer from a text, a configuration, random weights; to train one from scratch.
+"""Make a GPT-2 of random weights, to train it from scratch: with a tokenizer that is learnt from a text.
 
-What the folder has already stays, so one with config.json and tokenizer.json alone gets weights.
+Or only the weights, in a folder that has a config.json and a tokenizer.json.
 
     python -m tools.fresh FOLDER --text wiki.train.tokens --vocabulary 8000 --layers 6 --hidden 384 --heads 6
-    python train.py --task wikitext2 --model FOLDER --method finetune --weight-lr 1e-3 --epochs 30
+    python train.py --task wikitext2 --model FOLDER --method finetune --weight-lr 1e-3 --epochs 20 --warmup 0.05
 """
 
 import math
@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from extras.gpt2 import GPT2, gpt2_config
 from extras.lm import END
 from plumbing.checkpoints import WEIGHTS, open_tokenizer, pack_weights
-from plumbing.cli import Parser, count, one_line_errors, seed, share_below_one, up_to
-from plumbing.files import json_bytes, named, read_json, regular, write_whole
+from plumbing.cli import Parser, fill, flag, number, one_line_errors, seed, share_below_one, up_to
+from plumbing.files import json_bytes, named, partial_folder, read_json, regular, write_whole
 
 
 def make_tokenizer(path, vocabulary):
@@ -33,9 +33,9 @@ def make_tokenizer(path, vocabulary):
     return tokenizer.to_str().encode()
 
 
-def make_tensors(config, number):
+def make_tensors(config, seed):
     """Random weights as GPT-2's authors start: normal, 0.02 wide, and less for what a residual adds up -> published."""
-    torch.manual_seed(number)
+    torch.manual_seed(seed)
     model = GPT2(config)
     for name, p in model.named_parameters():
         if p.ndim == 2:
@@ -45,38 +45,60 @@ def make_tensors(config, number):
     return model.published(model.state_dict())
 
 
+def make_folder(folder, args):
+    """Fill a folder with a tokenizer, a configuration and weights."""
+    write_whole(folder / "tokenizer.json", make_tokenizer(args.text, args.vocabulary))
+    tokenizer = open_tokenizer(folder)
+    end = tokenizer.token_to_id(END)
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
+    config |= {"vocab_size": tokenizer.get_vocab_size(), "bos_token_id": end, "eos_token_id": end}
+    config |= {"n_layer": args.layers, "n_embd": args.hidden, "n_head": args.heads, "n_positions": args.positions}
+    config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), args.dropout)
+    write_whole(folder / "config.json", json_bytes(config))
+    write_weights(folder, args.seed)
+
+
+def write_weights(folder, seed):
+    with named(folder / "config.json"):
+        config = gpt2_config(read_json(folder / "config.json"))
+    write_whole(folder / WEIGHTS, pack_weights(make_tensors(config, seed)))
+
+
+SHAPE = {"vocabulary": 8000, "layers": 6, "hidden": 384, "heads": 6, "positions": 512, "dropout": 0.1}
+BYTES = 257  # entries of the smallest tokenizer: all bytes, and the end of a text
+
+
 @one_line_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m tools.fresh", description="Make what a GPT-2 folder lacks, with random weights.")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new one, or one that lacks files")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="learn tokenizer.json from this text")
-    parser.add_argument("--vocabulary", type=count, default=8000, help="entries of the tokenizer, at most (8000)")
-    parser.add_argument("--layers", type=up_to(1000), default=6, help="(6)")
-    parser.add_argument("--hidden", type=up_to(16384), default=384, help="width (384)")
-    parser.add_argument("--heads", type=up_to(16384), default=6, help="attention heads of a layer (6)")
-    parser.add_argument("--positions", type=up_to(65536), default=512, help="longest input in tokens (512)")
-    parser.add_argument("--dropout", type=share_below_one, default=0.1, help="everywhere (0.1)")
+    parser = Parser(prog="python -m tools.fresh", description="Make a GPT-2 of random weights.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new one, or one that lacks weights alone")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="learn the tokenizer from this text")
+    entries = number(int, f"a whole number, at least {BYTES}", lambda x: BYTES <= x < 1 << 24)
+    parser.add_argument("--vocabulary", type=entries, help="entries of the tokenizer, at most (8000)")
+    parser.add_argument("--layers", type=up_to(1000), help="(6)")
+    parser.add_argument("--hidden", type=up_to(16384), help="width (384)")
+    parser.add_argument("--heads", type=up_to(16384), help="attention heads of a layer (6)")
+    parser.add_argument("--positions", type=up_to(65536), help="longest input in tokens (512)")
+    parser.add_argument("--dropout", type=share_below_one, help="everywhere (0.1)")
     parser.add_argument("--seed", type=seed, default=0, help="of the weights (0)")
     args = parser.parse_args(argv)
-    if (args.folder / WEIGHTS).exists():
-        raise ValueError(f"{args.folder / WEIGHTS} is there already; delete it, or name another folder")
-    tokenizer, config = args.folder / "tokenizer.json", args.folder / "config.json"
-    if not tokenizer.exists():
-        if args.text is None:
-            raise ValueError(f"there is no {tokenizer}; name a text to learn one from with --text")
-        write_whole(tokenizer, make_tokenizer(args.text, args.vocabulary))
-    if not config.exists():
-        shape = {"n_layer": args.layers, "n_embd": args.hidden, "n_head": args.heads, "n_positions": args.positions}
-        known = open_tokenizer(args.folder)
-        end = known.token_to_id(END)
-        dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), args.dropout)
-        what = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
-        what |= {"vocab_size": known.get_vocab_size(), "bos_token_id": end, "eos_token_id": end}
-        write_whole(config, json_bytes(what | shape | dropout))
-    with named(config):
-        model_config = gpt2_config(read_json(config))
-    write_whole(args.folder / WEIGHTS, pack_weights(make_tensors(model_config, args.seed)))
-    print(f"{args.folder}: {model_config.n_layer} layers, {model_config.n_embd} wide, {model_config.vocab_size} tokens")
+    given = [name for name in ("text", *SHAPE) if getattr(args, name) is not None]
+    fill(args, SHAPE)
+    found = {path.name for path in args.folder.iterdir()} if args.folder.is_dir() else set()
+    if {"config.json", "tokenizer.json"} <= found and WEIGHTS not in found:
+        if given:
+            parser.error(f"{flag(given[0])}: the files of {args.folder} decide that; name a new folder")
+        write_weights(args.folder, args.seed)
+    elif found or args.folder.is_file():
+        raise ValueError(f"{args.folder} is neither new nor a model's folder that lacks weights alone; name another")
+    elif args.text is None:
+        parser.error("--text: name a text to learn the tokenizer from")
+    elif args.hidden % args.heads:
+        parser.error(f"--hidden must be a multiple of --heads; got {args.hidden} and {args.heads}")
+    else:
+        with partial_folder(args.folder.resolve()) as part:
+            make_folder(part, args)
+    print(f"{args.folder}: random weights; train them with --model {args.folder} --method finetune")
 
 
 if __name__ == "__main__":
