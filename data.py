@@ -30,7 +30,7 @@ class Task:
     text: tuple  # columns of the sentence (and of its pair), by header name; by number where there is no header
     label: str | int
     words: dict  # label as it stands in the file -> label word, in the order of the classes; one alone: regression
-    metrics: tuple  # of plumbing.metrics, or of the task's own Examples; by the first, one is best
+    metrics: tuple  # in plumbing.metrics, or scored by its Examples; the first decides which evaluation is best
     epochs: int
 
     # the recipe

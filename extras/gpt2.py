@@ -50,7 +50,7 @@ class Config:
     embd_pdrop: float = 0.1
     attn_pdrop: float = 0.1
     resid_pdrop: float = 0.1
-    model_type: str = "gpt2"
+    model_type: str = "gpt2"  # this and the next two are no numbers, see read_config
     heads_per_layer: tuple = ()  # of a model that lost some; see model.Config
     neurons_per_layer: tuple = ()
 

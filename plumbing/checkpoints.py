@@ -42,7 +42,7 @@ def lacks(folder):
     if (folder / "pytorch_model.bin").exists():
         how = "model.save_pretrained(FOLDER, safe_serialization=True) of transformers writes it"
         return f"has pytorch_model.bin, which is not read because it could run code; {how} as {WEIGHTS}"
-    return f"has no {WEIGHTS}"
+    return f"has no {WEIGHTS} (python -m tools.fresh {folder} makes random ones for a GPT-2)"
 
 
 def read_model(folder):

@@ -277,7 +277,7 @@ def test_compact_export_takes_out_what_is_dead(make_gpt2, texts, tmp_path, capsy
     assert values[0] == values[1]
 
 
-def test_a_fresh_folder(tmp_path, capsys, fails):
+def test_a_fresh_folder(tmp_path, texts, fails):
     """Tokenizer, configuration and weights; what is there stays; the same seed gives the same weights."""
     (tmp_path / "t.txt").write_text(" the film is good\n" * 50)
     flags = ["--text", tmp_path / "t.txt", "--vocabulary", 270, "--layers", 2, "--hidden", 16, "--heads", 2]
@@ -293,6 +293,9 @@ def test_a_fresh_folder(tmp_path, capsys, fails):
     assert weights[0] == weights[1]
     assert "is neither new nor a model's folder that lacks weights alone" in fails(fresh.main, [tmp_path / "a", *flags])
     (tmp_path / "b" / "model.safetensors").unlink()
+    assert f"has no model.safetensors (python -m tools.fresh {tmp_path / 'b'} makes" in fails(
+        train.main, ["--task", "ptb", "--model", tmp_path / "b", "--data-dir", texts, "--out", tmp_path / "out"]
+    )
     assert "--layers: the files of" in fails(fresh.main, [tmp_path / "b", "--layers", 2])
     before = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
     fresh.main([str(tmp_path / "b"), "--seed", "1"])
