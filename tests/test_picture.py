@@ -80,6 +80,7 @@ def test_what_people_see(capsys, runs):
         *["layer"] * 2,
         "all",
         "dev",
+        "training",  # reported
         "the",  # model only guesses: these runs are short
     ]
     picture.main(runs[:1])
