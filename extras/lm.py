@@ -83,7 +83,7 @@ class Prompt(Examples):
 
     def keep(self, logits, labels):
         """Logits [B, S, V], labels [B] -> those of the token to come [B, V]."""
-        return logits[torch.arange(len(labels)), labels]
+        return logits[torch.arange(len(labels), device=logits.device), labels]
 
 
 # --- texts ---------------------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ def activations(model, examples, device, seed):
         batch = needed[start : start + BATCH]
         inputs, _ = collate(examples, rows[batch], device)
         here = np.isin(owner, batch)
-        at = np.searchsorted(batch, owner[here]) * inputs.shape[2] + place[here]  # rows of [B * S, units]
+        rows_here = np.searchsorted(batch, owner[here]) * inputs.shape[2] + place[here]  # of [B * S, units]
+        at = torch.from_numpy(rows_here).to(device)
         model.states(*inputs)
     for hook in hooks:
         hook.remove()

@@ -179,7 +179,7 @@ def add_texts(parser):
 def add_files(parser):
     """The flags for files that several commands share."""
     parser.add_argument("--model", metavar="MODEL", help=f"{', '.join(fetch.MODELS)}, or a folder")
-    parser.add_argument("--data-dir", metavar="FOLDER", help="a folder that has those of the tasks; default: download")
+    parser.add_argument("--data-dir", metavar="FOLDER", help="where the tasks' folders are; default: download")
 
 
 def add_machine(parser):
