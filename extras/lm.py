@@ -54,6 +54,7 @@ class Blocks(Examples):
 
     @classmethod
     def of(cls, ids, tokens_per_word):
+        """Blocks of ids [N, S], from which the labels follow."""
         labels = np.full_like(ids, NOTHING)
         labels[:, :-1] = ids[:, 1:]
         return cls(ids, np.zeros((len(ids), 1), np.int32), labels, ids.shape[1], tokens_per_word)
@@ -125,7 +126,7 @@ def read_blocks(task, path, tokenizer):
         encoded = encode_texts(tokenizer, lines[start : start + LINES], add_special_tokens=False)
         parts += [np.array(e.ids, dtype=np.int32) for e in encoded]
     tokenizer.enable_truncation(size)
-    ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    ids = np.concatenate(parts)
     count = len(ids) // size
     if count == 0:
         raise ValueError(f"{path} is shorter than a block of {size} tokens (it has {len(ids)}); lower --length")

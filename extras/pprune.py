@@ -254,16 +254,17 @@ def choose(model, units, examples, keep, device, seed):
 def shrink(model, heads, neurons):
     """A new model with only these heads and neurons, a tensor of indices for each layer."""
     tensors = model.state_dict()
-    names = {group: [name.removesuffix(".weight") for name in weights] for group, weights in model.prunable().items()}
+    names = {group: list(weights) for group, weights in model.prunable().items()}
     size = model.config.head_size
     for i, (kept_heads, kept_neurons) in enumerate(zip(heads, neurons, strict=True)):
         rows = (kept_heads[:, None] * size + torch.arange(size)).flatten()  # [heads, size] -> [heads * size]
         for group, kept in {"query": rows, "key": rows, "value": rows, "intermediate": kept_neurons}.items():
-            for name in (f"{names[group][i]}.weight", f"{names[group][i]}.bias"):
+            weight = names[group][i]
+            for name in (weight, weight.removesuffix("weight") + "bias"):
                 tensors[name] = tensors[name][kept]
         for group, kept in {"attn_output": rows, "output": kept_neurons}.items():
-            name = f"{names[group][i]}.weight"
-            tensors[name] = tensors[name][:, kept].contiguous()
+            weight = names[group][i]
+            tensors[weight] = tensors[weight][:, kept].contiguous()
     counts = {"heads_per_layer": tuple(map(len, heads)), "neurons_per_layer": tuple(map(len, neurons))}
     return model.resized(replace(model.config, **counts), tensors)
 

@@ -170,7 +170,7 @@ def add_texts(parser):
     asked.add_argument("--text-file", type=Path, metavar="FILE", help="the same for each line of a file, as TSV")
     asked.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
     parser.add_argument("--pair", help="the second sentence, or the paragraph, where the task takes two texts")
-    drawing = parser.add_argument_group("language models", "How --text is continued; without, by the likeliest token.")
+    drawing = parser.add_argument_group("language models", "Without these, --text goes on with the likeliest token.")
     warmth = number(float, "a number from 0.01 to 100", lambda x: 0.01 <= x <= 100)
     drawing.add_argument("--temperature", type=warmth, help="draw: 1 by probability, below 1 likelier tokens")
     drawing.add_argument("--seed", type=seed, default=0, help="of what is drawn (0)")

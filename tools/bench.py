@@ -232,7 +232,7 @@ def main(argv=None):
         found = time_step(args, args.method, device, dtype, peak, bandwidth)
         found |= time_step(args, "finetune", device, dtype, peak, bandwidth)
         print(f"{args.method} takes {found[args.method] / found['finetune']:.2f} times the dense step")
-    of_training = ("layers", "hidden", "method", "compile", "eager")
+    of_training = ("layers", "hidden", "gpt2", "method", "compile", "eager")
     line = {key: value for key, value in vars(args).items() if not (args.inference and key in of_training)}
     line |= {"device": name, "dtype": cli.dtype_name(dtype), "processes": parallel.processes()}
     print(json.dumps(line | found | cli.code_version()["versions"]))

@@ -14,15 +14,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from extras.gpt2 import GPT2, gpt2_config
 from extras.lm import END
+from plumbing import cli
 from plumbing.checkpoints import WEIGHTS, open_tokenizer, pack_weights
-from plumbing.cli import Parser, fill, flag, number, one_line_errors, seed, share_below_one, up_to
 from plumbing.files import json_bytes, named, partial_folder, read_json, regular, write_whole
 
 
 def make_tokenizer(path, vocabulary):
     """A byte-level BPE like GPT-2's, of at most so many entries, learnt from the lines of a text -> tokenizer.json."""
     with named(path):
-        lines = regular(path).read_bytes().decode("utf-8").splitlines(keepends=True)
+        lines = regular(path).read_bytes().decode("utf-8-sig").splitlines(keepends=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -68,26 +68,26 @@ SHAPE = {"vocabulary": 8000, "layers": 6, "hidden": 384, "heads": 6, "positions"
 BYTES = 257  # entries of the smallest tokenizer: all bytes, and the end of a text
 
 
-@one_line_errors()
+@cli.one_line_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m tools.fresh", description="Make a GPT-2 of random weights.")
+    parser = cli.Parser(prog="python -m tools.fresh", description="Make a GPT-2 of random weights.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new one, or one that lacks weights alone")
     parser.add_argument("--text", type=Path, metavar="FILE", help="learn the tokenizer from this text")
-    entries = number(int, f"a whole number, at least {BYTES}", lambda x: BYTES <= x < 1 << 24)
+    entries = cli.number(int, f"a whole number, at least {BYTES}", lambda x: BYTES <= x < 1 << 24)
     parser.add_argument("--vocabulary", type=entries, help="entries of the tokenizer, at most (8000)")
-    parser.add_argument("--layers", type=up_to(1000), help="(6)")
-    parser.add_argument("--hidden", type=up_to(16384), help="width (384)")
-    parser.add_argument("--heads", type=up_to(16384), help="attention heads of a layer (6)")
-    parser.add_argument("--positions", type=up_to(65536), help="longest input in tokens (512)")
-    parser.add_argument("--dropout", type=share_below_one, help="everywhere (0.1)")
-    parser.add_argument("--seed", type=seed, default=0, help="of the weights (0)")
+    parser.add_argument("--layers", type=cli.up_to(1000), help="(6)")
+    parser.add_argument("--hidden", type=cli.up_to(16384), help="width (384)")
+    parser.add_argument("--heads", type=cli.up_to(16384), help="attention heads of a layer (6)")
+    parser.add_argument("--positions", type=cli.up_to(65536), help="longest input in tokens (512)")
+    parser.add_argument("--dropout", type=cli.share_below_one, help="everywhere (0.1)")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the weights (0)")
     args = parser.parse_args(argv)
     given = [name for name in ("text", *SHAPE) if getattr(args, name) is not None]
-    fill(args, SHAPE)
+    cli.fill(args, SHAPE)
     found = {path.name for path in args.folder.iterdir()} if args.folder.is_dir() else set()
     if {"config.json", "tokenizer.json"} <= found and WEIGHTS not in found:
         if given:
-            parser.error(f"{flag(given[0])}: the files of {args.folder} decide that; name a new folder")
+            parser.error(f"{cli.flag(given[0])}: the files of {args.folder} decide that; name a new folder")
         write_weights(args.folder, args.seed)
     elif found or args.folder.is_file():
         raise ValueError(f"{args.folder} is neither new nor a model's folder that lacks weights alone; name another")
