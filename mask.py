@@ -55,7 +55,7 @@ def kth_largest(scores, k):
     return values.masked_fill(k == 0, math.inf)  # no score reaches infinity: nothing is kept
 
 
-SAMPLES = 1 << 16  # of each row
+SAMPLES = 1 << 15  # of each row
 STRIDE = 32749  # a prime, so that samples come from all columns; a stride of 100 would see a few of 1000 columns alone
 
 
@@ -107,7 +107,7 @@ def highest(scores, k, exact):
     return masks
 
 
-# --- how many to keep, and where: (scores, importance, density, exact) -> masks ------------------------------
+# --- how many to keep, and where: (scores, importance, density, exact) -> masks {group: bool [L, out, in]} ---
 
 
 def mean_sigmoid(scores, temperature=1.0):
@@ -159,10 +159,7 @@ def whole_counts(densities, n, total):
 
 
 def smp_l(scores, importance, density, exact):
-    """SMP-L: the int(v * n) highest scores of each matrix. scores {group: [L, out, in]} -> bool, likewise.
-
-    density: a number, or in training a 0-dim tensor. The importance is for SMP-S: all are called alike.
-    """
+    """SMP-L: the int(v * n) highest scores of each matrix. All are called alike, and need not use the importance."""
     counts = [torch.as_tensor(count(density, s[0].numel()), device=s.device) for s in scores.values()]
     return highest(scores, torch.stack(counts)[:, None].expand(importance.shape), exact)  # [G] -> [G, L]
 
@@ -250,10 +247,12 @@ class Masks(nn.Module):
         return {n: t for group, stack in stacks.items() for n, t in zip(self.names[group], stack, strict=True)}
 
     def forward(self, density):
-        """-> masked weights {name: [out, in]} for one training step, and the regularizer R, both differentiable.
+        """-> masked weights {name: [out, in]} for one training step, and the regularizer R, both differentiable."""
+        masked, regularizer = self.stacked(density)
+        return self.by_name(masked), regularizer
 
-        R is the mean over all matrices of mean(sigmoid(S)) (eq. 6 with means, as reference code).
-        """
+    def stacked(self, density):
+        """-> masked {group: [L, out, in]}, and R: the mean of every mean(sigmoid(S)) (eq. 6; means: reference code)."""
         scores = self.scores
         means = mean_sigmoid(scores)  # [G, L]
         with torch.no_grad():  # which weights stay is not differentiable
@@ -262,7 +261,7 @@ class Masks(nn.Module):
         masked = {}
         for group, weight in self.weights.items():  # six operations, not one for each of the matrices
             masked[group] = self.method.rule.apply(weight.to(self.dtype), scores[group], masks[group])
-        return self.by_name(masked), means.mean()
+        return masked, means.mean()
 
     @torch.no_grad()
     def choose(self, density, exact=True):
@@ -281,7 +280,7 @@ class Masks(nn.Module):
 # --- the methods ---------------------------------------------------------------------------------------------
 
 SHARES = {"sparsity": 0.5, "hold": 0.0, "ramp": None, "schedule": None}  # None: the task, or the model, decides
-SCORES = {"lr": 2e-2, "penalty": 400.0}
+SCORES = {"lr": 2e-2, "penalty": None}
 
 
 @dataclass(frozen=True)

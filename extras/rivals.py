@@ -86,13 +86,13 @@ class Gates(TrainedMasks):
         for scores in self.scores.values():
             scores.data.fill_(math.log(0.9 / 0.1))  # nine in ten gates are open
 
-    def forward(self, density):
+    def stacked(self, density):
         open_share = mean_sigmoid({group: s + SHIFT for group, s in self.scores.items()}).mean()
         weights = {}
         for group, weight in self.weights.items():
             gates = hard_concrete(self.scores[group], noise=True)
             weights[group] = weight.to(self.dtype) * gates.to(self.dtype)
-        return self.by_name(weights), open_share
+        return weights, open_share
 
     @torch.no_grad()
     def baked(self, density, dtype=None):

@@ -1,12 +1,23 @@
-"""CUDA graphs: a function that is recorded once, and from then on replayed in one launch.
+"""What makes a step fast from outside, and knows nothing about what it computes: torch.compile, and CUDA graphs.
 
-A small model is bound by launching a thousand kernels a step. This wraps a function from outside, as torch.compile
-does, and knows nothing about what it computes:
+A small model is bound by launching a thousand kernels a step. So a function is recorded once, and from then on
+replayed in one launch:
 
+    compile_step(model, masks)
     forward_backward = Recorded(forward_backward, parameters)
 """
 
 import torch
+
+
+def compile_step(model, masks):
+    """Let torch.compile fuse the kernels of the layers and, on a GPU, those of the masks, if there are any.
+
+    Without by_name, as it would copy each matrix; and not on a CPU, where numpy looks for the thresholds.
+    """
+    model.compile_layers()
+    if masks and next(model.parameters()).is_cuda:
+        masks.stacked = torch.compile(masks.stacked, dynamic=False)
 
 
 class Recorded:

@@ -14,7 +14,7 @@ from data import Part
 from mask import METHODS
 from model import Bert, Config
 from plumbing.adam import set_rates
-from plumbing.graphs import Recorded
+from plumbing.graphs import Recorded, compile_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 TINY = Config(1000, 128, 2, 4, 256, 64, 2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -116,10 +116,10 @@ def test_thresholds_without_sorting_are_near_enough():
         assert ((kept - k).abs() <= 700).all()
 
 
-def test_compiled_layers_compute_the_same_and_are_not_compiled_for_every_width():
+def test_a_compiled_step_computes_the_same_and_is_not_compiled_for_every_width():
     _, learner, plain = make(dtype=torch.float32)
     model, compiled_learner, compiled = make(dtype=torch.float32)
-    model.compile_layers()
+    compile_step(model, compiled_learner.masks)
     compiled = Recorded(compiled, compiled_learner.parameters())
     compilations = []
     for width in range(8, 40, 4):

@@ -24,7 +24,7 @@ from model import Bert, Config, load_model
 from plumbing import cli, fetch, parallel
 from plumbing.adam import set_rates
 from plumbing.checkpoints import read_model
-from plumbing.graphs import Recorded
+from plumbing.graphs import Recorded, compile_step
 from train import Learner, make_forward_backward, train_step
 
 DENSITY = 0.5
@@ -155,7 +155,7 @@ def time_step(args, method, device, dtype, peak, bandwidth):
         scores.data.normal_(0, 0.1)
     forward_backward = make_forward_backward(model, learner)
     if args.compile:
-        model.compile_layers()
+        compile_step(model, learner.masks)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         if not args.eager:
