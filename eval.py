@@ -32,8 +32,9 @@ from plumbing.summary import guessing, write_predictions
 def predict(model, weights, examples, device):
     """What the examples keep of the model's logits [N, ...], in their order, without dropout.
 
-    `weights` {name: tensor} stand in for the model's own. Leaves the model in training mode, as it is loaded.
+    `weights` {name: tensor} stand in for the model's own.
     """
+    training = model.training
     model.eval()  # no dropout
     batches = data.batch_rows(examples, examples.eval_batch)
     outputs = []
@@ -41,7 +42,7 @@ def predict(model, weights, examples, device):
         inputs, labels = data.collate(examples, rows, device)
         logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
         outputs.append(examples.keep(logits, labels).cpu())
-    model.train()
+    model.train(training)
     order = np.concatenate(batches).argsort()  # batches are of like length, not in order
     return torch.cat(parallel.gather(outputs))[order]
 

@@ -11,6 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import plumbing  # noqa: F401  # isort: skip (it tells the threads of torch, before they start, how to wait)
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,9 +27,9 @@ from plumbing import cli, fetch, parallel
 from plumbing.adam import make_optimizer, set_rates
 from plumbing.checkpoints import pack_weights, tokenizer_bytes, tokenizer_config
 from plumbing.files import json_bytes, pack_masks, read_json, sha256
-from plumbing.graphs import Recorded
+from plumbing.graphs import Recorded, compile_step
 from plumbing.run import Run, identity, interrupted_run
-from plumbing.summary import evaluation, summary
+from plumbing.summary import evaluation, expected, opening, summary
 
 LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
 
@@ -53,8 +54,8 @@ def make_parser():
     some.add_argument("--hold", type=cli.share, help="share of steps before pruning starts (0)")
     some.add_argument("--ramp", type=cli.share, help="share of steps after which the target is reached (movies: 0.9)")
     some.add_argument("--schedule", choices=("cubic", "linear"), help="of the density (BERT: cubic, else linear)")
-    some.add_argument("--penalty", type=cli.not_negative, help="lambda, the final weight of the regularizer (400)")
-    some.add_argument("--temperature", type=cli.positive, help="p of SMP-S (4 if 70 %% or more stay, else 1)")
+    some.add_argument("--penalty", type=cli.not_negative, help="lambda: the regularizer at the end (400; movies: 800)")
+    some.add_argument("--temperature", type=cli.positive, help="p of SMP-S (movies, or 70 %% stay: 4, else 1)")
     for name, text in {name: text for method in METHODS.values() for name, text in method.help.items()}.items():
         some.add_argument(cli.flag(name), type=cli.positive, help=text)
     cli.add_training(parser)
@@ -77,7 +78,8 @@ def parse_args(argv):
             known = ", ".join(cli.flag(other) for other in used)
             parser.error(f"{cli.flag(name)}: {args.method} does not use it; the method flags it takes are {known}")
 
-    of_task = ["model", "batch", "length", *(name for name in ("ramp", "weight_lr") if name in used)]
+    of_task = ["model", "batch", "length", "dropout"]
+    of_task += [name for name in ("ramp", "weight_lr", "penalty", "temperature") if name in used]
     cli.fill(args, used)  # and where the method leaves it open, None, the task decides
     cli.fill(args, {name: getattr(TASKS[args.task], name) for name in of_task})
     cli.fill(args, {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0})  # where the method does not use them
@@ -261,6 +263,10 @@ def learn(args, run, model, learner, teacher, train, dev, schedule):
     forward_backward = make_forward_backward(model, learner, teacher)
     if device.type == "cuda" and not args.eager:  # wrapped from outside, as torch.compile wraps a model
         forward_backward = Recorded(forward_backward, learner.parameters())
+    if device.type == "cpu":
+        some = data.training_batches(train, args.batch, 9, args.seed, parts=args.accumulate)
+        steps = total - run.step + evals * sum(map(len, dev.values())) / args.batch / 3  # evaluating is forward alone
+        print(expected(forward_backward, optimizer, some, steps))
     batches = data.training_batches(train, args.batch, total, args.seed, device, args.accumulate, first=run.step)
     bar = cli.progress(batches, f"{args.task} {args.method}", total, run.step)
     recent = []  # losses since the last log line, on the device
@@ -340,14 +346,6 @@ def check_frozen(args, model, learner, folder):
             raise ValueError(f"{name} no longer equals that of {folder}; the run counts as unfinished")
 
 
-def say_before(args, run, total, frozen):
-    """Print what is already known of a run. frozen: whether it learns by its masks alone."""
-    if frozen and total < (needed := least_steps(args.sparsity)):
-        print(f"{total} steps are few: on movies, smp-s needs about {needed} at this sparsity to do more than guess")
-    for line in run.evaluations:  # of a resumed run, those before it was interrupted
-        print(evaluation(**line))
-
-
 @cli.one_line_errors()
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
@@ -375,18 +373,18 @@ def main(argv=None):
         model, facts = method.before(model, train, dev, args, device)
         description |= facts | {"config": str(model.config)}
         density = facts["density"]
-    model.to(device).requires_grad_(False)
+    model.to(device).requires_grad_(False).train(args.dropout)
     teacher = teacher and teacher.to(device, dtype)
     learner = Learner(model, method, density, dtype, args.temperature)
     if args.compile:
-        model.compile_layers()
+        compile_step(model, learner.masks)
 
     total = count_steps(args, len(train))
     schedule = make_schedule(args, description["schedule"], total, density)
-    print(f"{args.task}: {len(train)} train, {sum(map(len, dev.values()))} dev examples; {total} steps of {args.batch}")
-    print(f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {density:.4g}) -> {run.folder}")
-    print(f"on {parallel.processes()} x {device} in {description['dtype']}: {why}")
-    say_before(args, run, total, frozen=learner.masks and not method.trains_weights)
+    needed = least_steps(args.sparsity) if learner.masks and not method.trains_weights else 1
+    sizes = len(train), sum(map(len, dev.values()))
+    machine = f"{parallel.processes()} x {device} in {description['dtype']}: {why}"
+    print("\n".join(opening(args, run, sizes, total, density, machine, needed)))
     torch.manual_seed(args.seed * parallel.processes() + parallel.rank())  # every process has dropout of its own
     with run:
         learn(args, run, model, learner, teacher, train, dev, schedule)

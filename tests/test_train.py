@@ -1,6 +1,7 @@
 """train.py and eval.py end to end on tiny models, and what happens to bad input."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from plumbing.adam import set_rates
 from plumbing.cli import choose_device
 from plumbing.metrics import accuracy, correlation, f1, ranks, spearman
 from plumbing.run import identity
-from plumbing.summary import guessing, write_predictions
+from plumbing.summary import duration, expected, guessing, write_predictions
 
 ROOT = Path(__file__).parent.parent
 
@@ -222,10 +224,11 @@ def test_a_teacher_is_asked_and_stays_as_it_is(run, monkeypatch, capsys):
     tokenizer = data.load_tokenizer(run.model, 16)
     examples = data.load_split("movies", "train", result["data_dir"], tokenizer)
     [(inputs, *_)] = next(data.training_batches(examples, 8, 1, seed=0))
-    assert len(asked) == 12 and torch.allclose(asked[0], teacher(*inputs), atol=1e-5)
-    assert not asked[0].requires_grad and result["teacher"] == str(dense)
+    _, _, first, *others = asked  # before it, two that only tell how long it will take
+    assert len(others) == 11 and torch.allclose(first, teacher(*inputs), atol=1e-5)
+    assert not first.requires_grad and result["teacher"] == str(dense)
     run("--teacher", dense, "--dtype", "bfloat16", out="half", steps=1)
-    assert load_run(dense).result["dtype"] == "float32" and asked[-1].sub(asked[0]).abs().max() > 1e-5  # in bfloat16
+    assert load_run(dense).result["dtype"] == "float32" and asked[-1].sub(first).abs().max() > 1e-5  # in bfloat16
     assert (dense / "model.safetensors").read_bytes() == before
 
 
@@ -658,7 +661,7 @@ def test_little_data_gets_steps_enough_unless_fewer_are_asked_for(run, capsys, m
     assert run(*learns, "--evals", 1, steps=None)[1]["final"]["accuracy"] > 0.9
     said = capsys.readouterr().out
     assert "300 steps of 8" in said and "are few" not in said and "only guesses" not in said
-    _, result = run("--epochs", 2, "--evals", 1, steps=None, out="epochs")
+    _, result = run("--epochs", 2, "--evals", 1, "--lr", 1e-6, steps=None, out="epochs")
     said = capsys.readouterr().out
     assert result["steps"] == 24
     assert "24 steps are few: on movies, smp-s needs about 300" in said
@@ -701,3 +704,51 @@ def test_the_commands_run_as_commands(run, glue, tmp_path):
     command = [sys.executable, ROOT / "train.py", "--sparsity", "2"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2 and "--sparsity" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_movie_takes_a_recipe_of_its_own():
+    def recipe(*argv):
+        args = train.parse_args(argv)
+        return args.batch, args.penalty, getattr(args, "temperature", None), args.dropout
+
+    assert recipe() == (16, 800, 4, False)
+    assert recipe("--dropout", "--penalty", "5", "--temperature", "2") == (16, 5, 2, True)
+    assert recipe("--task", "rte") == (32, 400, None, True)
+    assert recipe("--method", "movement") == (16, 0, None, False)  # a method's own comes first
+
+
+def test_dropout_can_be_left_out(run, make_model):
+    none = make_model("without", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    found = {}
+    for name, flags in {"off": ["--no-dropout"], "on": ["--dropout"], "none": ["--dropout", "--model", none]}.items():
+        folder, result = run(*flags, out=name)
+        assert result["dropout"] == ("--dropout" in flags)
+        found[name] = (folder / "log.jsonl").read_text()
+    assert found["off"] == found["none"] != found["on"]
+
+
+def test_how_long_a_run_will_take_is_said_before_it_begins(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr("plumbing.summary.time", SimpleNamespace(perf_counter=lambda: 2 * next(ticks)))
+    parameter = torch.nn.Parameter(torch.ones(3))
+    widths = []
+
+    def forward_backward(inputs, labels, share, density, penalty):
+        widths.append(inputs.shape[2])
+        (parameter * torch.rand(3)).sum().backward()
+
+    batches = [[data.Part(torch.ones(3, 2, width), None)] * 2 for width in (12, 4, 8)]
+    before = torch.get_rng_state()
+    said = expected(forward_backward, torch.optim.SGD([parameter]), batches, steps=150)
+    assert said == "about 5 minutes: 2.00 s a step" and widths == [8] * 4  # two parts, twice
+    assert parameter.grad is None and torch.get_rng_state().equal(before)
+    times = {0.4: "0 seconds", 119: "119 seconds", 120: "2 minutes", 7199: "120 minutes", 86400: "24 hours"}
+    assert {seconds: duration(seconds) for seconds in times} == times and duration(2e6) == "23 days"
+
+
+@pytest.mark.parametrize("module", ["train", "tools.bench"])
+def test_threads_are_told_how_to_wait_before_they_start(module):
+    order = "[name for name in sys.modules if name in ('torch', 'plumbing')]"
+    code = f"import os, sys, {module}; print({order}, *os.environ.items())"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ended.stdout.startswith("['plumbing', 'torch']") and "('GOMP_SPINCOUNT', '10000')" in ended.stdout

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import TASKS
 from plumbing.cli import Parser, count, one_line_errors
 from plumbing.files import check_types, read_json, regular
-from tools.lists import BY_TASK, LISTS, STEPS, words
+from tools.lists import BY_TASK, LISTS, STEPS, earlier, words
 from tools.picture import plot_curves
 
 ROOT = Path(__file__).parent.parent
@@ -189,13 +189,14 @@ def make_missing(name, folder, at_once, seconds, machine):
 
 
 def kind(line, merge=False):
-    """What a table's row stands for: a command without its task and seed, and what comes from STEPS.
+    """What a table's row stands for: a command without its task and seed, and what comes from STEPS and earlier().
 
     merge: what comes from BY_TASK is named so, and the tasks share a row.
     """
     given = shlex.split(line["command"].removeprefix("python train.py "))
     given = [word for word in given if not word.startswith(("--task=", "--model=", "--seed="))]
-    given = [word.removeprefix("--method=") for word in given if word != f"--steps={STEPS[line['task']]}"]
+    usual = words({"steps": STEPS[line["task"]]} | earlier(line["task"], line["method"], line["sparsity"]))
+    given = [word.removeprefix("--method=") for word in given if word not in usual]
     own = words(BY_TASK.get((line["task"], line["method"], line["sparsity"]), {})) if merge else []
     if own and set(own) <= set(given):
         given = [word for word in given if word not in own] + ["BY_TASK"]
