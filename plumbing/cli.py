@@ -255,7 +255,7 @@ def shaded_table(title, columns):
     names = [name.replace("_", " ").replace("intermediate", "intermed.") for name in columns]
     lines = [table_row(title, names)]
     for i, row in enumerate(table):
-        lines.append(table_row(f"layer {i}", [f"{shade(v, table.max(), WIDTH - 7)} {v:.3f}" for v in row]))
+        lines.append(table_row(f"layer {i}", [f"{shade(v, table, WIDTH - 7)} {v:.3f}" for v in row]))
     return [*lines, table_row("all", [f"{v:.4f}" for v in table.mean(0)])]
 
 
@@ -263,10 +263,15 @@ def table_row(first, cells):
     return f"{first:8}" + "".join(f"{cell:>{WIDTH}}" for cell in cells)
 
 
-def shade(value, highest, width):
-    """A bar of one shade, darker for more; plain signs where the terminal knows no blocks."""
+def shade(value, table, width):
+    """A bar of one shade, from light for the lowest of a table to dark for its highest; empty for 0.
+
+    Where all are alike, all are dark. Plain signs where the terminal knows no blocks.
+    """
     shades = " ░▒▓█" if (sys.stdout.encoding or "").lower().startswith("utf") else " .:+#"
-    darkness = min(math.ceil(4 * value / highest), 4) if highest else 0
+    lowest, highest = table.min(), table.max()
+    place = (value - lowest) / (highest - lowest) if highest - lowest >= 0.01 else 1.0
+    darkness = 1 + min(math.floor(4 * place), 3) if value else 0
     return shades[darkness] * width
 
 

@@ -40,7 +40,7 @@ def expected(forward_backward, optimizer, batches, steps):
     batches: some, as of data.training_batches; the one of middling size stands for all.
     """
     batches = sorted(batches, key=lambda parts: parts[0].inputs.numel())
-    with torch.random.fork_rng():  # training will draw what it would have drawn
+    with torch.random.fork_rng(devices=[]):  # training will draw what it would have drawn
         for _ in range(2):  # the first time is slower
             start = time.perf_counter()
             for part in batches[len(batches) // 2]:

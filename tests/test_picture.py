@@ -42,6 +42,10 @@ def test_maps_fit_the_terminal(masks, monkeypatch):
     (row,) = picture.head_map(np.full((1, 16), 0.5))[1:]
     assert len(row) <= 80 and row.count("█50") == 16
     assert picture.head_map(np.zeros((1, 2)))[1].split() == ["layer", "0", "0", "0"]
+    lines = shaded_table("density", {"a": [0.42, 0.46, 0.5, 0.54]})
+    assert [line.split()[2] for line in lines[1:-1]] == ["░" * 5, "▒" * 5, "▓" * 5, "█" * 5]
+    lines = shaded_table("density", {"a": [0.5, 0.501]})
+    assert [line.split()[2] for line in lines[1:-1]] == ["█" * 5] * 2  # all alike
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     print("\n".join(shaded_table("density", eval_.densities(GROUPS, masks))))
 

@@ -28,7 +28,7 @@ def head_map(found):
     """Lines: the density of each attention head in percent, a row a layer, from head_densities()."""
     lines = ["heads, % " + "".join(f"{h:>4}" for h in range(found.shape[1]))]
     for i, row in enumerate(found):
-        lines.append(f"layer {i:<3}" + "".join(f" {shade(v, found.max(), 1)}{100 * v:2.0f}" for v in row))
+        lines.append(f"layer {i:<3}" + "".join(f" {shade(v, found, 1)}{100 * v:2.0f}" for v in row))
     return lines
 
 
@@ -123,11 +123,12 @@ def plot_run(path, title, found, losses, evaluations):
     figure = figure_of(11, 4.2)
     left, right = figure.subplots(1, 2)
     table = np.array(list(found.values())).T  # [layers, groups]
-    image = left.imshow(table, vmin=0, vmax=table.max(), cmap="viridis", aspect="auto")
+    low, high = min(table.min(), table.max() - 0.01), table.max()
+    image = left.imshow(table, vmin=low, vmax=high, cmap="viridis", aspect="auto")
     left.set_xticks(range(len(found)), [name.replace("_", "\n") for name in found], fontsize=8)
     left.set_yticks(range(len(table)), [f"layer {i}" for i in range(len(table))], fontsize=8)
     for (i, j), v in np.ndenumerate(table):
-        color = "black" if v > 0.6 * table.max() else "white"
+        color = "black" if v > low + 0.6 * (high - low) else "white"
         left.text(j, i, f"{v:.3f}", ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(image, ax=left)
     left.set_title(f"{title}: share of weights kept", fontsize=10)
