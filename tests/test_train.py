@@ -224,7 +224,7 @@ def test_a_teacher_is_asked_and_stays_as_it_is(run, monkeypatch, capsys):
     tokenizer = data.load_tokenizer(run.model, 16)
     examples = data.load_split("movies", "train", result["data_dir"], tokenizer)
     [(inputs, *_)] = next(data.training_batches(examples, 8, 1, seed=0))
-    _, _, first, *others = asked  # before it, two that only tell how long it will take
+    _, _, _, first, *others = asked  # before it, three that only tell how long it will take
     assert len(others) == 11 and torch.allclose(first, teacher(*inputs), atol=1e-5)
     assert not first.requires_grad and result["teacher"] == str(dense)
     run("--teacher", dense, "--dtype", "bfloat16", out="half", steps=1)
@@ -740,7 +740,7 @@ def test_how_long_a_run_will_take_is_said_before_it_begins(monkeypatch):
     batches = [[data.Part(torch.ones(3, 2, width), None)] * 2 for width in (12, 4, 8)]
     before = torch.get_rng_state()
     said = expected(forward_backward, torch.optim.SGD([parameter]), batches, steps=150)
-    assert said == "about 5 minutes: 2.00 s a step" and widths == [8] * 4  # two parts, twice
+    assert said == "about 5 minutes: 2.00 s a step" and widths == [8] * 6  # two parts, three times
     assert parameter.grad is None and torch.get_rng_state().equal(before)
     times = {0.4: "0 seconds", 119: "119 seconds", 120: "2 minutes", 7199: "120 minutes", 86400: "24 hours"}
     assert {seconds: duration(seconds) for seconds in times} == times and duration(2e6) == "23 days"
