@@ -251,7 +251,7 @@ def load_split(name, split, data_dir, tokenizer):
 
 
 def collate(examples, rows, device="cpu", width=None):
-    """Rows of Examples -> (ids, segments and mask as one [3, B, S]; labels [B]); S: the width, or see padded."""
+    """Rows of Examples -> (ids, segments and mask as one [3, B, S]; labels [B]); S: `width`, or what padded() gives."""
     lengths = np.array([len(examples.ids[r]) for r in rows])
     inputs = np.zeros((3, len(rows), width or padded(lengths.max(), examples.limit)), dtype=np.int64)
     for i, r in enumerate(rows):  # what fills up is masked, so any id will do

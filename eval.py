@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import plumbing  # noqa: F401  # isort: skip (before torch, see there)
 import numpy as np
 import torch
 from torch.func import functional_call

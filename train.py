@@ -54,8 +54,8 @@ def make_parser():
     some.add_argument("--hold", type=cli.share, help="share of steps before pruning starts (0)")
     some.add_argument("--ramp", type=cli.share, help="share of steps after which the target is reached (movies: 0.9)")
     some.add_argument("--schedule", choices=("cubic", "linear"), help="of the density (BERT: cubic, else linear)")
-    some.add_argument("--penalty", type=cli.not_negative, help="lambda: the regularizer at the end (400; movies: 800)")
-    some.add_argument("--temperature", type=cli.positive, help="p of SMP-S (movies, or 70 %% stay: 4, else 1)")
+    some.add_argument("--penalty", type=cli.not_negative, help="lambda of the regularizer (SMP: 400; on movies 800)")
+    some.add_argument("--temperature", type=cli.positive, help="p of SMP-S (4 on movies, or where 70 %% stay; else 1)")
     for name, text in {name: text for method in METHODS.values() for name, text in method.help.items()}.items():
         some.add_argument(cli.flag(name), type=cli.positive, help=text)
     cli.add_training(parser)
@@ -227,7 +227,7 @@ def load_teacher(run, args, tokenizer):
 
 
 def least_steps(sparsity):
-    """With fewer, scores that start equal hardly part, and the model guesses (measured, see results/README.md)."""
+    """With fewer, scores that start equal hardly part, and the model guesses (measured with batches of 32)."""
     return 300 if sparsity <= 0.5 else 1200
 
 
@@ -263,10 +263,10 @@ def learn(args, run, model, learner, teacher, train, dev, schedule):
     forward_backward = make_forward_backward(model, learner, teacher)
     if device.type == "cuda" and not args.eager:  # wrapped from outside, as torch.compile wraps a model
         forward_backward = Recorded(forward_backward, learner.parameters())
-    if device.type == "cpu":
+    if device.type == "cpu" and total - run.step > LOG_EVERY:
         some = data.training_batches(train, args.batch, 9, args.seed, parts=args.accumulate)
-        steps = total - run.step + evals * sum(map(len, dev.values())) / args.batch / 3  # evaluating is forward alone
-        print(expected(forward_backward, optimizer, some, steps))
+        evaluated = sum(step > run.step for step in eval_steps) * sum(map(len, dev.values())) / 3  # forward alone
+        print(expected(forward_backward, optimizer, some, total - run.step + evaluated / args.batch))
     batches = data.training_batches(train, args.batch, total, args.seed, device, args.accumulate, first=run.step)
     bar = cli.progress(batches, f"{args.task} {args.method}", total, run.step)
     recent = []  # losses since the last log line, on the device
@@ -365,7 +365,8 @@ def main(argv=None):
     description |= {f"{name} digest": examples.digest() for name, examples in {"train": train, **dev}.items()}
     if teacher:
         description["teacher digest"] = identity(Path(args.teacher), teacher)["fingerprint"]
-    run.check_identity(dict(description))
+    flags = {cli.flag(name): str(value) for name, value in vars(args).items() if name not in ("out", "resume")}
+    run.check_identity(flags | description)
 
     method = METHODS[args.method]
     density = 1 - args.sparsity

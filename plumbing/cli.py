@@ -192,6 +192,8 @@ def add_training(parser):
     """The flags of any training: how long, into which folder, on what machine."""
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=seed, default=0, help="seed for batches, dropout and fresh weights (0)")
+    both = argparse.BooleanOptionalAction
+    run.add_argument("--dropout", action=both, help="drop at the model's own rates in training (yes; movies: no)")
     run.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/ plus a name made from the settings")
     run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue an interrupted run; no other flags")
     length = parser.add_argument_group("length")
@@ -200,8 +202,6 @@ def add_training(parser):
     length.add_argument("--batch", type=count, help="examples per step (movies: 16)")
     length.add_argument("--length", type=count, help="longest input in tokens; longer ones are cut (movies: 64)")
     length.add_argument("--evals", type=count, help="evaluations per run (movies: 4, fewer if short)")
-    yes_or_no = argparse.BooleanOptionalAction
-    run.add_argument("--dropout", action=yes_or_no, help="drop at the model's own rates in training (movies: no)")
     machine = parser.add_argument_group("machine")
     add_machine(machine)
     machine.add_argument("--accumulate", type=count, default=1, metavar="PARTS", help="take a batch in parts (1)")

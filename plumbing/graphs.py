@@ -13,7 +13,8 @@ import torch
 def compile_step(model, masks):
     """Let torch.compile fuse the kernels of the layers and, on a GPU, those of the masks, if there are any.
 
-    Without by_name, as it would copy each matrix; and not on a CPU, where numpy looks for the thresholds.
+    Of the masks `stacked`, not `forward`, whose by_name would copy each matrix; and not on a CPU, where numpy looks for
+    the thresholds.
     """
     model.compile_layers()
     if masks and next(model.parameters()).is_cuda:

@@ -83,6 +83,7 @@ def summary(result, folder, dev, texts):
     if result["method"] != "finetune":  # the dense model, trained as long and as fast
         given = ["task", "model", "data_dir", "head", "seed", "steps", "batch", "length", "weight_lr"]
         words = [f"{flag(name)}={result[name]}" for name in given if result[name] is not None]
+        words.append("--dropout" if result["dropout"] else "--no-dropout")
         yield f"       {shlex.join(['python', 'train.py', '--method=finetune', *words])}"
     yield from guessing(result["final"], next(iter(dev.values())).labels, bool(result["sparsity"]))
 

@@ -1,5 +1,6 @@
 """A run that is killed and resumed ends with the masks of one that was not."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import torch
 from conftest import CONFIG, bert_tensors
 from safetensors.torch import save_file
 
+import data
 import train
 from plumbing import run as plumbing_run
 from plumbing.files import lock, read_masks, seal, unseal
@@ -197,6 +199,12 @@ def test_states_that_would_do_harm(interrupted, fails, change, tensors):
     sealed(interrupted / "checkpoint.safetensors", change, tensors)
     said = fails(train.main, ["--resume", interrupted])
     assert "checkpoint of another run" in said or "no valid state of random numbers" in said
+
+
+def test_other_defaults_are_not_gone_on_with(interrupted, fails, monkeypatch):
+    monkeypatch.setitem(data.TASKS, "movies", dataclasses.replace(data.TASKS["movies"], penalty=5.0))
+    said = fails(train.main, ["--resume", interrupted])
+    assert "--resume: --penalty is 5.0 now, and was 800.0 when the run began" in said
 
 
 def test_a_shrunk_model_goes_on_too(flags, tmp_path, monkeypatch, fails):
