@@ -365,8 +365,7 @@ def main(argv=None):
     description |= {f"{name} digest": examples.digest() for name, examples in {"train": train, **dev}.items()}
     if teacher:
         description["teacher digest"] = identity(Path(args.teacher), teacher)["fingerprint"]
-    flags = {cli.flag(name): str(value) for name, value in vars(args).items() if name not in ("out", "resume")}
-    run.check_identity(flags | description)
+    run.check_identity(vars(args), description)
 
     method = METHODS[args.method]
     density = 1 - args.sparsity

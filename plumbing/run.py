@@ -25,6 +25,7 @@ import torch
 
 from plumbing import files, parallel
 from plumbing.checkpoints import tokenizer_bytes
+from plumbing.cli import flag
 
 LOG, CHECKPOINT, RESULT = "log.jsonl", "checkpoint.safetensors", "result.json"
 # What else a run writes into its folder.
@@ -79,8 +80,13 @@ class Run:
         if others - WRITTEN or found and not is_log(self.folder / LOG, empty=not others):
             raise ValueError(f"--out: {self.folder} holds files that are not of a run; name another folder")
 
-    def check_identity(self, identity):
-        """Raise ValueError when a resumed run is not on the model, data and device {what: value} that it began with."""
+    def check_identity(self, flags, description):
+        """Raise ValueError when a resumed run has other defaults, model, data or device than it began with.
+
+        flags: {name: value}; description: of the rest, {what: value}.
+        """
+        identity = {flag(name): str(value) for name, value in flags.items() if name not in ("out", "resume")}
+        identity |= description
         for what, value in identity.items() if self.resumed else ():
             before = self.identity.get(what)
             if before != value:
