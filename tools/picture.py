@@ -53,7 +53,7 @@ def comparison(groups, a, b):
     share = sum(shared.values()) / total
     by_chance = sum(kept[name] * chance[name] for name in a) / total
     what = "of what the first mask keeps is kept by the second too; chance would share"
-    note = "much is not the task: on movies, a mask of shuffled labels shared 0.76 (see results/README.md)"
+    note = "much is not the task: on movies, a mask of shuffled labels shared 0.76"
     return [*lines, note, f"{share:.3f} {what} {by_chance:.3f}"]
 
 
