@@ -76,11 +76,10 @@ def load_backbone(folder, task, length, head, fresh=True):
     if task.load:
         return task.load(folder, length, head)
     stored, tensors = read_model(folder)
-    with named(folder):
-        config = read_config(stored)
     tokenizer = data.load_tokenizer(folder, length)
     probe = tokenizer.encode(*"ab"[: len(task.text)])  # with what the tokenizer puts around texts
     with named(folder):
+        config = read_config(stored)
         if not 4 <= length <= config.longest_input:
             raise ValueError(f"--length {length}: the model takes 4 to {config.longest_input} tokens")
         ids = [*tokenizer.get_vocab().values(), *probe.ids]
@@ -103,7 +102,8 @@ def read_result(run):
 def load_run(run, model_name=None):
     """A finished run's folder, or a mask file -> Loaded. Raises ValueError that says what does not fit."""
     result = read_result(run)
-    own = METHODS[result["method"]].trains_weights
+    method = METHODS[result["method"]]
+    own = method.trains_weights
     if own and (run.is_file() or model_name):
         raise ValueError(f"{run}: this run trained weights of its own; name its folder, and leave out --model")
     folder = run if own else fetch.model_folder(model_name or result["model"])
@@ -113,18 +113,19 @@ def load_run(run, model_name=None):
     for what, found in identity(folder, model).items():
         if found != result[what] and not (own and what == "fingerprint"):
             raise ValueError(f"--model: the {what} of {folder} is not the one that {run} was trained with")
-    if METHODS[result["method"]].masking is None:  # the method decides whether there must be a mask, not the file
+    if method.masking is None:  # the method decides whether there must be a mask, not the file
         return Loaded(result, folder, model, tokenizer, {})
 
     mask_file = run if run.is_file() else run / "mask.safetensors"
     shapes = {name: w.shape for weights in model.prunable().values() for name, w in weights.items()}
-    masks, head, described = load_masks(mask_file, shapes)
+    masks, others, described = load_masks(mask_file, shapes)
     if described != result:  # the mask file is sealed, result.json is not
         raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
-    expected = {n: p.shape for n, p in model.named_parameters() if n.startswith("classifier.") and not own}
-    if expected != {name: tensor.shape for name, tensor in head.items()}:
+    weights = {} if own else dict(model.named_parameters())
+    expected = {n: w.shape for n, w in weights.items() if n.startswith("classifier.") or method.vectors and w.ndim == 1}
+    if expected != {name: tensor.shape for name, tensor in others.items()}:
         raise ValueError(f"{mask_file} was made for a head of another shape")
-    model.load_state_dict(head, strict=False)
+    model.load_state_dict(others, strict=False)
     return Loaded(result, folder, model, tokenizer, masks)
 
 
@@ -250,6 +251,7 @@ def look(run, args):
 def main(argv=None):
     args = parse_args(argv)
     parallel.refuse("eval.py")
+    cli.set_up(deterministic=False, steps=0)
     for run in args.runs:
         look(run, args)
 

@@ -294,10 +294,11 @@ class Method:
     help: dict = field(default_factory=dict)  # {flag: what it does}, of flags of its own
     rank: Callable = lambda weights, scores: scores  # {group: [L, out, in]} of both -> of what masking compares
     before: Callable | None = None  # (model, train set, dev sets, args, device) -> a smaller model, facts about it
+    vectors: bool = False  # whether biases and LayerNorms train beside the mask, whose file then holds them too
 
     @property
     def trains_weights(self):
-        return "weight_lr" in self.flags
+        return "weight_lr" in self.flags and not self.vectors
 
 
 METHODS = {

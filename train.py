@@ -102,7 +102,7 @@ def parse_args(argv):
 class Learner(nn.Module):
     """What a run learns of a frozen float32 model: masks, or None, and other weights. The rest is rounded to dtype.
 
-    method: a row of METHODS. Other weights: a fresh classifier; with a method that trains weights, all of them.
+    method: a row of METHODS. Other weights: a fresh classifier; vectors or all weights, where the method trains them.
     """
 
     def __init__(self, model, method, density, dtype, temperature=None):
@@ -113,7 +113,8 @@ class Learner(nn.Module):
         masked = {name for weights in groups.values() for name in weights}
         trained = {}
         for name, weight in model.named_parameters():
-            if name not in masked and (method.trains_weights or name.startswith("classifier.")):
+            learns = method.trains_weights or method.vectors and weight.ndim == 1 or name.startswith("classifier.")
+            if learns and name not in masked:
                 trained[name] = weight.detach().float().clone()
         self.names = list(trained)  # a ParameterDict takes no names with dots
         self.weights = nn.ParameterList(trained.values())
@@ -330,7 +331,7 @@ def finish(args, run, model, learner, folder, description):
         files["tokenizer_config.json"] = tokenizer_config(folder, model.config.longest_input)
     else:
         check_frozen(args, model, learner, folder)
-        head = trained  # a fresh classifier, or nothing
+        head = trained  # a fresh classifier, biases and LayerNorms, or nothing
     if masks:
         files["mask.safetensors"] = pack_masks(masks, result, head)
     run.finish(files, result)
@@ -353,11 +354,12 @@ def main(argv=None):
     run = interrupted_run(args.resume) if args.resume else Run(args.out, argv)
     args = parse_args(run.argv)  # of a resumed run, the flags that it began with
     torch.manual_seed(args.seed)  # of a fresh classifier
-    cli.set_up(args.deterministic, args.eager)
     device, dtype, why = cli.choose_device(args.device, args.dtype)
     parallel.start(device)
     with parallel.first_process_first():  # only one downloads
         model, folder, teacher, train, dev = load_everything(args)
+    total = count_steps(args, len(train))
+    cli.set_up(args.deterministic, 0 if args.eager else total)
 
     # What the run depends on beside its flags. Of a resumed one, all this must be what it was.
     description = identity(folder, model) | {"device": device.type, "dtype": cli.dtype_name(dtype)}
@@ -379,7 +381,6 @@ def main(argv=None):
     if args.compile:
         compile_step(model, learner.masks)
 
-    total = count_steps(args, len(train))
     schedule = make_schedule(args, description["schedule"], total, density)
     needed = least_steps(args.sparsity) if learner.masks and not method.trains_weights else 1
     sizes = len(train), sum(map(len, dev.values()))

@@ -1,9 +1,8 @@
 """The methods that SMP is compared with: their weights train as well, with AdamW, beside the scores or without any.
 
-And a rule of our own, smp-w, which trains scores alone.
-
 Sources: magnitude pruning, Zhu and Gupta 2017 (arXiv 1710.01878); movement and soft movement pruning, Sanh et al.,
-NeurIPS 2020 (arXiv 2005.07683); L0 regularization, Louizos et al., ICLR 2018 (arXiv 1712.01312).
+NeurIPS 2020 (arXiv 2005.07683); L0 regularization, Louizos et al., ICLR 2018 (arXiv 1712.01312); lottery tickets, Chen
+et al., NeurIPS 2020 (arXiv 2007.12223).
 """
 
 import math
@@ -11,7 +10,7 @@ from functools import partial
 
 import torch
 
-from mask import METHODS, SHARES, Masks, Method, StraightThrough, mean_sigmoid, parameters, smp_l, smp_s, threshold
+from mask import METHODS, SHARES, Masks, Method, StraightThrough, mean_sigmoid, parameters, smp_l, threshold
 
 
 class BothLearn(StraightThrough):
@@ -60,6 +59,14 @@ class Random(Masks):
         self.scores = {group: torch.rand_like(stack, dtype=torch.float32) for group, stack in stacks.items()}
 
 
+class Ticket(Masks):
+    """Scores are |W| of the pretrained weights, for good: what stays trains from where it was (lottery ticket)."""
+
+    def make(self, stacks):
+        self.weights = parameters(stacks)
+        self.scores = {group: stack.float().abs() for group, stack in stacks.items()}
+
+
 # --- L0 ------------------------------------------------------------------------------------------------------
 
 BETA = 2 / 3  # temperature, and ends of the stretched interval (section 4)
@@ -103,11 +110,6 @@ class Gates(TrainedMasks):
         return {n: weight.to(dtype or self.dtype) * masks[n] for n, weight in self.by_name(gated).items()}
 
 
-def by_size(weights, scores):
-    """A rule of our own: a small weight needs a higher score to stay, |W| sigmoid(S)."""
-    return {group: weights[group].abs() * torch.sigmoid(s) for group, s in scores.items()}
-
-
 WEIGHTS = SHARES | {"weight_lr": None}
 BOTH = WEIGHTS | {"lr": 1e-2}
 METHODS |= {
@@ -115,6 +117,6 @@ METHODS |= {
     "movement": Method(smp_l, BothLearn, TrainedMasks, BOTH | {"penalty": 0.0}),
     "soft-movement": Method(threshold, BothLearn, TrainedMasks, BOTH | {"penalty": 400.0}),
     "l0": Method(partial(threshold, tau=OPEN), BothLearn, Gates, BOTH | {"penalty": 400.0}),
+    "ticket": Method(smp_l, BothLearn, Ticket, {"sparsity": 0.5, "weight_lr": None}),
     "random": Method(smp_l, BothLearn, Random, WEIGHTS),
-    "smp-w": Method(smp_s, flags=METHODS["smp-s"].flags, rank=by_size),
 }

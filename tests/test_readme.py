@@ -12,12 +12,12 @@ import data
 import eval as eval_
 import mask
 import train
-from tools import bench, experiments, export, fresh, picture, split_squad
+from tools import bench, experiments, export, fresh, picture, split
 
 ROOT = Path(__file__).parent.parent
 README, EXERCISES, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "EXERCISES.md", "results/README.md"))
 COMMANDS = {"train.py": train, "eval.py": eval_}
-COMMANDS |= {f"-m {tool.__name__}": tool for tool in (bench, experiments, export, fresh, picture, split_squad)}
+COMMANDS |= {f"-m {tool.__name__}": tool for tool in (bench, experiments, export, fresh, picture, split)}
 
 
 def section(title):
@@ -137,9 +137,9 @@ def test_the_recipes_for_data_of_ones_own_learn(make_model, tmp_path, glue, adde
     (command,) = [flags for _, flags in commands() if f"--task {task} --data-dir mine" in flags]
     added(blocks()[0].replace("sport", "bad").replace("politics", "good"))  # words that the tests' tokenizer knows
     (glue / folder).mkdir()
-    for split in ("train", "dev"):
+    for part in ("train", "dev"):
         rows = "".join(f"the {'film' * (n % 3 > 0)} is {('bad', 'good')[n % 2]}\t{n % 2}\n" for n in range(200))
-        (glue / folder / f"{split}.tsv").write_text(f"{header}\n{rows}")
+        (glue / folder / f"{part}.tsv").write_text(f"{header}\n{rows}")
     argv = command.replace("minilm", str(make_model("wide", **WIDE))).replace("mine", str(glue)).split()
     train.main([*argv, "--lr=0.05", "--penalty=50", f"--out={tmp_path / 'run'}", "--device=cpu", "--length=16"])
     assert json.loads((tmp_path / "run" / "result.json").read_text())["final"]["accuracy"] > 0.95

@@ -219,7 +219,7 @@ def main(argv=None):
     args = parse_args(argv)
     device, dtype, why = cli.choose_device(args.device, args.dtype)
     parallel.start(device)
-    cli.set_up(deterministic=False, eager=args.eager)
+    cli.set_up(deterministic=False, steps=0 if args.eager else cli.LONG)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, {cli.dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.processes()} process(es)")
     print("medians, in brackets the fastest and the slowest; parts are timed alone and overlap; a minute or two in all")

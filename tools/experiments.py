@@ -143,13 +143,13 @@ def gpus_for(at_once):
     return free, {"gpu": name, "gpus": sum(map(bool, gpus)), "at_once": at_once}
 
 
-def make_missing(name, folder, at_once, seconds, machine):
-    """Make the runs of a list that its file lacks, several at a time, until the time is over."""
+def make_missing(name, wanted, folder, at_once, seconds, machine):
+    """Make those of the wanted commands whose runs the folder's file lacks, several at a time, until time is over."""
     path = folder / RUNS
     deadline = time.time() + seconds
     done = {line["command"] for line in read_lines(path)}
-    missing = [command for command in commands(name) if command not in done]
-    made = len(commands(name)) - len(missing)
+    missing = [command for command in wanted if command not in done]
+    made = len(wanted) - len(missing)
     anew = "" if missing else "; make them anew with --results FOLDER"
     print(f"{made} runs of {name} are in {path}, {len(missing)} are missing{anew}", flush=True)
     free, where = gpus_for(at_once)
@@ -280,7 +280,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     machine = words({"data_dir": args.data_dir, "model": args.model})
     if args.do == "run":
-        make_missing(args.list, args.results, args.at_once, args.seconds, machine)
+        make_missing(args.list, commands(args.list), args.results, args.at_once, args.seconds, machine)
         return
     wanted = set(commands(args.list))
     lines = [line for line in read_lines(args.results / RUNS) if line["command"] in wanted]

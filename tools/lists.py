@@ -59,6 +59,12 @@ PTB |= {key: {"weight_lr": 1e-3} for key in itertools.product(("p-pruning", "p-a
 PTB |= {("smp-s", 0.2): {"lr": 0.1, "penalty": 0}, ("smp-s", 0.5): {"penalty": 0}}
 
 
+# Every method with the same budget: steps, seeds that chose nothing, and what tools.tune chose.
+EQUAL_STEPS = {"movies": 1196, "mrpc": 1380, "cola": 1340, "stsb": 1440, "sst2": 1500}
+FRESH = range(10, 15)
+CHOSEN = {}
+
+
 def tuned(task, method, sparsity=None):
     """What tuning found for a method at a sparsity, as flags."""
     if task == "ptb":
@@ -80,8 +86,15 @@ def earlier(task, method, sparsity):
 
 def words(flags):
     """Flags as train.py takes them."""
-    given = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if value is not None}
-    return [name if value is True else f"{name}={value}" for name, value in given.items()]
+    given = {name.replace("_", "-"): value for name, value in flags.items() if value is not None}
+    switches = {True: "--{}", False: "--no-{}"}
+    return [switches[v].format(name) if isinstance(v, bool) else f"--{name}={v}" for name, v in given.items()]
+
+
+def arguments(task, row, sparsity, seed, steps, flags):
+    """The arguments of a run of equal budgets as one line. row: a method, with flags that it always has."""
+    given = {"sparsity": sparsity, "steps": steps, "seed": seed} | dict(sorted(flags.items()))
+    return shlex.join([f"--task={task}", "--model=minilm", *f"--method={row}".split(), *words(given)])
 
 
 def run(task, method, sparsity=None, seed=0, **flags):
@@ -92,15 +105,10 @@ def run(task, method, sparsity=None, seed=0, **flags):
 
 
 def main():
-    """Every method on every task, tuned, with equal steps."""
-    for task, seeds in SEEDS.items():
-        for seed in range(seeds):
-            yield run(task, "finetune", seed=seed, **tuned(task, "finetune"))
-            for method, sparsity in itertools.product(COMPARED, SPARSITIES):
-                yield run(task, method, sparsity, seed, **tuned(task, method, sparsity))
-            # What the others gained from, SMP may gain from too: on seed 0 of MRPC it does.
-            for method, (sparsity, more) in itertools.product(("smp-l", "smp-s"), SMP_MORE.items()):
-                yield run(task, method, sparsity, seed, **tuned(task, method, sparsity) | more)
+    """Every method on every task with what tools.tune chose for it: equal budgets, equal steps, fresh seeds."""
+    for (row, sparsity), flags in CHOSEN.items():
+        for task, seed in itertools.product(EQUAL_STEPS, FRESH):
+            yield arguments(task, row, sparsity, seed, EQUAL_STEPS[task], flags)
 
 
 def ablations():
