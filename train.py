@@ -309,7 +309,7 @@ def finish(args, run, model, learner, folder, description):
     result |= {"sha256": {}, "seconds": round(run.seconds, 1), "command": shlex.join(["python", "train.py", *run.argv])}
     result |= cli.code_version() | description
 
-    masks, head, trained = {}, {}, dict(learner.trained)
+    masks, others, trained = {}, {}, dict(learner.trained)
     if learner.masks:
         masks = learner.masks.choose(density)
         by_itself = learner.masks.choose(density, exact=False)
@@ -331,9 +331,9 @@ def finish(args, run, model, learner, folder, description):
         files["tokenizer_config.json"] = tokenizer_config(folder, model.config.longest_input)
     else:
         check_frozen(args, model, learner, folder)
-        head = trained  # a fresh classifier, biases and LayerNorms, or nothing
+        others = trained  # a fresh classifier, biases and LayerNorms, or nothing
     if masks:
-        files["mask.safetensors"] = pack_masks(masks, result, head)
+        files["mask.safetensors"] = pack_masks(masks, result, others)
     run.finish(files, result)
     return result
 

@@ -203,14 +203,14 @@ def unseal(path, form):
 # --- masks: one bit a weight, or less ------------------------------------------------------------------------
 
 
-def pack_masks(masks, run, head):
+def pack_masks(masks, run, others):
     """-> bytes of a mask file.
 
-    masks: {name: bool [out, in]}; run: a dict that describes the run; head: {name: float32 tensor} of a fresh head.
+    masks: {name: bool [out, in]}; run: a dict that describes the run; others: {name: float32 tensor} that trained.
     """
     tensors = {name: pack_bits(mask) for name, mask in masks.items()}
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    return seal(MASKS, tensors | head, {"run": run, "shapes": shapes})
+    return seal(MASKS, tensors | others, {"run": run, "shapes": shapes})
 
 
 def pack_bits(mask):
@@ -249,7 +249,7 @@ def read_masks(path):
 
 
 def load_masks(path, shapes):
-    """Read a mask file -> ({name: bool [out, in]}, {name: float32 tensor of the head}, the run's description).
+    """Read a mask file -> ({name: bool [out, in]}, {name: float32 tensor that trained}, the run's description).
 
     shapes: {name: (out, in)} of the matrices that there must be. Raises ValueError that says why the file cannot be
     used.

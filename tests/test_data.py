@@ -17,6 +17,7 @@ import data
 from data import TASKS, batch_rows, collate, label_word_ids, load_tokenizer, read_rows, training_batches
 from plumbing import download, fetch
 from plumbing.fetch import split_movies
+from tools import split
 
 RTE = TASKS["rte"]
 
@@ -468,3 +469,24 @@ def test_all_parts_of_a_batch_have_one_width(monkeypatch):
         batches.append(list(training_batches(examples(), 5, 51, 0, parts=2)))
     for parts, other_parts in zip(*batches, strict=True):
         assert len({part.inputs.shape[2] for part in parts + other_parts}) == 1
+
+
+def test_rows_are_held_out_and_none_is_lost(tmp_path, fails):
+    """What remains to train on and what is held out are the file's rows, each once, in an order that stays."""
+    rows = [f"film {n} \" quoted\t{n % 2}" for n in range(9)]
+    for name, header, width in (("movies", ["sentence\tlabel"], 2), ("cola", [], 4)):
+        path = tmp_path / f"{name}.tsv"
+        lines = rows if width == 2 else [f"x\t{n % 2}\t\tfilm {n}" for n in range(9)]
+        path.write_text("\n".join([*header, *lines]), "utf-8-sig")  # no newline at the end, a mark at the start
+        split.main([name, str(path), str(tmp_path / "held"), "--dev", "3"])
+        folder = tmp_path / "held" / TASKS[name].folder
+        train, dev = ((folder / f"{part}.tsv").read_text().splitlines() for part in ("train", "dev"))
+        assert train[: len(header)] == dev[: len(header)] == header
+        assert sorted(train[len(header) :] + dev[len(header) :]) == sorted(lines) and len(dev) == 3 + len(header)
+        assert train[len(header) :] != lines[:6]  # files may be sorted by label
+        assert len(read_rows(folder / "train.tsv", TASKS[name])[0]) == 6
+        assert "is there already" in fails(split.main, [name, path, tmp_path / "held", "--dev", "3"])
+        assert "--dev must be less than 9" in fails(split.main, [name, path, tmp_path / "new", "--dev", "9"])
+    (tmp_path / "odd.tsv").write_text("no such column\n1\n")
+    assert "odd.tsv:1: no column" in fails(split.main, ["movies", tmp_path / "odd.tsv", tmp_path / "new", "--dev", "1"])
+    assert not (tmp_path / "new").exists()

@@ -12,9 +12,11 @@ import eval as eval_
 import extras  # noqa: F401
 import mask
 import train
+from data import TASKS
 from extras.rivals import hard_concrete
 from mask import METHODS, Masks
 from plumbing.adam import rate_at
+from plumbing.files import MASKS, read_masks, seal
 
 WEIGHTS = [[3.0, -1.0], [0.5, -2.0]]
 
@@ -122,10 +124,11 @@ def test_l0_starts_nine_tenths_open_and_counts_gates_that_are_open_without_noise
 def test_what_scores_are_and_what_trains():
     rows = {m: (row.flags.get("lr"), row.flags.get("penalty"), row.trains_weights) for m, row in METHODS.items()}
     assert rows == {
-        **dict.fromkeys(("smp-s", "smp-l", "smp-g", "smp-t", "smp-w"), (2e-2, None, False)),  # lambda: the task's
+        **dict.fromkeys(("smp-s", "smp-l", "smp-g", "smp-t"), (2e-2, None, False)),  # lambda: the task's
+        **dict.fromkeys(("smp-w", "smp-bias", "smp-2:4", "smp-signed"), (2e-2, None, False)),
         **dict.fromkeys(("soft-movement", "l0"), (1e-2, 400, True)),
         "movement": (1e-2, 0, True),
-        **dict.fromkeys(("magnitude", "random", "finetune"), (None, None, True)),
+        **dict.fromkeys(("magnitude", "random", "ticket", "finetune"), (None, None, True)),
         **dict.fromkeys(("p-pruning", "p-activation", "p-random"), (None, None, True)),
     }
 
@@ -139,6 +142,32 @@ def test_what_is_compared_may_depend_on_the_weights():
     by_score = Masks({"g": {"w": torch.ones(2, 2)}}, METHODS["smp-s"], 0.5)
     by_score.scores["g"].data = masks.scores["g"].data
     assert by_score.choose(0.5)["w"].tolist() == [[False, False], [True, True]]
+
+
+@pytest.mark.parametrize("exact", (True, False))
+def test_two_of_each_four_by_hand(exact):
+    """On the way to half, the two highest of each four stay, whatever others have; further down, only some of these."""
+    scores = torch.tensor([[[1.0, 4, 3, 2, 9, 8, 7, 6], [0, -5, -6, 1, -1, -2, -4, -3]]])
+
+    def kept(density):
+        return METHODS["smp-2:4"].masking({"g": scores}, torch.ones(1, 1), density, exact)["g"][0].int().tolist()
+
+    winners = [[0, 1, 1, 0, 1, 1, 0, 0], [1, 0, 0, 1, 1, 1, 0, 0]]
+    assert kept(1.0) == [[1] * 8] * 2 and kept(0.5) == winners
+    assert kept(0.75) == [[1] * 8, winners[1]]  # the four best of the others are all in the first row
+    assert kept(0.25) == [winners[0], [0] * 8]
+    assert METHODS["smp-2:4"].masking({"g": torch.zeros(1, 2, 8)}, torch.ones(1, 1), 0.9, False)["g"].all()  # the start
+    with pytest.raises(ValueError, match="smp-2:4 needs rows of fours; those of g have 6 weights"):
+        METHODS["smp-2:4"].masking({"g": torch.zeros(1, 2, 6)}, torch.ones(1, 1), 0.5, True)
+
+
+def test_a_ticket_keeps_its_mask_while_its_weights_train():
+    masks = one("ticket")
+    weights, scores, of_weights = step(masks)
+    assert weights == [[3.0, 0.0], [0.0, -2.0]] and scores is None and of_weights == [[10.0, 0.0], [0.0, 40.0]]
+    masks.weights["g"].data[0, 0, 0] = 0.1
+    assert masks.choose(0.5)["w"].tolist() == [[True, False], [False, True]]  # where magnitude would change it
+    assert train.parse_args(["--method", "ticket"]).ramp == 0  # so it is sparse from the first step on
 
 
 def test_temperature_can_be_set():
@@ -166,12 +195,33 @@ def test_every_method_reaches_its_density_and_can_be_evaluated(make_model, glue,
         assert all((after[n] != before[n]).any() for n in before)
         assert result["stored_numbers"] == sum(t.numel() for t in before.values()) - prunable + result["kept"]
     else:
-        assert result["stored_numbers"] == 0
+        vectors = sum(t.numel() for t in before.values() if t.ndim == 1)
+        assert result["stored_numbers"] == (vectors if METHODS[method].vectors else 0)
     assert {p.name for p in out.iterdir()} == files and result["stored_bits"] == prunable
     capsys.readouterr()
     eval_.main([str(out)])
     shown = capsys.readouterr().out
     assert f"accuracy {result['final']['accuracy']:.4f}\ntraining reported" in shown and "layer 1" in shown
+
+
+def test_biases_and_layernorms_train_beside_the_mask_and_lie_in_its_file(make_model, glue, tmp_path, fails):
+    model, out = make_model(), tmp_path / "run"
+    argv = ["--model", model, "--data-dir", glue, "--out", out, "--steps", 20, "--batch", 8, "--length", 16]
+    train.main([str(a) for a in [*argv, "--method", "smp-bias", "--weight-lr", "1e-2", "--device", "cpu"]])
+    run = eval_.load_run(out / "mask.safetensors")
+    frozen, _ = eval_.load_backbone(model, TASKS["movies"], 16, "words")
+    moved = {n for n, w in frozen.named_parameters() if not torch.equal(w, run.model.get_parameter(n))}
+    assert moved and all(w.ndim == 1 for n, w in frozen.named_parameters() if n in moved)
+    assert any("LayerNorm" in name for name in moved) and any("query.bias" in name for name in moved)
+    stored = load_file(out / "mask.safetensors")
+    for name, weight in run.model.named_parameters():
+        assert (name in stored) == (weight.ndim == 1 or name in run.masks)
+        assert weight.ndim > 1 or torch.equal(stored[name], weight)
+
+    tensors, description = read_masks(out / "mask.safetensors")
+    del tensors[next(name for name in tensors if "LayerNorm" in name)]
+    (out / "mask.safetensors").write_bytes(seal(MASKS, tensors, description))
+    assert "does not hold the weights that trained beside its mask" in fails(eval_.main, [out])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import eval as eval_
 import train
 from extras import squad
 from plumbing import cli, fetch
-from tools import split_squad
+from tools import split
 
 CONTEXT = "the film was good , it was fun . a bad film is dull and very bad"
 
@@ -113,10 +113,10 @@ def test_metrics_by_hand():
 
 
 def test_misplaced_answers_are_counted_not_fatal(tokenizer, tmp_path, capsys):
-    for split, kept in (("dev", 2), ("train", 1)):  # what stands elsewhere would teach nonsense
+    for part, kept in (("dev", 2), ("train", 1)):  # what stands elsewhere would teach nonsense
         asked = [question("is it", "fun"), question("was it", "fun", at=0)]
-        write_squad(tmp_path / "squad" / f"{split}-v1.1.json", asked)
-        assert data.load_split("squad", split, tmp_path, tokenizer).asked() == kept
+        write_squad(tmp_path / "squad" / f"{part}-v1.1.json", asked)
+        assert data.load_split("squad", part, tmp_path, tokenizer).asked() == kept
         out = capsys.readouterr().out
         assert "answers that are not where the file says: 1" in out and "articles without paragraphs: 1" in out
         assert ("left out 1 of 2 questions" in out) == (kept == 1)
@@ -239,17 +239,17 @@ def test_download_is_checked(server, tokenizer, monkeypatch):
 def test_split_by_articles(tmp_path, capsys):
     articles = [{"title": str(n), "paragraphs": []} for n in range(5)]
     (tmp_path / "all.json").write_text(json.dumps({"version": "1.1", "data": articles}))
-    split_squad.main([str(tmp_path / "all.json"), str(tmp_path), "--dev", "2"])
+    split.main(["squad", str(tmp_path / "all.json"), str(tmp_path), "--dev", "2"])
     parts = [json.loads((tmp_path / "squad" / f"{n}-v1.1.json").read_text())["data"] for n in ("train", "dev")]
     assert parts == [articles[:3], articles[3:]]
-    for argv in (["all.json", "--dev", "5"], ["all.json", "--dev", "0"], ["all.json", "--dev", "2"], ["none.json"]):
+    for name, dev in (("all.json", "5"), ("all.json", "0"), ("all.json", "2"), ("none.json", "1")):
         with pytest.raises(SystemExit, match="2"):
-            split_squad.main([str(tmp_path / argv[0]), str(tmp_path), *argv[1:]])
+            split.main(["squad", str(tmp_path / name), str(tmp_path), "--dev", dev])
         assert capsys.readouterr().err.startswith("error: ")
     for content in ("[" * 100_000, json.dumps({"data": "articles"}), "{}"):
         (tmp_path / "odd.json").write_text(content)
         with pytest.raises(SystemExit, match="2"):
-            split_squad.main([str(tmp_path / "odd.json"), str(tmp_path / "new")])
+            split.main(["squad", str(tmp_path / "odd.json"), str(tmp_path / "new"), "--dev", "1"])
         said = capsys.readouterr().err
         assert "odd.json is not a SQuAD v1.1 file" in said or "odd.json is not valid JSON" in said
     assert not (tmp_path / "new").exists()

@@ -53,7 +53,7 @@ def main(argv=None):
             raise ValueError(f"{path} is there already; delete it or name another folder")
     for name, path in paths.items():
         write_whole(path, parts[name])
-        print(f"{path}: {len(parts[name]) / 1e6:.1f} MB")
+        print(path)
 
 
 if __name__ == "__main__":
