@@ -13,7 +13,7 @@ import pytest
 
 import train
 from data import TASKS
-from tools import experiments, lists
+from tools import experiments, lists, tune
 from tools.experiments import curves, kind, table
 
 ROOT = Path(train.__file__).parent
@@ -173,6 +173,26 @@ def test_tasks_with_settings_of_their_own_share_a_row():
     assert all(row.count("80.0 (1)") == 1 for row in table(lines[:3]).splitlines()[2:])  # each row has its results
 
 
+def test_a_table_of_equal_budgets_by_hand(monkeypatch):
+    """Rows bear the method's name alone, and two tasks that share sentences count as one."""
+    monkeypatch.setattr(lists, "CHOSEN", {("smp-s", 0.5): {"lr": 0.01, "dropout": False}})
+    monkeypatch.setattr(experiments, "MAIN_ROWS", lists.main_rows())
+    commands = [f"python train.py {arguments}" for arguments in lists.main()]
+    assert len(commands) == len(lists.EQUAL_STEPS) * 5 and "--sparsity=0.5 --steps=" in commands[0]
+    assert all("--no-dropout --lr=0.01" in command for command in commands)
+    values = {"movies": 0.9, "sst2": 0.7, "mrpc": 0.5, "cola": 0.4, "stsb": 0.1}
+    lines = []
+    for command in commands:
+        task = shlex.split(command)[2].removeprefix("--task=")
+        lines.append(line("movies", "smp-s", 0, 0.0) | {"command": command, "task": task, "sparsity": 0.5})
+        lines[-1]["final"] = {TASKS[task].metrics[0]: values[task]}
+    head, _, row = table(lines, averages=True).splitlines()
+    assert "sst2, accuracy (seeds) | average | stored" in head
+    assert row.startswith("| smp-s --sparsity=0.5 | 90.0 ± 0.0 (5) |")
+    assert "| 70.0 ± 0.0 (5) | 45.0 | 10.6 Mbit |" in row  # (80 + 50 + 40 + 10) / 4
+    assert "|  | 10.6 Mbit" in table([*lines, line("rte", "l0", 0, 0.5)], averages=True)  # not all have run
+
+
 def test_curves_by_hand():
     lines = [line("movies", "l0", seed, value, sparsity=0.9) for seed, value in ((0, 0.8), (1, 0.84))]
     lines += [line("movies", "l0", 0, 0.85, sparsity=0.5), line("movies", "finetune", 0, 0.86, sparsity=0.0)]
@@ -199,12 +219,20 @@ def test_what_cannot_be_shown_is_refused(tmp_path, fails):
 
 def test_the_lists_are_what_is_reported():
     done = [line["command"] for line in read(RESULTS)]
-    wanted = {command for name in (*lists.LISTS, "tuning", "abandoned") for command in experiments.commands(name)}
+    wanted = {command for name in (*lists.LISTS, *experiments.RECORDED) for command in experiments.commands(name)}
+    wanted |= {*tune.first_round(), *tune.second_round(tune.read_done(RESULTS.parent))}
     assert len(done) == len(set(done)) and set(done) == wanted
     for command in wanted:
         train.parse_args(shlex.split(command)[2:])  # exits if a flag is unknown or out of range
-    rows = 1 + 2 * len(lists.COMPARED) + 4  # dense; each at two sparsities, and SMP once more
-    assert len(experiments.commands("main")) == rows * (5 * 5 + 3)
+    assert len(experiments.commands("main")) == len(tune.CELLS) * len(lists.EQUAL_STEPS) * 5
+
+
+def test_what_equal_budgets_chose_is_what_stands_in_the_lists():
+    done = tune.read_done(RESULTS.parent)
+    assert {cell: tune.chosen(done, *cell)[1] for cell in tune.CELLS} == lists.CHOSEN
+    assert len(done) == len(tune.CELLS) * 2 * (tune.SETTINGS + 2 * tune.FINALISTS)  # the same budget for all
+    assert not any(tune.HELD in command for command in experiments.commands("main"))
+    assert not set(lists.FRESH) & set(tune.SEEDS)
 
 
 def test_what_was_chosen_came_out_best_of_what_was_tried():
@@ -213,7 +241,6 @@ def test_what_was_chosen_came_out_best_of_what_was_tried():
     chosen = [("mrpc", "finetune", None), ("mrpc", "magnitude", 0.5), ("mrpc", "magnitude", 0.9), *lists.BY_TASK]
     chosen += [("mrpc", "smp-w", 0.5), ("mrpc", "smp-w", 0.9), *(("ptb", *key) for key in lists.PTB)]
     flags = {run: lists.tuned(*run) for run in chosen}
-    flags |= {("mrpc", "smp-s", at): lists.tuned("mrpc", "smp-s", at) | more for at, more in lists.SMP_MORE.items()}
     for (task, method, sparsity), own in flags.items():
         of = {"task": task, "method": method, "sparsity": sparsity or 0, "seed": 0}
         rivals = [made for made in done if made["command"] in tried and of.items() <= made.items()]

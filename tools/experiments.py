@@ -27,10 +27,11 @@ from tqdm import tqdm
 from data import TASKS
 from plumbing.cli import Parser, count, one_line_errors
 from plumbing.files import check_types, read_json, regular
-from tools.lists import BY_TASK, LISTS, STEPS, earlier, words
+from tools.lists import BY_TASK, LISTS, STEPS, TOGETHER, earlier, main_rows, words
 from tools.picture import plot_curves
 
 ROOT = Path(__file__).parent.parent
+RECORDED = ("tuning", "abandoned", "earlier")  # lists that only the lines of RUNS name
 RUNS = "runs.jsonl"
 KEPT = (
     "task method sparsity seed steps batch lr weight_lr warmup hold penalty schedule head final best density reached "
@@ -187,13 +188,18 @@ def make_missing(name, wanted, folder, at_once, seconds, machine):
 
 # --- tables and curves ---------------------------------------------------------------------------------------
 
+MAIN_ROWS = main_rows()
+
 
 def kind(line, merge=False):
     """What a table's row stands for: a command without its task and seed, and what comes from STEPS and earlier().
 
-    merge: what comes from BY_TASK is named so, and the tasks share a row.
+    merge: what comes from BY_TASK is named so, and the tasks share a row. Of `main`, what was chosen is left out too.
     """
-    given = shlex.split(line["command"].removeprefix("python train.py "))
+    command = line["command"].removeprefix("python train.py ")
+    if command in MAIN_ROWS:
+        return MAIN_ROWS[command]
+    given = shlex.split(command)
     given = [word for word in given if not word.startswith(("--task=", "--model=", "--seed="))]
     usual = words({"steps": STEPS[line["task"]]} | earlier(line["task"], line["method"], line["sparsity"]))
     given = [word.removeprefix("--method=") for word in given if word not in usual]
@@ -212,6 +218,10 @@ def metrics_of(task):
     """The first metric of a task; where lower is better, as of perplexity, on each of its dev sets."""
     row = TASKS[task]
     return [row.metrics[0]] + [f"{row.metrics[0]} {split}" for split in row.dev[1:] if row.best is min]
+
+
+def first_metric(line):
+    return line["final"][TASKS[line["task"]].metrics[0]]
 
 
 def cell(lines, metric):
@@ -244,25 +254,36 @@ def curves(lines):
     found = {}
     for line in sorted(lines, key=lambda line: line["sparsity"]):
         at = found.setdefault(f"{line['task']}, {line['method']}", {})
-        at.setdefault(line["sparsity"], []).append(line["final"][TASKS[line["task"]].metrics[0]])
+        at.setdefault(line["sparsity"], []).append(first_metric(line))
     return {name: [(sparsity, *mean_and_spread(v)) for sparsity, v in at.items()] for name, at in found.items()}
 
 
-def table(lines, merge=False):
+def average(of_tasks):
+    """Mean over tasks {task: lines} of the mean over seeds, those of TOGETHER as one; "" unless all have lines."""
+    if not all(of_tasks.values()):
+        return ""
+    means = {task: statistics.mean(first_metric(line) for line in lines) for task, lines in of_tasks.items()}
+    others = [mean for task, mean in means.items() if task not in TOGETHER]
+    return f"{100 * statistics.mean([*others, statistics.mean(means[task] for task in TOGETHER)]):.1f}"
+
+
+def table(lines, merge=False, averages=False):
     """Markdown: a row for every method with its flags, by sparsity; a column for every task, then what a run costs.
 
-    merge: see kind.
+    merge: see kind; averages: a column for average().
     """
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
     columns = [(task, metric) for task in tasks for metric in metrics_of(task)]
     names = [f"{task}, {metric} (seeds)" for task, metric in columns]
-    rows = [["method", *names, "stored a task", "density reached", "minutes"]]
+    rows = [["method", *names, *["average"] * averages, "stored a task", "density reached", "minutes"]]
     rows.append(["---"] * len(rows[0]))
     for _, wanted in sorted({(line["sparsity"], kind(line, merge)) for line in lines}):
         mine = [line for line in lines if kind(line, merge) == wanted]
         of_tasks = {task: [line for line in mine if line["task"] == task] for task in tasks}
         minutes = statistics.mean(line["seconds"] for line in mine) / 60
         cells = [cell(of_tasks[task], metric) if of_tasks[task] else "" for task, metric in columns]
+        if averages:
+            cells.append(average(of_tasks))
         rows.append([wanted, *cells, stored(mine), reached(mine), f"{minutes:.1f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -271,7 +292,7 @@ def table(lines, merge=False):
 def main(argv=None):
     parser = Parser(prog="python -m tools.experiments", description="Make the missing runs of a list, or show a list.")
     parser.add_argument("do", choices=("run", "table", "plot"), help="plot: the metric over sparsity, into LIST.png")
-    parser.add_argument("list", choices=(*LISTS, "tuning", "abandoned"))
+    parser.add_argument("list", choices=(*LISTS, *RECORDED))
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER", help=f"of {RUNS} (results)")
     parser.add_argument("--at-once", type=count, default=1, help="runs at a time, on all GPUs (1)")
     parser.add_argument("--seconds", type=float, default=1e6, help="stop after so long; finished runs are kept")
@@ -294,7 +315,7 @@ def main(argv=None):
         plot_curves(path, curves(lines), f"dev {TASKS[lines[0]['task']].metrics[0]}")
         print(path)
     else:
-        print(table(lines, merge=args.list in ("main", "ablations")))
+        print(table(lines, merge=args.list in ("ablations", "earlier"), averages=args.list == "main"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What is run for the comparisons, and what tuning found. tools.experiments makes and shows these lists of runs.
 
 A run is known by the arguments of train.py. What is compared follows tables 1 to 3 of Jiang et al., ACL 2023. Lists
-that only record what was tried, `tuning` and `abandoned`, are not made here: the lines of results/runs.jsonl name them.
+that only record what was tried are not made here: the lines of results/runs.jsonl name `tuning`, `abandoned` and
+`earlier`, a comparison before all had the same budget. All but `main` have settings that `tuning` found.
 
     for arguments in LISTS["main"](): ...  # "--task=movies --model=minilm --method=finetune --steps=1196 --seed=0 ..."
 """
@@ -15,7 +16,6 @@ STEPS |= {"ptb": 820}  # ten epochs
 MODELS = {"ptb": "standin"}  # of all other tasks minilm; results/README.md says how the stand-in for GPT-2 is made
 SEEDS = {"movies": 5, "rte": 5, "mrpc": 5, "cola": 5, "stsb": 5, "sst2": 3}
 SPARSITIES = (0.5, 0.9)
-COMPARED = ("magnitude", "movement", "soft-movement", "smp-l", "smp-s")
 
 # What tuning found, by method and sparsity; for SMP with the paper's schedule, cubic without a warm-up.
 MOVEMENT = {"weight_lr": 1e-4, "hold": 0.3, "schedule": "linear"}
@@ -30,8 +30,6 @@ TUNED |= {(method, sparsity): {"weight_lr": 1e-4} for method in ("soft-movement"
 TUNED |= {(method, 0.5): {"lr": 4e-2} for method in ("smp-s", "smp-l", "smp-g")}
 TUNED |= {(method, 0.9): {"lr": 1e-2} for method in ("smp-s", "smp-l", "smp-g")}
 TUNED |= {("smp-w", 0.5): {"lr": 4e-2, "warmup": 0.1}, ("smp-w", 0.9): {"lr": 1e-2, "warmup": 0.1}}
-# What tuning prefers for SMP beyond that, by sparsity, on one seed.
-SMP_MORE = {0.5: {"warmup": 0.1}, 0.9: {"schedule": "linear"}}
 # Which share of the weights soft movement and l0 leave depends on the task, and so does what they need.
 BY_TASK = {
     ("movies", "soft-movement", 0.5): {"penalty": 800},
@@ -63,6 +61,7 @@ PTB |= {("smp-s", 0.2): {"lr": 0.1, "penalty": 0}, ("smp-s", 0.5): {"penalty": 0
 EQUAL_STEPS = {"movies": 1196, "mrpc": 1380, "cola": 1340, "stsb": 1440, "sst2": 1500}
 FRESH = range(10, 15)
 CHOSEN = {}
+TOGETHER = ("movies", "sst2")  # share sentences: in averages they count as one task
 
 
 def tuned(task, method, sparsity=None):
@@ -104,11 +103,19 @@ def run(task, method, sparsity=None, seed=0, **flags):
     return shlex.join(words(given | {"steps": STEPS[task], "seed": seed} | dict(sorted(flags.items()))))
 
 
-def main():
-    """Every method on every task with what tools.tune chose for it: equal budgets, equal steps, fresh seeds."""
+def main_rows():
+    """{arguments of a run: its row} of every method on every task with what tools.tune chose for it, by fresh seeds."""
+    found = {}
     for (row, sparsity), flags in CHOSEN.items():
         for task, seed in itertools.product(EQUAL_STEPS, FRESH):
-            yield arguments(task, row, sparsity, seed, EQUAL_STEPS[task], flags)
+            line = arguments(task, row, sparsity, seed, EQUAL_STEPS[task], flags)
+            found[line] = shlex.join([*row.split(), *words({"sparsity": sparsity})])
+    return found
+
+
+def main():
+    """Every method with the same budget of tuning and the same steps."""
+    yield from main_rows()
 
 
 def ablations():
