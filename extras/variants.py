@@ -5,7 +5,7 @@
 
 import torch
 
-from mask import METHODS, SCORES, SHARES, Masks, Method, StraightThrough, mean_sigmoid, smp_l, smp_s
+from mask import METHODS, SCORES, SHARES, Method, smp_l, smp_s
 
 # --- another ranking -----------------------------------------------------------------------------------------
 
@@ -35,44 +35,8 @@ def two_of_four(scores, importance, density, exact):
     return smp_l(lifted, importance, density, exact)
 
 
-# --- another sign --------------------------------------------------------------------------------------------
-
-
-class SignedStraightThrough(StraightThrough):
-    """W' = W sign(S) M(|S|); backward dL/dS = dL/dW' * W, sign and mask counting as the identity."""
-
-    @staticmethod
-    def forward(ctx, weight, scores, mask):
-        ctx.save_for_backward(weight)
-        return weight * mask.to(weight.dtype) * scores.sign().to(weight.dtype)
-
-
-class Signed(Masks):
-    """Scores that start at 1. A weight is removed while its score is near zero, and comes back negated below."""
-
-    def make(self, stacks):
-        super().make(stacks)
-        for scores in self.scores.values():
-            scores.data.fill_(1.0)
-
-    def stacked(self, density):
-        masked, _ = super().stacked(density)
-        return masked, mean_sigmoid({group: s.abs() for group, s in self.scores.items()}).mean()
-
-    @torch.no_grad()
-    def baked(self, density, dtype=None):
-        signs = self.by_name({group: s.sign() for group, s in self.scores.items()})
-        return {name: weight * signs[name].to(weight.dtype) for name, weight in super().baked(density, dtype).items()}
-
-
-def by_distance(weights, scores):
-    """smp-signed: the mask keeps the scores that are farthest from zero."""
-    return {group: s.abs() for group, s in scores.items()}
-
-
 METHODS |= {
     "smp-w": Method(smp_s, flags=METHODS["smp-s"].flags, rank=by_size),
     "smp-bias": Method(smp_s, flags=METHODS["smp-s"].flags | {"weight_lr": None}, vectors=True),
     "smp-2:4": Method(two_of_four, flags=SHARES | SCORES),
-    "smp-signed": Method(smp_l, SignedStraightThrough, Signed, SHARES | SCORES, rank=by_distance),
 }

@@ -125,7 +125,7 @@ def test_what_scores_are_and_what_trains():
     rows = {m: (row.flags.get("lr"), row.flags.get("penalty"), row.trains_weights) for m, row in METHODS.items()}
     assert rows == {
         **dict.fromkeys(("smp-s", "smp-l", "smp-g", "smp-t"), (2e-2, None, False)),  # lambda: the task's
-        **dict.fromkeys(("smp-w", "smp-bias", "smp-2:4", "smp-signed"), (2e-2, None, False)),
+        **dict.fromkeys(("smp-w", "smp-bias", "smp-2:4"), (2e-2, None, False)),
         **dict.fromkeys(("soft-movement", "l0"), (1e-2, 400, True)),
         "movement": (1e-2, 0, True),
         **dict.fromkeys(("magnitude", "random", "ticket", "finetune"), (None, None, True)),

@@ -57,10 +57,38 @@ PTB |= {key: {"weight_lr": 1e-3} for key in itertools.product(("p-pruning", "p-a
 PTB |= {("smp-s", 0.2): {"lr": 0.1, "penalty": 0}, ("smp-s", 0.5): {"penalty": 0}}
 
 
-# Every method with the same budget: steps, seeds that chose nothing, and what tools.tune chose.
+# Every method with the same budget: steps, seeds that chose nothing, and for each row what tools.tune chose.
 EQUAL_STEPS = {"movies": 1196, "mrpc": 1380, "cola": 1340, "stsb": 1440, "sst2": 1500}
-FRESH = range(10, 15)
-CHOSEN = {}
+FRESH = range(10, 13)
+CHOSEN = {
+    "finetune": "--dropout --warmup=0.1 --weight-lr=5e-05",
+    "finetune --head=classifier": "--dropout --warmup=0 --weight-lr=5e-05",
+    "magnitude --sparsity=0.5": "--dropout --hold=0.2 --ramp=0.5 --schedule=cubic --warmup=0 --weight-lr=0.0001",
+    "magnitude --sparsity=0.9": "--no-dropout --hold=0 --ramp=0.9 --schedule=cubic --warmup=0.1 --weight-lr=0.0004",
+    "movement --sparsity=0.5": "--no-dropout --hold=0.2 --ramp=0.9 --schedule=linear --warmup=0.1 --weight-lr=5e-05",
+    "movement --sparsity=0.9": "--dropout --hold=0.2 --ramp=0.7 --schedule=cubic --warmup=0.1 --weight-lr=0.0002",
+    "soft-movement --sparsity=0.5": "--no-dropout --lr=0.01 --penalty=200 --warmup=0.1 --weight-lr=0.0002",
+    "soft-movement --sparsity=0.9": "--no-dropout --lr=0.02 --penalty=1600 --warmup=0 --weight-lr=0.0002",
+    "l0 --sparsity=0.5": "--no-dropout --lr=0.02 --penalty=200 --warmup=0 --weight-lr=5e-05",
+    "l0 --sparsity=0.9": "--no-dropout --lr=0.02 --penalty=400 --warmup=0.1 --weight-lr=0.0004",
+    "ticket --sparsity=0.5": "--no-dropout --warmup=0 --weight-lr=0.0002",
+    "ticket --sparsity=0.9": "--no-dropout --warmup=0.1 --weight-lr=0.0001",
+    "smp-l --sparsity=0.5": "--no-dropout --hold=0 --lr=0.04 --penalty=800 --ramp=0.7 --schedule=cubic --warmup=0.1",
+    "smp-l --sparsity=0.9": "--dropout --hold=0 --lr=0.01 --penalty=400 --ramp=0.7 --schedule=linear --warmup=0",
+    "smp-s --sparsity=0.5": "--dropout --hold=0 --lr=0.01 --penalty=400 --ramp=0.7 "
+    "--schedule=cubic --temperature=1 --warmup=0.1",
+    "smp-s --sparsity=0.9": "--dropout --hold=0 --lr=0.02 --penalty=800 --ramp=0.5 "
+    "--schedule=linear --temperature=1 --warmup=0.1",
+    "smp-w --sparsity=0.5": "--dropout --hold=0 --lr=0.04 --penalty=800 --ramp=0.9 "
+    "--schedule=cubic --temperature=4 --warmup=0.1",
+    "smp-w --sparsity=0.9": "--dropout --hold=0 --lr=0.02 --penalty=400 --ramp=0.5 "
+    "--schedule=linear --temperature=1 --warmup=0.1",
+    "smp-bias --sparsity=0.5": "--no-dropout --hold=0 --lr=0.04 --penalty=800 --ramp=0.9 "
+    "--schedule=cubic --temperature=1 --warmup=0.1 --weight-lr=0.001",
+    "smp-bias --sparsity=0.9": "--dropout --hold=0 --lr=0.04 --penalty=400 --ramp=0.5 "
+    "--schedule=linear --temperature=1 --warmup=0.1 --weight-lr=0.0003",
+    "smp-2:4 --sparsity=0.5": "--no-dropout --hold=0 --lr=0.02 --penalty=800 --ramp=0.5 --schedule=cubic --warmup=0.1",
+}
 TOGETHER = ("movies", "sst2")  # share sentences: in averages they count as one task
 
 
@@ -90,10 +118,9 @@ def words(flags):
     return [switches[v].format(name) if isinstance(v, bool) else f"--{name}={v}" for name, v in given.items()]
 
 
-def arguments(task, row, sparsity, seed, steps, flags):
-    """The arguments of a run of equal budgets as one line. row: a method, with flags that it always has."""
-    given = {"sparsity": sparsity, "steps": steps, "seed": seed} | dict(sorted(flags.items()))
-    return shlex.join([f"--task={task}", "--model=minilm", *f"--method={row}".split(), *words(given)])
+def equal(task, row, seed, flags):
+    """The arguments of a run with equal steps. row: a method, with its sparsity; flags: what is tuned, on one line."""
+    return f"--task={task} --model=minilm --method={row} --steps={EQUAL_STEPS[task]} --seed={seed} {flags}"
 
 
 def run(task, method, sparsity=None, seed=0, **flags):
@@ -105,12 +132,8 @@ def run(task, method, sparsity=None, seed=0, **flags):
 
 def main_rows():
     """{arguments of a run: its row} of every method on every task with what tools.tune chose for it, by fresh seeds."""
-    found = {}
-    for (row, sparsity), flags in CHOSEN.items():
-        for task, seed in itertools.product(EQUAL_STEPS, FRESH):
-            line = arguments(task, row, sparsity, seed, EQUAL_STEPS[task], flags)
-            found[line] = shlex.join([*row.split(), *words({"sparsity": sparsity})])
-    return found
+    every = itertools.product(CHOSEN.items(), EQUAL_STEPS, FRESH)
+    return {equal(task, row, seed, flags): row for (row, flags), task, seed in every}
 
 
 def main():
