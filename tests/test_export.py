@@ -14,7 +14,8 @@ from test_model import roberta_name
 import eval as eval_
 import train
 from eval import load_run
-from tools import export
+from plumbing import fetch
+from tools import card, export
 
 
 @pytest.fixture
@@ -117,3 +118,93 @@ def test_weights_of_a_run_are_checked_wherever_they_are_read(make_model, trained
     argv = {train.main: ["--model", folder, "--data-dir", glue, "--out", tmp_path / "x", "--length", 16]}
     argv |= {eval_.main: [folder], export.main: [folder, tmp_path / "x"]}
     assert "model.safetensors: sha256 is" in fails(main, argv[main])
+
+
+# --- cards ---------------------------------------------------------------------------------------------------
+
+
+def metadata(readme):
+    """A card -> {key: value} of its metadata: values are JSON, and so are those of the one list of mappings."""
+    assert readme.startswith("---\n")
+    lines = readme.split("---\n")[1].splitlines()
+    pairs = [line.strip().removeprefix("- ").split(": ", 1) for line in lines if not line.endswith(":")]
+    assert [line for line in lines if line.endswith(":")] == ["model-index:", "  results:"]
+    return {key: json.loads(value) for key, value in pairs}
+
+
+@pytest.mark.parametrize("head", ["words", "classifier"])
+def test_a_mask_that_was_exported_gives_the_same_result_elsewhere(make_model, trained, tmp_path, capsys, head):
+    model = make_model("secret")
+    run, out = trained(model, "--head", head, "--seed", 7), tmp_path / "shared"
+    export.main([str(run), str(out), "--mask"])
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "adapter_config.json", "mask.safetensors"]
+    out = out.rename(tmp_path / "elsewhere")
+    assert (out / "mask.safetensors").read_bytes() == (run / "mask.safetensors").read_bytes()
+    (run / "result.json").unlink()
+    model = model.rename(tmp_path / "moved")
+    capsys.readouterr()
+    eval_.main([f"{out}/mask.safetensors", "--model", str(model), "--device", "cpu"])
+    told = [line for line in capsys.readouterr().out.splitlines() if "accuracy" in line]
+    assert told[0].split(": ")[1] == told[1].removeprefix("training reported ")
+
+    adapter = json.loads((out / "adapter_config.json").read_text())
+    loaded = load_run(out / "mask.safetensors", str(model))
+    weights = (model / "model.safetensors").read_bytes()
+    assert adapter["base_model_sha256"] == export.sha256(weights)
+    assert adapter["base_model_fingerprint"] == loaded.result["fingerprint"]
+    assert adapter["label_words"] == {"0": "terrible", "1": "great"} and adapter["max_length"] == 16
+    kept = sum(mask.sum().item() for mask in loaded.masks.values())
+    assert adapter["density"] == kept / sum(mask.numel() for mask in loaded.masks.values()) == 0.5
+    readme = (out / "README.md").read_text()
+    for text in (readme, json.dumps(adapter)):  # a folder's name, but not where it stood
+        assert "secret" in text and str(tmp_path) not in text
+    assert "base_model:" not in readme and "--model BACKBONE" in readme and "--data-dir" in readme
+    assert ("in the mask's file" in readme) == (head == "classifier")
+    known = loaded.result["final"]["accuracy"]
+    (found,) = metadata(readme)["metrics"]  # the last line of that name: of the results
+    assert found["value"] == known and "seed 7" in found["name"] and found["type"] == "accuracy"
+    assert metadata(readme)["library_name"] == card.OURS
+
+
+def test_a_card_names_what_the_hub_knows(make_model, trained):
+    result = json.loads((trained(make_model()) / "result.json").read_text())
+    assert "base_model" not in metadata(card.front_matter(result, "transformers", "adapter"))
+    for model, base in [("minilm", "sentence-transformers/all-MiniLM-L6-v2"), ("gpt2", "openai-community/gpt2")]:
+        known = metadata(card.front_matter(result | {"model": model}, "transformers", "adapter"))
+        assert known["base_model"] == base and known["base_model_relation"] == "adapter"
+    assert "--model" not in card.mask_card(result | {"model": "minilm"}, 1, 2)
+    for name in fetch.MODELS:  # all that can be fetched have a name there
+        assert "/" in card.backbone({"model": name})[1]
+
+    glue = result | {"task": "mnli", "words": {}, "data_dir": None}
+    glue["final"] = {"accuracy": 0.5, "accuracy dev_mismatched": 0.25}
+    text = card.front_matter(glue, "transformers")
+    assert metadata(text)["datasets"] == ["nyu-mll/glue"] and text.count("- task") == 2
+    assert '"config": "mnli", "split": "dev_matched"' in text and '"split": "dev_mismatched"' in text
+    assert "datasets" not in metadata(card.front_matter(glue | {"data_dir": "mine"}, "transformers"))
+
+
+def test_no_name_breaks_a_card(make_model, trained):
+    result = json.loads((trained(make_model()) / "result.json").read_text())
+    bad = 'a: "b"\n---\n\x85\u2028- {x} \ud800 \U0001f600'
+    result |= {"model": bad, "seed": bad, "commit": bad, "final": {bad: 1.0}}
+    for text in (card.front_matter(result, card.OURS), card.mask_card(result, 1, 2)):
+        text.encode()
+        assert text.count("\n---\n") == 1 and metadata(text)["metrics"][0]["value"] == 1.0
+        assert "\x85" not in text and "\u2028" not in text
+
+
+@pytest.mark.parametrize("way", [[], ["--compact"]])
+def test_every_exported_folder_has_a_card(make_model, trained, tmp_path, way):
+    export.main([str(trained(make_model())), str(tmp_path / "out"), *way])
+    known = metadata((tmp_path / "out" / "README.md").read_text())
+    assert known["library_name"] == (card.OURS if way else "transformers") and "smp-s" in known["tags"]
+    assert known["metrics"][0]["name"].startswith("accuracy, seed 0, 3 steps")
+
+
+@pytest.mark.parametrize("method", ["finetune", "movement"])
+def test_a_mask_is_not_all_of_a_run_that_trained_weights(make_model, trained, fails, tmp_path, method):
+    run = trained(make_model(), "--method", method)
+    assert "error: --mask: this run trained weights" in fails(export.main, [run, tmp_path / "out", "--mask"])
+    assert not (tmp_path / "out").exists()
+    assert "not allowed with" in fails(export.main, [run, tmp_path / "out", "--mask", "--compact"])

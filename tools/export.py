@@ -2,9 +2,10 @@
 
 The removed weights are zeros in their places. Zeros alone make nothing smaller or faster: they are multiplied like
 other numbers. With --compact, heads and neurons that the mask cut off are taken out, and the rest computes the same;
-how fast that is, `python -m tools.bench --inference --model FOLDER` tells.
+how fast that is, `python -m tools.bench --inference --model FOLDER` tells. With --mask, the mask alone is written, to
+be shared as adapters are. Each folder has a model card.
 
-    python -m tools.export RUN FOLDER [--compact]
+    python -m tools.export RUN FOLDER [--compact | --mask]
 """
 
 import copy
@@ -17,13 +18,14 @@ from eval import load_run
 from extras.pprune import modules, shrink
 from mask import METHODS
 from model import PER_LAYER
-from plumbing.checkpoints import pack_weights, read_model, tokenizer_bytes, tokenizer_config
-from plumbing.cli import Parser, one_line_errors, printable, show
-from plumbing.files import json_bytes, partial_folder, read_json, sha256, write_whole
+from plumbing.checkpoints import WEIGHTS, pack_weights, read_model, tokenizer_bytes, tokenizer_config
+from plumbing.cli import Parser, one_line_errors, show
+from plumbing.files import file_digest, json_bytes, partial_folder, read_json, sha256, write_whole
+from tools import card
 
 HEADING = """# {task}, pruned to a density of {density:.4f}
 
-{model}{changes}. Dev: {final}.
+{model}{changes}. Dev: {final} ({facts}).
 
 """
 OF_CLASSES = """The logit of a class is the logit of its label word, read at {where}: {words}.
@@ -61,7 +63,8 @@ def export(folder, run):
         if (known := run.model.canonical(name)) in masks:
             tensors[name] = tensor * masks[known]
     has_pooler = any("pooler." in name for name in tensors)
-    write_whole(folder / "README.md", describe(run.result, run.model, has_pooler).encode())
+    text = card.front_matter(run.result, "transformers") + describe(run.result, run.model, has_pooler)
+    write_whole(folder / "README.md", text.encode())
     write_whole(folder / "config.json", (run.folder / "config.json").read_bytes())
     write_whole(folder / "tokenizer.json", tokenizer_bytes(run.folder))
     write_whole(folder / "tokenizer_config.json", tokenizer_config(folder, run.model.config.longest_input))
@@ -70,12 +73,12 @@ def export(folder, run):
 
 
 def describe(result, model, has_pooler):
-    """The text of the exported folder's README."""
+    """The text of the exported folder's README, below its metadata."""
     method = METHODS[result["method"]]
     changes = f", its weights trained ({result['method']})" if method.trains_weights else ""
     changes += f"; the weights that {result['method']} removed are zero" if method.masking else ""
-    heading = {key: result[key] for key in ("task", "density")} | {"model": printable(result["model"])}
-    heading["final"] = show(result["final"])
+    heading = {key: result[key] for key in ("task", "density")}
+    heading |= {"model": card.backbone(result)[0], "final": show(result["final"]), "facts": card.facts(result)}
     if not result["words"]:
         return HEADING.format(**heading, changes=changes) + OF_LANGUAGE
 
@@ -165,7 +168,7 @@ def write_compact(folder, run, model, said):
     result["sha256"] = {"model.safetensors": sha256(content)}
     config = read_json(run.folder / "config.json") | {name: getattr(model.config, name) for name in PER_LAYER}
     how = "Layers may differ in size, so this folder needs the code that wrote it: it is a RUN for eval.py."
-    write_whole(folder / "README.md", f"{said}\n\n{how}\n".encode())
+    write_whole(folder / "README.md", f"{card.front_matter(run.result, card.OURS)}{said}\n\n{how}\n".encode())
     write_whole(folder / "config.json", json_bytes(config))
     write_whole(folder / "tokenizer.json", tokenizer_bytes(run.folder))
     write_whole(folder / "tokenizer_config.json", tokenizer_config(folder, model.config.longest_input))
@@ -173,19 +176,44 @@ def write_compact(folder, run, model, said):
     write_whole(folder / "result.json", json_bytes(result))
 
 
+# --- the mask alone ------------------------------------------------------------------------------------------
+
+
+def export_mask(folder, run, mask_file):
+    """Fill a new folder with a loaded run's mask, a card and adapter_config.json -> what it is.
+
+    Raises ValueError when a mask is not all that the run learnt.
+    """
+    if METHODS[run.result["method"]].trains_weights:
+        raise ValueError("--mask: this run trained weights too, which a mask does not hold; leave it out")
+    kept = sum(mask.sum().item() for mask in run.masks.values())
+    total = sum(mask.numel() for mask in run.masks.values())
+    weights = run.folder / WEIGHTS
+    backbone = file_digest(weights) if weights.exists() else None  # or they stand in several files
+    write_whole(folder / "mask.safetensors", mask_file.read_bytes())
+    write_whole(folder / "README.md", card.mask_card(run.result, kept, total).encode())
+    write_whole(folder / "adapter_config.json", json_bytes(card.adapter_config(run.result, backbone, kept / total)))
+    return "a mask to share; its README.md says how to use it. The mask's file also names the run's command and folders"
+
+
 @one_line_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m tools.export", description="Write a finished run as a model folder.")
+    parser = Parser(prog="python -m tools.export", description="Write a finished run as a folder to use elsewhere.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a mask file out of one")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new one")
-    parser.add_argument("--compact", action="store_true", help="without dead heads and neurons; needs this code")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--compact", action="store_true", help="without dead heads and neurons; needs this code")
+    way.add_argument("--mask", action="store_true", help="the mask alone, to share; needs this code and the backbone")
     parser.add_argument("--model", metavar="FOLDER", help="where the backbone stands now")
     args = parser.parse_args(argv)
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise ValueError(f"{args.folder} holds files already; delete it, or name another folder")
     run = load_run(args.run, args.model)
     with partial_folder(args.folder.resolve()) as part:
-        said = export_compact(part, run) if args.compact else export(part, run)
+        if args.mask:
+            said = export_mask(part, run, args.run if args.run.is_file() else args.run / "mask.safetensors")
+        else:
+            said = export_compact(part, run) if args.compact else export(part, run)
     print(f"{args.folder}: {said}")
 
 
