@@ -1,0 +1,282 @@
+"""tools.page: the pictures are the mask to the bit, removed heads are removed, nothing typed becomes HTML."""
+
+import base64
+import html.parser
+import json
+import re
+import shutil
+import struct
+import subprocess
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import WIDE
+
+import train
+from data import encode
+from eval import load_run, predict
+from plumbing.files import write_whole
+from tools import page
+
+VOID = {"meta", "link", "img", "br", "input"}  # elements without an end
+
+
+@pytest.fixture
+def run(make_model, glue, tmp_path):
+    """run(*flags) -> a run's folder."""
+
+    def go(*flags, model=None):
+        model = model or make_model()
+        given = ["--model", model, "--data-dir", glue, "--out", tmp_path / "run", "--steps", 20, "--length", 16, *flags]
+        train.main([str(a) for a in [*given, "--device", "cpu", "--evals", 2]])
+        return tmp_path / "run"
+
+    return go
+
+
+@pytest.fixture
+def made(run, tmp_path):
+    """made(*flags) -> (the page of a run, the run loaded)."""
+
+    def go(*flags):
+        folder = tmp_path / "run" if (tmp_path / "run").exists() else run()
+        page.main([str(a) for a in (folder, "--out", tmp_path / "page.html", *flags)])
+        return (tmp_path / "page.html").read_text("utf-8"), load_run(folder)
+
+    return go
+
+
+class Balanced(html.parser.HTMLParser):
+    """Checks that tags are closed in order, and keeps tags with their attributes, and the text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] not in (["script"], ["style"]):
+            self.words += data
+
+    def all(self, tag):
+        return [attributes for found, attributes in self.tags if found == tag]
+
+
+def unpng(content):
+    """A grey PNG of 1 or 8 bits -> uint8 [rows, columns]. Checks every checksum."""
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = {}, 8
+    while at < len(content):
+        (size,) = struct.unpack(">I", content[at : at + 4])
+        kind, body = content[at + 4 : at + 8], content[at + 8 : at + 8 + size]
+        assert struct.unpack(">I", content[at + 8 + size : at + 12 + size])[0] == zlib.crc32(kind + body)
+        chunks[kind] = body
+        at += 12 + size
+    width, height, depth, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+    assert rest == [0, 0, 0, 0] and list(chunks) == [b"IHDR", b"IDAT", b"IEND"]
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, -1)
+    assert (rows[:, 0] == 0).all()  # no filter
+    return np.unpackbits(rows[:, 1:], axis=1, count=width) if depth == 1 else rows[:, 1:]
+
+
+def pictures(parsed):
+    """{id of a button: uint8 [rows, columns]} of a page."""
+    buttons = [attributes for attributes in parsed.all("button") if "matrix" in attributes.get("class", "")]
+    images = [attributes for attributes in parsed.all("img") if attributes["alt"]]
+    found = {}
+    for button, image in zip(buttons, images, strict=True):
+        found[button["id"]] = unpng(base64.b64decode(image["src"].removeprefix("data:image/png;base64,")))
+    return found
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (5, 13), (16, 24)])
+def test_a_png_holds_what_was_put_in(shape):
+    rng = np.random.default_rng(0)
+    bits, greys = rng.integers(0, 2, shape, np.uint8), rng.integers(0, 256, shape, np.uint8)
+    assert np.array_equal(unpng(page.png(bits, 1)), bits)
+    assert np.array_equal(unpng(page.png(greys, 8)), greys)
+
+
+def test_blocks_by_hand():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    found, highest = page.pictures({"m": mask}, 2)
+    assert highest == 1 and unpng(found["m"]).tolist() == [[0, 255], [128, 0]]  # of 4 weights, 2, 2 and 1
+    found, highest = page.pictures({"m": torch.zeros(4, 4, dtype=torch.bool)}, 4)
+    assert unpng(found["m"]).tolist() == [[255]]
+    sparse = torch.zeros(4, 4, dtype=torch.bool)
+    sparse[0, 0] = True
+    found, highest = page.pictures({"m": sparse}, 2)
+    assert highest == 0.25 and unpng(found["m"]).tolist() == [[0, 255], [255, 255]]  # the densest is black
+
+
+def test_the_page_holds_the_run_and_nothing_from_elsewhere(made):
+    text, loaded = made()
+    parsed = Balanced(text)
+    assert len(text.encode()) < page.LARGEST
+    written = re.sub(r"base64,[^\"]+", "", text)
+    assert not re.search(r"https?:|//\w|@import|url\(", written) and "default-src 'none'" in written
+    for _, attributes in parsed.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        assert attributes.get("src", "data:").startswith("data:") and attributes.get("href", "data:,") == "data:,"
+
+    found, groups = pictures(parsed), loaded.model.prunable()
+    for group, names in groups.items():
+        for layer, name in enumerate(names):
+            assert np.array_equal(found.pop(f"{group}-{layer}"), ~loaded.masks[name].numpy())  # 0 is black is kept
+    assert not found
+    assert "1,792 of 3,584 weights are kept" in parsed.words and "seed 0, 20 steps" in parsed.words
+    assert len(parsed.all("polyline")) == 3 and len(parsed.all("circle")) == 2
+    for word in ("density", "loss", "dev accuracy", *page.EXAMPLES[1]):
+        assert word in parsed.words
+
+
+def test_a_page_is_small_whatever_the_model(run, make_model, tmp_path, monkeypatch):
+    loaded = load_run(run(model=make_model(**WIDE)))
+    log = tmp_path / "run" / "log.jsonl"
+    whole = page.make_page(loaded, log, ("good",)).decode()
+    assert pictures(Balanced(whole))["query-0"].shape == (64, 64)
+    monkeypatch.setattr(page, "LARGEST", len(whole) - 1000)
+    text = page.make_page(loaded, log, ("good",)).decode()
+    side = int(re.search(r"block of (\d+) × \1 weights", text)[1])
+    assert side > 1 and len(text.encode()) < page.LARGEST
+    found = pictures(Balanced(text))
+    assert found["query-0"].shape == (64 // side, 64 // side) and found["intermediate-1"].shape[0] == 128 // side
+
+
+def test_a_lone_mask_has_a_page(run, tmp_path):
+    lone = tmp_path / "lone.safetensors"
+    shutil.copy(run() / "mask.safetensors", lone)
+    page.main([str(lone), "--out", str(tmp_path / "new" / "page.html")])
+    parsed = Balanced((tmp_path / "new" / "page.html").read_text("utf-8"))
+    assert "curves are in log.jsonl" in parsed.words and not parsed.all("svg")
+
+
+def test_long_logs_are_thinned():
+    points = [(step, step % 2) for step in range(10 * page.POINTS)]
+    found = page.thinned(points)
+    assert len(found) == page.POINTS and found[0] == (4.5, 0.5) and page.thinned(points[:3]) == points[:3]
+    assert page.curve("flat", [(1, 2.0), (2, 2.0)]).count("<text") == 4  # no axis from 2 to 2
+    assert "NaN" not in page.curve("one", [(1, 2.0)]) and "nan" not in page.curve("one", [(1, 2.0)])
+
+
+# --- heads ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["movies", "stsb"])
+def test_removed_heads_are_removed(run, glue, task):
+    """The same as if the attention's output projection read zeros in their place."""
+    (glue / "STS-B").mkdir()
+    for split in ("train", "dev"):
+        rows = [f"the film is good\tit was {word}\t{score}" for word, score in (("dull", 0.5), ("fun", 4.5))] * 20
+        (glue / "STS-B" / f"{split}.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *rows]) + "\n")
+    loaded = load_run(run("--task", task))
+    texts = ("the film was good",) if task == "movies" else ("the film was good", "a dull film")
+    before, after = page.without_heads(loaded, texts)
+
+    model, size = loaded.model, loaded.model.config.head_size
+    model.load_state_dict({name: model.state_dict()[name] * mask for name, mask in loaded.masks.items()}, strict=False)
+    examples = encode([texts], [0], loaded.tokenizer)
+
+    def answer():
+        (logits,) = predict(model, {}, examples, "cpu")
+        return logits.softmax(0) if task == "movies" else logits
+
+    assert after.shape == (2, 4, 2 if task == "movies" else 1) and torch.equal(before, answer())
+    for layer, head in ((0, 0), (0, 3), (1, 2)):
+        keep = torch.ones(16)
+        keep[head * size : (head + 1) * size] = 0
+        module = model.bert.encoder["layer"][layer].attention["output"].dense
+        hook = module.register_forward_pre_hook(lambda _, inputs, keep=keep: (inputs[0] * keep,))
+        assert torch.allclose(after[layer, head], answer(), atol=1e-6)
+        hook.remove()
+    assert (after - before).abs().max() > 1e-4
+
+    text = page.sentence(loaded, texts)
+    label = before.argmax() if task == "movies" else 0
+    assert f'title="without head 2 of layer 1: {after[1, 2, label]:.4f}"' in text
+    assert text.count('class="flips"') == int((after.argmax(2) != before.argmax()).sum())
+
+
+def test_nothing_typed_or_stored_becomes_html(made, tmp_path):
+    bad = "<script>alert(1)</script> & \"good\" 'fun' $title"
+    text, _ = made("--text", bad)
+    parsed = Balanced(text)
+    assert bad in parsed.words and len(parsed.all("script")) == 1
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_text(json.dumps({"step": 1, "density": 1.0, "dev": {'<b onclick="x">': 0.5}}) + "\n")
+    text, _ = made("--text", "x" * 9000)
+    assert '<b onclick="x">' in Balanced(text).words and "x" * (page.SHOWN + 1) not in text
+    assert not Balanced(text).all("b")
+
+
+def test_a_folder_is_named_without_its_path(run, make_model, tmp_path):
+    page.main([str(run(model=make_model("a<b>"))), "--out", str(tmp_path / "page.html")])
+    text = (tmp_path / "page.html").read_text("utf-8")
+    assert "backbone a&lt;b&gt;," in text and str(tmp_path) not in text
+
+
+def test_language_models_have_a_page_without_heads(make_gpt2, texts, fails, tmp_path):
+    argv = ["--task", "ptb", "--model", make_gpt2(), "--data-dir", texts, "--method", "smp-s", "--penalty", 0]
+    argv += ["--out", tmp_path / "run", "--steps", 3, "--length", 16, "--device", "cpu", "--evals", 1]
+    train.main([str(a) for a in argv])
+    page.main([str(tmp_path / "run"), "--out", str(tmp_path / "page.html")])
+    parsed = Balanced((tmp_path / "page.html").read_text("utf-8"))
+    assert "ptb has no classes" in parsed.words and len(pictures(parsed)) == 12
+    assert "--text: " in fails(page.main, [tmp_path / "run", "--out", tmp_path / "page.html", "--text", "a"])
+
+
+def test_errors(run, fails, tmp_path):
+    folder, out = run(), tmp_path / "page.html"
+    assert "takes --text without --pair" in fails(page.main, [folder, "--out", out, "--text", "a", "--pair", "b"])
+    assert "--pair needs --text" in fails(page.main, [folder, "--out", out, "--pair", "b"])
+    assert "--out" in fails(page.main, [folder])
+    assert f"--out: {tmp_path} cannot be written" in fails(page.main, [folder, "--out", tmp_path])
+    (tmp_path / "file").write_text("")
+    assert "--out: " in fails(page.main, [folder, "--out", tmp_path / "file" / "page.html"])
+    write_whole(folder / "log.jsonl", b"no log\n")
+    assert "log.jsonl:1 is not a line" in fails(page.main, [folder, "--out", out])
+    assert not out.exists()
+    shutil.rmtree(folder)
+    assert "has no mask to look at" in fails(
+        page.main, [run("--method", "finetune", model=tmp_path / "model"), "--out", out]
+    )
+
+
+# --- in a browser --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium here")
+def test_the_page_opens_in_a_browser(made, tmp_path):
+    """Its script reads a picture, and finds what the mask has; the console stays empty."""
+    _, loaded = made("--text", "</script><script>document.title = 'broken'</script>")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+    command += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=5000", f"file://{tmp_path}/page.html#query-1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in ended.stderr, ended.stderr
+    parsed = Balanced(ended.stdout)
+    (viewer,) = parsed.all("dialog")
+    assert "open" in viewer and "<title>movies: a mask for model</title>" in ended.stdout
+    mask = loaded.masks["bert.encoder.layer.1.attention.self.query.weight"].float()
+    (said,) = re.findall("<output>(.*)</output>", ended.stdout)
+    row, column = re.fullmatch(
+        r"row 0 \(head 0\) keeps (\S+) · column 0 keeps (\S+) · this weight is \w+", said
+    ).groups()
+    assert float(row) == pytest.approx(mask[0].mean().item(), abs=6e-4)  # it shows three digits
+    assert float(column) == pytest.approx(mask[:, 0].mean().item(), abs=6e-4)
+    assert said.endswith("kept" if mask[0, 0] else "removed")
