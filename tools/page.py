@@ -205,7 +205,7 @@ def png(levels, depth):
         return struct.pack(">I", len(content)) + kind + content + checksum
 
     header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)  # grey, deflated, not interlaced
-    body = zlib.compress(filtered.tobytes(), 9)
+    body = zlib.compress(filtered.tobytes())
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
