@@ -96,14 +96,14 @@ def curve(name, points, dots=False):
     steps, values = np.array(points).T
     first, last = steps.min(), steps.max()
     low, high = values.min(), values.max()
-    x = 40 + 265 * (steps - first) / max(last - first, 1)
+    x = 44 + 261 * (steps - first) / max(last - first, 1)
     y = 130 - 115 * (values - low) / (high - low if high > low else 1)
-    parts = ['<line x1="40" y1="130" x2="305" y2="130"/><line x1="40" y1="15" x2="305" y2="15"/>']
-    parts.append(f'<text x="34" y="133" text-anchor="end">{low:.3g}</text>')
+    parts = ['<line x1="44" y1="130" x2="305" y2="130"/><line x1="44" y1="15" x2="305" y2="15"/>']
+    parts.append(f'<text x="38" y="133" text-anchor="end">{low:.3g}</text>')
     if high > low:
-        parts.append(f'<text x="34" y="18" text-anchor="end">{high:.3g}</text>')
-    parts.append(f'<text x="40" y="146">{first:.0f}</text><text x="305" y="146" text-anchor="end">{last:.0f}</text>')
-    parts.append('<text x="172" y="146" text-anchor="middle">step</text>')
+        parts.append(f'<text x="38" y="18" text-anchor="end">{high:.3g}</text>')
+    parts.append(f'<text x="44" y="146">{first:.0f}</text><text x="305" y="146" text-anchor="end">{last:.0f}</text>')
+    parts.append('<text x="174" y="146" text-anchor="middle">step</text>')
     parts.append('<polyline points="' + " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True)) + '"/>')
     if dots:
         for a, b, step, value in zip(x, y, steps, values, strict=True):
@@ -163,7 +163,7 @@ def sentence(loaded, texts):
     chosen = int(before.argmax())
     change = (after[..., chosen] - before[chosen]).numpy()  # [layers, heads]
     classes = len(before) > 1
-    most = max(abs(change).max(), 0.001)
+    most = max(abs(change).max(), 0.01 if classes else 0.1)  # less is hardly worth a colour
 
     rows = []
     for i, row in enumerate(change):
@@ -274,10 +274,11 @@ def make_page(loaded, log, texts):
     groups = {group: list(weights) for group, weights in model.prunable().items()}
     table = np.array(list(densities(groups, masks).values())).T  # [layers, groups]
     heads = head_densities(groups, masks, model.config.layers[0][0])  # [layers, heads]
+    digits = 0 if heads.max() > 0.1 else 1  # of percents
     names = [group.replace("attn_", "attention ").replace("intermediate", "inter&shy;mediate") for group in groups]
     parts = heading(loaded) | {
         "densities": density_table(names, table, lambda v: f"{v:.3f}"),
-        "heads": density_table(range(heads.shape[1]), heads, lambda v: f"{100 * v:.0f}"),
+        "heads": density_table(range(heads.shape[1]), heads, lambda v: f"{100 * v:.{digits}f}"),
         "curves": curves(log),
         "sentence": sentence(loaded, texts),
     }
