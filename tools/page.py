@@ -154,6 +154,26 @@ def without_heads(loaded, texts):
     return answer(weights), torch.stack(layers)
 
 
+def change_rows(before, after, chosen):
+    """Rows of a table: how what was chosen changes without each head, from what without_heads() gives."""
+    classes = len(before) > 1
+    change = (after[..., chosen] - before[chosen]).tolist()  # [layers, heads]
+    most = max(0.01 if classes else 0.1, *(abs(by) for row in change for by in row))  # less is not worth a colour
+
+    rows = []
+    for i, row in enumerate(change):
+        cells = []
+        for head, by in enumerate(row):
+            number = f"{100 * by:+.1f}" if classes else f"{by:+.2f}"
+            number = number.replace("-", "&minus;") if float(number) else number[1:]  # no sign before 0.0
+            tip = f"without head {head} of layer {i}: {after[i, head, chosen]:.4f}"
+            flips = ' class="flips"' if int(after[i, head].argmax()) != chosen else ""
+            style = painted(0.5 - 0.5 * by / most, CHANGE)
+            cells.append((number, f'title="{tip}" style="{style}"{flips}'))
+        rows.append(cells)
+    return rows
+
+
 def sentence(loaded, texts):
     """The answer to a text, and a table of how it changes without each head."""
     task = TASKS[loaded.result["task"]]
@@ -161,32 +181,20 @@ def sentence(loaded, texts):
         return f"<p>{safe(loaded.result['task'])} has no classes, so the page does not ask for one.</p>"
     before, after = without_heads(loaded, texts)
     chosen = int(before.argmax())
-    change = (after[..., chosen] - before[chosen]).numpy()  # [layers, heads]
-    classes = len(before) > 1
-    most = max(abs(change).max(), 0.01 if classes else 0.1)  # less is hardly worth a colour
+    if len(before) > 1:
+        label, word = list(task.words.items())[chosen]
+        said = f"<strong>{safe(word)}</strong> ({safe(label)}), with a probability of {before[chosen]:.4f}"
+        unit = "that probability changes, in percentage points,"
+        flipped = " A frame marks heads without which it gives another answer."
+    else:
+        said, unit, flipped = f"{before[0]:.2f}", "that score changes", ""
 
-    rows = []
-    for i, row in enumerate(change):
-        cells = []
-        for head, by in enumerate(row):
-            flips = ' class="flips"' if int(after[i, head].argmax()) != chosen else ""
-            tip = f"without head {head} of layer {i}: {after[i, head, chosen]:.4f}"
-            style = painted(0.5 - 0.5 * by / most, CHANGE)
-            number = f"{100 * by:+.1f}" if classes else f"{by:+.2f}"
-            number = number.replace("-", "&minus;") if float(number) else number[1:]
-            cells.append((number, f'title="{tip}" style="{style}"{flips}'))
-        rows.append(cells)
-
-    words = [f"<strong>{safe(word)}</strong> ({safe(label)})" for label, word in task.words.items()]
-    said = f"{words[chosen]}, with a probability of {before[chosen]:.4f}" if classes else f"{before[chosen]:.2f}"
-    unit = "that probability changes, in percentage points," if classes else "that score changes"
-    flipped = " A frame marks heads without which it gives another answer." if classes else ""
     shown = "".join(f"<p>{safe(text[:SHOWN])}{' …' * (len(text) > SHOWN)}</p>" for text in texts)
     return "\n".join([
         f"<blockquote>{shown}</blockquote>",
         f"<p>The pruned model says {said}. The table shows how {unit} when the output of one head is set to zero. "
         f"Blue heads speak for the answer: without them it falls. Orange heads speak against it.{flipped}</p>",
-        f'<div class="wide changes">{coloured_table(range(change.shape[1]), rows)}</div>',
+        f'<div class="wide changes">{coloured_table(range(after.shape[1]), change_rows(before, after, chosen))}</div>',
         legend("against", "for", CHANGE),
     ])  # fmt: skip
 
