@@ -86,6 +86,22 @@ def test_what_was_trained_is_not_called_unchanged(make_model, trained, tmp_path,
     assert ("removed are zero" in readme) == (method == "movement")
 
 
+def test_biases_that_trained_beside_a_mask_are_exported(make_model, trained, tmp_path):
+    run = trained(make_model("m", bert_tensors(CONFIG, True, "bert.")), "--method", "smp-bias", "--weight-lr", "0.1")
+    export.main([str(run), str(tmp_path / "out")])
+    loaded = load_run(run)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    before = load_file(tmp_path / "m" / "model.safetensors")
+    assert found.keys() == before.keys()
+    for name, tensor in found.items():
+        weight = loaded.model.state_dict()[loaded.model.canonical(name)]
+        assert torch.equal(tensor, weight * loaded.masks.get(loaded.model.canonical(name), torch.tensor(True)))
+    assert any((found[name] != before[name]).any() for name in found if "LayerNorm.bias" in name)
+    assert "biases and LayerNorms trained; the weights" in (tmp_path / "out" / "README.md").read_text()
+    export.main([str(run), str(tmp_path / "mask"), "--mask"])
+    assert "its biases and LayerNorms trained too" in (tmp_path / "mask" / "README.md").read_text()
+
+
 def test_what_cannot_be_exported_is_refused(make_model, trained, fails, tmp_path):
     run = trained(make_model(), "--head", "classifier")
     assert "a fresh head has no place" in fails(export.main, [run, tmp_path / "out"])

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from data import TASKS
+from mask import METHODS
 from plumbing import fetch
 from plumbing.cli import printable, show
 from plumbing.files import MASKS
@@ -25,7 +26,7 @@ METRICS = {"mcc": "matthews_correlation", "pearson": "pearsonr", "spearman": "sp
 MASK_CARD = """# {task}: a mask for {backbone}
 
 One bit for each of {total:,} weights of {backbone} says whether it stays. {kept:,} do: density {density:.4f}, sparsity
-{sparsity:.4f}. The backbone is not in this folder, and none of its weights was trained (method {method}).{head}
+{sparsity:.4f}. The backbone is not in this folder; {trained} (method {method}).{head}
 
 Dev: {final} ({facts}).
 
@@ -116,6 +117,9 @@ def mask_card(result, kept, total):
     words |= {"density": kept / total, "sparsity": 1 - kept / total}
     words |= {"final": show(result["final"]), "facts": facts(result)}
     own = result["head"] == "classifier"
+    words["trained"] = "none of its weights was trained"
+    if METHODS[result["method"]].vectors:
+        words["trained"] = "its biases and LayerNorms trained too, and are in the mask's file"
     words["head"] = " The classifier behind it was; it is in the mask's file." if own else ""
     words["where"] = "" if base else f", and BACKBONE the folder of {name}"
     words["model"] = "" if base else " --model BACKBONE"

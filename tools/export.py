@@ -58,10 +58,14 @@ def export(folder, run):
     if any(getattr(run.model.config, name) for name in PER_LAYER):
         raise ValueError("other libraries load no model that has lost heads or neurons; use the folder of the run")
     _, tensors = read_model(run.folder)  # all of them, under the names that they had
-    masks = {run.model.canonical(name): mask for name, mask in run.model.published(run.masks).items()}
+    learnt = dict(run.masks)
+    if METHODS[run.result["method"]].vectors:
+        learnt |= {name: weight.detach() for name, weight in run.model.named_parameters() if weight.ndim == 1}
+    learnt = {run.model.canonical(name): found for name, found in run.model.published(learnt).items()}
     for name, tensor in tensors.items():
-        if (known := run.model.canonical(name)) in masks:
-            tensors[name] = tensor * masks[known]
+        found = learnt.get(run.model.canonical(name))
+        if found is not None:
+            tensors[name] = tensor * found if found.ndim > 1 else found
     has_pooler = any("pooler." in name for name in tensors)
     text = card.front_matter(run.result, "transformers") + describe(run.result, run.model, has_pooler)
     write_whole(folder / "README.md", text.encode())
@@ -76,6 +80,7 @@ def describe(result, model, has_pooler):
     """The text of the exported folder's README, below its metadata."""
     method = METHODS[result["method"]]
     changes = f", its weights trained ({result['method']})" if method.trains_weights else ""
+    changes += "; biases and LayerNorms trained" if method.vectors else ""
     changes += f"; the weights that {result['method']} removed are zero" if method.masking else ""
     heading = {key: result[key] for key in ("task", "density")}
     heading |= {"model": card.backbone(result)[0], "final": show(result["final"]), "facts": card.facts(result)}
