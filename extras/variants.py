@@ -37,6 +37,6 @@ def two_of_four(scores, importance, density, exact):
 
 METHODS |= {
     "smp-w": Method(smp_s, flags=METHODS["smp-s"].flags, rank=by_size),
-    "smp-bias": Method(smp_s, flags=METHODS["smp-s"].flags | {"weight_lr": None}, vectors=True),
+    "smp-bias": Method(smp_s, flags=METHODS["smp-s"].flags | {"weight_lr": 1e-3}, vectors=True),
     "smp-2:4": Method(two_of_four, flags=SHARES | SCORES),
 }

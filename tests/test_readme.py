@@ -12,12 +12,12 @@ import data
 import eval as eval_
 import mask
 import train
-from tools import bench, experiments, export, fresh, picture, split, tune
+from tools import bench, experiments, export, fresh, page, picture, split, tune
 
 ROOT = Path(__file__).parent.parent
 README, EXERCISES, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "EXERCISES.md", "results/README.md"))
 COMMANDS = {"train.py": train, "eval.py": eval_}
-COMMANDS |= {f"-m {tool.__name__}": tool for tool in (bench, experiments, export, fresh, picture, split, tune)}
+COMMANDS |= {f"-m {tool.__name__}": tool for tool in (bench, experiments, export, fresh, page, picture, split, tune)}
 
 
 def section(title):

@@ -760,3 +760,11 @@ def test_threads_are_told_how_to_wait_before_they_start(module):
 
     assert said().startswith("['plumbing', 'torch']") and "('GOMP_SPINCOUNT', '10000')" in said()
     assert "GOMP_SPINCOUNT" not in said(OMP_WAIT_POLICY="passive")
+
+
+def test_short_runs_use_attention_that_needs_no_preparing(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", chosen.append)
+    for steps in (0, cli.LONG - 1, cli.LONG):
+        cli.set_up(deterministic=False, steps=steps)
+    assert chosen == [False, False, True]
