@@ -124,7 +124,7 @@ def load_run(run, model_name=None):
     weights = {} if own else dict(model.named_parameters())
     expected = {n: w.shape for n, w in weights.items() if n.startswith("classifier.") or method.vectors and w.ndim == 1}
     if expected != {name: tensor.shape for name, tensor in others.items()}:
-        raise ValueError(f"{mask_file} does not hold the weights that trained beside its mask")
+        raise ValueError(f"{mask_file} holds other weights beside its mask than {result['method']} trains")
     model.load_state_dict(others, strict=False)
     return Loaded(result, folder, model, tokenizer, masks)
 

@@ -294,10 +294,10 @@ class Method:
     help: dict = field(default_factory=dict)  # {flag: what it does}, of flags of its own
     rank: Callable = lambda weights, scores: scores  # {group: [L, out, in]} of both -> of what masking compares
     before: Callable | None = None  # (model, train set, dev sets, args, device) -> a smaller model, facts about it
-    vectors: bool = False  # whether biases and LayerNorms train beside the mask, whose file then holds them too
+    vectors: bool = False  # all biases and LayerNorms train beside the mask, at weight_lr, and are stored with it
 
     @property
-    def trains_weights(self):
+    def trains_weights(self):  # all of them, so that a run needs a model file of its own
         return "weight_lr" in self.flags and not self.vectors
 
 

@@ -50,7 +50,7 @@ def make_parser():
     some = parser.add_argument_group("method", "Flags that only some methods use.")
     some.add_argument("--sparsity", type=cli.share_below_one, help="share of weights, or of computation, removed (0.5)")
     some.add_argument("--lr", type=cli.positive, help="peak learning rate of the scores (smp-...: 2e-2)")
-    some.add_argument("--weight-lr", type=cli.positive, help="peak learning rate of trained weights (GLUE: 3e-5)")
+    some.add_argument("--weight-lr", type=cli.positive, help="that of weights that train (GLUE: 3e-5; smp-bias: 1e-3)")
     some.add_argument("--hold", type=cli.share, help="share of steps before pruning starts (0)")
     some.add_argument("--ramp", type=cli.share, help="share of steps after which the target is reached (movies: 0.9)")
     some.add_argument("--schedule", choices=("cubic", "linear"), help="of the density (BERT: cubic, else linear)")
@@ -71,7 +71,7 @@ def parse_args(argv):
             parser.error("--resume takes the settings of its run, and no other flags")
         return args
 
-    used = METHODS[args.method].flags | ({"weight_lr": None} if args.head == "classifier" else {})
+    used = ({"weight_lr": None} if args.head == "classifier" else {}) | METHODS[args.method].flags
     some_use = {name for method in METHODS.values() for name in method.flags}
     for name in sorted(some_use - used.keys()):
         if getattr(args, name) is not None:
@@ -88,7 +88,7 @@ def parse_args(argv):
     if args.accumulate * parallel.processes() > args.batch:
         parser.error(f"--accumulate: a batch of {args.batch} has no {args.accumulate} parts for each process")
 
-    name = f"{args.task}-{Path(args.model).name}-{args.method}-{args.sparsity:g}"
+    name = f"{args.task}-{Path(args.model).name}-{args.method.replace(':', 'of')}-{args.sparsity:g}"
     name += "-classifier" if args.head == "classifier" else ""
     name += "-taught" if args.teacher else ""
     name += f"-{args.steps}steps" if args.steps else ""

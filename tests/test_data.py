@@ -486,7 +486,7 @@ def test_rows_are_held_out_and_none_is_lost(tmp_path, fails):
         assert train[len(header) :] != lines[:6]  # files may be sorted by label
         assert len(read_rows(folder / "train.tsv", TASKS[name])[0]) == 6
         assert "is there already" in fails(split.main, [name, path, tmp_path / "held", "--dev", "3"])
-        assert "--dev must be less than 9" in fails(split.main, [name, path, tmp_path / "new", "--dev", "9"])
+        assert "--dev 9: the file holds only 9" in fails(split.main, [name, path, tmp_path / "new", "--dev", "9"])
     (tmp_path / "odd.tsv").write_text("no such column\n1\n")
     assert "odd.tsv:1: no column" in fails(split.main, ["movies", tmp_path / "odd.tsv", tmp_path / "new", "--dev", "1"])
     assert not (tmp_path / "new").exists()

@@ -191,7 +191,8 @@ def test_a_table_of_equal_budgets_by_hand(monkeypatch):
     assert "sst2, accuracy (seeds) | average | stored" in head
     assert row.startswith("| smp-s --sparsity=0.5 | 90.0 ± 0.0 (3) |")
     assert "| 70.0 ± 0.0 (3) | 45.0 | 10.6 Mbit |" in row  # (80 + 50 + 40 + 10) / 4
-    assert "|  | 10.6 Mbit" in table([*lines, line("rte", "l0", 0, 0.5)], averages=True)  # not all have run
+    without = [made for made in lines if made["task"] != "sst2"]
+    assert "|  | 10.6 Mbit" in table(without, averages=True)  # not all have run
 
 
 def test_curves_by_hand():
@@ -232,7 +233,7 @@ def test_what_equal_budgets_chose_is_what_stands_in_the_lists():
     done = tune.read_done(RESULTS.parent)
     assert {tune.name_of(*row): tune.chosen(done, row)[1] for row in tune.GRIDS} == lists.CHOSEN
     assert len(done) == len(tune.GRIDS) * 2 * (10 + 3 * 2)  # the same budget for all
-    assert not any(tune.HELD in command for command in experiments.commands("main"))
+    assert not any("--data-dir" in command for command in experiments.commands("main"))
     assert not set(lists.FRESH) & set(tune.SEEDS)
 
 

@@ -120,7 +120,7 @@ def mask_card(result, kept, total):
     words["trained"] = "none of its weights was trained"
     if METHODS[result["method"]].vectors:
         words["trained"] = "its biases and LayerNorms trained too, and are in the mask's file"
-    words["head"] = " The classifier behind it was; it is in the mask's file." if own else ""
+    words["head"] = " A fresh classifier trained too, and is in the mask's file." if own else ""
     words["where"] = "" if base else f", and BACKBONE the folder of {name}"
     words["model"] = "" if base else " --model BACKBONE"
     words["ask"] = '--text "..."' + ' --pair "..."' * pair

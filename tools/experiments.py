@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import TASKS
 from plumbing.cli import Parser, count, one_line_errors
 from plumbing.files import check_types, read_json, regular
-from tools.lists import BY_TASK, LISTS, STEPS, TOGETHER, earlier, main_rows, words
+from tools.lists import BY_TASK, EQUAL_STEPS, LISTS, STEPS, TOGETHER, earlier, main_rows, words
 from tools.picture import plot_curves
 
 ROOT = Path(__file__).parent.parent
@@ -259,10 +259,10 @@ def curves(lines):
 
 
 def average(of_tasks):
-    """Mean over tasks {task: lines} of the mean over seeds, those of TOGETHER as one; "" unless all have lines."""
-    if not all(of_tasks.values()):
+    """Mean over the tasks of EQUAL_STEPS of the mean over seeds, those of TOGETHER as one; "" if one has no lines."""
+    if not all(of_tasks.get(task) for task in EQUAL_STEPS):
         return ""
-    means = {task: statistics.mean(first_metric(line) for line in lines) for task, lines in of_tasks.items()}
+    means = {task: statistics.mean(first_metric(line) for line in of_tasks[task]) for task in EQUAL_STEPS}
     others = [mean for task, mean in means.items() if task not in TOGETHER]
     return f"{100 * statistics.mean([*others, statistics.mean(means[task] for task in TOGETHER)]):.1f}"
 

@@ -2,7 +2,7 @@
 
 A run is known by the arguments of train.py. What is compared follows tables 1 to 3 of Jiang et al., ACL 2023. Lists
 that only record what was tried are not made here: the lines of results/runs.jsonl name `tuning`, `abandoned` and
-`earlier`, a comparison before all had the same budget. All but `main` have settings that `tuning` found.
+`earlier`, a comparison before all had the same budget. Most lists but `main` have settings that `tuning` found.
 
     for arguments in LISTS["main"](): ...  # "--task=movies --model=minilm --method=finetune --steps=1196 --seed=0 ..."
 """
@@ -10,7 +10,7 @@ that only record what was tried are not made here: the lines of results/runs.jso
 import itertools
 import shlex
 
-# Steps of the runs, the same for all methods of a task: for GLUE a fifth to a half of the defaults.
+# Steps of all lists but `main`, the same for all methods of a task: for GLUE a fifth to a half of the defaults.
 STEPS = {"movies": 1196, "rte": 3120, "mrpc": 3450, "cola": 3216, "stsb": 3600, "sst2": 3159, "squad": 2870}
 STEPS |= {"ptb": 820}  # ten epochs
 MODELS = {"ptb": "standin"}  # of all other tasks minilm; results/README.md says how the stand-in for GPT-2 is made
@@ -100,7 +100,7 @@ def tuned(task, method, sparsity=None):
 
 
 def earlier(task, method, sparsity):
-    """Flags that give `movies` its recipe of up to commit 7643b46, with which all lists were run."""
+    """Flags that give `movies` its recipe of up to commit 7643b46, with which all lists but `main` were run."""
     if task != "movies":
         return {}
     flags = {"batch": 32, "dropout": True}
@@ -185,7 +185,7 @@ def steps():
 
 
 def rule():
-    """smp-w on every task, with what it took to tune smp-s, which is in `main`."""
+    """smp-w on every task, with as many tuning runs as smp-s had on MRPC; that one is in `earlier`."""
     for task, seeds in SEEDS.items():
         for seed, sparsity in itertools.product(range(seeds), SPARSITIES):
             yield run(task, "smp-w", sparsity, seed, **tuned(task, "smp-w", sparsity))

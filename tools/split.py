@@ -13,11 +13,13 @@ from extras.squad import read_articles
 from plumbing.cli import Parser, count, one_line_errors
 from plumbing.files import write_whole
 
+CHOICES = [name for name, task in TASKS.items() if name == "squad" or not task.read and task.dev == ("dev",)]
+
 
 def halves(items, dev):
     """-> {"train": all but the last `dev` items, "dev": these}. Raises ValueError if nothing would be left to train."""
     if dev >= len(items):
-        raise ValueError(f"--dev must be less than {len(items)}, what the file holds; got {dev}")
+        raise ValueError(f"--dev {dev}: the file holds only {len(items)}; leave some to train on")
     return {"train": items[:-dev], "dev": items[-dev:]}
 
 
@@ -40,8 +42,8 @@ def split_rows(path, task, dev):
 @one_line_errors()
 def main(argv=None):
     parser = Parser(prog="python -m tools.split", description="Split a labelled file of a task into train and dev.")
-    parser.add_argument("task", choices=[name for name, task in TASKS.items() if not task.read or name == "squad"])
-    parser.add_argument("file", type=Path, help="the task's, as the task names its columns")
+    parser.add_argument("task", choices=CHOICES, metavar="TASK", help=", ".join(CHOICES))
+    parser.add_argument("file", type=Path, help="a labelled file with the task's columns; of squad its JSON")
     parser.add_argument("folder", type=Path, help="for --data-dir")
     parser.add_argument("--dev", type=count, required=True, help="rows, or articles of SQuAD, in the dev part")
     args = parser.parse_args(argv)

@@ -1,8 +1,10 @@
-"""Tune every method with the same budget, on training rows that were held out: no row of dev takes part.
+"""Tune every method with the same budget, on training rows that were held out: no row of the tasks' dev takes part.
 
 For each row of GRIDS, ten settings are drawn from its grid and tried with one seed on two tasks. The three with the
-highest mean get two more seeds; the highest mean over all is chosen, and stands in CHOSEN of tools/lists.py. What it is
+highest mean get two more seeds; the highest mean over all is chosen: copy it into CHOSEN of tools/lists.py. What it is
 worth, `python -m tools.experiments run main` tells, on dev and with seeds that chose nothing.
+
+From the repository's root, once both tasks have been fetched, by any run:
 
     python -m tools.split movies ~/.cache/smp/glue/movies/train.tsv held --dev 1500
     python -m tools.split mrpc ~/.cache/smp/glue/MRPC/train.tsv held --dev 600
@@ -16,6 +18,7 @@ import random
 import statistics
 from pathlib import Path
 
+from data import split_path
 from plumbing.cli import Parser, count, one_line_errors
 from tools.experiments import ROOT, RUNS, make_missing, read_lines
 from tools.lists import equal, words
@@ -24,7 +27,7 @@ SETTINGS = 10  # of each row
 FINALISTS = 3  # get more seeds
 SEEDS = (0, 1, 2)
 TASKS = ("movies", "mrpc")
-HELD = "--data-dir=held"
+HELD = "held"  # --data-dir
 
 DENSE = {"weight_lr": (5e-5, 1e-4, 2e-4, 4e-4), "warmup": (0, 0.1), "dropout": (True, False)}
 GRADUAL = {"ramp": (0.5, 0.7, 0.9), "hold": (0, 0.2), "schedule": ("cubic", "linear")}
@@ -76,7 +79,7 @@ def settings(method, sparsity):
 def runs(row, flags, seeds):
     """Commands of a setting, on the rows that were held out."""
     name = name_of(*row)
-    return [f"python train.py {equal(task, name, seed, flags)} {HELD}" for task in TASKS for seed in seeds]
+    return [f"python train.py {equal(task, name, seed, flags)} --data-dir={HELD}" for task in TASKS for seed in seeds]
 
 
 def ranked(done, row, tried, seeds):
@@ -112,7 +115,8 @@ def second_round(done):
 def read_done(folder):
     """{command: accuracy} of the runs that tuning made."""
     lines = read_lines(folder / RUNS)
-    return {line["command"]: line["final"]["accuracy"] for line in lines if line["command"].endswith(HELD)}
+    mine = [line for line in lines if line["command"].endswith(f"--data-dir={HELD}")]
+    return {line["command"]: line["final"]["accuracy"] for line in mine}
 
 
 def table(done):
@@ -121,7 +125,7 @@ def table(done):
     for row, grid in GRIDS.items():
         accuracy, flags = chosen(done, row)
         size = math.prod(len(values) for values in grid.values())
-        made = len(TASKS) * (SETTINGS + FINALISTS * len(SEEDS[1:]))
+        made = sum(command in done for flags in settings(*row) for command in runs(row, flags, SEEDS))
         lines.append([name_of(*row), str(size), str(SETTINGS), str(made), f"`{flags}`", f"{100 * accuracy:.1f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -138,9 +142,14 @@ def main(argv=None):
     if args.do == "table":
         print(table(read_done(args.results)))
         return
+    for task in TASKS:
+        split_path(task, "train", HELD)  # raises if it is not there
     machine = args.results, args.at_once, args.seconds, words({"model": args.model})
     make_missing("the first round", first_round(), *machine)
-    make_missing("the second round", second_round(read_done(args.results)), *machine)
+    done = read_done(args.results)
+    if not done.keys() >= set(first_round()):
+        raise ValueError("the first round is not complete; the same command continues it")
+    make_missing("the second round", second_round(done), *machine)
 
 
 if __name__ == "__main__":
