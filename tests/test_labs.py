@@ -1,0 +1,128 @@
+"""The notebooks of the labs: small and clean, each section explained, and in step with the code that they import."""
+
+import ast
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_house import ARROWS, CORE, ROOT, WINGS
+
+LABS = sorted((ROOT / "exercises").glob("*.ipynb"))
+MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|usr|work|Users|content)/|[A-Z]:\\")  # where paths of a machine begin
+
+every_lab = pytest.mark.parametrize("lab", LABS, ids=lambda path: path.stem)
+
+
+def read(lab, kind):
+    """Cells of a kind, code or markdown -> [(cell, its text)]."""
+    cells = json.loads(lab.read_text("utf-8"))["cells"]
+    return [(cell, "".join(cell["source"])) for cell in cells if cell["cell_type"] == kind]
+
+
+def defined(tree):
+    """Names of the functions and classes of a syntax tree, methods among them."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {node.name for node in ast.walk(tree) if isinstance(node, kinds) and not node.name.startswith("__")}
+
+
+def test_there_are_two():
+    assert [lab.name for lab in LABS] == ["lab1.ipynb", "lab2.ipynb"]
+
+
+@every_lab
+def test_a_notebook_runs_anywhere_and_is_small(lab):
+    text = lab.read_text("utf-8")
+    notebook = json.loads(text)
+    assert len(text.encode()) < 200_000
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(ids)) == len(ids) and {cell["cell_type"] for cell in notebook["cells"]} == {"code", "markdown"}
+    assert not MACHINE.search(text)
+
+
+@every_lab
+def test_outputs_are_those_of_one_whole_run(lab):
+    """Cells were run from the first to the last, without errors, warnings or progress bars."""
+    cells = [cell for cell, _ in read(lab, "code")]
+    counts = [cell["execution_count"] for cell in cells]
+    assert counts == list(range(1, len(cells) + 1)), "restart the kernel, run all cells, and save"
+    for cell in cells:
+        assert cell["metadata"].keys() <= {"tags"}
+        for output in cell["outputs"]:
+            assert output["output_type"] in ("stream", "display_data") and output.get("name") != "stderr", output
+    assert any("image/png" in output.get("data", ()) for cell in cells for output in cell["outputs"])
+
+
+@every_lab
+def test_cells_are_short_and_import_what_there_is(lab):
+    required = {line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    known = required | {"matplotlib", "IPython"} | ARROWS.keys() | set(sys.stdlib_module_names)
+    for _, text in read(lab, "code"):
+        assert len(text.splitlines()) <= 30, text
+        for node in ast.walk(ast.parse(text)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {name.split(".")[0] for name in names} <= known, text
+
+
+@every_lab
+def test_nothing_of_ours_is_written_again(lab):
+    files = [ROOT / name for name in CORE] + [path for wing in WINGS for path in (ROOT / wing).glob("*.py")]
+    ours = set().union(*(defined(ast.parse(path.read_text("utf-8"))) for path in files))
+    assert {"highest", "Masks", "stacked", "learn", "evaluate"} <= ours
+    theirs = set().union(*(defined(ast.parse(text)) for _, text in read(lab, "code")))
+    assert theirs and not theirs & ours
+
+
+@every_lab
+def test_sections_explain_and_ask(lab):
+    """Each begins with some sentences and ends with questions; the exercises that headings name exist."""
+    text = "\n".join(text for _, text in read(lab, "markdown"))
+    first, *sections = re.split(r"^## ", text, flags=re.M)
+    assert "pip install -r requirements.txt matplotlib" in first and "minutes" in first
+    assert [section[:3] for section in sections] == [f"{chr(ord('A') + n)}. " for n in range(len(sections))]
+    numbers = re.findall(r"^## (\d+)\.", (ROOT / "EXERCISES.md").read_text("utf-8"), flags=re.M)
+    for section in sections:
+        heading, _, body = section.partition("\n")
+        said, _, asked = body.partition("**Questions.**")
+        assert said.count(". ") >= 1, heading
+        assert asked.strip().startswith("1. ") and asked.rstrip().endswith(("?", ")")), heading
+        assert set(re.findall(r"\d+", heading)) <= set(numbers), heading
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """What Jupyter gives a notebook: its folder, a display, pictures that open no window."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    shown = SimpleNamespace(update=lambda picture: None)
+    display = SimpleNamespace(display=lambda *_, **__: shown, clear_output=lambda *_, **__: None)
+    package = SimpleNamespace(display=display, version_info=(9, 0), get_ipython=lambda: None)
+    monkeypatch.setitem(sys.modules, "IPython", package)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(ROOT / "exercises")
+    with pyplot.rc_context():
+        yield
+    pyplot.close("all")
+
+
+@every_lab
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+def test_every_cell_runs_on_a_tiny_model(lab, notebook, make_model, glue, tmp_path):
+    torch.manual_seed(0)
+    model = make_model(hidden_size=32, intermediate_size=128)
+    flags = ["--data-dir", glue, "--model", model, "--length", 16, "--steps", 6, "--evals", 1, "--device", "cpu"]
+    ours = {"FLAGS": [str(word) for word in flags], "RUNS": tmp_path / "runs", "STEPS": "6", "EXAMPLES": 8}
+    scope = {}
+    for number, (cell, text) in enumerate(read(lab, "code"), 1):
+        exec(compile(text, f"{lab.name}, code cell {number}", "exec"), scope)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            scope |= ours
+            ours = None
+    assert ours is None  # there was such a cell
+    assert len(list((tmp_path / "runs").glob("*/result.json"))) >= 2
