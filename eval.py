@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import plumbing  # noqa: F401  # isort: skip (before torch, see there)
-import numpy as np
 import torch
 from torch.func import functional_call
 from tqdm import tqdm
@@ -44,7 +43,7 @@ def predict(model, weights, examples, device):
         logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
         outputs.append(examples.keep(logits, labels).cpu())
     model.train(training)
-    order = np.concatenate(batches).argsort()  # batches are of like length, not in order
+    order = torch.cat([torch.as_tensor(rows) for rows in batches]).argsort()  # batches are of like length
     return torch.cat(parallel.gather(outputs))[order]
 
 
@@ -76,10 +75,11 @@ def load_backbone(folder, task, length, head, fresh=True):
     if task.load:
         return task.load(folder, length, head)
     stored, tensors = read_model(folder)
+    with named(folder):
+        config = read_config(stored)
     tokenizer = data.load_tokenizer(folder, length)
     probe = tokenizer.encode(*"ab"[: len(task.text)])  # with what the tokenizer puts around texts
     with named(folder):
-        config = read_config(stored)
         if not 4 <= length <= config.longest_input:
             raise ValueError(f"--length {length}: the model takes 4 to {config.longest_input} tokens")
         ids = [*tokenizer.get_vocab().values(), *probe.ids]
