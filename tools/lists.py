@@ -59,7 +59,7 @@ PTB |= {("smp-s", 0.2): {"lr": 0.1, "penalty": 0}, ("smp-s", 0.5): {"penalty": 0
 
 # Every method with the same budget: steps, seeds that chose nothing, and for each row what tools.tune chose.
 EQUAL_STEPS = {"movies": 1196, "mrpc": 1380, "cola": 1340, "stsb": 1440, "sst2": 1500}
-FRESH = range(10, 13)
+FRESH = range(10, 15)
 CHOSEN = {
     "finetune": "--dropout --warmup=0.1 --weight-lr=5e-05",
     "finetune --head=classifier": "--dropout --warmup=0 --weight-lr=5e-05",
