@@ -74,9 +74,10 @@ class Config:
 class Embeddings(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.word_embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.position_embeddings = nn.Embedding(c.max_position_embeddings, c.hidden_size)
-        self.token_type_embeddings = nn.Embedding(c.type_vocab_size, c.hidden_size)
+        table = partial(nn.Embedding.from_pretrained, freeze=False)  # nn.Embedding would draw numbers: an import of 2 s
+        self.word_embeddings = table(torch.empty(c.vocab_size, c.hidden_size))
+        self.position_embeddings = table(torch.empty(c.max_position_embeddings, c.hidden_size))
+        self.token_type_embeddings = table(torch.empty(c.type_vocab_size, c.hidden_size))
         self.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
         self.first = c.first_position
@@ -160,8 +161,7 @@ class Encoder(nn.Module):
         for layer in layers:
             x = layer(x, x, attend)
         read = x.view(batch, width, -1)[:, :tokens].flatten(0, 1)  # [B * S, H] -> [B * tokens, H]
-        read = last(read, x, attend)  # nobody reads the other tokens: a seventh of MiniLM's work saved
-        return read.view(batch, -1, x.shape[1])
+        return last(read, x, attend).view(batch, -1, x.shape[1])  # no others are read: a seventh of MiniLM's work saved
 
 
 class Bert(nn.Module):
