@@ -179,7 +179,7 @@ def test_a_table_of_equal_budgets_by_hand(monkeypatch):
     monkeypatch.setattr(lists, "CHOSEN", {"smp-s --sparsity=0.5": "--no-dropout --lr=0.01"})
     monkeypatch.setattr(experiments, "MAIN_ROWS", lists.main_rows())
     commands = [f"python train.py {arguments}" for arguments in lists.main()]
-    assert len(commands) == 5 * 3
+    assert len(commands) == 5 * 5
     assert commands[0].endswith("--method=smp-s --sparsity=0.5 --steps=1196 --seed=10 --no-dropout --lr=0.01")
     values = {"movies": 0.9, "sst2": 0.7, "mrpc": 0.5, "cola": 0.4, "stsb": 0.1}
     lines = []
@@ -189,8 +189,8 @@ def test_a_table_of_equal_budgets_by_hand(monkeypatch):
         lines[-1]["final"] = {TASKS[task].metrics[0]: values[task]}
     head, _, row = table(lines, averages=True).splitlines()
     assert "sst2, accuracy (seeds) | average | stored" in head
-    assert row.startswith("| smp-s --sparsity=0.5 | 90.0 ± 0.0 (3) |")
-    assert "| 70.0 ± 0.0 (3) | 45.0 | 10.6 Mbit |" in row  # (80 + 50 + 40 + 10) / 4
+    assert row.startswith("| smp-s --sparsity=0.5 | 90.0 ± 0.0 (5) |")
+    assert "| 70.0 ± 0.0 (5) | 45.0 | 10.6 Mbit |" in row  # (80 + 50 + 40 + 10) / 4
     without = [made for made in lines if made["task"] != "sst2"]
     assert "|  | 10.6 Mbit" in table(without, averages=True)  # not all have run
 
@@ -226,7 +226,7 @@ def test_the_lists_are_what_is_reported():
     assert len(done) == len(set(done)) and set(done) == wanted
     for command in {re.sub(" --seed=[0-9]+", "", command) for command in wanted}:
         train.parse_args(shlex.split(command)[2:])  # exits if a flag is unknown or out of range
-    assert len(experiments.commands("main")) == len(tune.GRIDS) * 5 * 3
+    assert len(experiments.commands("main")) == len(tune.GRIDS) * 5 * 5
 
 
 def test_what_equal_budgets_chose_is_what_stands_in_the_lists():
