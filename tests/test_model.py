@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import data
+from extras.gpt2 import load_gpt2
 from plumbing import fetch
+from plumbing.checkpoints import read_model
 from plumbing.run import identity
 
 IDS = torch.tensor([[2, 5, 9, 13, 3], [2, 7, 3, 0, 0]])
@@ -52,6 +54,13 @@ def test_encoder_and_masked_lm_head_agree_with_torch(make_model):
     assert torch.allclose(hidden[MASK.bool()], expected[MASK.bool()], atol=1e-5)
     assert torch.allclose(model.word_logits(hidden)[MASK.bool()], logits[MASK.bool()], atol=1e-5)
     assert torch.allclose(model(IDS, TYPES, MASK), logits[:, 0, [5, 6]], atol=1e-5)  # and one token is enough
+
+
+def test_loading_draws_no_numbers_that_the_file_replaces(make_model, make_gpt2, monkeypatch):
+    """For nn.Embedding's torch imports its compiler, and eval.py would answer two seconds later."""
+    monkeypatch.setattr(nn.init, "normal_", None)
+    load_model(make_model(), words=[5, 6])
+    load_gpt2(*read_model(make_gpt2()))
 
 
 def test_without_a_head_logits_are_products_with_the_word_embeddings(make_model):
