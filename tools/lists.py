@@ -65,7 +65,7 @@ CHOSEN = {
     "finetune --head=classifier": "--dropout --warmup=0 --weight-lr=5e-05",
     "magnitude --sparsity=0.5": "--dropout --hold=0.2 --ramp=0.5 --schedule=cubic --warmup=0 --weight-lr=0.0001",
     "magnitude --sparsity=0.9": "--no-dropout --hold=0 --ramp=0.9 --schedule=cubic --warmup=0.1 --weight-lr=0.0004",
-    "movement --sparsity=0.5": "--dropout --hold=0.3 --ramp=0.9 --schedule=linear --warmup=0.1 --weight-lr=0.0002",
+    "movement --sparsity=0.5": "--no-dropout --hold=0.2 --ramp=0.9 --schedule=linear --warmup=0.1 --weight-lr=5e-05",
     "movement --sparsity=0.9": "--dropout --hold=0.2 --ramp=0.5 --schedule=linear --warmup=0 --weight-lr=0.0002",
     "soft-movement --sparsity=0.5": "--no-dropout --lr=0.01 --penalty=200 --warmup=0.1 --weight-lr=0.0002",
     "soft-movement --sparsity=0.9": "--no-dropout --lr=0.02 --penalty=1600 --warmup=0 --weight-lr=0.0002",

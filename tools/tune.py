@@ -32,7 +32,7 @@ HELD = "held"  # --data-dir
 DENSE = {"weight_lr": (5e-5, 1e-4, 2e-4, 4e-4), "warmup": (0, 0.1), "dropout": (True, False)}
 GRADUAL = {"ramp": (0.5, 0.7, 0.9), "hold": (0, 0.2), "schedule": ("cubic", "linear")}
 RIVAL = DENSE | GRADUAL
-MOVEMENT = RIVAL | {"hold": (0.2, 0.3, 0.4), "schedule": ("linear",)}  # else it learns nothing: its scores start at 0
+LATE = RIVAL | {"hold": (0.2, 0.3, 0.4), "schedule": ("linear",)}  # movement's scores start at 0, and mean nothing yet
 SCORES = GRADUAL | {"lr": (1e-2, 2e-2, 4e-2), "penalty": (200, 400, 800), "warmup": (0, 0.1), "dropout": (True, False)}
 SMP_S = SCORES | {"temperature": (1, 4)}
 BIAS = SMP_S | {"weight_lr": (3e-4, 1e-3, 3e-3)}
@@ -44,8 +44,8 @@ GRIDS = {
     ("finetune --head=classifier", None): DENSE,
     ("magnitude", 0.5): RIVAL,
     ("magnitude", 0.9): RIVAL,
-    ("movement", 0.5): MOVEMENT,
-    ("movement", 0.9): MOVEMENT,
+    ("movement", 0.5): RIVAL,
+    ("movement", 0.9): LATE,
     ("soft-movement", 0.5): GATES | {"penalty": (50, 100, 200, 400)},
     ("soft-movement", 0.9): GATES | {"penalty": (800, 1600, 3200)},
     ("l0", 0.5): GATES | {"penalty": (25, 50, 100, 200)},
