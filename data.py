@@ -69,7 +69,8 @@ PAIR = ("sentence1", "sentence2")
 TASKS = {
     "movies": Task(
         "movies", ("sentence",), "label", SENTIMENT, ("accuracy",), epochs=1, batch=16, length=64, ramp=0.9,
-        penalty=800.0, temperature=4.0, dropout=False, evals=4, model="minilm", test=(), fetch=fetch.fetch_movies,
+        penalty=800.0, temperature=4.0, dropout=False, weight_lr=1e-4, evals=4, model="minilm", test=(),
+        fetch=fetch.fetch_movies,
     ),
     "rte": Task("RTE", PAIR, "label", ENTAILMENT, ("accuracy",), epochs=100),
     "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", NO_YES, ("accuracy", "f1"), epochs=60),

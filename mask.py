@@ -56,7 +56,7 @@ def kth_largest(scores, k):
 
 
 SAMPLES = 1 << 15  # of each row
-STRIDE = 32749  # a prime, so that samples come from all columns; a stride of 100 would see a few of 1000 columns alone
+STRIDE = 32749  # a prime, so that samples come from all columns; a stride of 100 would see only 10 of 1000 columns
 
 
 def about_kth_largest(scores, k):
@@ -130,16 +130,16 @@ def proportional_densities(importance, density):
     importance = importance.clamp(min=torch.finfo(importance.dtype).tiny)  # where all are 0, the layers share evenly
     ordered = importance.sort(dim=1, descending=True).values
     others = ordered.flip(1).cumsum(1).flip(1)  # at j: importance of the layers that are not among the j largest
-    full = torch.arange(layers, device=importance.device, dtype=importance.dtype)  # j
+    full = torch.arange(layers, device=importance.device, dtype=importance.dtype)  # each j
     scale = (density * layers - full) / others  # [G, L]: density per importance, if j layers are full
-    overflowing = (scale * ordered > 1).sum(1, keepdim=True).clamp(max=layers - 1)  # the smallest j that does
+    overflowing = (scale * ordered > 1).sum(1, keepdim=True).clamp(max=layers - 1)  # so many j do; the next does not
     return (scale.gather(1, overflowing) * importance).clamp(max=1.0)
 
 
 def count(density, n):
     """How many of n weights a density keeps: int(v n), for v to twelve decimals.
 
-    So 1 - 0.9, which is 0.09999999999999998, keeps 100 of 1000. In training, density is a 0-dim tensor -> another.
+    So 1 - 0.9, which is 0.09999999999999998, keeps 100 of 1000. In training density is a 0-dim tensor, the result too.
     """
     if isinstance(density, torch.Tensor):  # on the device; in float32, and so off by one at times
         return (density * n).long()
@@ -159,7 +159,7 @@ def whole_counts(densities, n, total):
 
 
 def smp_l(scores, importance, density, exact):
-    """SMP-L: the int(v * n) highest scores of each matrix. All are called alike, and need not use the importance."""
+    """SMP-L: the int(v * n) highest scores of each matrix. All are called alike; this one ignores importance."""
     counts = [torch.as_tensor(count(density, s[0].numel()), device=s.device) for s in scores.values()]
     return highest(scores, torch.stack(counts)[:, None].expand(importance.shape), exact)  # [G] -> [G, L]
 
@@ -199,7 +199,7 @@ def threshold(scores, importance, density, exact, tau=0.1):
 
 
 class StraightThrough(torch.autograd.Function):
-    """W' = W * M(S); backward dL/dS = dL/dW' * W for kept and removed weights alike, which may come back (eq. 3)."""
+    """W' = W * M(S); backward dL/dS = dL/dW' * W, also for removed weights, so that they may come back (eq. 3)."""
 
     @staticmethod
     def forward(ctx, weight, scores, mask):
@@ -279,8 +279,8 @@ class Masks(nn.Module):
 
 # --- the methods ---------------------------------------------------------------------------------------------
 
-SHARES = {"sparsity": 0.5, "hold": 0.0, "ramp": None, "schedule": None}  # None: the task, or the model, decides
-SCORES = {"lr": 2e-2, "penalty": None}
+DENSITY_FLAGS = {"sparsity": 0.5, "hold": 0.0, "ramp": None, "schedule": None}  # None: the task, or the model, decides
+SCORE_FLAGS = {"lr": 2e-2, "penalty": None}
 
 
 @dataclass(frozen=True)
@@ -289,8 +289,8 @@ class Method:
 
     masking: Callable | None  # (scores {group: [L, out, in]}, importance [G, L], density, exact) -> {group: bool}
     rule: type = StraightThrough  # what flows into the scores
-    masks: type = Masks  # what learns; a subclass may start or train otherwise
-    flags: dict = field(default_factory=lambda: SHARES | SCORES)  # of train.py that it uses, and their defaults
+    module: type = Masks  # what learns; a subclass may start or train otherwise
+    flags: dict = field(default_factory=lambda: DENSITY_FLAGS | SCORE_FLAGS)  # of train.py, and their defaults
     help: dict = field(default_factory=dict)  # {flag: what it does}, of flags of its own
     rank: Callable = lambda weights, scores: scores  # {group: [L, out, in]} of both -> of what masking compares
     before: Callable | None = None  # (model, train set, dev sets, args, device) -> a smaller model, facts about it
@@ -302,7 +302,7 @@ class Method:
 
 
 METHODS = {
-    "smp-s": Method(smp_s, flags=SHARES | SCORES | {"temperature": None}),  # S: the paper's best
+    "smp-s": Method(smp_s, flags=DENSITY_FLAGS | SCORE_FLAGS | {"temperature": None}),  # S: the paper's best
     "smp-l": Method(smp_l),  # L: local, the same share of each matrix
     "smp-g": Method(smp_g),  # G: global
     "smp-t": Method(threshold),  # T: does not end where it was asked to

@@ -74,7 +74,7 @@ class Config:
 class Embeddings(nn.Module):
     def __init__(self, c):
         super().__init__()
-        table = partial(nn.Embedding.from_pretrained, freeze=False)  # nn.Embedding would draw numbers: an import of 2 s
+        table = partial(nn.Embedding.from_pretrained, freeze=False)  # nn.Embedding draws numbers: 2 s of imports
         self.word_embeddings = table(torch.empty(c.vocab_size, c.hidden_size))
         self.position_embeddings = table(torch.empty(c.max_position_embeddings, c.hidden_size))
         self.token_type_embeddings = table(torch.empty(c.type_vocab_size, c.hidden_size))
@@ -154,7 +154,7 @@ class Encoder(nn.Module):
         """[B, S] each -> states of the first `tokens` tokens (default: all) [B, tokens, H]."""
         batch, width = input_ids.shape
         x = self.embeddings(input_ids, token_type_ids).flatten(0, 1)  # [B, S, H] -> [B * S, H]
-        # What is added to the products of queries and keys: -inf at padding. [B, S] -> [B, heads, queries, S]
+        # Added to the products of queries and keys: -inf at padding. [B, S] -> [B, 1, 1, S], for all heads and queries
         attend = torch.zeros_like(attention_mask, dtype=x.dtype).masked_fill(attention_mask == 0, float("-inf"))
         attend = attend[:, None, None, :]
         *layers, last = self.encoder["layer"]
@@ -182,7 +182,7 @@ class Bert(nn.Module):
         self.bert = Encoder(config)
         if "cls" in parts:  # the decoder is the word embedding, so only its bias is stored here
             predictions = nn.Module()
-            predictions.transform = AddNorm(config, config.hidden_size)
+            predictions.transform = AddNorm(config, config.hidden_size)  # for its names; word_logits computes
             predictions.bias = nn.Parameter(torch.zeros(config.vocab_size))
             self.cls = nn.ModuleDict({"predictions": predictions})
         if "pooler" in parts:
@@ -298,7 +298,7 @@ def read_config(stored, kind=Config, families=FAMILIES, only=ONLY):
             raise ValueError(f"{name} is {stored[name]!r}, and only {value!r} can be computed here")
     stored = {"pad_token_id": families[family]} | stored
     values = {"model_type": family}
-    for field in fields(kind)[:-3]:  # all numbers
+    for field in fields(kind)[:-3]:  # all numbers; the last three are none
         name = field.name
         value = values[name] = stored.get(name, field.default)
         lowest = 1 if field.default is MISSING else 0

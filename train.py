@@ -50,7 +50,7 @@ def make_parser():
     some = parser.add_argument_group("method", "Flags that only some methods use.")
     some.add_argument("--sparsity", type=cli.share_below_one, help="share of weights, or of computation, removed (0.5)")
     some.add_argument("--lr", type=cli.positive, help="peak learning rate of the scores (smp-...: 2e-2)")
-    some.add_argument("--weight-lr", type=cli.positive, help="that of weights that train (GLUE: 3e-5; smp-bias: 1e-3)")
+    some.add_argument("--weight-lr", type=cli.positive, help="of weights that train (movies: 1e-4, GLUE: 3e-5)")
     some.add_argument("--hold", type=cli.share, help="share of steps before pruning starts (0)")
     some.add_argument("--ramp", type=cli.share, help="share of steps after which the target is reached (movies: 0.9)")
     some.add_argument("--schedule", choices=("cubic", "linear"), help="of the density (BERT: cubic, else linear)")
@@ -86,7 +86,7 @@ def parse_args(argv):
     if args.hold > args.ramp:
         parser.error(f"--hold must be at most --ramp, {args.ramp}; got {args.hold}")
     if args.accumulate * parallel.processes() > args.batch:
-        parser.error(f"--accumulate: a batch of {args.batch} has no {args.accumulate} parts for each process")
+        parser.error(f"--batch must be at least {args.accumulate * parallel.processes()}: --accumulate times processes")
 
     name = f"{args.task}-{Path(args.model).name}-{args.method.replace(':', 'of')}-{args.sparsity:g}"
     name += "-classifier" if args.head == "classifier" else ""
@@ -109,7 +109,7 @@ class Learner(nn.Module):
         super().__init__()
         self.dtype = dtype
         groups = model.prunable() if method.masking else {}
-        self.masks = method.masks(groups, method, density, dtype, temperature) if groups else None
+        self.masks = method.module(groups, method, density, dtype, temperature) if groups else None
         masked = {name for weights in groups.values() for name in weights}
         trained = {}
         for name, weight in model.named_parameters():
@@ -228,12 +228,12 @@ def load_teacher(run, args, tokenizer):
 
 
 def least_steps(sparsity):
-    """With fewer, scores that start equal hardly part, and the model guesses (measured with batches of 32)."""
+    """With fewer, scores that start equal hardly differ, and the model guesses (measured with batches of 32)."""
     return 300 if sparsity <= 0.5 else 1200
 
 
 def count_steps(args, examples):
-    """--steps, or what --epochs come to; by default the task's epochs, but of little data at least least_steps()."""
+    """--steps, or what --epochs come to; by default the task's epochs, but where data are few least_steps()."""
     epochs = args.epochs or TASKS[args.task].epochs
     steps = math.ceil(min(epochs * math.ceil(examples / args.batch), cli.MOST))
     return args.steps or (steps if args.epochs else max(steps, least_steps(args.sparsity)))
@@ -290,7 +290,7 @@ def learn(args, run, model, learner, teacher, train, dev, schedule):
             run.evaluated(step=done, density=density, dev=scores)
             bar.write(evaluation(**run.evaluations[-1]))
         if (done in eval_steps or run.stopped) and done < total:
-            run.save(done, learner, optimizer)  # and leave, if it was asked to stop
+            run.save(done, learner, optimizer)  # raises KeyboardInterrupt if it was asked to stop
 
 
 def finish(args, run, model, learner, folder, description):
@@ -361,7 +361,7 @@ def main(argv=None):
     total = count_steps(args, len(train))
     cli.set_up(args.deterministic, 0 if args.eager else total)
 
-    # What the run depends on beside its flags. Of a resumed one, all this must be what it was.
+    # What the run depends on besides its flags. A resumed run must find all of it unchanged.
     description = identity(folder, model) | {"device": device.type, "dtype": cli.dtype_name(dtype)}
     description["schedule"] = args.schedule or ("cubic" if model.config.model_type == "bert" else "linear")
     description |= {f"{name} digest": examples.digest() for name, examples in {"train": train, **dev}.items()}

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from mask import METHODS, SHARES, Masks, Method, StraightThrough, mean_sigmoid, parameters, smp_l, threshold
+from mask import DENSITY_FLAGS, METHODS, Masks, Method, StraightThrough, mean_sigmoid, parameters, smp_l, threshold
 
 
 class BothLearn(StraightThrough):
@@ -110,7 +110,7 @@ class Gates(TrainedMasks):
         return {n: weight.to(dtype or self.dtype) * masks[n] for n, weight in self.by_name(gated).items()}
 
 
-WEIGHTS = SHARES | {"weight_lr": None}
+WEIGHTS = DENSITY_FLAGS | {"weight_lr": None}
 BOTH = WEIGHTS | {"lr": 1e-2}
 METHODS |= {
     "magnitude": Method(smp_l, BothLearn, Magnitude, WEIGHTS),

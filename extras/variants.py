@@ -5,7 +5,7 @@
 
 import torch
 
-from mask import METHODS, SCORES, SHARES, Method, smp_l, smp_s
+from mask import DENSITY_FLAGS, METHODS, SCORE_FLAGS, Method, smp_l, smp_s
 
 # --- another ranking -----------------------------------------------------------------------------------------
 
@@ -39,5 +39,5 @@ def two_of_four(scores, importance, density, exact):
 METHODS |= {
     "smp-w": Method(smp_s, flags=METHODS["smp-s"].flags, rank=by_size),
     "smp-bias": Method(smp_s, flags=METHODS["smp-s"].flags | {"weight_lr": 1e-3}, vectors=True),
-    "smp-2:4": Method(two_of_four, flags=SHARES | SCORES),
+    "smp-2:4": Method(two_of_four, flags=DENSITY_FLAGS | SCORE_FLAGS),
 }

@@ -69,8 +69,10 @@ def summary(result, folder, dev, texts):
     if "kept" in result:
         yield from shaded_table("density", result["densities"])
         yield f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}"
-        if abs(result["reached"] - result["density"]) > 1e-3:
-            yield f"training by itself keeps a share of {result['reached']:.4f}; cut to the density asked for"
+        asked = 1 - result["sparsity"]
+        if abs(result["reached"] - asked) > 1e-3:
+            what = "cut to" if result["reached"] > asked else "fewer than"
+            yield f"training by itself keeps a share of {result['reached']:.4f}, {what} the {asked:.4g} asked for"
         if not result["sha256"]:
             yield f"frozen weights are bit-identical to those of {result['model']} ({result['fingerprint'][:12]})"
     for name in (*result["sha256"], *(["mask.safetensors"] if "kept" in result else [])):
@@ -97,10 +99,10 @@ def guessing(metrics, labels, pruned):
     if metric == "accuracy":
         floor = max(Counter(labels).values()) / len(labels)
         error = math.sqrt(floor * (1 - floor) / len(labels))
-        what = f"always the commonest answer has {floor:.4f}"
+        what = f"the commonest answer alone has {floor:.4f}"
     elif metric in ("mcc", "pearson"):
         floor, error = 0.0, 1 / math.sqrt(len(labels))
-        what = "always the same answer has 0"
+        what = "one answer for all has 0"
     else:
         return []
     if value > floor + 2 * error or value == 1:

@@ -136,7 +136,8 @@ def test_defaults_are_the_papers():
         args = train.parse_args(["--task", task, "--method", "finetune"])
         assert (args.weight_lr, TASKS[task].epochs, args.batch, args.length) == (rate, epochs, 32, 512)
         assert args.model == "gpt2"
-    assert train.parse_args(["--method", "finetune"]).weight_lr == 3e-5
+    assert train.parse_args(["--method", "finetune"]).weight_lr == 1e-4
+    assert train.parse_args(["--task", "rte", "--method", "finetune"]).weight_lr == 3e-5
     assert train.parse_args(["--task", "ptb", "--method", "p-pruning", "--weight-lr", "1"]).weight_lr == 1
     assert train.parse_args(["--task", "ptb"]).weight_lr is None
 

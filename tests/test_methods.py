@@ -24,7 +24,7 @@ WEIGHTS = [[3.0, -1.0], [0.5, -2.0]]
 def one(method, density=0.5, scores=None, weights=WEIGHTS):
     """Masks of a single 2 x 2 matrix."""
     row = METHODS[method]
-    masks = row.masks({"g": {"w": torch.tensor(weights)}}, row, density)
+    masks = row.module({"g": {"w": torch.tensor(weights)}}, row, density)
     if scores is not None:
         masks.scores["g"].data = torch.tensor([scores])
     return masks
@@ -265,7 +265,7 @@ def test_torch_compile_sees_masks_as_one_piece(method, monkeypatch):
     monkeypatch.setattr(mask, "kth_largest", lambda scores, k: mask.about_kth_largest([scores], k[None])[0])
     torch.compiler.reset()  # it gives up on a function that it compiled eight times
     torch.manual_seed(0)
-    masks = METHODS[method].masks({"g": {"a": torch.randn(5, 8), "b": torch.randn(5, 8)}}, METHODS[method], 0.5)
+    masks = METHODS[method].module({"g": {"a": torch.randn(5, 8), "b": torch.randn(5, 8)}}, METHODS[method], 0.5)
     traced = torch.compile(masks.stacked, backend="aot_eager", fullgraph=True)
     found = []
     for stacked in (masks.stacked, traced):

@@ -432,7 +432,7 @@ def test_a_table_of_only_empty_texts_trains(run, glue, method):
         (["--method", "finetune", "--sparsity", 0.5], "--sparsity"),
         (["--batch", 0], "--batch"),
         (["--accumulate", 0], "--accumulate"),
-        (["--accumulate", 9], "--accumulate: a batch of 8 has no 9 parts"),
+        (["--accumulate", 9], "--batch must be at least 9: --accumulate times processes"),
         (["--lr", "inf"], "--lr"),
         (["--ramp", 2], "--ramp"),
         (["--hold", 0.7, "--ramp", 0.6], "--hold"),
@@ -646,14 +646,40 @@ def test_the_dense_reference_is_named(run, capsys):
     assert named in capsys.readouterr().out
 
 
+def test_what_a_method_keeps_by_itself_is_said(run, capsys, monkeypatch):
+    """Whether it is more than was asked for, which is then cut, or less, which nothing fills up."""
+    half = mask.Method(lambda s, r, density, exact: mask.smp_l(s, r, density / 2, exact))
+    monkeypatch.setitem(mask.METHODS, "half", half)
+    run("--method", "half", steps=2)
+    assert "keeps a share of 0.2500, fewer than the 0.5 asked for" in capsys.readouterr().out
+    loose = mask.Method(lambda s, r, density, exact: mask.smp_l(s, r, density if exact else 1.0, exact))
+    monkeypatch.setitem(mask.METHODS, "loose", loose)
+    run("--method", "loose", steps=2, out="loose")
+    assert "keeps a share of 1.0000, cut to the 0.5 asked for" in capsys.readouterr().out
+
+
+def test_a_mistake_in_ones_own_code_shows_its_place_when_asked(fails, monkeypatch, make_model, glue, tmp_path):
+    """A ValueError ends in one line, for it may be the user's; SMP_TRACEBACK tells where it arose."""
+    def wrong(scores, importance, density, exact):
+        raise ValueError("mine")
+
+    monkeypatch.setitem(mask.METHODS, "wrong", mask.Method(wrong))
+    argv = ["--method", "wrong", "--model", make_model(), "--data-dir", glue, "--out", tmp_path / "r", "--steps", 2]
+    argv = [str(a) for a in (*argv, "--length", 16, "--device", "cpu")]
+    assert fails(train.main, argv) == "error: mine"
+    monkeypatch.setenv("SMP_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="mine"):
+        train.main([*argv, "--out", str(tmp_path / "again")])
+
+
 def test_guessing_by_hand():
     labels = [0] * 60 + [1] * 40  # two standard errors of 0.6 are 0.098
     (said,) = guessing({"accuracy": 0.69}, labels, pruned=True)
-    assert "accuracy is 0.6900, and always the commonest answer has 0.6000" in said and "--sparsity" in said
+    assert "accuracy is 0.6900, and the commonest answer alone has 0.6000" in said and "--sparsity" in said
     assert guessing({"accuracy": 0.70, "f1": 0.0}, labels, True) == []
     assert guessing({"mcc": 0.21}, labels, True) == guessing({"f1": 0.0}, labels, True) == []
     (said,) = guessing({"mcc": 0.19}, labels, pruned=False)
-    assert "mcc is 0.1900, and always the same answer has 0" in said and "--sparsity" not in said
+    assert "mcc is 0.1900, and one answer for all has 0" in said and "--sparsity" not in said
     assert guessing({"accuracy": 1.0}, [0, 0, 1, 1], True) == guessing({"accuracy": 1.0}, [1] * 9, True) == []
 
 

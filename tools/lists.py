@@ -106,6 +106,8 @@ def earlier(task, method, sparsity):
     flags = {"batch": 32, "dropout": True}
     if method.startswith("smp"):
         flags["penalty"] = 400
+    else:
+        flags["weight_lr"] = 3e-5
     if method in ("smp-s", "smp-w"):
         flags["temperature"] = 4 if sparsity is not None and sparsity <= 0.3 else 1
     return flags
