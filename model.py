@@ -74,10 +74,10 @@ class Config:
 class Embeddings(nn.Module):
     def __init__(self, c):
         super().__init__()
-        table = partial(nn.Embedding.from_pretrained, freeze=False)  # nn.Embedding draws numbers: 2 s of imports
-        self.word_embeddings = table(torch.empty(c.vocab_size, c.hidden_size))
-        self.position_embeddings = table(torch.empty(c.max_position_embeddings, c.hidden_size))
-        self.token_type_embeddings = table(torch.empty(c.type_vocab_size, c.hidden_size))
+        table = partial(nn.Embedding.from_pretrained, freeze=False)  # begins as zeros: drawing numbers takes torch 2 s
+        self.word_embeddings = table(torch.zeros(c.vocab_size, c.hidden_size))
+        self.position_embeddings = table(torch.zeros(c.max_position_embeddings, c.hidden_size))
+        self.token_type_embeddings = table(torch.zeros(c.type_vocab_size, c.hidden_size))
         self.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
         self.first = c.first_position

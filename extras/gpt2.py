@@ -115,8 +115,8 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config
         table = partial(nn.Embedding.from_pretrained, freeze=False)  # as in model.py
-        self.wte = table(torch.empty(config.vocab_size, config.n_embd))
-        self.wpe = table(torch.empty(config.n_positions, config.n_embd))
+        self.wte = table(torch.zeros(config.vocab_size, config.n_embd))
+        self.wpe = table(torch.zeros(config.n_positions, config.n_embd))
         self.dropout = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, *sizes) for sizes in config.layers)
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)

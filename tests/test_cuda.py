@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import extras  # noqa: F401
 import mask
@@ -23,6 +24,8 @@ TINY = Config(1000, 128, 2, 4, 256, 64, 2, hidden_dropout_prob=0.0, attention_pr
 def make(method="smp-s", dtype=torch.bfloat16):
     torch.manual_seed(0)
     model = Bert(TINY, [3, 4]).requires_grad_(False).cuda()
+    for table in (module for module in model.modules() if isinstance(module, nn.Embedding)):
+        nn.init.normal_(table.weight)  # a checkpoint would fill it
     learner = train.Learner(model, METHODS[method], 0.5, dtype)
     for scores in learner.masks.scores.values() if learner.masks else ():
         scores.data.normal_(0, 0.1)
