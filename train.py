@@ -50,7 +50,7 @@ def make_parser():
     some = parser.add_argument_group("method", "Flags that only some methods use.")
     some.add_argument("--sparsity", type=cli.share_below_one, help="share of weights, or of computation, removed (0.5)")
     some.add_argument("--lr", type=cli.positive, help="peak learning rate of the scores (smp-...: 2e-2)")
-    some.add_argument("--weight-lr", type=cli.positive, help="of weights that train (movies: 1e-4, GLUE: 3e-5)")
+    some.add_argument("--weight-lr", type=cli.positive, help="that of weights (movies 1e-4, GLUE 3e-5, smp-bias 1e-3)")
     some.add_argument("--hold", type=cli.share, help="share of steps before pruning starts (0)")
     some.add_argument("--ramp", type=cli.share, help="share of steps after which the target is reached (movies: 0.9)")
     some.add_argument("--schedule", choices=("cubic", "linear"), help="of the density (BERT: cubic, else linear)")

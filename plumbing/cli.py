@@ -46,7 +46,7 @@ def one_line_errors():
     except BrokenPipeError:  # whoever read the output has left: `| head -1`
         end("", 128 + 13)
     except BaseException as error:
-        if "SMP_TRACEBACK" in os.environ or not isinstance(error, ERRORS) and not known(error):
+        if os.environ.get("SMP_TRACEBACK") or not isinstance(error, ERRORS) and not known(error):
             raise
         end(f"error: {describe(error)}", 2)
 

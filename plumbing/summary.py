@@ -70,8 +70,9 @@ def summary(result, folder, dev, texts):
         yield from shaded_table("density", result["densities"])
         yield f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}"
         asked = 1 - result["sparsity"]
-        if abs(result["reached"] - asked) > 1e-3:
-            what = "cut to" if result["reached"] > asked else "fewer than"
+        rounding = sum(map(len, result["densities"].values())) / result["prunable"]  # one weight a matrix
+        if abs(result["reached"] - asked) > 1e-3 + rounding:
+            what = "cut to" if result["reached"] > asked else "less than"
             yield f"training by itself keeps a share of {result['reached']:.4f}, {what} the {asked:.4g} asked for"
         if not result["sha256"]:
             yield f"frozen weights are bit-identical to those of {result['model']} ({result['fingerprint'][:12]})"

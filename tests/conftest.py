@@ -100,6 +100,7 @@ def write_tokenizer(path):
 def plain_cpu(monkeypatch):
     """The same device and dtype by default on every machine."""
     monkeypatch.setattr("plumbing.cli.cpu_computes_bf16", lambda: False)
+    monkeypatch.delenv("SMP_TRACEBACK", raising=False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 

@@ -57,7 +57,7 @@ def test_encoder_and_masked_lm_head_agree_with_torch(make_model):
 
 
 def test_loading_draws_no_numbers_that_the_file_replaces(make_model, make_gpt2, monkeypatch):
-    """For nn.Embedding's torch imports its compiler, and eval.py would answer two seconds later."""
+    """For nn.Embedding's, on the meta device, torch imports its compiler: eval.py would answer two seconds later."""
     monkeypatch.setattr(nn.init, "normal_", None)
     load_model(make_model(), words=[5, 6])
     load_gpt2(*read_model(make_gpt2()))
