@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,10 +102,14 @@ def test_the_method_stands_without_its_wings(make_model, glue, tmp_path):
 
     model = make_model()
     flags = ["--data-dir", glue, "--model", model, "--length", 16, "--steps", 6, "--device", "cpu"]
-    for method in ("smp-s", "finetune"):
+
+    def run(method):
         python("train.py", *flags, "--method", method, "--out", tmp_path / method)
         final = json.loads((tmp_path / method / "result.json").read_text())["final"]["accuracy"]
         assert f"accuracy {final:.4f}\ntraining reported" in python("eval.py", tmp_path / method)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(run, ("smp-s", "finetune")))
     listed = python("-c", "from mask import METHODS; from data import TASKS; import train; print(*METHODS, *TASKS)")
     assert "movement" not in listed and "squad" not in listed and "smp-s" in listed
 

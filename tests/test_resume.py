@@ -43,7 +43,7 @@ train.main(sys.argv[1:])
 @pytest.fixture
 def flags(make_model, glue):
     model = make_model()
-    given = ["--model", model, "--data-dir", glue, "--steps", 400, "--batch", 8, "--length", 16, "--evals", 8]
+    given = ["--model", model, "--data-dir", glue, "--steps", 160, "--batch", 8, "--length", 16, "--evals", 8]
     return [str(f) for f in [*given, "--device", "cpu", "--dtype", "float32"]]
 
 
@@ -64,7 +64,7 @@ def kill_when(command, ready, number):
 def resumed(folder):
     train.main(["--resume", str(folder)])
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "dev" in line] == list(range(50, 401, 50))  # each once, in order
+    assert [line["step"] for line in lines if "dev" in line] == list(range(20, 161, 20))  # each once, in order
     assert not (folder / "checkpoint.safetensors").exists()
     return masks_of(folder)
 
@@ -132,7 +132,7 @@ def stopping_at(step):
 
 @pytest.fixture
 def interrupted(flags, tmp_path, monkeypatch, fails):
-    """A run that ended after 60 of its 400 steps."""
+    """A run that ended after 60 of its 160 steps."""
     with monkeypatch.context() as patched:
         patched.setattr(train, "set_rates", stopping_at(60))
         assert "enough" in fails(train.main, [*flags, "--out", tmp_path / "run"])
@@ -184,7 +184,7 @@ def sealed(path, change, tensors=None):
     ("change", "tensors"),
     [
         ({"step": 0}, {}),
-        ({"step": 401}, {}),
+        ({"step": 161}, {}),
         ({"evaluations": [{"step": 1, "density": 1.0, "dev": {"f1": 0.5}}]}, {}),  # found too late, after all steps
         ({"step": 10**9}, {}),
         ({}, {"exp_avg.0": torch.zeros(3)}),  # the optimizer would write beyond its end
@@ -309,7 +309,7 @@ def test_a_run_that_another_took_further_is_not_taken_back(interrupted, fails, m
 
     def while_another_goes_on(args):
         tensors, state = read_checkpoint(path)
-        path.write_bytes(seal(FORMAT, tensors, state | {"step": state["step"] + 50}))
+        path.write_bytes(seal(FORMAT, tensors, state | {"step": state["step"] + 20}))
         return load(args)
 
     log = (interrupted / "log.jsonl").read_bytes()
