@@ -74,7 +74,7 @@ class Config:
 class Embeddings(nn.Module):
     def __init__(self, c):
         super().__init__()
-        table = partial(nn.Embedding.from_pretrained, freeze=False)  # nn.Embedding's start, on meta, imports a compiler
+        table = partial(nn.Embedding.from_pretrained, freeze=False)  # nn.Embedding would draw numbers in vain: 2 s more
         self.word_embeddings = table(torch.zeros(c.vocab_size, c.hidden_size))
         self.position_embeddings = table(torch.zeros(c.max_position_embeddings, c.hidden_size))
         self.token_type_embeddings = table(torch.zeros(c.type_vocab_size, c.hidden_size))

@@ -660,6 +660,7 @@ def test_what_a_method_keeps_by_itself_is_said(run, capsys, monkeypatch):
 
 def test_a_mistake_in_ones_own_code_shows_its_place_when_asked(fails, monkeypatch, make_model, glue, tmp_path):
     """A ValueError ends in one line, for it may be the user's; SMP_TRACEBACK tells where it arose."""
+
     def wrong(scores, importance, density, exact):
         raise ValueError("mine")
 
