@@ -11,7 +11,6 @@ from typing import NamedTuple
 import plumbing  # noqa: F401  # isort: skip (before torch, see there)
 import torch
 from torch.func import functional_call
-from tqdm import tqdm
 
 import data
 import extras  # noqa: F401 (its methods and tasks; without the folder, delete this line)
@@ -22,6 +21,7 @@ from plumbing import cli, fetch, parallel
 from plumbing.checkpoints import read_model
 from plumbing.files import check_digest, load_masks, named, regular
 from plumbing.metrics import METRICS
+from plumbing.progress import progress
 from plumbing.run import identity, read_description
 from plumbing.summary import guessing, write_predictions
 
@@ -38,7 +38,7 @@ def predict(model, weights, examples, device):
     model.eval()  # no dropout
     batches = data.batch_rows(examples, examples.eval_batch)
     outputs = []
-    for rows in tqdm(parallel.share(batches), "evaluating", leave=False, delay=2, disable=parallel.rank() > 0):
+    for rows in progress(parallel.share(batches), "evaluating", delay=2):
         inputs, labels = data.collate(examples, rows, device)
         logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
         outputs.append(examples.keep(logits, labels).cpu())

@@ -141,7 +141,7 @@ def count(density, n):
 
     So 1 - 0.9, which is 0.09999999999999998, keeps 100 of 1000. In training density is a 0-dim tensor, the result too.
     """
-    if isinstance(density, torch.Tensor):  # on the device; in float32, and so off by one at times
+    if isinstance(density, torch.Tensor):  # on the device; float64, so that this is Python's int(v * n)
         return (density * n).long()
     return math.floor(Fraction(f"{density:.12f}") * n)
 
@@ -172,7 +172,7 @@ def smp_s(scores, importance, density, exact):
         totals = [count(density, n * len(densities[0])) for n in sizes]
         counts = [whole_counts(d, n, total) for d, n, total in zip(densities, sizes, totals, strict=True)]
         return highest(scores, torch.stack(counts).to(importance.device), exact)
-    densities = proportional_densities(importance, density)
+    densities = proportional_densities(importance.double(), density)
     # The clamp: scores that are not finite end in the loop's error about the loss, not in an index out of range.
     counts = torch.stack([(d * n).long().clamp(0, n) for d, n in zip(densities, sizes, strict=True)])
     return highest(scores, counts, exact)

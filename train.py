@@ -28,6 +28,7 @@ from plumbing.adam import make_optimizer, set_rates
 from plumbing.checkpoints import pack_weights, tokenizer_bytes, tokenizer_config
 from plumbing.files import json_bytes, pack_masks, read_json, sha256
 from plumbing.graphs import Recorded, compile_step
+from plumbing.progress import progress
 from plumbing.run import Run, identity, interrupted_run
 from plumbing.summary import evaluation, expected, opening, summary
 
@@ -255,7 +256,9 @@ def learn(args, run, model, learner, teacher, train, dev, schedule):
     """
     device = next(model.parameters()).device
     total = len(schedule) - 1
-    schedule_there = torch.tensor(schedule, device=device)  # [total + 1, 2]: no step waits for the host
+    # [total + 1] each: no step waits for the host. Densities in float64, as counts follow from them.
+    densities_there, penalties_there = torch.tensor(schedule, dtype=torch.float64, device=device).T
+    penalties_there = penalties_there.float()
     evals = min(args.evals or min(TASKS[args.task].evals, math.ceil(total / 10)), total)
     eval_steps = {math.ceil(total * i / evals) for i in range(1, evals + 1)}
     optimizer = learner.optimizer(args.lr, args.weight_lr, TASKS[args.task].decay)
@@ -269,16 +272,17 @@ def learn(args, run, model, learner, teacher, train, dev, schedule):
         evaluated = sum(step > run.step for step in eval_steps) * sum(map(len, dev.values())) / 3  # forward alone
         print(expected(forward_backward, optimizer, some, total - run.step + evaluated / args.batch))
     batches = data.training_batches(train, args.batch, total, args.seed, device, args.accumulate, first=run.step)
-    bar = cli.progress(batches, f"{args.task} {args.method}", total, run.step)
+    bar = progress(batches, f"{args.task} {args.method}", total=total, initial=run.step, leave=True)
     recent = []  # losses since the last log line, on the device
     for step, parts in enumerate(bar, run.step):
         set_rates(optimizer, step, total, round(args.warmup * total))
-        recent.append(train_step(forward_backward, optimizer, parts, *schedule_there[step]))  # mask, learn, clip, Adam
+        density, penalty = densities_there[step], penalties_there[step]
+        recent.append(train_step(forward_backward, optimizer, parts, density, penalty))  # mask, learn, clip, Adam
 
         # once in a while: log, evaluate under the exact masks, save
         done = step + 1
         if done % LOG_EVERY == 0 or done in eval_steps:
-            bar.set_postfix(run.report(done, recent, *schedule[step]))
+            bar.set_postfix(run.report(done, recent, *schedule[step]), refresh=False)
             recent.clear()
         if done in eval_steps:
             if not all(p.isfinite().all() for p in learner.parameters()):

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import TASKS, Examples, Task
 from extras.gpt2 import load_gpt2
@@ -22,6 +21,7 @@ from plumbing import fetch
 from plumbing.checkpoints import encode_texts, open_tokenizer, read_model
 from plumbing.cli import printable
 from plumbing.files import named, regular, sha256
+from plumbing.progress import progress
 
 fetch.HUB["gpt2"] = ("openai-community/gpt2", "main")
 fetch.MODELS["gpt2"] = {  # no sha256 is known, so loading must be strict
@@ -122,7 +122,7 @@ def read_blocks(task, path, tokenizer):
     size = tokenizer.truncation["max_length"]
     tokenizer.no_truncation()
     parts = []
-    for start in tqdm(range(0, len(lines), LINES), f"tokenising {path.name}", leave=False, delay=2):
+    for start in progress(range(0, len(lines), LINES), f"tokenising {path.name}", delay=2):
         encoded = encode_texts(tokenizer, lines[start : start + LINES], add_special_tokens=False)
         parts += [np.array(e.ids, dtype=np.int32) for e in encoded]
     tokenizer.enable_truncation(size)
@@ -169,7 +169,7 @@ def say(texts, tokenizer, read, args):
     if not ids:
         raise ValueError("a language model needs something to continue, and this text is empty")
     rng = np.random.default_rng(args.seed)
-    for _ in tqdm(range(CONTINUED), "writing", leave=False, delay=2):
+    for _ in progress(range(CONTINUED), "writing", delay=2):
         seen = ids[-size:]  # all of it again each time: slow, and plain
         (logits,) = read(Prompt([seen], [[0]], [len(seen) - 1], size)).double().numpy()  # [V]
         token = int(logits.argmax())

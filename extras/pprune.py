@@ -15,11 +15,11 @@ from functools import partial
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import collate
 from mask import METHODS, Method
 from plumbing import parallel
+from plumbing.progress import progress
 
 INPUTS = 3000  # of the training set, at most
 TOKENS = 200  # of these, drawn at random
@@ -59,7 +59,7 @@ def activations(model, examples, device, seed):
 
     hooks = [projection.register_forward_pre_hook(watch) for projection in projections]
     model.eval().to(device)
-    for start in tqdm(range(0, len(needed), BATCH), "looking at inputs", leave=False):
+    for start in progress(range(0, len(needed), BATCH), "looking at inputs"):
         batch = needed[start : start + BATCH]
         inputs, _ = collate(examples, rows[batch], device)
         here = np.isin(owner, batch)
@@ -168,7 +168,7 @@ def lowest_threshold(layers, keep):
 def representatives(distances, strengths, keep):
     """Distances [n, n] and mean |activation| [n] of each layer -> units kept in each, about `keep` in all."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        layers = list(tqdm(pool.map(merges, distances), "clustering", len(distances), leave=False))
+        layers = list(progress(pool.map(merges, distances), "clustering", total=len(distances)))
     threshold = lowest_threshold(layers, keep)
     kept = []
     for found, strength in zip(layers, strengths, strict=True):

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import TASKS, Examples, Task
 from plumbing import fetch
 from plumbing.checkpoints import encode_texts
 from plumbing.files import read_json
+from plumbing.progress import progress
 
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
 MD5 = {"train-v1.1.json": "981b29407e0affa3b1b156f72073b945", "dev-v1.1.json": "3e85deb501d4e538b6bc56f786231552"}
@@ -149,7 +149,7 @@ def make_windows(questions, tokenizer, length, training=False):
     tokenizer.enable_truncation(length, stride=min(STRIDE, length // 3), strategy="only_second")
 
     windows = Windows([], [], [], length, [], [], [])
-    for start in tqdm(range(0, len(questions), 256), "cutting windows", leave=False):  # in parts: encodings are large
+    for start in progress(range(0, len(questions), 256), "cutting windows"):  # in parts: encodings are large
         part = slice(start, start + 256)
         for question, encoding in zip(questions[part], encode_texts(tokenizer, texts[part]), strict=True):
             add_windows(windows, question, [encoding, *encoding.overflowing], training)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from plumbing import fetch, parallel
 from plumbing.files import DISK_FULL
@@ -57,7 +56,7 @@ def open_streams():
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # in a log, lines in their order
 
 
 def end(line, status):
@@ -221,13 +220,7 @@ def fill(args, defaults):
             setattr(args, name, default)
 
 
-# --- what people look at: progress, tables -------------------------------------------------------------------
-
-
-def progress(items, name, total, done):
-    """A progress bar, of process 0 alone, around items of which some are done."""
-    hidden = parallel.rank() > 0
-    return tqdm(items, name, total, initial=done, dynamic_ncols=True, disable=hidden)
+# --- what people look at: tables -----------------------------------------------------------------------------
 
 
 def show(metrics):

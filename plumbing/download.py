@@ -21,9 +21,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from tqdm import tqdm
-
 from plumbing.files import DISK_FULL, partial_file
+from plumbing.progress import progress
 
 LARGEST = {".safetensors": 8 << 30}  # bytes of a download, by the ending of its name
 LARGEST_OF_OTHERS = 1 << 29
@@ -63,7 +62,7 @@ def fetched(url, path, remedy):
     """
     bounds = Bounds(LARGEST.get(path.suffix, LARGEST_OF_OTHERS))
     with cache_named(), partial_file(path) as part:
-        with open(part, "wb") as file, tqdm(unit="B", unit_scale=True, desc=path.name, leave=False) as bar:
+        with open(part, "wb") as file, progress(None, path.name, unit="B", unit_scale=True) as bar:
             whole = False
             while not whole:
                 before = file.tell()

@@ -115,7 +115,9 @@ def replay_method(folder, batches, labels, method, nudge=None):
         set_rates(adam, t, total)
         rows = slice(t * recorded["batch"], (t + 1) * recorded["batch"])
         parts = [Part(torch.stack([b[rows] for b in batches]), labels[rows])]
-        ce, regularizer = train_step(forward_backward, adam, parts, *torch.tensor([density, penalty]))
+        ce, regularizer = train_step(
+            forward_backward, adam, parts, torch.tensor(density, dtype=torch.float64), torch.tensor(penalty)
+        )
         note("ce", ce, expected["ce"])
         note("regularizer", regularizer, expected["regularizer"])
 

@@ -22,11 +22,11 @@ from queue import Queue
 from threading import Event, Lock
 
 import torch
-from tqdm import tqdm
 
 from data import TASKS
 from plumbing.cli import Parser, count, one_line_errors
 from plumbing.files import check_types, read_json, regular
+from plumbing.progress import progress
 from tools.lists import BY_TASK, EQUAL_STEPS, LISTS, STEPS, TOGETHER, earlier, main_rows, words
 from tools.picture import plot_curves
 
@@ -176,11 +176,11 @@ def make_missing(name, wanted, folder, at_once, seconds, machine):
             failed = True
         finally:
             free.put(gpu)
-        tqdm.write(f"{command}: {said}")
+        bar.write(f"{command}: {said}")
         return failed
 
     folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(missing), desc=name, unit="run") as bar:
+    with progress(None, name, total=len(missing), unit="run", leave=True) as bar:
         failures = sum(side_by_side(work, missing, at_once))
     if failures:
         raise ValueError(f"{failures} runs failed; the same command makes them again")
