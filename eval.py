@@ -1,4 +1,4 @@
-"""Evaluate a finished run, show its mask, classify a sentence of one's own.
+"""Evaluate a finished run, show its mask, classify a sentence of your own.
 
     python eval.py RUN                                  # a run folder, or a mask file out of one
     python eval.py RUN --text "a warm and funny film"
@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import plumbing  # noqa: F401  # isort: skip (before torch, see there)
+import plumbing  # noqa: F401  # isort: skip (must come before torch: sets OpenMP's spin time)
+import numpy as np
 import torch
 from torch.func import functional_call
 
@@ -16,21 +17,60 @@ import data
 import extras  # noqa: F401 (its methods and tasks; without the folder, delete this line)
 from data import TASKS
 from mask import METHODS
-from model import load_model, read_config
+from model import load_backbone
 from plumbing import cli, fetch, parallel
-from plumbing.checkpoints import read_model
-from plumbing.files import check_digest, load_masks, named, regular
-from plumbing.metrics import METRICS
+from plumbing.files import check_digest, load_masks
 from plumbing.progress import progress
 from plumbing.run import identity, read_description
 from plumbing.summary import guessing, write_predictions
 
-# --- evaluation ----------------------------------------------------------------------------------------------
+# --- metrics: (predicted classes or scores [N], true ones [N]) -> a number ------------------------
+
+
+def accuracy(predicted, true):
+    return float((predicted == true).mean())
+
+
+def f1(predicted, true):
+    """F1 of class 1. It is 0 without a true positive."""
+    true_positives = ((predicted == 1) & (true == 1)).sum()
+    positives = (predicted == 1).sum() + (true == 1).sum()
+    return float(2 * true_positives / max(positives, 1))
+
+
+def correlation(predicted, true):
+    """Pearson's r, for two classes Matthews' coefficient. It is 0 when one side is constant."""
+    p = predicted - predicted.mean()
+    t = true - true.mean()
+    spread = np.sqrt((p * p).sum() * (t * t).sum())
+    return float((p * t).sum() / spread) if spread else 0.0
+
+
+def ranks(values):
+    """Ranks from 1. Equal values share their mean rank."""
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    mean_ranks = counts.cumsum() - (counts - 1) / 2  # of each distinct value
+    return mean_ranks[index]
+
+
+def spearman(predicted, true):
+    return correlation(ranks(predicted), ranks(true))
+
+
+METRICS = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "mcc": correlation,
+    "pearson": correlation,
+    "spearman": spearman,
+}
+
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def predict(model, weights, examples, device):
-    """What the examples keep of the model's logits [N, ...], in their order, without dropout.
+    """Logits of N examples [N, ...] in their order, reduced as the examples say, without dropout.
 
     `weights` {name: tensor} stand in for the model's own.
     """
@@ -41,25 +81,29 @@ def predict(model, weights, examples, device):
     for rows in progress(parallel.share(batches), "evaluating", delay=2):
         inputs, labels = data.collate(examples, rows, device)
         logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
-        outputs.append(examples.keep(logits, labels).cpu())
+        outputs.append(examples.reduce_logits(logits, labels).cpu())
     model.train(training)
-    order = torch.cat([torch.as_tensor(rows) for rows in batches]).argsort()  # batches are of like length
-    return torch.cat(parallel.gather(outputs))[order]
+
+    outputs = torch.cat(parallel.gather(outputs))  # in the order of the batches
+    rows = torch.from_numpy(np.concatenate(batches))
+    return outputs[rows.argsort()]
 
 
 def evaluate(model, weights, sets, metrics, device):
-    """{metric: value} of a model, with `weights` in place of its own, on sets {name: labelled Examples}.
+    """{metric: value} of a model with these weights {name: tensor} on sets {name: Examples}.
 
-    From the second set on (MNLI's dev_mismatched), the name of the set follows that of the metric.
+    From the second set on (MNLI's dev_mismatched), the set's name follows that of the metric.
     """
     values = {}
     for name, examples in sets.items():
-        found = examples.score(predict(model, weights, examples, device), metrics, METRICS)
-        values |= {f"{metric} {name}" if values else metric: value for metric, value in found.items()}
+        logits = predict(model, weights, examples, device)
+        suffix = f" {name}" if values else ""
+        for metric, value in examples.score(logits, metrics, METRICS).items():
+            values[metric + suffix] = value
     return values
 
 
-# --- finished runs -------------------------------------------------------------------------------------------
+# --- finished runs --------------------------------------------------------------------------------
 
 
 class Loaded(NamedTuple):
@@ -70,181 +114,240 @@ class Loaded(NamedTuple):
     masks: dict  # {name: bool [out, in]}; empty if the run has none
 
 
-def load_backbone(folder, task, length, head, fresh=True):
-    """-> (the task's model with this head, fresh or the folder's; tokenizer). Raises ValueError for what misfits."""
-    if task.load:
-        return task.load(folder, length, head)
-    stored, tensors = read_model(folder)
-    with named(folder):
-        config = read_config(stored)
-    tokenizer = data.load_tokenizer(folder, length)
-    probe = tokenizer.encode(*"ab"[: len(task.text)])  # with what the tokenizer puts around texts
-    with named(folder):
-        if not 4 <= length <= config.longest_input:
-            raise ValueError(f"--length {length}: the model takes 4 to {config.longest_input} tokens")
-        ids = [*tokenizer.get_vocab().values(), *probe.ids]
-        if max(ids) >= config.vocab_size or max(probe.type_ids) >= config.type_vocab_size:
-            raise ValueError("tokenizer.json has more words or segments than config.json allows")
-        words = data.label_word_ids(task, tokenizer) if head == "words" else [0] * len(task.words)  # not read
-        return load_model(stored, tensors, words, head, task.every_token, fresh), tokenizer
-
-
-def read_result(run):
-    """What describes a finished run's folder or a mask file. Raises ValueError if this code cannot evaluate it."""
-    result = read_description(run)
-    if result["method"] not in METHODS:
-        raise ValueError(f"{run}: METHODS has no method {result['method']}")
-    if result["task"] not in TASKS or result["words"] != TASKS[result["task"]].words:
-        raise ValueError(f"{run}: TASKS has no task {result['task']} with the label words {result['words']}")
-    return result
-
-
 def load_run(run, model_name=None):
-    """A finished run's folder, or a mask file -> Loaded. Raises ValueError that says what does not fit."""
+    """A finished run's folder, or a mask file -> Loaded. Raises ValueError for what misfits."""
     result = read_result(run)
-    method = METHODS[result["method"]]
-    own = method.trains_weights
+    task, method = TASKS[result["task"]], METHODS[result["method"]]
+    own = "weights" in method.trains  # the run has a model of its own
     if own and (run.is_file() or model_name):
-        raise ValueError(f"{run}: this run trained weights of its own; name its folder, and leave out --model")
+        raise ValueError(
+            f"{run}: this run trained weights of its own; name its folder, and leave out --model"
+        )
     folder = run if own else fetch.model_folder(model_name or result["model"])
     if own:
-        check_digest(run / "model.safetensors", "sha256", result["sha256"].get("model.safetensors"))
-    model, tokenizer = load_backbone(folder, TASKS[result["task"]], result["length"], result["head"], not own)
-    for what, found in identity(folder, model).items():
-        if found != result[what] and not (own and what == "fingerprint"):
-            raise ValueError(f"--model: the {what} of {folder} is not the one that {run} was trained with")
-    if method.masking is None:  # the method decides whether there must be a mask, not the file
-        return Loaded(result, folder, model, tokenizer, {})
+        known = result["sha256"].get("model.safetensors")
+        check_digest(run / "model.safetensors", "sha256", known)
+    model, tokenizer = load_backbone(folder, task, result["length"], result["head"], fresh=not own)
 
-    mask_file = run if run.is_file() else run / "mask.safetensors"
-    shapes = {name: w.shape for weights in model.prunable().values() for name, w in weights.items()}
-    masks, others, described = load_masks(mask_file, shapes)
-    if described != result:  # the mask file is sealed, result.json is not
-        raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
-    weights = {} if own else dict(model.named_parameters())
-    expected = {n: w.shape for n, w in weights.items() if n.startswith("classifier.") or method.vectors and w.ndim == 1}
-    if expected != {name: tensor.shape for name, tensor in others.items()}:
-        raise ValueError(f"{mask_file} holds other weights beside its mask than {result['method']} trains")
-    model.load_state_dict(others, strict=False)
+    for what, found in identity(folder, model).items():
+        if own and what == "fingerprint":  # that of the model it started from
+            continue
+        if found != result[what]:
+            raise ValueError(
+                f"--model: the {what} of {folder} is not the one that {run} was trained with"
+            )
+    masks = {}
+    if method.how_many:  # the method decides whether there must be a mask, not the file
+        masks = load_masks_into(model, run, result)
     return Loaded(result, folder, model, tokenizer, masks)
 
 
+def read_result(run):
+    """The result of a run's folder or mask file. Raises ValueError if it is not for this code."""
+    result = read_description(run)
+    task, words = result["task"], result["words"]
+    if result["method"] not in METHODS:
+        raise ValueError(f"{run}: METHODS has no method {result['method']}")
+    if task not in TASKS or words != TASKS[task].words:
+        raise ValueError(f"{run}: TASKS has no task {task} with the label words {words}")
+    return result
+
+
+def load_masks_into(model, run, result):
+    """-> masks {name: bool [out, in]}. What trained beside them goes into the model.
+
+    Raises ValueError for a file of another run, backbone or method.
+    """
+    path = run if run.is_file() else run / "mask.safetensors"
+    method = METHODS[result["method"]]
+    groups = model.prunable().values()
+    shapes = {name: weight.shape for group in groups for name, weight in group.items()}
+    masks, others, described = load_masks(path, shapes)
+    if described != result:  # the mask file is sealed, result.json is not
+        raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
+
+    expected = {}
+    for name, weight in model.named_parameters():
+        if method.trains_tensor(name, weight) and "weights" not in method.trains:
+            expected[name] = weight.shape
+    if expected != {name: tensor.shape for name, tensor in others.items()}:
+        raise ValueError(
+            f"{path} holds other weights beside its mask than {result['method']} trains"
+        )
+    model.load_state_dict(others, strict=False)
+    return masks
+
+
 def load_sets(result, splits, data_dir, tokenizer):
-    """{split: Examples} of a folder, or by default of the run. Raises ValueError if the run's have changed since."""
-    known = result["data_dir"]
-    folder = data_dir or (known if known and Path(known).is_dir() else None)  # None: a mask that was handed on
+    """{split: Examples} from a folder, or by default the run's own, unchanged."""
+    folder = data_dir
+    if not data_dir and result["data_dir"] and Path(result["data_dir"]).is_dir():
+        folder = result["data_dir"]  # else the cache: a mask that was handed on
     sets = {split: data.load_split(result["task"], split, folder, tokenizer) for split in splits}
     for split, examples in sets.items():
         if not data_dir and result.get(f"{split} digest") not in (None, examples.digest()):
-            raise ValueError(f"{split} in {folder or fetch.cache()} is not the run's; --data-dir allows for other data")
+            raise ValueError(
+                f"{split} in {folder or fetch.cache()} is not the run's; "
+                "--data-dir allows for other data"
+            )
     return sets
 
 
 def densities(groups, masks):
-    """{group: matrix names}, masks {name: bool [out, in]} -> {group: [density of each layer]}."""
-    return {group: [masks[name].float().mean().item() for name in names] for group, names in groups.items()}
-
-
-# --- the command ---------------------------------------------------------------------------------------------
+    """{group: matrix names}, {name: bool [out, in]} -> {group: [density of each layer]}."""
+    return {group: [masks[name].float().mean().item() for name in groups[group]] for group in groups}
 
 
 def masked_weights(loaded, device, dtype):
-    """Move a loaded run's model there -> {name: tensor}, its weights under the masks."""
+    """Move a loaded run's model there -> {name: weight under the mask [out, in]}."""
     model = loaded.model.to(device, dtype)
-    return {name: model.get_parameter(name).detach() * mask.to(device) for name, mask in loaded.masks.items()}
+    masks = loaded.masks.items()
+    return {name: model.get_parameter(name).detach() * mask.to(device) for name, mask in masks}
 
 
-def answers(loaded, texts, read=None):
-    """Texts, or pairs as tuples -> for each [(probability, label)], the likeliest first; of a regression [(score, "")].
+# --- answers to texts -----------------------------------------------------------------------------
 
-    read: Examples -> logits [N, C]; by default on the CPU in float32. Not for tasks that answer with spans.
+
+def answers(loaded, texts, logits_of=None):
+    """Texts, or pairs as tuples -> for each [(probability, label)], the likeliest first.
+
+    A regression gives [(score, "")]. logits_of: Examples -> logits [N, C], by default on the CPU in
+    float32. Not for tasks that answer with spans.
     """
     labels = list(TASKS[loaded.result["task"]].words)
+    if logits_of is None:
+        weights = masked_weights(loaded, "cpu", torch.float32)
+        logits_of = partial(predict, loaded.model, weights, device="cpu")
     texts = [(text,) if isinstance(text, str) else text for text in texts]
-    read = read or partial(predict, loaded.model, masked_weights(loaded, "cpu", torch.float32), device="cpu")
-    logits = read(data.encode(texts, [0] * len(texts), loaded.tokenizer))  # [N, C]
+    logits = logits_of(data.encode(texts, [0] * len(texts), loaded.tokenizer))  # [N, C]
     if len(labels) == 1:
         return [[(score, "")] for score in logits[:, 0].tolist()]
-    return [sorted(zip(row, labels, strict=True), reverse=True) for row in logits.softmax(1).tolist()]
+
+    found = []
+    for probabilities in logits.softmax(1).tolist():
+        found.append(sorted(zip(probabilities, labels, strict=True), reverse=True))
+    return found
 
 
-def read_texts(path, width):
-    """Lines of a file -> tuples of `width` texts, with tabs between. Raises ValueError that names the line."""
-    content = regular(path).read_bytes()
-    with named(path):
-        lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
-    texts = [tuple(line.removesuffix("\r").split("\t")) for line in lines]
-    for number, text in enumerate(texts, 1):
-        if len(text) != width:
-            raise ValueError(f"{path}:{number}: the task takes {width} texts with tabs between, not {len(text)}")
-    return texts
+def answer_texts(loaded, texts, logits_of, args):
+    """Lines: the answer to --text, or one for each line of --text-file, as TSV."""
+    task = TASKS[loaded.result["task"]]
+    if task.format_answer:
+        blocks = [task.format_answer(text, loaded.tokenizer, logits_of, args) for text in texts]
+        return [" ".join(lines) for lines in blocks] if args.text_file else blocks[0]
 
-
-def tell(loaded, task, read, args):
-    """Lines: the answers to --text, or to each line of --text-file as TSV."""
+    found = answers(loaded, texts, logits_of)
     if args.text_file:
-        texts = read_texts(args.text_file, len(task.text))
-    else:
-        texts = [(args.text,) if args.pair is None else (args.text, args.pair)]
-        if len(texts[0]) != len(task.text):
-            raise ValueError(f"this task takes {'--text and --pair' if args.pair is None else '--text without --pair'}")
-    if task.say:
-        said = [task.say(text, loaded.tokenizer, read, args) for text in texts]
-        return [" ".join(lines) for lines in said] if args.text_file else said[0]
-    found = answers(loaded, texts, read)
-    if args.text_file:
-        return ["\t".join([rows[0][1], f"{rows[0][0]:.4f}", *text]) for rows, text in zip(found, texts, strict=True)]
+        best = [rows[0] for rows in found]
+        rows = zip(best, texts, strict=True)
+        return ["\t".join([label, f"{p:.4f}", *text]) for (p, label), text in rows]
     words = {label: f"{word} ({label})" for label, word in task.words.items()}
     return [f"{p:7.4f}  {words.get(label, 'score')}" for p, label in found[0]]
 
 
-SUBMISSION = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}  # GLUE's server wants MNLI-m and MNLI-mm
+def read_texts(args, width):
+    """--text and --pair, or the lines of --text-file with tabs between -> tuples of texts.
+
+    Raises ValueError, which names the line, for one without `width` texts.
+    """
+    if args.text_file:
+        texts = data.read_cells(args.text_file)
+        for number, text in enumerate(texts, 1):
+            if len(text) != width:
+                raise ValueError(
+                    f"{args.text_file}:{number}: the task takes {width} texts with tabs between, "
+                    f"not {len(text)}"
+                )
+        return [tuple(text) for text in texts]
+    text = (args.text,) if args.pair is None else (args.text, args.pair)
+    if len(text) != width:
+        wanted = "--text and --pair" if width == 2 else "--text without --pair"
+        raise ValueError(f"this task takes {wanted}")
+    return [text]
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+INSTEAD_FLAGS = {
+    "text": (str, "classify, answer or continue this text"),
+    "text_file": (Path, "the same for each line of a file, as TSV"),
+    "predict": (bool, "write the test split's answers for the GLUE server"),
+}
+TEXT_FLAGS = {
+    "pair": (str, "the second sentence, or the paragraph, where the task takes two texts"),
+    "temperature": (cli.warmth, "draw the tokens of a language model; below 1 likelier ones"),
+    "seed": (cli.seed, "for what is drawn"),
+}
+DATA_FLAGS = {
+    "model": (str, "the backbone of a mask file, if it is somewhere else"),
+    "data_dir": (str, "folder with the tasks' folders, if it is another"),
+}
 
 
 def parse_args(argv):
     parser = cli.Parser(description="Evaluate finished runs and show their masks.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or a mask file out of one")
-    cli.add_texts(parser)
-    cli.add_files(parser)
-    cli.add_machine(parser)
+    about = "a run folder, or a mask file out of one"
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=about)
+    cli.add_flags(parser, "instead of an evaluation", INSTEAD_FLAGS, exclusive=True)
+    cli.add_flags(parser, "with --text", TEXT_FLAGS, {"seed": 0})
+    cli.add_flags(parser, "data", DATA_FLAGS)
+    cli.add_flags(parser, "machine", cli.MACHINE_FLAGS)
     args = parser.parse_args(argv)
-    for needing in ("pair", "temperature"):
-        if getattr(args, needing) is not None and args.text is None:
-            parser.error(f"--{needing} needs --text")
+    for name in ("pair", "temperature"):
+        if getattr(args, name) is not None and args.text is None:
+            parser.error(f"--{name} needs --text")
     return args
 
 
-def look(run, args):
+# GLUE's server wants MNLI-m.tsv and MNLI-mm.tsv.
+SUBMISSION = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
+
+
+def evaluate_run(run, args):
     """Do with a run what the arguments ask for."""
     loaded = load_run(run, args.model)
-    result, _, model, tokenizer, masks = loaded
+    result, tokenizer = loaded.result, loaded.tokenizer
     task = TASKS[result["task"]]
-    device, dtype, why = cli.choose_device(args.device, args.dtype, (result["device"], result["dtype"]))
+    device, dtype, why = cli.choose_device(args.device, args.dtype, result)
     weights = masked_weights(loaded, device, dtype)
-    read = partial(predict, model, weights, device=device)
+    logits_of = partial(predict, loaded.model, weights, device=device)
+
     if args.text is not None or args.text_file:
-        print("\n".join([str(run)] * (len(args.runs) > 1) + tell(loaded, task, read, args)))
-        return
+        if len(args.runs) > 1:
+            print(run)
+        for line in answer_texts(loaded, read_texts(args, len(task.text)), logits_of, args):
+            print(line)
+    elif args.predict:
+        if not task.test:
+            raise ValueError(f"--predict: {result['task']} has no test split")
+        folder = run if run.is_dir() else run.parent
+        for split, examples in load_sets(result, task.test, args.data_dir, tokenizer).items():
+            path = folder / f"{task.folder}{SUBMISSION[split]}.tsv"
+            write_predictions(path, list(task.words), data.predictions(logits_of(examples)))
+    else:
+        sets = load_sets(result, task.dev, args.data_dir, tokenizer)
+        method = cli.printable(str(result.get("pruned_with", result["method"])))
+        where = f"{device} in {cli.dtype_name(dtype)} ({why})"
+        print(f"{run}: {result['task']}, {method} on {where}")
+        metrics = evaluate(loaded.model, weights, sets, task.metrics, device)
+        show_run(loaded, sets, metrics)
 
-    if args.predict and not task.test:
-        raise ValueError(f"--predict: {result['task']} has no test split")
-    sets = load_sets(result, task.test if args.predict else task.dev, args.data_dir, tokenizer)
-    if args.predict:
-        for split, examples in sets.items():
-            path = (run if run.is_dir() else run.parent) / f"{task.folder}{SUBMISSION[split]}.tsv"
-            write_predictions(path, list(task.words), data.decide(read(examples)))
-        return
 
-    method = cli.printable(str(result.get("pruned_with", result["method"])))
-    print(f"{run}: {result['task']}, {method} on {device} in {cli.dtype_name(dtype)} ({why})")
-    metrics = evaluate(model, weights, sets, task.metrics, device)
-    if masks:
-        print("\n".join(cli.shaded_table("density", densities(model.prunable(), masks))))
-    for i, (heads, neurons) in enumerate(model.config.layers if model.config.heads_per_layer else ()):
-        print(f"layer {i}  {heads:3} heads {neurons:5} neurons")
-    asked = sum(examples.asked() for examples in sets.values())
-    found = [f"dev ({asked} examples): {cli.show(metrics)}", f"training reported {cli.show(result['final'])}"]
-    print("\n".join([*found, *guessing(metrics, next(iter(sets.values())).labels, bool(result.get("sparsity")))]))
+def show_run(loaded, sets, metrics):
+    """Print a run's mask, and its metrics on the dev sets."""
+    model = loaded.model
+    if loaded.masks:
+        for line in cli.shaded_table("density", densities(model.prunable(), loaded.masks)):
+            print(line)
+    for i, (heads, neurons) in enumerate(model.config.layers):
+        if model.config.heads_per_layer:  # some were taken out
+            print(f"layer {i}  {heads:3} heads {neurons:5} neurons")
+    questions = sum(examples.num_questions() for examples in sets.values())
+    print(f"dev ({questions} examples): {cli.show(metrics)}")
+    print(f"training reported {cli.show(loaded.result['final'])}")
+    labels = next(iter(sets.values())).labels
+    for line in guessing(metrics, labels, bool(loaded.result.get("sparsity"))):
+        print(line)
 
 
 @cli.one_line_errors()
@@ -253,7 +356,7 @@ def main(argv=None):
     parallel.refuse("eval.py")
     cli.set_up(deterministic=False, steps=0)
     for run in args.runs:
-        look(run, args)
+        evaluate_run(run, args)
 
 
 if __name__ == "__main__":

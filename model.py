@@ -1,19 +1,22 @@
-"""BERT and RoBERTa from scratch, as ordinary nn.Modules whose weights bear the names of published checkpoints.
+"""BERT and RoBERTa from scratch, as ordinary nn.Modules with the tensor names of checkpoints.
 
-The logit of a class is the logit of its label word, read at [CLS]. Nothing here prunes: `prunable()` names the weights
-that a mask may touch. Sources: Devlin et al. 2019 (arXiv 1810.04805), Liu et al. 2019 (arXiv 1907.11692).
+The logit of a class is the logit of its label word, read at [CLS]. Nothing here prunes:
+`prunable()` names the weights that a mask may touch. Sources: Devlin et al. 2019 (arXiv 1810.04805),
+Liu et al. 2019 (arXiv 1907.11692).
 
-    model = load_model(*plumbing.checkpoints.read_model(folder), words=[2053, 2748])
+    model, tokenizer = load_backbone(folder, data.TASKS["rte"], length=128)
     logits = model(input_ids, token_type_ids, attention_mask)  # [B, 2]
 """
 
-import warnings
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from plumbing.checkpoints import build_from, cutting_tokenizer, read_config, read_model
+from plumbing.files import named
 
 # The six groups of prunable matrices, and where each stands inside a layer.
 GROUPS = {
@@ -42,7 +45,7 @@ class Config:
     attention_probs_dropout_prob: float = 0.1
     pad_token_id: int = 0
     model_type: str = "bert"
-    # Of a model that lost whole heads and neurons, a number for each layer. Empty: the same in every layer.
+    # One number per layer, for a model that lost whole heads and neurons. Empty: all layers alike.
     heads_per_layer: tuple = ()
     neurons_per_layer: tuple = ()
 
@@ -59,7 +62,7 @@ class Config:
 
     @property
     def first_position(self):
-        """RoBERTa counts positions from behind its padding id; the rows before are not used."""
+        """RoBERTa counts positions from its padding id + 1. The rows before are not used."""
         return 0 if self.model_type == "bert" else self.pad_token_id + 1
 
     @property
@@ -67,27 +70,37 @@ class Config:
         return self.max_position_embeddings - self.first_position
 
 
-# --- the model -----------------------------------------------------------------------------------------------
-# B texts of S tokens, H wide; heads of size D. In the encoder tokens are rows, [B * S, H]: that saves views and copies.
+# --- the model ----------------------------------------------------------------------------------
+#
+# B texts of S tokens, states H wide, heads of size D. Inside the encoder each token is a row,
+# [B * S, H]: this saves views and copies.
+
+
+def embedding(rows, width):
+    """An nn.Embedding of zeros. Its default initialisation is wasted here and costs 2 s."""
+    return nn.Embedding.from_pretrained(torch.zeros(rows, width), freeze=False)
 
 
 class Embeddings(nn.Module):
     def __init__(self, c):
         super().__init__()
-        table = partial(nn.Embedding.from_pretrained, freeze=False)  # nn.Embedding would draw numbers in vain: 2 s more
-        self.word_embeddings = table(torch.zeros(c.vocab_size, c.hidden_size))
-        self.position_embeddings = table(torch.zeros(c.max_position_embeddings, c.hidden_size))
-        self.token_type_embeddings = table(torch.zeros(c.type_vocab_size, c.hidden_size))
+        self.word_embeddings = embedding(c.vocab_size, c.hidden_size)
+        self.position_embeddings = embedding(c.max_position_embeddings, c.hidden_size)
+        self.token_type_embeddings = embedding(c.type_vocab_size, c.hidden_size)
         self.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
         self.first = c.first_position
 
     def forward(self, input_ids, token_type_ids):
-        positions = self.position_embeddings.weight[self.first : self.first + input_ids.shape[1]]  # [S, H]
-        if self.first:  # RoBERTa: a padding token in a text has no place of its own; those behind it move up
+        length = input_ids.shape[1]
+        positions = self.position_embeddings.weight[self.first : self.first + length]  # [S, H]
+        if self.first:
+            # RoBERTa: padding inside a text has no position, and the tokens behind it move up.
             real = input_ids != self.first - 1
-            positions = self.position_embeddings(real.cumsum(1) * real + self.first - 1)  # [B, S, H]
-        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids) + positions  # [B, S, H]
+            index = real.cumsum(1) * real + self.first - 1  # [B, S]
+            positions = self.position_embeddings(index)  # [B, S, H]
+        words = self.word_embeddings(input_ids)  # [B, S, H]
+        x = words + self.token_type_embeddings(token_type_ids) + positions
         return self.dropout(self.LayerNorm(x))
 
 
@@ -102,18 +115,22 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(c.hidden_size, heads * c.head_size)
 
     def forward(self, x, context, attend):
-        if self.heads == 0:  # [B * S, 0]; the sum of all three, so that all get gradients, if empty ones
-            return self.query(x) + self.key(x) + self.value(x)
+        """x [B * R, H] attends to context [B * S, H] -> [B * R, heads * D]. See Layer."""
+        q = self.query(x)
+        k = self.key(context)
+        v = self.value(context)
+        if self.heads == 0:  # R = S then; the sum gives all three gradients, if empty ones
+            return q + k + v
 
-        def split(rows):  # [B * S, heads * D] -> [B, heads, S, D]
-            return rows.view(len(attend), -1, self.heads, self.size).transpose(1, 2)
-
-        q = split(self.query(x))  # of x alone, which in the last layer are fewer tokens
-        k = split(self.key(context))
-        v = split(self.value(context))
+        q, k, v = self.split(q, attend), self.split(k, attend), self.split(v, attend)
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)  # [B, heads, S, D]
-        return mixed.transpose(1, 2).reshape(len(x), -1)  # -> [B, S, heads, D] -> [B * S, heads * D]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
+        # [B, heads, R, D] -> [B, R, heads, D] -> [B * R, heads * D]
+        return mixed.transpose(1, 2).reshape(len(x), -1)
+
+    def split(self, rows, attend):
+        """[B * S, heads * D] -> [B, heads, S, D]."""
+        return rows.view(len(attend), -1, self.heads, self.size).transpose(1, 2)
 
 
 class AddNorm(nn.Module):
@@ -126,20 +143,26 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
 
     def forward(self, x, residual):
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)  # BERT normalises behind the residual
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
 class Layer(nn.Module):
     def __init__(self, c, heads, neurons):
         super().__init__()
-        self.attention = nn.ModuleDict({"self": SelfAttention(c, heads), "output": AddNorm(c, heads * c.head_size)})
+        # Dicts, so that the tensors bear the names of checkpoints.
+        attention = {"self": SelfAttention(c, heads), "output": AddNorm(c, heads * c.head_size)}
+        self.attention = nn.ModuleDict(attention)
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(c.hidden_size, neurons)})
         self.output = AddNorm(c, neurons)
 
     def forward(self, x, context, attend):
-        """New states of the tokens x [B * R, H], which attend to all tokens of context [B * S, H]."""
+        """New states of the tokens x [B * R, H], which attend to all tokens of context [B * S, H].
+
+        Usually both are the same. The last layer gets fewer tokens: only those that are read.
+        """
         x = self.attention["output"](self.attention["self"](x, context, attend), x)
-        return self.output(F.gelu(self.intermediate["dense"](x)), x)  # [B * R, H] -> [B * R, neurons] -> [B * R, H]
+        inner = F.gelu(self.intermediate["dense"](x))  # [B * R, H] -> [B * R, neurons]
+        return self.output(inner, x)  # -> [B * R, H]
 
 
 class Encoder(nn.Module):
@@ -148,80 +171,93 @@ class Encoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.embeddings = Embeddings(c)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(c, *sizes) for sizes in c.layers)})
+        layers = nn.ModuleList(Layer(c, heads, neurons) for heads, neurons in c.layers)
+        self.encoder = nn.ModuleDict({"layer": layers})
 
     def forward(self, input_ids, token_type_ids, attention_mask, tokens=None):
         """[B, S] each -> states of the first `tokens` tokens (default: all) [B, tokens, H]."""
         batch, width = input_ids.shape
         x = self.embeddings(input_ids, token_type_ids).flatten(0, 1)  # [B, S, H] -> [B * S, H]
-        # Added to the products of queries and keys: -inf at padding. [B, S] -> [B, 1, 1, S], for all heads and queries
-        attend = torch.zeros_like(attention_mask, dtype=x.dtype).masked_fill(attention_mask == 0, float("-inf"))
-        attend = attend[:, None, None, :]
+        # Attention adds this to its scores: 0, and -inf at padding.
+        attend = torch.zeros_like(attention_mask, dtype=x.dtype)
+        attend = attend.masked_fill(attention_mask == 0, float("-inf"))
+        attend = attend[:, None, None, :]  # [B, S] -> [B, 1, 1, S], for all heads and queries
+
         *layers, last = self.encoder["layer"]
         for layer in layers:
             x = layer(x, x, attend)
+        # The last layer computes only what is read. For [CLS] alone that saves MiniLM a seventh.
         read = x.view(batch, width, -1)[:, :tokens].flatten(0, 1)  # [B * S, H] -> [B * tokens, H]
-        return last(read, x, attend).view(batch, -1, x.shape[1])  # no others are read: a seventh of MiniLM's work saved
+        return last(read, x, attend).view(batch, -1, x.shape[1])
 
 
 class Bert(nn.Module):
     """An encoder that classifies by label words, or by a classifier of its own.
 
-    words: a token id for each class. parts: which of "cls" (masked-LM head), "pooler" and "classifier" there are.
-    every_token: read every token instead of [CLS].
+    words: the token id of each class's label word. parts: which of "cls" (the masked-LM head),
+    "pooler" and "classifier" there are. every_token: read every token instead of [CLS].
     """
 
     activation = staticmethod(F.gelu)  # of the neurons
-    states = property(lambda self: self.bert)  # (inputs as of forward) -> what the last layer gives [B, S, H]
+    states = property(lambda self: self.bert)  # (inputs) -> what the last layer gives [B, S, H]
 
     def __init__(self, config, words, parts=(), every_token=False):
         super().__init__()
         self.config = config
         self.every_token = every_token
-        self.register_buffer("words", torch.tensor(words, device="cpu"), persistent=False)  # in no checkpoint
+        # On the CPU, as models are built on the meta device; in no checkpoint.
+        self.register_buffer("words", torch.tensor(words, device="cpu"), persistent=False)
         self.bert = Encoder(config)
-        if "cls" in parts:  # the decoder is the word embedding, so only its bias is stored here
+        if "cls" in parts:  # its decoder is the word embedding, so only the bias is stored here
             predictions = nn.Module()
-            predictions.transform = AddNorm(config, config.hidden_size)  # for its names; word_logits computes
+            predictions.transform = AddNorm(config, config.hidden_size)  # for the tensors' names
             predictions.bias = nn.Parameter(torch.zeros(config.vocab_size))
             self.cls = nn.ModuleDict({"predictions": predictions})
         if "pooler" in parts:
-            self.bert.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+            dense = nn.Linear(config.hidden_size, config.hidden_size)
+            self.bert.pooler = nn.ModuleDict({"dense": dense})
         if "classifier" in parts:
             self.classifier = nn.Linear(config.hidden_size, len(self.words))
 
-    @classmethod
-    def of(cls, config, words, tensors, head="words", every_token=False):
-        """A model of tensors {name: tensor}, which it keeps. Raises ValueError that names one that does not fit."""
-        parts = {head, *(p for p in ("cls", "pooler", "classifier") if any(f"{p}." in name for name in tensors))}
-        return filled(partial(cls, config, words, parts, every_token), tensors)
-
     def resized(self, config, tensors):
         """The same kind of model, in the same mode, with layers of another size."""
-        return Bert.of(config, self.words.tolist(), tensors, every_token=self.every_token).train(self.training)
+        model = build_bert(config, self.words.tolist(), tensors, every_token=self.every_token)
+        return model.train(self.training)
 
     def forward(self, input_ids, token_type_ids, attention_mask):
-        """Token ids, segment ids and 0/1 mask, each [B, S] -> logits [B, C]; every_token: of the tokens [B, C, S]."""
-        hidden = self.bert(input_ids, token_type_ids, attention_mask, tokens=None if self.every_token else 1)
-        if not hasattr(self, "classifier"):
-            logits = self.word_logits(hidden, self.words)
+        """Token ids, segment ids and 0/1 mask, each [B, S] -> logits [B, C].
+
+        every_token: the logits of each token [B, C, S].
+        """
+        tokens = None if self.every_token else 1
+        hidden = self.bert(input_ids, token_type_ids, attention_mask, tokens)
+        if hasattr(self, "classifier"):
+            logits = self.class_logits(hidden)
         else:
-            if hasattr(self.bert, "pooler"):
-                hidden = torch.tanh(self.bert.pooler["dense"](hidden))  # pretrained, to tell pairs of sentences
-            logits = self.classifier(F.dropout(hidden, self.config.hidden_dropout_prob, self.training))
+            logits = self.word_logits(hidden, self.words)
         if not self.every_token:
             return logits[:, 0]  # [B, 1, C] -> [B, C]: those of [CLS]
         logits = logits.transpose(1, 2)  # [B, S, C] -> [B, C, S]
         return logits.masked_fill(attention_mask[:, None, :] == 0, -1e4)  # padding is no answer
 
     def word_logits(self, hidden, words=slice(None)):
-        """Hidden states [..., H] -> logits of the given words (default: the whole vocabulary) [..., words]."""
+        """Hidden states [..., H] -> logits of these words (default: the vocabulary) [..., words].
+
+        With a masked-LM head: dense, GELU, LayerNorm, tied decoder row, bias. Else h . e_word.
+        """
         rows = self.bert.embeddings.word_embeddings.weight[words]  # [words, H]
         if not hasattr(self, "cls"):
-            return F.linear(hidden, rows)  # h . e_word
-        head = self.cls["predictions"]  # dense, GELU, LayerNorm, tied decoder row, bias row
+            return F.linear(hidden, rows)
+        head = self.cls["predictions"]
         hidden = head.transform.LayerNorm(F.gelu(head.transform.dense(hidden)))
         return F.linear(hidden, rows, head.bias[words])
+
+    def class_logits(self, hidden):
+        """Hidden states [..., H] -> logits of a classifier, on the pretrained pooler if it is there."""
+        if hasattr(self.bert, "pooler"):
+            hidden = torch.tanh(self.bert.pooler["dense"](hidden))
+        hidden = F.dropout(hidden, self.config.hidden_dropout_prob, self.training)
+        return self.classifier(hidden)
 
     def compile_layers(self):
         """Let torch.compile fuse what a layer does, for all widths of batches at once."""
@@ -229,45 +265,37 @@ class Bert(nn.Module):
             layer.compile(dynamic=True)
 
     def prunable(self):
-        """{group: {parameter name: weight [out, in]}}, six groups of one matrix a layer."""
+        """{group: {parameter name: weight [out, in]}}, six groups of one matrix per layer."""
         groups = {group: {} for group in GROUPS}
         for i, layer in enumerate(self.bert.encoder["layer"]):
             for group, path in GROUPS.items():
-                groups[group][f"bert.encoder.layer.{i}.{path}.weight"] = layer.get_submodule(path).weight
+                name = f"bert.encoder.layer.{i}.{path}.weight"
+                groups[group][name] = layer.get_submodule(path).weight
         return groups
 
     @staticmethod
     def canonical(name):
-        """A checkpoint's tensor name -> ours: RoBERTa's, LayerNorm.gamma/beta, encoders saved without `bert.`."""
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        """A checkpoint's tensor name -> ours: from RoBERTa's, LayerNorm.gamma, or without `bert.`"""
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         name = rename(name, ROBERTA)
-        return name if name.startswith(("bert.", "cls.", "classifier.")) else f"bert.{name}"
+        if name.startswith(("bert.", "cls.", "classifier.")):
+            return name
+        return f"bert.{name}"
 
     def published(self, tensors):
         """{our name: tensor} -> {name in checkpoints of this model_type: tensor}."""
-        names = {} if self.config.model_type == "bert" else {ours: theirs for theirs, ours in ROBERTA.items()}
+        names = {}
+        if self.config.model_type != "bert":
+            names = {ours: theirs for theirs, ours in ROBERTA.items()}
         return {rename(name, names): tensor for name, tensor in tensors.items()}
 
 
-# --- loading, strictly: every tensor of a checkpoint is used once, or known to be unused -----------------------
+# --- loading: every tensor of a checkpoint is used once, or known to be unused -------------------
 
-
-def filled(make, tensors):
-    """make() -> a model, here of the tensors {name: tensor}, which it keeps. Raises ValueError that names a misfit."""
-    with torch.device("meta"), warnings.catch_warnings():  # no memory and no random numbers
-        warnings.simplefilter("ignore", UserWarning)  # a layer without heads has nothing to initialize
-        model = make()
-    try:
-        model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:  # its lines name the tensors that are missing, unknown or misshapen
-        raise ValueError(str(error).splitlines()[1].strip()[:200]) from None
-    return model
-
-
-# All families but the first are RoBERTa; with the padding id of each, for where config.json leaves it out.
+# All families but the first are RoBERTa. Their padding ids, where config.json leaves them out.
 FAMILIES = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1}
 ONLY = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-PER_LAYER = ("heads_per_layer", "neurons_per_layer")
 
 # Tensors that checkpoints carry and that no model uses, or none with that head.
 NEVER_USED = ("cls.seq_relationship.", "bert.qa_outputs.")
@@ -288,35 +316,87 @@ ROBERTA = {
 }
 
 
-def read_config(stored, kind=Config, families=FAMILIES, only=ONLY):
-    """config.json as a dict -> Config. Raises ValueError that names the key of a model that we cannot compute."""
-    family = stored.get("model_type", "bert")
-    if family not in list(families):
-        raise ValueError(f"model_type is {family!r}; the models for this task are {', '.join(families)}")
-    for name, value in only.items():
-        if stored.get(name, value) != value:
-            raise ValueError(f"{name} is {stored[name]!r}, and only {value!r} can be computed here")
-    stored = {"pad_token_id": families[family]} | stored
-    values = {"model_type": family}
-    for field in fields(kind)[:-3]:  # all numbers; the last three are none
-        name = field.name
-        value = values[name] = stored.get(name, field.default)
-        lowest = 1 if field.default is MISSING else 0
-        highest = 1 if field.type is float else 1000 if "layer" in name else 1 << 24
-        if value is MISSING:
-            raise ValueError(f"it lacks {name}")
-        if type(value) not in (int, field.type) or not lowest <= value <= highest:
-            raise ValueError(f"{name} is {value!r}, not a number from {lowest} to {highest}")
-    whole = kind(**values)  # before it lost any heads or neurons
-    if whole.hidden_size % whole.layers[0][0]:
-        raise ValueError("its width is not divisible by its number of attention heads")
-    for name, most in zip(PER_LAYER, whole.layers[0], strict=True):
-        counts = stored.get(name, [])
-        fits = isinstance(counts, list) and len(counts) in (0, len(whole.layers))
-        if not fits or not all(type(count) is int and 0 <= count <= most for count in counts):
-            raise ValueError(f"{name} is {counts!r}, not a list of one number from 0 to {most} a layer")
-        values[name] = tuple(counts)
-    return kind(**values)
+def load_backbone(folder, task, length, head="words", fresh=True):
+    """A model folder -> (its model for a task, in training mode; its tokenizer).
+
+    task: a row of data.TASKS. length: longest input in tokens. head: "words", or "classifier",
+    which is fresh or the folder's own. Raises ValueError that names what does not fit.
+    """
+    if task.load:  # another kind of model, see extras/
+        return task.load(folder, length, head)
+    stored, tensors = read_model(folder)
+    tokenizer = cutting_tokenizer(folder, length)
+    with named(folder):
+        config = read_config(stored, Config, FAMILIES, ONLY)
+        if not 4 <= length <= config.longest_input:
+            raise ValueError(
+                f"--length {length}: the model takes 4 to {config.longest_input} tokens"
+            )
+        text = tokenizer.encode(*"ab"[: len(task.text)])  # one, or a pair
+        largest = max(*tokenizer.get_vocab().values(), *text.ids)
+        if largest >= config.vocab_size or max(text.type_ids) >= config.type_vocab_size:
+            raise ValueError("tokenizer.json has more words or segments than config.json allows")
+        words = [0] * len(task.words)  # a classifier does not read them
+        if head == "words":
+            words = label_word_ids(task.words.values(), tokenizer)
+        return load_model(stored, tensors, words, head, task.every_token, fresh), tokenizer
+
+
+def label_word_ids(words, tokenizer):
+    """Label words -> their token ids. Raises ValueError for a word of more than one token.
+
+    Words follow a space, as in running text: RoBERTa's vocabulary knows "Ġyes", and BERT's does
+    not see the space.
+    """
+    ids = []
+    for word in words:
+        encoded = tokenizer.encode(f" {word}", add_special_tokens=False)
+        if len(encoded.ids) != 1 or encoded.tokens[0].removeprefix("Ġ") != word:
+            raise ValueError(
+                f"label word {word!r} is {encoded.tokens} in tokenizer.json, not one token: "
+                "change TASKS"
+            )
+        ids += encoded.ids
+    return ids
+
+
+def load_model(stored, tensors, words, head="words", every_token=False, fresh=True):
+    """config.json as a dict, {name in the checkpoint: float32 tensor} -> Bert, in training mode.
+
+    words, every_token: see Bert. head, fresh: see load_backbone. Raises ValueError that names what
+    does not fit.
+    """
+    config = read_config(stored, Config, FAMILIES, ONLY)
+    ours = {}
+    for name, tensor in tensors.items():
+        known = Bert.canonical(name)
+        if known in ours:
+            raise ValueError(f"{known} is there twice, once as {name}")
+        ours[known] = tensor
+
+    for copy, original in TIED.items():  # either may be stored, or both
+        if copy in ours:
+            copied = ours.pop(copy)
+            if not torch.equal(ours.setdefault(original, copied), copied):
+                raise ValueError(f"{copy} differs from {original}; only tied decoders are supported")
+
+    unused = NEVER_USED + UNUSED[head]
+    if fresh:
+        unused += ("classifier.",)
+    ours = {name: tensor for name, tensor in ours.items() if not name.startswith(unused)}
+    if head == "classifier" and fresh:  # as BERT's authors initialise it
+        ours["classifier.weight"] = 0.02 * torch.randn(len(words), config.hidden_size)
+        ours["classifier.bias"] = torch.zeros(len(words))
+    return build_bert(config, words, ours, head, every_token)
+
+
+def build_bert(config, words, tensors, head="words", every_token=False):
+    """A Bert of tensors {name: tensor}, which it keeps. Raises ValueError for one that misfits."""
+    parts = {head}  # "words" is no part, and matches nothing
+    for part in ("cls", "pooler", "classifier"):
+        if any(f"{part}." in name for name in tensors):
+            parts.add(part)
+    return build_from(partial(Bert, config, words, parts, every_token), tensors)
 
 
 def rename(name, prefixes):
@@ -325,26 +405,3 @@ def rename(name, prefixes):
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
-
-
-def load_model(stored, tensors, words, head="words", every_token=False, fresh=True):
-    """config.json as a dict, {name in the checkpoint: float32 tensor} -> Bert, in training mode.
-
-    words, every_token: see Bert. head: "words"; or "classifier", fresh or the checkpoint's, on its pooler if there is
-    one. Raises ValueError that names what does not fit.
-    """
-    config = read_config(stored)
-    ours = {}
-    for name, tensor in tensors.items():
-        if (known := Bert.canonical(name)) in ours:
-            raise ValueError(f"{known} is there twice, once as {name}")
-        ours[known] = tensor
-    for copy, original in TIED.items():  # either may be stored, or both
-        if copy in ours and not torch.equal(ours.setdefault(original, ours[copy]), ours.pop(copy)):
-            raise ValueError(f"{copy} differs from {original}; only tied decoders are supported")
-    unused = NEVER_USED + UNUSED[head] + (("classifier.",) if fresh else ())
-    ours = {name: tensor for name, tensor in ours.items() if not name.startswith(unused)}
-    if head == "classifier" and fresh:
-        ours["classifier.weight"] = 0.02 * torch.randn(len(words), config.hidden_size)  # as BERT's authors do
-        ours["classifier.bias"] = torch.zeros(len(words))
-    return Bert.of(config, words, ours, head, every_token)

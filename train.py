@@ -1,17 +1,19 @@
 """Learn a task by switching off weights of a frozen BERT, or fine-tune it as the dense reference.
 
-    python train.py                               # MiniLM on movie reviews: nothing to prepare, minutes on a laptop
-    python train.py --task rte --sparsity 0.5     # the paper's setting: bert-base-uncased on GLUE
+    python train.py                             # MiniLM on film reviews: minutes on a laptop
+    python train.py --task rte --sparsity 0.5   # bert-base-uncased on GLUE
 
-The method itself is mask.py. The recipe is that of Jiang et al., ACL 2023 (arXiv 2210.06210), and of its authors' code.
+The method itself is mask.py. The recipe is that of Jiang et al., ACL 2023 (arXiv 2210.06210), and
+of its authors' code. `main`, at the end, has three acts: prepare, learn, finish.
 """
 
+import argparse
 import math
-import shlex
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-import plumbing  # noqa: F401  # isort: skip (it tells the threads of torch, before they start, how to wait)
+import plumbing  # noqa: F401  # isort: skip (must come before torch: sets OpenMP's spin time)
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,148 +22,283 @@ from torch.func import functional_call
 import data
 import extras  # noqa: F401 (its methods and tasks; without the folder, delete this line)
 from data import TASKS
-from eval import densities, evaluate, load_backbone, load_run, read_result
+from eval import densities, evaluate, load_run
 from mask import METHODS, density_at, penalty_at
-from model import PER_LAYER
+from model import load_backbone
 from plumbing import cli, fetch, parallel
-from plumbing.adam import make_optimizer, set_rates
-from plumbing.checkpoints import pack_weights, tokenizer_bytes, tokenizer_config
-from plumbing.files import json_bytes, pack_masks, read_json, sha256
+from plumbing.checkpoints import PER_LAYER, model_files
+from plumbing.cli import count, not_negative, passes, positive, share, share_below_one
+from plumbing.files import digest, pack_masks, sha256
 from plumbing.graphs import Recorded, compile_step
 from plumbing.progress import progress
 from plumbing.run import Run, identity, interrupted_run
-from plumbing.summary import evaluation, expected, opening, summary
+from plumbing.summary import evaluation, opening, summary
 
-LOG_EVERY = 10  # steps between log lines; only there, and to evaluate, does the host wait for the device
+LOG_EVERY = 10  # steps between log lines; the host waits for the GPU only here and at evaluations
 
-# --- flags ---------------------------------------------------------------------------------------------------
+# --- flags ----------------------------------------------------------------------------------------
+
+ABOUT = "Learn which weights of a frozen BERT, or GPT-2, to keep."
+EXAMPLES = """examples:
+  python train.py                                  film reviews: minutes on a CPU
+  python train.py --sparsity 0.9                   a tenth stays; takes more steps
+  python train.py --task rte --method finetune     dense BERT, to compare with
+  python train.py --task rte --help                the defaults of RTE
+"""
+POWERS = {"cubic": 3, "linear": 1}  # of --schedule
+
+# {name: (type or choices, help)}. recipe() has the defaults, and the help text shows them.
+WHAT_FLAGS = {
+    "task": (TASKS, ", ".join(TASKS)),
+    "method": (METHODS, ", ".join(METHODS)),
+    "model": (str, f"{', '.join(fetch.MODELS)}, or a folder"),
+    "data_dir": (str, "folder with the tasks' folders, instead of downloads"),
+    "head": (("words", "classifier"), "label words, or a fresh linear layer"),
+    "teacher": (str, "folder of a finished --method finetune to learn from"),
+}
+METHOD_FLAGS = {
+    "sparsity": (share_below_one, "share of weights, or of computation, removed"),
+    "lr": (positive, "peak learning rate of the scores"),
+    "weight_lr": (positive, "peak learning rate of weights that train"),
+    "hold": (share, "share of the steps before pruning starts"),
+    "ramp": (share, "share of the steps after which the sparsity is reached"),
+    "schedule": (POWERS, "how the density falls"),
+    "penalty": (not_negative, "lambda of the regularizer"),
+    "temperature": (positive, "p of SMP-S: larger values even the layers out"),
+}
+LENGTH_FLAGS = {
+    "epochs": (passes, "passes over the training set"),
+    "steps": (count, "train for so many steps; overrides --epochs"),
+    "batch": (count, "examples per step"),
+    "length": (count, "longest input in tokens; longer ones are cut"),
+    "warmup": (share_below_one, "share of the steps while the rates rise"),
+    "evals": (count, "evaluations per run; fewer if it is short"),
+}
+RUN_FLAGS = {
+    "seed": (cli.seed, "for batches, dropout and fresh weights"),
+    "dropout": (cli.YES_OR_NO, "drop at the model's own rates in training"),
+    "out": (Path, "folder of the run"),
+    "resume": (Path, "continue the interrupted run in a folder; no other flags"),
+    "help": (bool, "show these flags, with the defaults of --task and --method"),
+}
+MACHINE_FLAGS = cli.MACHINE_FLAGS | {
+    "accumulate": (count, "take a batch in so many parts"),
+    "compile": (bool, "let torch.compile fuse the kernels of a step"),
+    "eager": (bool, "on CUDA: launch every kernel, record no graphs"),
+    "deterministic": (bool, "the same bits every time on a GPU; slower"),
+}
 
 
-def make_parser():
-    parser = cli.Parser(usage="python train.py [flags]", description=cli.WHAT, epilog=cli.EXAMPLES)
-    what = parser.add_argument_group("what", "Where no default is named, it is the task's or the method's.")
-    what.add_argument("--task", choices=TASKS, default="movies", metavar="TASK", help=f"{', '.join(TASKS)} (movies)")
-    methods = f"{', '.join(METHODS)} (smp-s)"
-    what.add_argument("--method", choices=METHODS, default="smp-s", metavar="METHOD", help=methods)
-    cli.add_files(what)
-    heads = ("words", "classifier")
-    what.add_argument("--head", choices=heads, default="words", help="label words (default) or a fresh linear layer")
-    what.add_argument("--teacher", metavar="RUN_DIR", help="a finished --method finetune to learn from")
-    what.add_argument("--warmup", type=cli.share_below_one, default=0.0, help="share of steps in which rates rise (0)")
-    some = parser.add_argument_group("method", "Flags that only some methods use.")
-    some.add_argument("--sparsity", type=cli.share_below_one, help="share of weights, or of computation, removed (0.5)")
-    some.add_argument("--lr", type=cli.positive, help="peak learning rate of the scores (smp-...: 2e-2)")
-    some.add_argument("--weight-lr", type=cli.positive, help="that of weights (movies 1e-4, GLUE 3e-5, smp-bias 1e-3)")
-    some.add_argument("--hold", type=cli.share, help="share of steps before pruning starts (0)")
-    some.add_argument("--ramp", type=cli.share, help="share of steps after which the target is reached (movies: 0.9)")
-    some.add_argument("--schedule", choices=("cubic", "linear"), help="of the density (BERT: cubic, else linear)")
-    some.add_argument("--penalty", type=cli.not_negative, help="lambda of the regularizer (SMP: 400; on movies 800)")
-    some.add_argument("--temperature", type=cli.positive, help="p of SMP-S (4 on movies, or where 70 %% stay; else 1)")
-    for name, text in {name: text for method in METHODS.values() for name, text in method.help.items()}.items():
-        some.add_argument(cli.flag(name), type=cli.positive, help=text)
-    cli.add_training(parser)
+def make_parser(defaults):
+    usage = "python train.py [flags]"
+    parser = cli.Parser(usage=usage, description=ABOUT, epilog=EXAMPLES, add_help=False)
+    methods = dict(METHOD_FLAGS)
+    for name in sorted(method_flags() - METHOD_FLAGS.keys()):
+        methods[name] = (positive, "only for some methods of extras/")
+    cli.add_flags(parser, "what", WHAT_FLAGS, defaults)
+    cli.add_flags(parser, "method (not every method takes all of these)", methods, defaults)
+    cli.add_flags(parser, "length", LENGTH_FLAGS, defaults)
+    cli.add_flags(parser, "run", RUN_FLAGS, defaults)
+    cli.add_flags(parser, "machine", MACHINE_FLAGS, defaults)
     return parser
 
 
+def method_flags():
+    """Every flag that some method takes and others may not."""
+    return {name for method in METHODS.values() for name in method.recipe}
+
+
+# --- the recipe -----------------------------------------------------------------------------------
+
+DEFAULTS = {"task": "movies", "method": "smp-s", "head": "words"}
+DEFAULTS |= {"seed": 0, "warmup": 0.0, "accumulate": 1}
+# A flag that the method does not take has one of these values, or None.
+OFF = {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0}
+
+
+def recipe(given):
+    """All settings of a run: {flag: value} as given, and the defaults of all other flags.
+
+    The method's defaults come before the task's. The rest follow from the sparsity and the model.
+    """
+    given = DEFAULTS | given
+    method = METHODS[given["method"]]
+    values = data.RECIPE | TASKS[given["task"]].recipe
+    values |= {name: value for name, value in method.recipe.items() if value is not None}
+    values |= given
+    for name in method_flags() - takes(given):
+        values[name] = OFF.get(name)
+
+    bert = fetch.family(values["model"]) == "bert"
+    values.setdefault("schedule", "cubic" if bert else "linear")
+    # Even the layers out while most weights stay (reference code; not in the paper).
+    values.setdefault("temperature", 4.0 if 1 - values["sparsity"] >= 0.7 else 1.0)
+    values["least_steps"] = 0 if "epochs" in given else least_steps(values["sparsity"])
+    values["least_steps_per_eval"] = 1 if "evals" in given else 10
+    values.setdefault("out", Path("runs") / run_name(values))
+    return values
+
+
+def takes(given):
+    """The method flags that may be used with these."""
+    names = METHODS[given["method"]].recipe.keys()
+    return names | {"weight_lr"} if given["head"] == "classifier" else names
+
+
+def least_steps(sparsity):
+    """With fewer, scores that start equal hardly differ (measured with batches of 32)."""
+    return 300 if sparsity <= 0.5 else 1200
+
+
+def run_name(values):
+    """Such as movies-minilm-smp-s-0.5-seed0."""
+    model = Path(values["model"]).name
+    name = f"{values['task']}-{model}-{values['method']}-{values['sparsity']:g}"
+    if values["head"] == "classifier":
+        name += "-classifier"
+    if "teacher" in values:
+        name += "-taught"
+    if "steps" in values:
+        name += f"-{values['steps']}steps"
+    return f"{name}-seed{values['seed']}".replace(":", "of")  # smp-2:4; Windows takes no colons
+
+
 def parse_args(argv):
-    """Flags with all defaults filled in, read-only from here on. Exits with one line when they make no sense."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.resume:
+    """All settings, read-only from here on. Exits with one line when they make no sense."""
+    parser = make_parser({})
+    parsed = vars(parser.parse_args(argv))
+    wants_help = parsed.pop("help")
+    given = {name: value for name, value in parsed.items() if value is not None}
+    if wants_help:
+        make_parser(recipe(given)).print_help()
+        parser.exit()
+    if "resume" in given:
         if len(argv) > 1 + (argv[0] == "--resume"):
             parser.error("--resume takes the settings of its run, and no other flags")
-        return args
+        return argparse.Namespace(**parsed)
 
-    used = ({"weight_lr": None} if args.head == "classifier" else {}) | METHODS[args.method].flags
-    some_use = {name for method in METHODS.values() for name in method.flags}
-    for name in sorted(some_use - used.keys()):
-        if getattr(args, name) is not None:
-            known = ", ".join(cli.flag(other) for other in used)
-            parser.error(f"{cli.flag(name)}: {args.method} does not use it; the method flags it takes are {known}")
-
-    of_task = ["model", "batch", "length", "dropout"]
-    of_task += [name for name in ("ramp", "weight_lr", "penalty", "temperature") if name in used]
-    cli.fill(args, used)  # and where the method leaves it open, None, the task decides
-    cli.fill(args, {name: getattr(TASKS[args.task], name) for name in of_task})
-    cli.fill(args, {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0})  # where the method does not use them
+    args = argparse.Namespace(**parsed | recipe(given))
+    allowed = takes(vars(args))
+    for name in sorted(method_flags() & given.keys() - allowed):
+        known = ", ".join(map(cli.flag, allowed))
+        parser.error(f"{cli.flag(name)}: {args.method} does not use it; its own flags are {known}")
     if args.hold > args.ramp:
         parser.error(f"--hold must be at most --ramp, {args.ramp}; got {args.hold}")
-    if args.accumulate * parallel.processes() > args.batch:
-        parser.error(f"--batch must be at least {args.accumulate * parallel.processes()}: --accumulate times processes")
-
-    name = f"{args.task}-{Path(args.model).name}-{args.method.replace(':', 'of')}-{args.sparsity:g}"
-    name += "-classifier" if args.head == "classifier" else ""
-    name += "-taught" if args.teacher else ""
-    name += f"-{args.steps}steps" if args.steps else ""
-    cli.fill(args, {"out": Path("runs") / f"{name}-seed{args.seed}"})
+    parts = args.accumulate * parallel.processes()
+    if parts > args.batch:
+        parser.error(f"--batch must be at least {parts}: --accumulate times processes")
     return args
 
 
-# --- what is learnt ------------------------------------------------------------------------------------------
+# --- what trains ----------------------------------------------------------------------------------
 
 
 class Learner(nn.Module):
-    """What a run learns of a frozen float32 model: masks, or None, and other weights. The rest is rounded to dtype.
+    """Everything that trains: masks (if any) and ordinary weights. The rest of the model is frozen.
 
-    method: a row of METHODS. Other weights: a fresh classifier; vectors or all weights, where the method trains them.
+    model: in float32; what is frozen is rounded to dtype, in place. method: a row of METHODS.
     """
 
-    def __init__(self, model, method, density, dtype, temperature=None):
+    def __init__(self, model, method, dtype, temperature=None):
         super().__init__()
         self.dtype = dtype
-        groups = model.prunable() if method.masking else {}
-        self.masks = method.module(groups, method, density, dtype, temperature) if groups else None
-        masked = {name for weights in groups.values() for name in weights}
+        self.masks = None
+        masked = {}
+        if method.how_many:
+            self.masks = method.masks(model.prunable(), method, dtype, temperature or 1.0)
+            masked = self.masks.by_name(self.masks.weights)
+
         trained = {}
         for name, weight in model.named_parameters():
-            learns = method.trains_weights or method.vectors and weight.ndim == 1 or name.startswith("classifier.")
-            if learns and name not in masked:
+            if name not in masked and method.trains_tensor(name, weight):
                 trained[name] = weight.detach().float().clone()
         self.names = list(trained)  # a ParameterDict takes no names with dots
         self.weights = nn.ParameterList(trained.values())
-        model.to(dtype)  # in place, and after the copies were taken
-        if self.masks and not method.trains_weights:  # the stacked weights are held once
-            model.load_state_dict(self.masks.by_name(self.masks.weights), strict=False, assign=True)
+
+        model.to(dtype)  # after the float32 copies were taken
+        if "weights" not in method.trains:  # hold the stacked weights once
+            model.load_state_dict(masked, strict=False, assign=True)
 
     @property
     def trained(self):
-        """{name: parameter} of the other weights."""
+        """{name: parameter} of the ordinary weights that train."""
         return dict(zip(self.names, self.weights, strict=True))
 
     def forward(self, density):
         """-> the weights of one step {name: tensor in dtype}, and the regularizer."""
         weights = {name: weight.to(self.dtype) for name, weight in self.trained.items()}
-        if self.masks is None:  # dense fine-tuning: nothing is masked, nothing regularized
-            return weights, torch.zeros((), device=density.device)
+        if self.masks is None:  # dense fine-tuning
+            return weights, self.weights[0].new_zeros(())
         masked, regularizer = self.masks(density)
         return masked | weights, regularizer
 
-    def baked(self, density):
-        """-> the weights for evaluation, under exact masks."""
-        weights = self.masks.baked(density) if self.masks else {}
-        return weights | {name: weight.detach().to(self.dtype) for name, weight in self.trained.items()}
+    def final_weights(self, density):
+        """-> the weights for evaluation {name: tensor in dtype}, under exact masks."""
+        weights = self.masks.final_weights(density) if self.masks else {}
+        for name, weight in self.trained.items():
+            weights[name] = weight.detach().to(self.dtype)
+        return weights
 
-    def optimizer(self, score_lr, weight_lr, decay=0.01):
-        return make_optimizer(self.named_parameters(), "masks.scores.", score_lr, weight_lr, decay)
+
+# --- the optimizer --------------------------------------------------------------------------------
 
 
-# --- one step ------------------------------------------------------------------------------------------------
+def make_optimizer(learner, lr, weight_lr, decay=0.01):
+    """Adam with peak rate lr for scores; for weights AdamW with weight_lr, which decays matrices."""
+    scores, matrices, vectors = [], [], []
+    for name, parameter in learner.named_parameters():
+        if name.startswith("masks.scores."):
+            scores.append(parameter)
+        elif parameter.ndim > 1:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
+
+    groups = []
+    for parameters, peak, weight_decay in (
+        (scores, lr, 0.0),
+        (matrices, weight_lr, decay),
+        (vectors, weight_lr, 0.0),
+    ):
+        if parameters:
+            group = {"params": parameters, "lr": peak, "peak": peak, "weight_decay": weight_decay}
+            groups.append(group)
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def rate_at(step, total, warmup=0):
+    """Share of the peak rate at a step: linearly up for `warmup` steps, then down to 0 at total."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (total - step) / (total - warmup)
+
+
+def set_rates(optimizer, step, total, warmup=0):
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rate_at(step, total, warmup)
+        # The reference code adds eps to the uncorrected second moment, torch to the corrected one.
+        group["eps"] = 1e-8 / math.sqrt(1 - group["betas"][1] ** (step + 1))
+
+
+# --- one step -------------------------------------------------------------------------------------
 
 
 def task_loss(logits, labels, taught=None, temperature=2.0):
-    """Cross-entropy of logits [..., C] with classes [...], or mean squared error of the one logit with scores [B].
+    """Cross-entropy of logits [..., C] with classes [...]. Regression: squared error, logits [B, 1].
 
-    With a teacher's logits, half of that and half tau^2 KL(teacher || student) at tau (regression: squared error).
+    With a teacher's logits: half of that, and half of tau^2 KL(teacher || student) at temperature
+    tau, or the squared error to the teacher.
     """
     if labels.is_floating_point():
         loss = F.mse_loss(logits[:, 0], labels)
         return loss if taught is None else 0.5 * loss + 0.5 * F.mse_loss(logits, taught)
-    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())  # in one row: [..., C] -> [B, C]
+
+    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())  # [..., C] -> [B, C]
     if taught is None:
         return loss
     student = F.log_softmax(logits / temperature, dim=-1)
     teacher = F.log_softmax(taught / temperature, dim=-1)
-    kl = F.kl_div(student, teacher, reduction="sum", log_target=True) / labels.numel()  # KL(teacher || student)
+    kl = F.kl_div(student, teacher, reduction="sum", log_target=True) / labels.numel()
     return 0.5 * loss + 0.5 * temperature**2 * kl  # tau^2 keeps the size of the gradients
 
 
@@ -169,10 +306,13 @@ def make_forward_backward(model, learner, teacher=None):
     """The method, as one function of tensors. teacher: a frozen model in evaluation mode, or None."""
 
     def forward_backward(inputs, labels, share, density, penalty):
-        """Add the gradients of a data.Part -> [2]: loss on the task, regularizer. density, penalty: 0-dim tensors."""
+        """Backpropagate one data.Part. Returns tensor([task loss, regularizer]).
+
+        density and penalty are 0-dim tensors, so that a recorded graph can be given new values.
+        """
         weights, regularizer = learner(density)  # W' = W * M(S)
-        # tie_weights: no weight has two names here, and torch would look for such in every step.
-        logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()  # [..., C]
+        # tie_weights: no weight has two names here, and torch would look for some in every step.
+        logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
         with torch.no_grad():
             taught = teacher(*inputs).float() if teacher else None
         loss = task_loss(logits, labels, taught)
@@ -183,172 +323,265 @@ def make_forward_backward(model, learner, teacher=None):
 
 
 def train_step(forward_backward, optimizer, parts, density, penalty):
-    """One step on the parts of a batch, see data.training_batches -> [2]: loss on the task and regularizer."""
+    """One step on a batch, a list of data.Parts -> [2]: task loss and regularizer."""
     losses = 0.0
-    for part in parts:  # gradients add up
-        losses = losses + part.share * forward_backward(part.inputs, part.labels, part.share, density, penalty)
+    for inputs, labels, share in parts:  # their gradients add up
+        losses = losses + share * forward_backward(inputs, labels, share, density, penalty)
+
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parallel.add_up_gradients(parameters)  # over the processes: each has its part of the batch
-    nn.utils.clip_grad_norm_(parameters, 1.0)  # of all together (reference code)
+    parallel.add_up_gradients(parameters)  # each process has its part of the batch
+    nn.utils.clip_grad_norm_(parameters, 1.0)  # one norm for all of them (reference code)
     optimizer.step()
     optimizer.zero_grad()
     return losses
 
 
-# --- the run -------------------------------------------------------------------------------------------------
+# --- act one: prepare -----------------------------------------------------------------------------
 
 
-def load_everything(args):
-    """-> (model in float32, folder of the model, teacher or None, train set, {name: dev set})."""
+class Job(NamedTuple):
+    """What prepare() gets ready."""
+
+    model: nn.Module  # frozen, on its device
+    learner: Learner
+    teacher: nn.Module | None
+    train: data.Examples
+    dev: dict  # {split: data.Examples}
+    device: torch.device
+    total: int  # steps
+    density: float  # share of weights that stay in the end
+    folder: Path  # of the model
+    frozen: str  # sha256 of what must not move
+    facts: dict  # what the run depends on besides its settings
+
+
+def prepare(args, run):
+    """Load model and data, and set up what trains -> Job."""
+    method = METHODS[args.method]
+    torch.manual_seed(args.seed)  # for a fresh classifier
+    device, dtype, why = cli.choose_device(args.device, args.dtype)
+    parallel.start(device)
+    with parallel.first_process_first():  # only one downloads
+        model, folder, teacher, sets = load_inputs(args)
+    train = sets["train"]
+    dev = {split: sets[split] for split in TASKS[args.task].dev}
+    total = count_steps(args, len(train))
+    cli.set_up(args.deterministic, 0 if args.eager else total)
+
+    facts = identity(folder, model) | {"device": device.type, "dtype": cli.dtype_name(dtype)}
+    facts |= {f"{split} digest": sets[split].digest() for split in sets}
+    if teacher:
+        facts["teacher digest"] = identity(Path(args.teacher), teacher)["fingerprint"]
+        teacher.to(device, dtype)
+    run.check_identity(vars(args), facts)  # a resumed run must find all of it unchanged
+
+    density = 1 - args.sparsity
+    if method.before:  # whole heads and neurons may go before training
+        model, more = method.before(model, train, dev, args, device)
+        facts |= more | {"config": str(model.config)}
+        density = facts["density"]
+    model.to(device).requires_grad_(False).train(args.dropout)
+    learner = Learner(model, method, dtype, args.temperature)
+    frozen = frozen_digest(model, learner)
+    if args.compile:
+        compile_step(model, learner.masks)
+
+    machine = f"{parallel.processes()} x {device} in {facts['dtype']}: {why}"
+    needed = 1 if "weights" in method.trains else least_steps(args.sparsity)
+    for line in opening(args, run, train, dev, total, density, machine, needed):
+        print(line)
+    return Job(
+        model, learner, teacher, train, dev, device, total, density, folder, frozen, facts
+    )
+
+
+def load_inputs(args):
+    """-> model in float32, its folder, teacher or None, {split: Examples}."""
     task = TASKS[args.task]
-    for split in ("train", *task.dev):  # before anything large is downloaded
+    splits = ("train", *task.dev)
+    for split in splits:  # fails before anything large is downloaded
         data.split_path(args.task, split, args.data_dir)
     folder = fetch.model_folder(args.model)
     model, tokenizer = load_backbone(folder, task, args.length, args.head)
-    if METHODS[args.method].masking and len(set(model.config.layers)) > 1:
-        raise ValueError(f"--method {args.method} needs layers of one size, which {args.model} lacks; try finetune")
-    teacher = load_teacher(Path(args.teacher), args, tokenizer) if args.teacher else None
-    train = data.load_split(args.task, "train", args.data_dir, tokenizer)
-    dev = {split: data.load_split(args.task, split, args.data_dir, tokenizer) for split in task.dev}
-    return model, folder, teacher, train, dev
+    if METHODS[args.method].how_many and len(set(model.config.layers)) > 1:
+        raise ValueError(
+            f"--method {args.method} needs layers of one size, "
+            f"which {args.model} lacks; try finetune"
+        )
+    teacher = load_teacher(args, tokenizer) if args.teacher else None
+    sets = {split: data.load_split(args.task, split, args.data_dir, tokenizer) for split in splits}
+    return model, folder, teacher, sets
 
 
-def load_teacher(run, args, tokenizer):
-    """The fine-tuned model of a run, frozen. Raises ValueError if it cannot teach this task to this model."""
-    result = read_result(run)
-    if METHODS[result["method"]].masking or "pruned_with" in result:
+def load_teacher(args, tokenizer):
+    """The fine-tuned model of a run, frozen. Raises ValueError if it cannot teach this task."""
+    run = Path(args.teacher)
+    loaded = load_run(run)
+    result, config = loaded.result, loaded.model.config
+    if METHODS[result["method"]].how_many or "pruned_with" in result:
         raise ValueError(f"--teacher: {run} is a pruned model; a teacher must be fine-tuned")
     if result["task"] != args.task:
         raise ValueError(f"--teacher: {run} was trained on {result['task']}, not on {args.task}")
-    _, _, teacher, its_tokenizer, _ = load_run(run)
-    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+    if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher: {run} has another vocabulary than {args.model}")
-    if args.length > teacher.config.longest_input:
-        raise ValueError(f"--teacher: {run} takes {teacher.config.longest_input} tokens; lower --length")
-    return teacher.eval().requires_grad_(False)
-
-
-def least_steps(sparsity):
-    """With fewer, scores that start equal hardly differ, and the model guesses (measured with batches of 32)."""
-    return 300 if sparsity <= 0.5 else 1200
+    if args.length > config.longest_input:
+        raise ValueError(f"--teacher: {run} takes {config.longest_input} tokens; lower --length")
+    return loaded.model.eval().requires_grad_(False)
 
 
 def count_steps(args, examples):
-    """--steps, or what --epochs come to; by default the task's epochs, but where data are few least_steps()."""
-    epochs = args.epochs or TASKS[args.task].epochs
-    steps = math.ceil(min(epochs * math.ceil(examples / args.batch), cli.MOST))
-    return args.steps or (steps if args.epochs else max(steps, least_steps(args.sparsity)))
+    """--steps, or what --epochs come to; at least least_steps where neither was given."""
+    steps = math.ceil(min(args.epochs * math.ceil(examples / args.batch), cli.MOST))
+    return args.steps or max(steps, args.least_steps)
 
 
-def make_schedule(args, kind, total, final):
-    """[(density, penalty)] before each of the steps, and after the last."""
-    hold = round(args.hold * total)  # in steps
+def frozen_digest(model, learner):
+    """sha256 of all tensors of the model that do not train."""
+    tensors = model.state_dict()
+    if learner.masks:
+        tensors |= learner.masks.by_name(learner.masks.weights)
+    return digest({name: tensors[name] for name in tensors.keys() - learner.names})
+
+
+# --- act two: learn -------------------------------------------------------------------------------
+
+
+def make_schedule(args, total, final):
+    """[(density, penalty)] for steps 0 to total, inclusive. final: the density in the end."""
+    hold = round(args.hold * total)
     ramp = round(args.ramp * total)
-    power = {"cubic": 3, "linear": 1}[kind]
-    densities = [density_at(t, ramp, final, power, hold) for t in range(total + 1)]
-    return [(density, penalty_at(t, total, args.penalty)) for t, density in enumerate(densities)]
+    power = POWERS[args.schedule or "cubic"]
+    return [
+        (density_at(t, ramp, final, power, hold), penalty_at(t, total, args.penalty))
+        for t in range(total + 1)
+    ]
 
 
-def learn(args, run, model, learner, teacher, train, dev, schedule):
+def schedule_on_device(schedule, device):
+    """-> densities in float64 and penalties in float32, so that no step waits for the host."""
+    densities, penalties = torch.tensor(schedule, dtype=torch.float64).T
+    if device.type != "mps":  # Apple's GPUs have no float64; there Masks counts on the host
+        densities = densities.to(device)
+    return densities, penalties.float().to(device)
+
+
+def learn(args, run, job):
     """Train and evaluate; the last of run.evaluations is the final one.
 
     Raises FloatingPointError when the loss, or at an evaluation a score or weight, is not finite.
     """
-    device = next(model.parameters()).device
-    total = len(schedule) - 1
-    # [total + 1] each: no step waits for the host. Densities in float64, as counts follow from them.
-    densities_there, penalties_there = torch.tensor(schedule, dtype=torch.float64, device=device).T
-    penalties_there = penalties_there.float()
-    evals = min(args.evals or min(TASKS[args.task].evals, math.ceil(total / 10)), total)
+    learner, total = job.learner, job.total
+    schedule = make_schedule(args, total, job.density)
+    densities, penalties = schedule_on_device(schedule, job.device)
+    evals = min(args.evals, math.ceil(total / args.least_steps_per_eval))
     eval_steps = {math.ceil(total * i / evals) for i in range(1, evals + 1)}
-    optimizer = learner.optimizer(args.lr, args.weight_lr, TASKS[args.task].decay)
-    run.restore(learner, optimizer, total, TASKS[args.task].metrics)  # does nothing for a new run
+    optimizer = make_optimizer(learner, args.lr, args.weight_lr, args.decay)
+    run.restore(learner, optimizer, total, TASKS[args.task].metrics)  # nothing in a new run
 
-    forward_backward = make_forward_backward(model, learner, teacher)
-    if device.type == "cuda" and not args.eager:  # wrapped from outside, as torch.compile wraps a model
+    forward_backward = make_forward_backward(job.model, learner, job.teacher)
+    if job.device.type == "cuda" and not args.eager:  # wrapped from outside, as by torch.compile
         forward_backward = Recorded(forward_backward, learner.parameters())
-    if device.type == "cpu" and total - run.step > LOG_EVERY:
-        some = data.training_batches(train, args.batch, 9, args.seed, parts=args.accumulate)
-        evaluated = sum(step > run.step for step in eval_steps) * sum(map(len, dev.values())) / 3  # forward alone
-        print(expected(forward_backward, optimizer, some, total - run.step + evaluated / args.batch))
-    batches = data.training_batches(train, args.batch, total, args.seed, device, args.accumulate, first=run.step)
-    bar = progress(batches, f"{args.task} {args.method}", total=total, initial=run.step, leave=True)
+
+    batches = data.training_batches(
+        job.train, args.batch, total, args.seed, job.device, args.accumulate, first=run.step
+    )
+    name = f"{args.task} {args.method}"
+    bar = progress(batches, name, total=total, initial=run.step, leave=True)
     recent = []  # losses since the last log line, on the device
     for step, parts in enumerate(bar, run.step):
+        # One step: mask, learn, clip, Adam.
         set_rates(optimizer, step, total, round(args.warmup * total))
-        density, penalty = densities_there[step], penalties_there[step]
-        recent.append(train_step(forward_backward, optimizer, parts, density, penalty))  # mask, learn, clip, Adam
+        density, penalty = densities[step], penalties[step]
+        recent.append(train_step(forward_backward, optimizer, parts, density, penalty))
 
-        # once in a while: log, evaluate under the exact masks, save
+        # Once in a while: log, evaluate under the exact masks, save.
         done = step + 1
         if done % LOG_EVERY == 0 or done in eval_steps:
             bar.set_postfix(run.report(done, recent, *schedule[step]), refresh=False)
             recent.clear()
         if done in eval_steps:
-            if not all(p.isfinite().all() for p in learner.parameters()):
-                raise FloatingPointError(f"scores or weights are not finite at step {done}: try a smaller --lr")
-            parallel.check_equal(dict(learner.named_parameters()))
             density, _ = schedule[done]  # of the next step, so that the last is the target
-            with torch.compiler.set_stance("force_eager"):  # as eval.py will compute it
-                scores = evaluate(model, learner.baked(density), dev, TASKS[args.task].metrics, device)
+            scores = evaluate_learner(args, job, done, density)
             run.evaluated(step=done, density=density, dev=scores)
             bar.write(evaluation(**run.evaluations[-1]))
         if (done in eval_steps or run.stopped) and done < total:
-            run.save(done, learner, optimizer)  # raises KeyboardInterrupt if it was asked to stop
+            run.save(done, learner, optimizer)  # raises KeyboardInterrupt if asked to stop
 
 
-def finish(args, run, model, learner, folder, description):
-    """Write what was learnt, check that the frozen weights did not move, write result.json -> what it holds.
+def evaluate_learner(args, job, step, density):
+    """{metric: value} on the dev sets, under exact masks of this density."""
+    for parameter in job.learner.parameters():
+        if not parameter.isfinite().all():
+            what = "scores or weights are not finite"
+            raise FloatingPointError(f"{what} at step {step}: try a smaller --lr")
+    parallel.check_equal(dict(job.learner.named_parameters()))
+    weights = job.learner.final_weights(density)
+    with torch.compiler.set_stance("force_eager"):  # as eval.py will compute it
+        return evaluate(job.model, weights, job.dev, TASKS[args.task].metrics, job.device)
 
-    description: what it also holds. Raises ValueError when a frozen weight moved.
-    """
-    density = 1 - args.sparsity  # of all prunable weights
-    final = run.evaluations[-1]
-    # Best on dev counts from when the target density is reached; a denser model would have an easier task.
-    on_target = [line for line in run.evaluations if line["density"] == final["density"]]
-    best = TASKS[args.task].best(on_target, key=lambda line: line["dev"][TASKS[args.task].metrics[0]])
-    result = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-    result |= {"words": TASKS[args.task].words, "steps": final["step"], "final": final["dev"], "best": best}
-    result |= {"density": 1.0, "stored_numbers": sum(p.numel() for p in learner.weights), "stored_bits": 0}
-    result |= {"sha256": {}, "seconds": round(run.seconds, 1), "command": shlex.join(["python", "train.py", *run.argv])}
-    result |= cli.code_version() | description
 
-    masks, others, trained = {}, {}, dict(learner.trained)
-    if learner.masks:
-        masks = learner.masks.choose(density)
-        by_itself = learner.masks.choose(density, exact=False)
-        kept, reached = (sum(mask.sum().item() for mask in found.values()) for found in (masks, by_itself))
-        prunable = sum(mask.numel() for mask in masks.values())
-        result |= {"kept": kept, "prunable": prunable, "density": kept / prunable, "reached": reached / prunable}
-        result |= {"stored_bits": prunable, "densities": densities(learner.masks.names, masks)}
+# --- act three: finish ----------------------------------------------------------------------------
 
-    files = {}
-    if METHODS[args.method].trains_weights:
+
+def finish(args, run, job):
+    """Write what was learned, then result.json, and say what came of it."""
+    result = describe(args, run, job)
+    trained = job.learner.trained
+    files, masks = {}, {}
+    if job.learner.masks:
+        masks = job.learner.masks.choose(1 - args.sparsity)
+        result |= mask_facts(job.learner.masks, masks, 1 - args.sparsity)
+
+    if "weights" in METHODS[args.method].trains:  # a whole model
         if masks:
-            trained |= learner.masks.baked(density, torch.float32)
-            result["stored_numbers"] += kept
-        content = pack_weights(model.published(trained))
-        result["sha256"]["model.safetensors"] = sha256(content)
-        config = read_json(folder / "config.json") | {name: getattr(model.config, name) for name in PER_LAYER}
-        files = {"model.safetensors": content, "config.json": json_bytes(config)}
-        files["tokenizer.json"] = tokenizer_bytes(folder)
-        files["tokenizer_config.json"] = tokenizer_config(folder, model.config.longest_input)
-    else:
-        check_frozen(args, model, learner, folder)
-        others = trained  # a fresh classifier, biases and LayerNorms, or nothing
+            trained |= job.learner.masks.final_weights(1 - args.sparsity, torch.float32)
+            result["stored_numbers"] += result["kept"]
+        config = job.model.config
+        per_layer = {name: getattr(config, name) for name in PER_LAYER}
+        published = job.model.published(trained)
+        files = model_files(job.folder, published, per_layer, config.longest_input)
+        result["sha256"] = {"model.safetensors": sha256(files["model.safetensors"])}
+        trained = {}
+    elif frozen_digest(job.model, job.learner) != job.frozen:
+        raise ValueError("a frozen weight has moved, so the run counts as unfinished")
     if masks:
-        files["mask.safetensors"] = pack_masks(masks, result, others)
+        files["mask.safetensors"] = pack_masks(masks, result, trained)
     run.finish(files, result)
-    return result
+    for line in summary(result, run.folder, job.dev, texts=len(TASKS[args.task].text)):
+        print(line)
 
 
-def check_frozen(args, model, learner, folder):
-    """Raise ValueError unless all weights that were not trained still equal the file's (cast to the run's dtype)."""
-    now = model.state_dict() | learner.masks.by_name(learner.masks.weights)
-    before, _ = load_backbone(folder, TASKS[args.task], args.length, args.head)
-    for name, tensor in before.state_dict().items():
-        if name not in learner.names and not torch.equal(tensor.to(now[name].dtype), now[name].cpu()):
-            raise ValueError(f"{name} no longer equals that of {folder}; the run counts as unfinished")
+def describe(args, run, job):
+    """What result.json says about any run."""
+    task = TASKS[args.task]
+    final = run.evaluations[-1]
+    # The best counts from when the target density is reached. A denser model has it easier.
+    on_target = [line for line in run.evaluations if line["density"] == final["density"]]
+    result = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
+    result |= {
+        "words": task.words,
+        "best": task.best(on_target, key=lambda line: line["dev"][task.metrics[0]]),
+        "density": 1.0,
+        "stored_numbers": sum(p.numel() for p in job.learner.weights),
+        "stored_bits": 0,
+        "sha256": {},
+    }
+    return result | run.facts() | job.facts
+
+
+def mask_facts(module, masks, density):
+    """What result.json says about masks {name: bool [out, in]}."""
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    untrimmed = sum(int(mask.sum()) for mask in module.choose(density, exact=False).values())
+    prunable = sum(mask.numel() for mask in masks.values())
+    return {
+        "kept": kept,
+        "prunable": prunable,
+        "density": kept / prunable,
+        "reached": untrimmed / prunable,  # what training keeps
+        "stored_bits": prunable,
+        "densities": densities(module.names, masks),
+    }
 
 
 @cli.one_line_errors()
@@ -356,46 +589,13 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     run = interrupted_run(args.resume) if args.resume else Run(args.out, argv)
-    args = parse_args(run.argv)  # of a resumed run, the flags that it began with
-    torch.manual_seed(args.seed)  # of a fresh classifier
-    device, dtype, why = cli.choose_device(args.device, args.dtype)
-    parallel.start(device)
-    with parallel.first_process_first():  # only one downloads
-        model, folder, teacher, train, dev = load_everything(args)
-    total = count_steps(args, len(train))
-    cli.set_up(args.deterministic, 0 if args.eager else total)
-
-    # What the run depends on besides its flags. A resumed run must find all of it unchanged.
-    description = identity(folder, model) | {"device": device.type, "dtype": cli.dtype_name(dtype)}
-    description["schedule"] = args.schedule or ("cubic" if model.config.model_type == "bert" else "linear")
-    description |= {f"{name} digest": examples.digest() for name, examples in {"train": train, **dev}.items()}
-    if teacher:
-        description["teacher digest"] = identity(Path(args.teacher), teacher)["fingerprint"]
-    run.check_identity(vars(args), description)
-
-    method = METHODS[args.method]
-    density = 1 - args.sparsity
-    if method.before:  # whole heads and neurons may go before training
-        model, facts = method.before(model, train, dev, args, device)
-        description |= facts | {"config": str(model.config)}
-        density = facts["density"]
-    model.to(device).requires_grad_(False).train(args.dropout)
-    teacher = teacher and teacher.to(device, dtype)
-    learner = Learner(model, method, density, dtype, args.temperature)
-    if args.compile:
-        compile_step(model, learner.masks)
-
-    schedule = make_schedule(args, description["schedule"], total, density)
-    needed = least_steps(args.sparsity) if learner.masks and not method.trains_weights else 1
-    sizes = len(train), sum(map(len, dev.values()))
-    machine = f"{parallel.processes()} x {device} in {description['dtype']}: {why}"
-    print("\n".join(opening(args, run, sizes, total, density, machine, needed)))
-    torch.manual_seed(args.seed * parallel.processes() + parallel.rank())  # every process has dropout of its own
+    args = parse_args(run.argv)  # a resumed run has the flags that it began with
+    job = prepare(args, run)
+    torch.manual_seed(args.seed * parallel.processes() + parallel.rank())  # each its own dropout
     with run:
-        learn(args, run, model, learner, teacher, train, dev, schedule)
+        learn(args, run, job)
         if parallel.rank() == 0:
-            result = finish(args, run, model, learner, folder, description)
-            print("\n".join(summary(result, run.folder, dev, texts=len(TASKS[args.task].text))))
+            finish(args, run, job)
     parallel.stop()
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import filled, read_config
+from plumbing.checkpoints import build_from, read_config
 
 # The groups of prunable matrices, and where each stands inside a layer.
 GROUPS = {
@@ -122,7 +122,7 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
     def resized(self, config, tensors):
-        return filled(partial(GPT2, config), tensors).train(self.training)
+        return build_from(partial(GPT2, config), tensors).train(self.training)
 
     def states(self, input_ids, token_type_ids=None, attention_mask=None):
         """Token ids [B, S] -> what the last layer gives for every token [B, S, H]. The other two are for BERT."""
@@ -194,4 +194,4 @@ def load_gpt2(stored, tensors):
             joined = torch.atleast_1d(ours.pop(name))  # [3 * out, in], of a bias [3 * out]
             for third, part in zip(THIRDS, joined.tensor_split(3), strict=True):
                 ours[name.replace("c_attn", third)] = part
-    return filled(partial(GPT2, gpt2_config(stored)), ours)
+    return build_from(partial(GPT2, gpt2_config(stored)), ours)

@@ -23,6 +23,7 @@ from plumbing.cli import printable
 from plumbing.files import named, regular, sha256
 from plumbing.progress import progress
 
+fetch.FAMILIES["gpt2"] = "gpt2"
 fetch.HUB["gpt2"] = ("openai-community/gpt2", "main")
 fetch.MODELS["gpt2"] = {  # no sha256 is known, so loading must be strict
     "config.json": b'"model_type"',
@@ -62,7 +63,7 @@ class Blocks(Examples):
     def digest(self):
         return sha256(self.ids.tobytes())
 
-    def keep(self, logits, labels):
+    def reduce_logits(self, logits, labels):
         """Logits [B, S, V], labels [B, S] -> [B, S, 2]: loss of each prediction; 1 where it was the likeliest."""
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")  # [B * S]
         return torch.stack([loss.view_as(labels), (logits.argmax(2) == labels).float()], dim=2)
@@ -82,7 +83,7 @@ class Blocks(Examples):
 class Prompt(Examples):
     """The beginning of a text; its label is the place of its last token."""
 
-    def keep(self, logits, labels):
+    def reduce_logits(self, logits, labels):
         """Logits [B, S, V], labels [B] -> those of the token to come [B, V]."""
         return logits[torch.arange(len(labels), device=logits.device), labels]
 
@@ -157,8 +158,8 @@ def load(folder, length, head):
     return model, tokenizer
 
 
-def say(texts, tokenizer, read, args):
-    """Task.say: lines of a text that the model continues by at most CONTINUED tokens.
+def format_answer(texts, tokenizer, logits_of, args):
+    """Task.format_answer: lines of a text that the model continues by at most CONTINUED tokens.
 
     args.temperature None takes the likeliest token each time, 1 draws by probability, with args.seed.
     """
@@ -171,7 +172,7 @@ def say(texts, tokenizer, read, args):
     rng = np.random.default_rng(args.seed)
     for _ in progress(range(CONTINUED), "writing", delay=2):
         seen = ids[-size:]  # all of it again each time: slow, and plain
-        (logits,) = read(Prompt([seen], [[0]], [len(seen) - 1], size)).double().numpy()  # [V]
+        (logits,) = logits_of(Prompt([seen], [[0]], [len(seen) - 1], size)).double().numpy()  # [V]
         token = int(logits.argmax())
         if args.temperature:
             odds = np.exp((logits - logits.max()) / args.temperature)
@@ -184,9 +185,10 @@ def say(texts, tokenizer, read, args):
 
 def add_task(name, folder, file, epochs, weight_lr):
     metrics = ("perplexity", "word_perplexity", "accuracy")
+    recipe = {"model": "gpt2", "epochs": epochs, "evals": epochs, "length": 512, "weight_lr": weight_lr, "decay": 0.0}
     TASKS[name] = Task(
-        folder, ("text",), "", {}, metrics, epochs, length=512, weight_lr=weight_lr, decay=0.0, evals=epochs, best=min,
-        model="gpt2", dev=("valid", "test"), test=(), file=file, fetch=fetch_text, load=load, read=read_blocks, say=say,
+        folder, ("text",), "", {}, metrics, recipe, dev=("valid", "test"), test=(), file=file, fetch=fetch_text,
+        best=min, load=load, read=read_blocks, format_answer=format_answer,
     )  # fmt: skip
 
 

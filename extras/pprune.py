@@ -296,7 +296,9 @@ def facts_of(smaller, model, tokens):
     return facts | {"multiply_accumulates": float(after / before), "density": kept / weights}
 
 
-FLAGS = {"sparsity": 0.5, "weight_lr": None, "ffn_share": 5.0}
-HELP = {"ffn_share": "multiply-accumulates that neurons lose for each that heads lose (5)"}
+# ffn_share: multiply-accumulates that neurons lose for each that heads lose, see budget().
+RECIPE = {"sparsity": 0.5, "weight_lr": None, "ffn_share": 5.0}
 for name, units in (("p-pruning", "clusters"), ("p-activation", "activation"), ("p-random", "random")):
-    METHODS[name] = Method(None, flags=FLAGS, help=HELP, before=partial(prune, units=units))
+    METHODS[name] = Method(
+        None, trains=("weights",), recipe=RECIPE, before=partial(prune, units=units)
+    )

@@ -6,11 +6,13 @@ et al., NeurIPS 2020 (arXiv 2007.12223).
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from mask import DENSITY_FLAGS, METHODS, Masks, Method, StraightThrough, mean_sigmoid, parameters, smp_l, threshold
+from extras.variants import above_threshold
+from mask import METHODS, Masks, Method, StraightThrough, mean_sigmoid, smp_l
 
 
 class BothLearn(StraightThrough):
@@ -32,19 +34,11 @@ class BothLearn(StraightThrough):
         return grad * mask, for_scores, None
 
 
-class TrainedMasks(Masks):
-    """Masks of weights that train: float32 parameters, multiplied in dtype."""
-
-    def make(self, stacks):
-        self.weights = parameters(stacks)
-        self.scores = parameters({group: torch.zeros_like(stack) for group, stack in stacks.items()})
-
-
 class Magnitude(Masks):
     """Scores are |W| as it is now."""
 
-    def make(self, stacks):
-        self.weights = parameters(stacks)
+    def make_scores(self, stacks):
+        pass  # they are computed each time
 
     @property
     def scores(self):
@@ -54,16 +48,16 @@ class Magnitude(Masks):
 class Random(Masks):
     """Scores are drawn once."""
 
-    def make(self, stacks):
-        self.weights = parameters(stacks)
-        self.scores = {group: torch.rand_like(stack, dtype=torch.float32) for group, stack in stacks.items()}
+    def make_scores(self, stacks):
+        self.scores = {}
+        for group, stack in stacks.items():
+            self.scores[group] = torch.rand_like(stack, dtype=torch.float32)
 
 
 class Ticket(Masks):
-    """Scores are |W| of the pretrained weights, for good: what stays trains from where it was (lottery ticket)."""
+    """Scores are |W| of the pretrained weights, for good (lottery ticket)."""
 
-    def make(self, stacks):
-        self.weights = parameters(stacks)
+    def make_scores(self, stacks):
         self.scores = {group: stack.float().abs() for group, stack in stacks.items()}
 
 
@@ -85,11 +79,11 @@ def hard_concrete(scores, noise):
     return (torch.sigmoid(scores) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
-class Gates(TrainedMasks):
+class Gates(Masks):
     """L0: weights are multiplied with random gates, not with a mask, and the regularizer counts the open ones."""
 
-    def make(self, stacks):
-        super().make(stacks)
+    def make_scores(self, stacks):
+        super().make_scores(stacks)
         for scores in self.scores.values():
             scores.data.fill_(math.log(0.9 / 0.1))  # nine in ten gates are open
 
@@ -102,7 +96,7 @@ class Gates(TrainedMasks):
         return weights, open_share
 
     @torch.no_grad()
-    def baked(self, density, dtype=None):
+    def final_weights(self, density, dtype=None):
         masks = self.choose(density)
         gated = {}
         for group, weight in self.weights.items():
@@ -110,13 +104,22 @@ class Gates(TrainedMasks):
         return {n: weight.to(dtype or self.dtype) * masks[n] for n, weight in self.by_name(gated).items()}
 
 
-WEIGHTS = DENSITY_FLAGS | {"weight_lr": None}
-BOTH = WEIGHTS | {"lr": 1e-2}
+WEIGHTS = ("weights",)
+BOTH = ("scores", "weights")
+GRADUAL = {"sparsity": 0.5, "hold": 0.0, "ramp": None, "schedule": None, "weight_lr": None}
+LEARNED = GRADUAL | {"lr": 1e-2, "penalty": 400.0}
+SOFT = Method(above_threshold, rule=BothLearn, trains=BOTH, recipe=LEARNED)
 METHODS |= {
-    "magnitude": Method(smp_l, BothLearn, Magnitude, WEIGHTS),
-    "movement": Method(smp_l, BothLearn, TrainedMasks, BOTH | {"penalty": 0.0}),
-    "soft-movement": Method(threshold, BothLearn, TrainedMasks, BOTH | {"penalty": 400.0}),
-    "l0": Method(partial(threshold, tau=OPEN), BothLearn, Gates, BOTH | {"penalty": 400.0}),
-    "ticket": Method(smp_l, BothLearn, Ticket, {"sparsity": 0.5, "weight_lr": None}),
-    "random": Method(smp_l, BothLearn, Random, WEIGHTS),
+    "magnitude": Method(smp_l, rule=BothLearn, trains=WEIGHTS, recipe=GRADUAL, masks=Magnitude),
+    "movement": replace(SOFT, how_many=smp_l, recipe=LEARNED | {"penalty": 0.0}),
+    "soft-movement": SOFT,
+    "l0": replace(SOFT, how_many=partial(above_threshold, tau=OPEN), masks=Gates),
+    "ticket": Method(
+        smp_l,
+        rule=BothLearn,
+        trains=WEIGHTS,
+        recipe={"sparsity": 0.5, "weight_lr": None},
+        masks=Ticket,
+    ),
+    "random": Method(smp_l, rule=BothLearn, trains=WEIGHTS, recipe=GRADUAL, masks=Random),
 }

@@ -39,10 +39,10 @@ class Windows(Examples):
     spans: list  # of each window: characters of each token in the paragraph [S, 2]; -1 outside the paragraph
     questions: list  # dicts: id, question, context, answers [(character, text)]
 
-    def asked(self):
+    def num_questions(self):
         return len(self.questions)
 
-    def keep(self, logits, labels):
+    def reduce_logits(self, logits, labels):
         """Logits [B, 2, S] of the tokens -> all of one S, that of the longest window allowed."""
         return F.pad(logits, (0, self.limit - logits.shape[2]), value=-1e4)
 
@@ -183,7 +183,7 @@ def read_windows(task, path, tokenizer):
     questions, notes = read_squad(path)
     training = path.name == task.file.format("train")
     windows = make_windows(questions, tokenizer, tokenizer.truncation["max_length"], training)
-    if lost := len(questions) - windows.asked():
+    if lost := len(questions) - windows.num_questions():
         why = "their answers are not where it says, or longer than a window (--length)"
         notes.append(f"{path}: left out {lost} of {len(questions)} questions; {why}")
     if not len(windows):
@@ -235,14 +235,14 @@ def f1(predicted, true):
     return 2 * shared / (len(predicted) + len(true)) if shared else 0.0
 
 
-def say(texts, tokenizer, logits_of, args):
-    """Task.say: the answer to a question (texts[0]) from a paragraph (texts[1]), a line."""
+def format_answer(texts, tokenizer, logits_of, args):
+    """Task.format_answer: the answer to a question (texts[0]) from a paragraph (texts[1]), a line."""
     question = {"id": "--text", "question": texts[0], "context": texts[1], "answers": [(0, "")]}
     windows = make_windows([question], tokenizer, tokenizer.truncation["max_length"])
     return answers(logits_of(windows), windows)
 
 
 TASKS["squad"] = Task(
-    "squad", ("question", "context"), "answers", {"start": "no", "end": "yes"}, ("f1", "em"), epochs=10, length=384,
-    ramp=0.82, test=(), file="{}-v1.1.json", fetch=fetch_squad, every_token=True, read=read_windows, say=say,
+    "squad", ("question", "context"), "answers", {"start": "no", "end": "yes"}, ("f1", "em"),
+    {"epochs": 10, "length": 384, "ramp": 0.82}, test=(), file="{}-v1.1.json", fetch=fetch_squad, every_token=True, read=read_windows, format_answer=format_answer,
 )  # fmt: skip

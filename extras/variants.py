@@ -1,43 +1,79 @@
-"""Variations on SMP: what else could rank, be kept or learn. results/README.md says what each of them brings.
+"""Variations on SMP: what else could be ranked, kept or learned. results/README.md has their figures.
+
+SMP-G and SMP-T are the paper's own (Table 3).
 
     python train.py --method smp-bias --sparsity 0.9
 """
 
 import torch
 
-from mask import DENSITY_FLAGS, METHODS, SCORE_FLAGS, Method, smp_l, smp_s
+from mask import METHODS, SMP, Method, smp_l, smp_s, thresholds
 
-# --- another ranking -----------------------------------------------------------------------------------------
+# --- how many: two more answers -------------------------------------------------------------------
+
+
+def smp_g(importance, sizes, density, scores, exact):
+    """SMP-G: as many of each matrix as are among the int(v * n) highest scores of the whole model.
+
+    Some matrices may lose nearly everything.
+    """
+    every = torch.cat([s.flatten() for s in scores.values()])[None]  # [1, weights of the model]
+    total = (density * sizes.sum() * importance.shape[1]).long().to(every.device).view(1, 1)
+    cut = thresholds([every], total, exact)[0, 0]
+    at_least = torch.stack([(s >= cut).sum((1, 2)) for s in scores.values()])  # [G, L]
+    if not exact:
+        return at_least
+
+    above = torch.stack([(s > cut).sum((1, 2)) for s in scores.values()])
+    ties = at_least - above
+    earlier_ties = ties.flatten().cumsum(0).view_as(ties) - ties  # those of the matrices before
+    room = total - above.sum() - earlier_ties
+    return above + room.clamp(min=0).minimum(ties)
+
+
+def above_threshold(importance, sizes, density, scores, exact, tau=0.1):
+    """SMP-T: whatever has sigmoid(S) > tau, so the density is not under control.
+
+    exact: of these, no more than SMP-G would keep.
+    """
+    above = torch.stack([(torch.sigmoid(s) > tau).sum((1, 2)) for s in scores.values()])
+    if exact:
+        return above.minimum(smp_g(importance, sizes, density, scores, exact))
+    return above
+
+
+# --- which ones: two more rankings ----------------------------------------------------------------
 
 
 def by_size(weights, scores):
-    """smp-w: a small weight needs a higher score to stay, |W| sigmoid(S)."""
+    """smp-w: |W| sigmoid(S), so that a small weight needs a higher score to stay."""
     return {group: weights[group].abs() * torch.sigmoid(s) for group, s in scores.items()}
 
 
-# --- another pattern -----------------------------------------------------------------------------------------
+def two_of_four(weights, scores):
+    """smp-2:4: of each four weights in a row the two highest first, then all others.
 
-
-def two_of_four(scores, importance, density, exact):
-    """smp-2:4: of each four weights in a row at least the two highest, from density 0.5 down at most these.
-
-    Some GPUs know this pattern. In training on a GPU, where thresholds are estimated, 0.1 % may break it. Raises
-    ValueError where rows have no fours.
+    So at density 0.5 exactly two of four stay, a pattern that some GPUs know. In training on a GPU,
+    where thresholds are estimated, 0.1 % may break it. Raises ValueError for rows without fours.
     """
     lifted = {}
     for group, s in scores.items():
         if s.shape[2] % 4:
-            raise ValueError(f"--method smp-2:4 needs rows of fours; those of {group} have {s.shape[2]} weights")
-        s = s.detach()
-        fours = s.unflatten(2, (-1, 4))  # [L, out, in] -> [L, out, in / 4, 4]
+            raise ValueError(
+                f"--method smp-2:4 needs rows of fours; those of {group} have {s.shape[2]} weights"
+            )
+        fours = s.detach().unflatten(2, (-1, 4))  # [L, out, in] -> [L, out, in / 4, 4]
         two = fours.topk(2, dim=3).indices
         winners = torch.zeros_like(fours).scatter(3, two, 1.0).flatten(2)
-        lifted[group] = s + winners * (s.max() - s.min() + 1)  # every winner above every other
-    return smp_l(lifted, importance, density, exact)
+        lifted[group] = s + winners * (s.max() - s.min() + 1)  # each winner above all others
+    return lifted
 
 
+SMP_S = METHODS["smp-s"].recipe
 METHODS |= {
-    "smp-w": Method(smp_s, flags=METHODS["smp-s"].flags, rank=by_size),
-    "smp-bias": Method(smp_s, flags=METHODS["smp-s"].flags | {"weight_lr": 1e-3}, vectors=True),
-    "smp-2:4": Method(two_of_four, flags=DENSITY_FLAGS | SCORE_FLAGS),
+    "smp-g": Method(smp_g),  # global: all matrices together
+    "smp-t": Method(above_threshold),  # threshold: does not control the final density
+    "smp-w": Method(smp_s, rank=by_size, recipe=SMP_S),
+    "smp-bias": Method(smp_s, trains=("scores", "vectors"), recipe=SMP_S | {"weight_lr": 1e-3}),
+    "smp-2:4": Method(smp_l, rank=two_of_four, recipe=SMP),
 }

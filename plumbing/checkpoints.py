@@ -5,6 +5,8 @@
 """
 
 import string
+import warnings
+from dataclasses import MISSING, fields, replace
 
 import torch
 from safetensors import SafetensorError
@@ -160,3 +162,115 @@ def tokenizer_config(folder, length):
         if known:
             config[name] = known[0]
     return json_bytes(config)
+
+
+def cutting_tokenizer(folder, length):
+    """The tokenizer of a model folder, set to cut at `length` tokens, and not to pad.
+
+    It cuts the longer text of a pair first. Raises ValueError if it cannot read any text, or puts no
+    [CLS] before it.
+    """
+    tokenizer = open_tokenizer(folder)
+    try:
+        tokenizer.enable_truncation(length, strategy="longest_first")
+        tokenizer.no_padding()  # published files carry settings of their own
+        tokenizer.encode("a \u2603", "b")  # fails if no token stands for unknown characters
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"{folder}: its tokenizer.json is not valid: {error}") from None
+    if not tokenizer.encode("a").special_tokens_mask[0]:
+        raise ValueError(
+            f"{folder}: its tokenizer.json puts no [CLS] before a text, and the answer is read there"
+        )
+    return tokenizer
+
+
+# --- configurations -------------------------------------------------------------------------------
+
+PER_LAYER = ("heads_per_layer", "neurons_per_layer")
+
+
+def read_config(stored, kind, families, only):
+    """config.json as a dict -> kind, a dataclass of numbers under the names of the file.
+
+    families: {model_type: padding id}. only: {key: the one value that is supported}. Raises
+    ValueError that names the key of a model that cannot be computed here.
+    """
+    family = stored.get("model_type", "bert")
+    if family not in list(families):  # a list, as the file may hold what has no hash
+        known = ", ".join(families)
+        raise ValueError(f"model_type is {family!r}; the models for this task are {known}")
+    for name, value in only.items():
+        if stored.get(name, value) != value:
+            raise ValueError(f"{name} is {stored[name]!r}, and only {value!r} can be computed here")
+
+    stored = {"pad_token_id": families[family]} | stored
+    values = {"model_type": family}
+    for field in fields(kind):
+        if field.type in (int, float):
+            values[field.name] = read_number(stored, field)
+    whole = kind(**values)  # before it lost any heads or neurons
+    heads, _ = whole.layers[0]
+    if whole.hidden_size % heads:
+        raise ValueError("its width is not divisible by its number of attention heads")
+
+    counts = {}
+    for name, most in zip(PER_LAYER, whole.layers[0], strict=True):
+        counts[name] = read_counts(stored, name, len(whole.layers), most)
+    return replace(whole, **counts)
+
+
+def read_number(stored, field):
+    """The number of a field. Raises ValueError if it is missing, or out of range."""
+    value = stored.get(field.name, field.default)
+    if value is MISSING:
+        raise ValueError(f"it lacks {field.name}")
+    lowest = 1 if field.default is MISSING else 0
+    highest = 1 << 24
+    if "layer" in field.name:
+        highest = 1000
+    if field.type is float:
+        highest = 1
+    if type(value) not in (int, field.type) or not lowest <= value <= highest:
+        raise ValueError(f"{field.name} is {value!r}, not a number from {lowest} to {highest}")
+    return value
+
+
+def read_counts(stored, name, layers, most):
+    """heads_per_layer or neurons_per_layer: for each layer a number from 0 to `most`, or nothing."""
+    counts = stored.get(name, [])
+    if isinstance(counts, list) and len(counts) in (0, layers):
+        if all(type(count) is int and 0 <= count <= most for count in counts):
+            return tuple(counts)
+    raise ValueError(f"{name} is {counts!r}, not a list of one number from 0 to {most} per layer")
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def build_from(make, tensors):
+    """make() -> a model, which is built of tensors {name: tensor} and keeps them.
+
+    Raises ValueError that names a tensor that is missing, unknown or misshapen.
+    """
+    with torch.device("meta"), warnings.catch_warnings():  # no memory and no random numbers
+        warnings.simplefilter("ignore", UserWarning)  # a layer without heads has nothing to fill
+        model = make()
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:  # its lines name the tensors
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(reason[:200]) from None
+    return model
+
+
+def model_files(folder, tensors, config, length):
+    """{name: bytes} of a model folder like `folder`, with these tensors and changes to config.json.
+
+    length: the longest input in tokens.
+    """
+    return {
+        WEIGHTS: pack_weights(tensors),
+        "config.json": json_bytes(read_json(folder / "config.json") | config),
+        "tokenizer.json": tokenizer_bytes(folder),
+        "tokenizer_config.json": tokenizer_config(folder, length),
+    }

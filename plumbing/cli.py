@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing import fetch, parallel
+from plumbing import parallel
 from plumbing.files import DISK_FULL
 
 # --- errors --------------------------------------------------------------------------------------------------
@@ -103,23 +103,15 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-# --- flags ---------------------------------------------------------------------------------------------------
-
-
-WHAT = "Learn which weights of a frozen BERT, or GPT-2, to keep."
-EXAMPLES = """examples:
-  python train.py                                  film reviews: minutes on a CPU
-  python train.py --sparsity 0.9                   a tenth stays; takes more steps
-  python train.py --task rte --method finetune     dense BERT, to compare with
-  python train.py --task sst2 --data-dir mine      texts of your own
-"""
+# --- flags ------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes no abbreviated flags, and whose errors are one line, without the usage."""
+    """An ArgumentParser without abbreviated flags, whose errors are one line without the usage."""
 
     def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **settings)
 
     def parse_known_args(self, args=None, namespace=None):
         for word in sys.argv[1:] if args is None else args:
@@ -132,8 +124,37 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, None if parallel.rank() else f"error: {message} (see {self.prog} --help)\n")
 
 
+YES_OR_NO = argparse.BooleanOptionalAction  # --dropout and --no-dropout
+
+
+def add_flags(parser, title, flags, defaults=None, exclusive=False):
+    """Add a group of flags, {name: (kind, help)}, none of which has a default of its own.
+
+    kind: a type; the choices; bool for a switch; or YES_OR_NO. defaults {name: value}: for the help
+    text. exclusive: at most one of them may be given.
+    """
+    group = parser.add_argument_group(title)
+    if exclusive:
+        group = group.add_mutually_exclusive_group()
+    for name, (kind, text) in flags.items():
+        default = (defaults or {}).get(name)
+        if default is not None:
+            text = f"{text} ({default})"
+        settings = {"help": text.replace("%", "%%")}
+        if kind is bool:
+            settings["action"] = "store_true"
+        elif kind is YES_OR_NO:
+            settings["action"] = YES_OR_NO
+        elif callable(kind):
+            settings["type"] = kind
+        else:
+            settings["choices"] = kind
+            settings["metavar"] = name.upper() if len(kind) > 4 else None
+        group.add_argument(flag(name), **settings)
+
+
 def number(kind, what, fits):
-    """A type for add_argument: a number of this kind that fits, or an error that says what it must be."""
+    """A type for a flag: a number of this kind that fits, or an error that says what it must be."""
 
     def read(text):
         try:
@@ -148,7 +169,7 @@ def number(kind, what, fits):
 
 
 def up_to(most):
-    """A type for add_argument: a whole number from 1 to this one."""
+    """A type for a flag: a whole number from 1 to this one."""
     return number(int, f"a whole number from 1 to {most:,}", lambda x: 1 <= x <= most)
 
 
@@ -157,67 +178,19 @@ share = number(float, "a fraction from 0 to 1", lambda x: 0 <= x <= 1)
 share_below_one = number(float, "a fraction, at least 0 and less than 1", lambda x: 0 <= x < 1)
 positive = number(float, "greater than 0", lambda x: 0 < x < math.inf)
 not_negative = number(float, "at least 0", lambda x: 0 <= x < math.inf)
+warmth = number(float, "a number from 0.01 to 100", lambda x: 0.01 <= x <= 100)
 count = up_to(MOST)
 passes = number(float, f"greater than 0 and at most {MOST:,}", lambda x: 0 < x <= MOST)
 seed = number(int, "a whole number, at least 0 and less than 2^63", lambda x: 0 <= x < 2**63)
 
-
-def add_texts(parser):
-    """The flags of what eval.py does instead of evaluating."""
-    asked = parser.add_mutually_exclusive_group()
-    asked.add_argument("--text", help="classify, answer or continue this text, as the task is, instead")
-    asked.add_argument("--text-file", type=Path, metavar="FILE", help="the same for each line of a file, as TSV")
-    asked.add_argument("--predict", action="store_true", help="write the test split's answers for the GLUE server")
-    parser.add_argument("--pair", help="the second sentence, or the paragraph, where the task takes two texts")
-    drawing = parser.add_argument_group("language models", "Without these, --text goes on with the likeliest token.")
-    warmth = number(float, "a number from 0.01 to 100", lambda x: 0.01 <= x <= 100)
-    drawing.add_argument("--temperature", type=warmth, help="draw: 1 by probability, below 1 likelier tokens")
-    drawing.add_argument("--seed", type=seed, default=0, help="of what is drawn (0)")
-
-
-def add_files(parser):
-    """The flags for files that several commands share."""
-    parser.add_argument("--model", metavar="MODEL", help=f"{', '.join(fetch.MODELS)}, or a folder")
-    parser.add_argument("--data-dir", metavar="FOLDER", help="where the tasks' folders are; default: download")
-
-
-def add_machine(parser):
-    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the first that is available")
-    dtypes = ("float32", "bfloat16")
-    parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16 if native; evaluation: as in training")
-
-
-def add_training(parser):
-    """The flags of any training: how long, into which folder, on what machine."""
-    run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=seed, default=0, help="seed for batches, dropout and fresh weights (0)")
-    both = argparse.BooleanOptionalAction
-    run.add_argument("--dropout", action=both, help="drop at the model's own rates in training (yes; movies: no)")
-    run.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/ plus a name made from the settings")
-    run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue an interrupted run; no other flags")
-    length = parser.add_argument_group("length")
-    length.add_argument("--epochs", type=passes, help="passes over the training set (movies: 1)")
-    length.add_argument("--steps", type=count, help="train for so many steps; overrides --epochs")
-    length.add_argument("--batch", type=count, help="examples per step (movies: 16)")
-    length.add_argument("--length", type=count, help="longest input in tokens; longer ones are cut (movies: 64)")
-    length.add_argument("--evals", type=count, help="evaluations per run (movies: 4, fewer if short)")
-    machine = parser.add_argument_group("machine")
-    add_machine(machine)
-    machine.add_argument("--accumulate", type=count, default=1, metavar="PARTS", help="take a batch in parts (1)")
-    machine.add_argument("--compile", action="store_true", help="let torch.compile fuse the kernels of a step")
-    machine.add_argument("--eager", action="store_true", help="on CUDA: launch each kernel of a step, record no graphs")
-    machine.add_argument("--deterministic", action="store_true", help="the same bits every time on a GPU too; slower")
+MACHINE_FLAGS = {
+    "device": (("cuda", "mps", "cpu"), "the first that is available by default"),
+    "dtype": (("float32", "bfloat16"), "bfloat16 by default if native; evaluation: as in training"),
+}
 
 
 def flag(name):
     return f"--{name.replace('_', '-')}"
-
-
-def fill(args, defaults):
-    """Give the flags of {name: default} that were not given their defaults."""
-    for name, default in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
 
 
 # --- what people look at: tables -----------------------------------------------------------------------------
@@ -271,12 +244,13 @@ def shade(value, table, width):
 # --- the machine ---------------------------------------------------------------------------------------------
 
 
-def choose_device(device=None, dtype=None, trained=(None, None)):
+def choose_device(device=None, dtype=None, trained=None):
     """-> (torch.device, torch.dtype, why) from --device and --dtype, or by what the machine has.
 
-    trained: names of the device and dtype of a run, whose dtype counts on such a device. Raises ValueError when the
-    machine lacks the device.
+    trained: the result of a run, whose dtype counts on a device of its kind. Raises ValueError when
+    the machine lacks the device.
     """
+    trained = trained or {"device": None, "dtype": None}
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     why = "as asked"
     if device is None:
@@ -284,8 +258,8 @@ def choose_device(device=None, dtype=None, trained=(None, None)):
         why = {"cuda": "a CUDA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[device]
     elif not present[device]:
         raise ValueError(f"--device {device}: torch {torch.__version__} finds no such device here")
-    if dtype is None and device == trained[0]:
-        dtype = trained[1]
+    if dtype is None and device == trained["device"]:
+        dtype = trained["dtype"]
         why = "as in training"
     elif dtype is None:
         native = device == "cpu" and cpu_computes_bf16()

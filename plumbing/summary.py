@@ -1,4 +1,4 @@
-"""What a command says: how long a run will take, what it came to, whether it only guesses; predictions as files.
+"""What a command says: how a run begins, what came of it, whether it only guesses.
 
     for line in summary(result, folder, {"dev": examples}, texts=1): print(line)
     print("\n".join(guessing({"accuracy": 0.514}, labels, pruned=True)))
@@ -6,10 +6,7 @@
 
 import math
 import shlex
-import time
 from collections import Counter
-
-import torch
 
 from plumbing.cli import flag, shaded_table, show
 from plumbing.files import write_whole
@@ -20,43 +17,19 @@ def evaluation(step, density, dev):
     return f"step {step:5}  density {density:.3f}  dev {show(dev)}"
 
 
-def opening(args, run, examples, total, density, machine, needed):
-    """Lines on a run before it begins, or goes on.
+def opening(args, run, train, dev, total, density, machine, needed):
+    """Lines on a run before it begins, or continues.
 
-    examples: how many to learn from and to evaluate; needed: steps below which such a run only guesses.
+    train: Examples; dev: {split: Examples}; needed: steps below which such a run only guesses.
     """
-    yield f"{args.task}: {examples[0]} train, {examples[1]} dev examples; {total} steps of {args.batch}"
+    rows = sum(len(examples) for examples in dev.values())
+    yield f"{args.task}: {len(train)} train, {rows} dev examples; {total} steps of {args.batch}"
     yield f"{args.model}, {args.method}, sparsity {args.sparsity:g} (density {density:.4g}) -> {run.folder}"
     yield f"on {machine}"
     if total < needed:
         yield f"{total} steps are few: on movies, smp-s needs about {needed} at this sparsity to do more than guess"
     for line in run.evaluations:  # of a resumed run, those before it was interrupted
         yield evaluation(**line)
-
-
-def expected(forward_backward, optimizer, batches, steps):
-    """A line on how long so many steps will take here: the gradients of one batch are computed, and forgotten.
-
-    batches: some, as of data.training_batches; the one of middling size stands for all.
-    """
-    batches = sorted(batches, key=lambda parts: parts[0].inputs.numel())
-    times = []
-    with torch.random.fork_rng(devices=[]):  # training will draw what it would have drawn
-        for _ in range(3):  # the first is slower
-            start = time.perf_counter()
-            for part in batches[len(batches) // 2]:
-                forward_backward(part.inputs, part.labels, part.share, *torch.tensor([1.0, 0.0]))
-            times.append(time.perf_counter() - start)
-    optimizer.zero_grad()
-    return f"about {duration(steps * min(times))}: {min(times):.2f} s a step"
-
-
-def duration(seconds):
-    """Seconds as people say them."""
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds:.0f} seconds"
 
 
 def summary(result, folder, dev, texts):
