@@ -164,6 +164,7 @@ def read_rows(path, task, labelled=True):
     row of the wrong width, an unknown label, or a file without rows.
     """
     rows = read_cells(path)
+    # The texts first, the label last.
     columns = [*task.text, task.label]
     if not labelled:
         columns = list(task.test_text or task.text)
@@ -178,6 +179,7 @@ def read_rows(path, task, labelled=True):
                 raise ValueError(f"{path}:1: {found} (tabs separate columns)")
         columns = [header.index(name) for name in columns]  # by number from here on
 
+    # Lines count from 1, the header included, as an editor shows them.
     texts, labels = [], []
     for number, row in enumerate(rows[first:], first + 1):
         if len(row) != width:
@@ -248,10 +250,8 @@ def load_split(name, split, data_dir, tokenizer):
     """
     task = TASKS[name]
     path = split_path(name, split, data_dir)
-    if not path.exists():
+    if not path.exists():  # in the cache, on first use
         task.fetch(task, split)
-        if not path.exists():
-            raise ValueError(f"there is no {path}, and the download did not hold it")
     if task.read:
         return task.read(task, path, tokenizer)
     texts, labels = read_rows(path, task, labelled=split not in task.test)
@@ -296,13 +296,11 @@ def batch_rows(examples, size, rng=None):
     if rng:
         order, pool = rng.permutation(n), 50 * size
     lengths = np.array([len(ids) for ids in examples.ids])
-
-    batches = []
     for start in range(0, n, pool):
-        rows = order[start : start + pool]
-        order[start : start + pool] = rows[np.argsort(lengths[rows], kind="stable")]
-    for start in range(0, n, size):
-        batches.append(order[start : start + size])
+        rows = order[start : start + pool]  # a view
+        rows[:] = rows[lengths[rows].argsort(kind="stable")]
+
+    batches = [order[start : start + size] for start in range(0, n, size)]
     if rng:  # or the short texts of a pool would always come first
         rng.shuffle(batches)
     return batches
@@ -329,7 +327,8 @@ def collate(examples, rows, device="cpu", width=None):
     """
     lengths = [len(examples.ids[row]) for row in rows]
     width = width or padded(max(lengths), examples.limit)
-    inputs = np.zeros((3, len(rows), width), dtype=np.int64)  # padding is masked: any id will do
+    # Zeros are padding, which is masked, so that any id will do.
+    inputs = np.zeros((3, len(rows), width), dtype=np.int64)
     for i, row in enumerate(rows):
         inputs[0, i, : lengths[i]] = examples.ids[row]
         inputs[1, i, : lengths[i]] = examples.types[row]

@@ -2,6 +2,8 @@
 
     python eval.py RUN                                  # a run folder, or a mask file out of one
     python eval.py RUN --text "a warm and funny film"
+
+From Python: `answers(load_run(path), ["a warm and funny film"])`.
 """
 
 from functools import partial
@@ -33,13 +35,14 @@ def accuracy(predicted, true):
 
 def f1(predicted, true):
     """F1 of class 1. It is 0 without a true positive."""
-    true_positives = ((predicted == 1) & (true == 1)).sum()
-    positives = (predicted == 1).sum() + (true == 1).sum()
-    return float(2 * true_positives / max(positives, 1))
+    # Twice the true positives, over all that were found and all that are there.
+    found, real = predicted == 1, true == 1
+    return float(2 * (found & real).sum() / max(found.sum() + real.sum(), 1))
 
 
 def correlation(predicted, true):
     """Pearson's r, for two classes Matthews' coefficient. It is 0 when one side is constant."""
+    # The sum of products of deviations, over the square root of the product of their squares.
     p = predicted - predicted.mean()
     t = true - true.mean()
     spread = np.sqrt((p * p).sum() * (t * t).sum())
@@ -48,6 +51,7 @@ def correlation(predicted, true):
 
 def ranks(values):
     """Ranks from 1. Equal values share their mean rank."""
+    # [3, 1, 3] -> distinct values 1 and 3, index [1, 0, 1], counts [1, 2], ranks [2.5, 1, 2.5]
     _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
     mean_ranks = counts.cumsum() - (counts - 1) / 2  # of each distinct value
     return mean_ranks[index]
@@ -76,17 +80,19 @@ def predict(model, weights, examples, device):
     """
     training = model.training
     model.eval()  # no dropout
+    # Rows of similar length stand together, so that little is computed on padding.
     batches = data.batch_rows(examples, examples.eval_batch)
     outputs = []
     for rows in progress(parallel.share(batches), "evaluating", delay=2):
         inputs, labels = data.collate(examples, rows, device)
+        # A forward pass as in training, but with the weights under the exact masks.
         logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
+        # A language model has a logit for every word: keep only what the score needs.
         outputs.append(examples.reduce_logits(logits, labels).cpu())
     model.train(training)
 
     outputs = torch.cat(parallel.gather(outputs))  # in the order of the batches
-    rows = torch.from_numpy(np.concatenate(batches))
-    return outputs[rows.argsort()]
+    return outputs[np.concatenate(batches).argsort()]
 
 
 def evaluate(model, weights, sets, metrics, device):
@@ -94,7 +100,7 @@ def evaluate(model, weights, sets, metrics, device):
 
     From the second set on (MNLI's dev_mismatched), the set's name follows that of the metric.
     """
-    values = {}
+    values = {}  # {"accuracy": 0.84, "accuracy dev_mismatched": 0.85}
     for name, examples in sets.items():
         logits = predict(model, weights, examples, device)
         suffix = f" {name}" if values else ""
@@ -107,6 +113,7 @@ def evaluate(model, weights, sets, metrics, device):
 
 
 class Loaded(NamedTuple):
+    # What load_run() returns.
     result: dict  # result.json
     folder: Path  # of the model
     model: torch.nn.Module
@@ -119,16 +126,19 @@ def load_run(run, model_name=None):
     result = read_result(run)
     task, method = TASKS[result["task"]], METHODS[result["method"]]
     own = "weights" in method.trains  # the run has a model of its own
+    # Such a run has no use for another backbone.
     if own and (run.is_file() or model_name):
         raise ValueError(
             f"{run}: this run trained weights of its own; name its folder, and leave out --model"
         )
+    # A mask needs the backbone that it was made for; trained weights lie in the run's folder.
     folder = run if own else fetch.model_folder(model_name or result["model"])
     if own:
         known = result["sha256"].get("model.safetensors")
         check_digest(run / "model.safetensors", "sha256", known)
     model, tokenizer = load_backbone(folder, task, result["length"], result["head"], fresh=not own)
 
+    # A mask on other weights, or words read by another tokenizer, would give nonsense.
     for what, found in identity(folder, model).items():
         if own and what == "fingerprint":  # that of the model it started from
             continue
@@ -136,14 +146,14 @@ def load_run(run, model_name=None):
             raise ValueError(
                 f"--model: the {what} of {folder} is not the one that {run} was trained with"
             )
-    masks = {}
-    if method.how_many:  # the method decides whether there must be a mask, not the file
-        masks = load_masks_into(model, run, result)
+    # The method decides whether there must be a mask, not the file.
+    masks = load_masks_into(model, run, result) if method.how_many else {}
     return Loaded(result, folder, model, tokenizer, masks)
 
 
 def read_result(run):
     """The result of a run's folder or mask file. Raises ValueError if it is not for this code."""
+    # Whether it is a result at all is plumbing's question. Here: do we know its task and method?
     result = read_description(run)
     task, words = result["task"], result["words"]
     if result["method"] not in METHODS:
@@ -160,15 +170,17 @@ def load_masks_into(model, run, result):
     """
     path = run if run.is_file() else run / "mask.safetensors"
     method = METHODS[result["method"]]
+    # The masks must be those of this model's matrices, of this run, and nothing else.
     groups = model.prunable().values()
     shapes = {name: weight.shape for group in groups for name, weight in group.items()}
     masks, others, described = load_masks(path, shapes)
     if described != result:  # the mask file is sealed, result.json is not
         raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
 
+    # A fresh classifier, or biases and LayerNorms, may have trained beside the mask.
     expected = {}
-    for name, weight in model.named_parameters():
-        if method.trains_tensor(name, weight) and "weights" not in method.trains:
+    for name, weight in [] if "weights" in method.trains else model.named_parameters():
+        if method.trains_tensor(name, weight):
             expected[name] = weight.shape
     if expected != {name: tensor.shape for name, tensor in others.items()}:
         raise ValueError(
@@ -180,10 +192,11 @@ def load_masks_into(model, run, result):
 
 def load_sets(result, splits, data_dir, tokenizer):
     """{split: Examples} from a folder, or by default the run's own, unchanged."""
-    folder = data_dir
-    if not data_dir and result["data_dir"] and Path(result["data_dir"]).is_dir():
-        folder = result["data_dir"]  # else the cache: a mask that was handed on
+    folder = data_dir or result["data_dir"]
+    if folder and not data_dir and not Path(folder).is_dir():
+        folder = None  # a mask that was handed on; the cache may have it
     sets = {split: data.load_split(result["task"], split, folder, tokenizer) for split in splits}
+    # A run's number means nothing on rows that have changed since.
     for split, examples in sets.items():
         if not data_dir and result.get(f"{split} digest") not in (None, examples.digest()):
             raise ValueError(
@@ -195,7 +208,10 @@ def load_sets(result, splits, data_dir, tokenizer):
 
 def densities(groups, masks):
     """{group: matrix names}, {name: bool [out, in]} -> {group: [density of each layer]}."""
-    return {group: [masks[name].float().mean().item() for name in groups[group]] for group in groups}
+    found = {}
+    for group, names in groups.items():
+        found[group] = [masks[name].float().mean().item() for name in names]
+    return found
 
 
 def masked_weights(loaded, device, dtype):
@@ -214,7 +230,7 @@ def answers(loaded, texts, logits_of=None):
     A regression gives [(score, "")]. logits_of: Examples -> logits [N, C], by default on the CPU in
     float32. Not for tasks that answer with spans.
     """
-    labels = list(TASKS[loaded.result["task"]].words)
+    labels = list(TASKS[loaded.result["task"]].words)  # in class order
     if logits_of is None:
         weights = masked_weights(loaded, "cpu", torch.float32)
         logits_of = partial(predict, loaded.model, weights, device="cpu")
@@ -223,6 +239,7 @@ def answers(loaded, texts, logits_of=None):
     if len(labels) == 1:
         return [[(score, "")] for score in logits[:, 0].tolist()]
 
+    # Softmax over the classes, then the likeliest first.
     found = []
     for probabilities in logits.softmax(1).tolist():
         found.append(sorted(zip(probabilities, labels, strict=True), reverse=True))
@@ -232,11 +249,11 @@ def answers(loaded, texts, logits_of=None):
 def answer_texts(loaded, texts, logits_of, args):
     """Lines: the answer to --text, or one for each line of --text-file, as TSV."""
     task = TASKS[loaded.result["task"]]
-    if task.format_answer:
+    if task.format_answer:  # a span, or the continuation of a text
         blocks = [task.format_answer(text, loaded.tokenizer, logits_of, args) for text in texts]
         return [" ".join(lines) for lines in blocks] if args.text_file else blocks[0]
 
-    found = answers(loaded, texts, logits_of)
+    found = answers(loaded, texts, logits_of)  # of each text, the likeliest first
     if args.text_file:
         best = [rows[0] for rows in found]
         rows = zip(best, texts, strict=True)
@@ -250,6 +267,7 @@ def read_texts(args, width):
 
     Raises ValueError, which names the line, for one without `width` texts.
     """
+    # Tabs separate the two texts of a pair.
     if args.text_file:
         texts = data.read_cells(args.text_file)
         for number, text in enumerate(texts, 1):
@@ -293,9 +311,8 @@ def parse_args(argv):
     cli.add_flags(parser, "data", DATA_FLAGS)
     cli.add_flags(parser, "machine", cli.MACHINE_FLAGS)
     args = parser.parse_args(argv)
-    for name in ("pair", "temperature"):
-        if getattr(args, name) is not None and args.text is None:
-            parser.error(f"--{name} needs --text")
+    if args.text is None and (args.pair is not None or args.temperature is not None):
+        parser.error("--pair and --temperature need --text")
     return args
 
 
@@ -312,12 +329,13 @@ def evaluate_run(run, args):
     weights = masked_weights(loaded, device, dtype)
     logits_of = partial(predict, loaded.model, weights, device=device)
 
+    # One of three: answer texts, write predictions for the server, or evaluate.
     if args.text is not None or args.text_file:
         if len(args.runs) > 1:
             print(run)
         for line in answer_texts(loaded, read_texts(args, len(task.text)), logits_of, args):
             print(line)
-    elif args.predict:
+    elif args.predict:  # one file for each test split
         if not task.test:
             raise ValueError(f"--predict: {result['task']} has no test split")
         folder = run if run.is_dir() else run.parent
@@ -327,8 +345,7 @@ def evaluate_run(run, args):
     else:
         sets = load_sets(result, task.dev, args.data_dir, tokenizer)
         method = cli.printable(str(result.get("pruned_with", result["method"])))
-        where = f"{device} in {cli.dtype_name(dtype)} ({why})"
-        print(f"{run}: {result['task']}, {method} on {where}")
+        print(f"{run}: {result['task']}, {method} on {device} in {cli.dtype_name(dtype)} ({why})")
         metrics = evaluate(loaded.model, weights, sets, task.metrics, device)
         show_run(loaded, sets, metrics)
 
@@ -339,9 +356,11 @@ def show_run(loaded, sets, metrics):
     if loaded.masks:
         for line in cli.shaded_table("density", densities(model.prunable(), loaded.masks)):
             print(line)
+    # How many units each layer of a P-pruned model has left.
     for i, (heads, neurons) in enumerate(model.config.layers):
         if model.config.heads_per_layer:  # some were taken out
             print(f"layer {i}  {heads:3} heads {neurons:5} neurons")
+    # Other dev sets stand in brackets behind the first.
     questions = sum(examples.num_questions() for examples in sets.values())
     print(f"dev ({questions} examples): {cli.show(metrics)}")
     print(f"training reported {cli.show(loaded.result['final'])}")

@@ -70,8 +70,7 @@ def smp_s(importance, sizes, density, scores, exact):
     counts = proportional_densities(importance, density) * sizes  # [G, L], with fractions
     counts = counts.nan_to_num()  # let overflown scores reach the loop's own error about the loss
     if exact:
-        layers = importance.shape[1]
-        return whole_counts(counts, (density * sizes * layers).long())
+        return whole_counts(counts, (density * sizes * importance.shape[1]).long())
     return counts.long()
 
 
@@ -91,7 +90,8 @@ def proportional_densities(importance, density):
     ordered = importance.sort(dim=1, descending=True).values  # [G, L]
     others = ordered.flip(1).cumsum(1).flip(1)  # at j: the sum without the j largest
     j = torch.arange(layers, device=importance.device, dtype=importance.dtype)
-    scale = (density * layers - j) / others  # [G, L]: density per importance, if j layers are full
+    # [G, L]: density per importance, if j layers are full
+    scale = (density * layers - j) / others
     full = (scale * ordered > 1).sum(1, keepdim=True)  # [G, 1]: how many layers overflow
     scale = scale.gather(1, full.clamp(max=layers - 1))  # [G, 1]
     return (scale * importance).clamp(max=1.0)
@@ -120,6 +120,7 @@ def highest(scores, k, exact):
     the k-th, which is cheaper and enough in training.
     """
     flat = [s.detach().flatten(1) for s in scores.values()]  # [L, out, in] -> [L, n]
+    k = k.to(flat[0].device)
     cuts = thresholds(flat, k, exact)
 
     masks = {}
@@ -146,9 +147,8 @@ def kth_largest(scores, k):
     """scores [L, n], k [L] from 0 to n -> the k-th largest of each row [L], +inf for k = 0."""
     index = scores.shape[1] - k.clamp(min=1)  # in ascending order, from 0
     if scores.device.type == "cpu":  # numpy's partition is 40 times faster than torch.sort here
-        values = torch.empty(len(scores), dtype=scores.dtype)
-        for row, i in enumerate(index.tolist()):
-            values[row] = np.partition(scores[row].numpy(), i)[i].item()
+        rows = zip(scores.numpy(), index.tolist(), strict=True)
+        values = torch.tensor([np.partition(row, i)[i].item() for row, i in rows])
     else:
         ordered = scores.sort(dim=1).values
         values = ordered.gather(1, index[:, None])[:, 0]  # [L, n] -> [L, 1] -> [L]
@@ -195,6 +195,8 @@ class StraightThrough(torch.autograd.Function):
     Removed weights get gradients too, so that they may come back.
     """
 
+    # scores only pass through, so that autograd knows where dL/dS belongs.
+
     @staticmethod
     def forward(ctx, weight, scores, mask):
         ctx.save_for_backward(weight)
@@ -239,15 +241,14 @@ class Masks(nn.Module):
         self.names = {group: list(weights) for group, weights in groups.items()}  # by layer
 
         # The matrices of a group are one tensor [L, out, in]: one operation masks them all.
-        stacks = {group: torch.stack([*weights.values()]).detach() for group, weights in groups.items()}
-        first = next(iter(stacks.values()))
-        self.dtype = dtype or first.dtype
-        self.device = first.device
-
+        stacks = {}
+        for group, weights in groups.items():
+            stack = torch.stack([*weights.values()]).detach()
+            stacks[group] = stack
+        self.dtype = dtype or stack.dtype  # of the last group: all are alike
         # [G, 1] in float64, which Apple's GPUs lack: there the host counts.
-        counting = "cpu" if self.device.type == "mps" else self.device
-        sizes = [[stack[0].numel()] for stack in stacks.values()]
-        self.sizes = torch.tensor(sizes, dtype=torch.float64, device=counting)
+        sizes = torch.tensor([[stack[0].numel()] for stack in stacks.values()]).double()
+        self.sizes = sizes if stack.device.type == "mps" else sizes.to(stack.device)
 
         if "weights" in method.trains:
             self.weights = parameters(stacks)
@@ -293,7 +294,7 @@ class Masks(nn.Module):
         scores = self.method.rank(self.weights, self.scores)
         importance = importance.to(self.sizes)  # float64
         k = self.method.how_many(importance, self.sizes, density, scores, exact)
-        return highest(scores, k.to(self.device), exact)
+        return highest(scores, k, exact)
 
     @torch.no_grad()
     def choose(self, density, exact=True):
@@ -348,9 +349,9 @@ class Method:
 
     def trains_tensor(self, name, tensor):
         """Whether a tensor that is not masked trains. A classifier always does, as it is fresh."""
-        if "weights" in self.trains or name.startswith("classifier."):
+        if "vectors" in self.trains and tensor.ndim == 1:
             return True
-        return "vectors" in self.trains and tensor.ndim == 1
+        return "weights" in self.trains or name.startswith("classifier.")
 
 
 METHODS = {

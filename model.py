@@ -1,8 +1,8 @@
 """BERT and RoBERTa from scratch, as ordinary nn.Modules with the tensor names of checkpoints.
 
 The logit of a class is the logit of its label word, read at [CLS]. Nothing here prunes:
-`prunable()` names the weights that a mask may touch. Sources: Devlin et al. 2019 (arXiv 1810.04805),
-Liu et al. 2019 (arXiv 1907.11692).
+`prunable()` names the weights that a mask may touch. Sources: Devlin et al. 2019 (arXiv
+1810.04805), Liu et al. 2019 (arXiv 1907.11692).
 
     model, tokenizer = load_backbone(folder, data.TASKS["rte"], length=128)
     logits = model(input_ids, token_type_ids, attention_mask)  # [B, 2]
@@ -31,7 +31,7 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Config:
-    """The part of a checkpoint's config.json that decides the computation, under the names there."""
+    """What decides the computation in a checkpoint's config.json, under the names there."""
 
     vocab_size: int
     hidden_size: int
@@ -48,6 +48,8 @@ class Config:
     # One number per layer, for a model that lost whole heads and neurons. Empty: all layers alike.
     heads_per_layer: tuple = ()
     neurons_per_layer: tuple = ()
+
+    # What follows from these numbers.
 
     @property
     def layers(self):
@@ -82,6 +84,8 @@ def embedding(rows, width):
 
 
 class Embeddings(nn.Module):
+    """Word, position and segment embeddings, added up and normalised."""
+
     def __init__(self, c):
         super().__init__()
         self.word_embeddings = embedding(c.vocab_size, c.hidden_size)
@@ -99,6 +103,7 @@ class Embeddings(nn.Module):
             real = input_ids != self.first - 1
             index = real.cumsum(1) * real + self.first - 1  # [B, S]
             positions = self.position_embeddings(index)  # [B, S, H]
+        # Segments: 0 for the first text, 1 for its pair.
         words = self.word_embeddings(input_ids)  # [B, S, H]
         x = words + self.token_type_embeddings(token_type_ids) + positions
         return self.dropout(self.LayerNorm(x))
@@ -107,8 +112,8 @@ class Embeddings(nn.Module):
 class SelfAttention(nn.Module):
     def __init__(self, c, heads):
         super().__init__()
-        self.heads = heads
-        self.size = c.head_size
+        self.heads = heads  # a pruned layer may have fewer than c says
+        self.size = c.head_size  # D
         self.dropout = c.attention_probs_dropout_prob
         self.query = nn.Linear(c.hidden_size, heads * c.head_size)
         self.key = nn.Linear(c.hidden_size, heads * c.head_size)
@@ -116,12 +121,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, context, attend):
         """x [B * R, H] attends to context [B * S, H] -> [B * R, heads * D]. See Layer."""
+        # Each token asks with a query, and is found by its key. Its value is what it tells.
         q = self.query(x)
         k = self.key(context)
         v = self.value(context)
         if self.heads == 0:  # R = S then; the sum gives all three gradients, if empty ones
             return q + k + v
 
+        # Softmax of q k^T / sqrt(D) + attend, over the keys, says how much of each value to take.
         q, k, v = self.split(q, attend), self.split(k, attend), self.split(v, attend)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
@@ -138,6 +145,7 @@ class AddNorm(nn.Module):
 
     def __init__(self, c, inputs):
         super().__init__()
+        # Post-norm, as in Devlin et al.: GPT-2 normalises before each half instead.
         self.dense = nn.Linear(inputs, c.hidden_size)
         self.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
@@ -160,6 +168,7 @@ class Layer(nn.Module):
 
         Usually both are the same. The last layer gets fewer tokens: only those that are read.
         """
+        # Attention mixes tokens; four times as wide, the feed-forward network works on each alone.
         x = self.attention["output"](self.attention["self"](x, context, attend), x)
         inner = F.gelu(self.intermediate["dense"](x))  # [B * R, H] -> [B * R, neurons]
         return self.output(inner, x)  # -> [B * R, H]
@@ -170,6 +179,7 @@ class Encoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
+        # A list in a dict named layer: checkpoints say encoder.layer.0 and so on.
         self.embeddings = Embeddings(c)
         layers = nn.ModuleList(Layer(c, heads, neurons) for heads, neurons in c.layers)
         self.encoder = nn.ModuleDict({"layer": layers})
@@ -180,9 +190,10 @@ class Encoder(nn.Module):
         x = self.embeddings(input_ids, token_type_ids).flatten(0, 1)  # [B, S, H] -> [B * S, H]
         # Attention adds this to its scores: 0, and -inf at padding.
         attend = torch.zeros_like(attention_mask, dtype=x.dtype)
-        attend = attend.masked_fill(attention_mask == 0, float("-inf"))
-        attend = attend[:, None, None, :]  # [B, S] -> [B, 1, 1, S], for all heads and queries
+        attend.masked_fill_(attention_mask == 0, float("-inf"))
+        attend = attend[:, None, None]  # [B, S] -> [B, 1, 1, S], for all heads and queries
 
+        # Every layer but the last computes all tokens.
         *layers, last = self.encoder["layer"]
         for layer in layers:
             x = layer(x, x, attend)
@@ -229,6 +240,7 @@ class Bert(nn.Module):
 
         every_token: the logits of each token [B, C, S].
         """
+        # [CLS] is the first token. Its state stands for the whole text.
         tokens = None if self.every_token else 1
         hidden = self.bert(input_ids, token_type_ids, attention_mask, tokens)
         if hasattr(self, "classifier"):
@@ -245,15 +257,17 @@ class Bert(nn.Module):
 
         With a masked-LM head: dense, GELU, LayerNorm, tied decoder row, bias. Else h . e_word.
         """
+        # The decoder is tied to the input embedding: one row for each word.
         rows = self.bert.embeddings.word_embeddings.weight[words]  # [words, H]
         if not hasattr(self, "cls"):
             return F.linear(hidden, rows)
+        # The frozen head that was pretrained to guess masked words.
         head = self.cls["predictions"]
         hidden = head.transform.LayerNorm(F.gelu(head.transform.dense(hidden)))
         return F.linear(hidden, rows, head.bias[words])
 
     def class_logits(self, hidden):
-        """Hidden states [..., H] -> logits of a classifier, on the pretrained pooler if it is there."""
+        """Hidden states [..., H] -> logits of the classifier, on the pretrained pooler if any."""
         if hasattr(self.bert, "pooler"):
             hidden = torch.tanh(self.bert.pooler["dense"](hidden))
         hidden = F.dropout(hidden, self.config.hidden_dropout_prob, self.training)
@@ -267,6 +281,7 @@ class Bert(nn.Module):
     def prunable(self):
         """{group: {parameter name: weight [out, in]}}, six groups of one matrix per layer."""
         groups = {group: {} for group in GROUPS}
+        # Layer by layer, so that a group's matrices come in the order of the layers.
         for i, layer in enumerate(self.bert.encoder["layer"]):
             for group, path in GROUPS.items():
                 name = f"bert.encoder.layer.{i}.{path}.weight"
@@ -275,19 +290,17 @@ class Bert(nn.Module):
 
     @staticmethod
     def canonical(name):
-        """A checkpoint's tensor name -> ours: from RoBERTa's, LayerNorm.gamma, or without `bert.`"""
+        """A checkpoint's tensor name -> ours: RoBERTa's, LayerNorm.gamma, names without `bert.`"""
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         name = rename(name, ROBERTA)
-        if name.startswith(("bert.", "cls.", "classifier.")):
-            return name
-        return f"bert.{name}"
+        return name if name.startswith(("bert.", "cls.", "classifier.")) else f"bert.{name}"
 
     def published(self, tensors):
         """{our name: tensor} -> {name in checkpoints of this model_type: tensor}."""
-        names = {}
-        if self.config.model_type != "bert":
-            names = {ours: theirs for theirs, ours in ROBERTA.items()}
+        if self.config.model_type == "bert":
+            return tensors
+        names = {ours: theirs for theirs, ours in ROBERTA.items()}
         return {rename(name, names): tensor for name, tensor in tensors.items()}
 
 
@@ -327,6 +340,7 @@ def load_backbone(folder, task, length, head="words", fresh=True):
     stored, tensors = read_model(folder)
     tokenizer = cutting_tokenizer(folder, length)
     with named(folder):
+        # Does the tokenizer fit the model? Ids out of range would end in an index error.
         config = read_config(stored, Config, FAMILIES, ONLY)
         if not 4 <= length <= config.longest_input:
             raise ValueError(
@@ -336,7 +350,8 @@ def load_backbone(folder, task, length, head="words", fresh=True):
         largest = max(*tokenizer.get_vocab().values(), *text.ids)
         if largest >= config.vocab_size or max(text.type_ids) >= config.type_vocab_size:
             raise ValueError("tokenizer.json has more words or segments than config.json allows")
-        words = [0] * len(task.words)  # a classifier does not read them
+        # One row of the vocabulary for each class. A classifier does not read them.
+        words = [0] * len(task.words)
         if head == "words":
             words = label_word_ids(task.words.values(), tokenizer)
         return load_model(stored, tensors, words, head, task.every_token, fresh), tokenizer
@@ -348,6 +363,7 @@ def label_word_ids(words, tokenizer):
     Words follow a space, as in running text: RoBERTa's vocabulary knows "Ġyes", and BERT's does
     not see the space.
     """
+    # RoBERTa writes the space before a word as Ġ.
     ids = []
     for word in words:
         encoded = tokenizer.encode(f" {word}", add_special_tokens=False)
@@ -367,6 +383,7 @@ def load_model(stored, tensors, words, head="words", every_token=False, fresh=Tr
     does not fit.
     """
     config = read_config(stored, Config, FAMILIES, ONLY)
+    # All tensors under our names, each once.
     ours = {}
     for name, tensor in tensors.items():
         known = Bert.canonical(name)
@@ -374,12 +391,16 @@ def load_model(stored, tensors, words, head="words", every_token=False, fresh=Tr
             raise ValueError(f"{known} is there twice, once as {name}")
         ours[known] = tensor
 
-    for copy, original in TIED.items():  # either may be stored, or both
+    # Of two tied tensors, either may be stored, or both.
+    for copy, original in TIED.items():
         if copy in ours:
             copied = ours.pop(copy)
             if not torch.equal(ours.setdefault(original, copied), copied):
-                raise ValueError(f"{copy} differs from {original}; only tied decoders are supported")
+                raise ValueError(
+                    f"{copy} differs from {original}; only tied decoders are supported"
+                )
 
+    # Leave out what this head does not read; whatever else is unknown is an error.
     unused = NEVER_USED + UNUSED[head]
     if fresh:
         unused += ("classifier.",)

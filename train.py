@@ -26,8 +26,8 @@ from eval import densities, evaluate, load_run
 from mask import METHODS, density_at, penalty_at
 from model import load_backbone
 from plumbing import cli, fetch, parallel
-from plumbing.checkpoints import PER_LAYER, model_files
-from plumbing.cli import count, not_negative, passes, positive, share, share_below_one
+from plumbing.checkpoints import model_files
+from plumbing.cli import count, fraction, fraction_below_one, not_negative, passes, positive
 from plumbing.files import digest, pack_masks, sha256
 from plumbing.graphs import Recorded, compile_step
 from plumbing.progress import progress
@@ -38,6 +38,7 @@ LOG_EVERY = 10  # steps between log lines; the host waits for the GPU only here 
 
 # --- flags ----------------------------------------------------------------------------------------
 
+USAGE = "python train.py [flags]"
 ABOUT = "Learn which weights of a frozen BERT, or GPT-2, to keep."
 EXAMPLES = """examples:
   python train.py                                  film reviews: minutes on a CPU
@@ -47,59 +48,59 @@ EXAMPLES = """examples:
 """
 POWERS = {"cubic": 3, "linear": 1}  # of --schedule
 
-# {name: (type or choices, help)}. recipe() has the defaults, and the help text shows them.
-WHAT_FLAGS = {
-    "task": (TASKS, ", ".join(TASKS)),
-    "method": (METHODS, ", ".join(METHODS)),
-    "model": (str, f"{', '.join(fetch.MODELS)}, or a folder"),
-    "data_dir": (str, "folder with the tasks' folders, instead of downloads"),
-    "head": (("words", "classifier"), "label words, or a fresh linear layer"),
-    "teacher": (str, "folder of a finished --method finetune to learn from"),
-}
-METHOD_FLAGS = {
-    "sparsity": (share_below_one, "share of weights, or of computation, removed"),
-    "lr": (positive, "peak learning rate of the scores"),
-    "weight_lr": (positive, "peak learning rate of weights that train"),
-    "hold": (share, "share of the steps before pruning starts"),
-    "ramp": (share, "share of the steps after which the sparsity is reached"),
-    "schedule": (POWERS, "how the density falls"),
-    "penalty": (not_negative, "lambda of the regularizer"),
-    "temperature": (positive, "p of SMP-S: larger values even the layers out"),
-}
-LENGTH_FLAGS = {
-    "epochs": (passes, "passes over the training set"),
-    "steps": (count, "train for so many steps; overrides --epochs"),
-    "batch": (count, "examples per step"),
-    "length": (count, "longest input in tokens; longer ones are cut"),
-    "warmup": (share_below_one, "share of the steps while the rates rise"),
-    "evals": (count, "evaluations per run; fewer if it is short"),
-}
-RUN_FLAGS = {
-    "seed": (cli.seed, "for batches, dropout and fresh weights"),
-    "dropout": (cli.YES_OR_NO, "drop at the model's own rates in training"),
-    "out": (Path, "folder of the run"),
-    "resume": (Path, "continue the interrupted run in a folder; no other flags"),
-    "help": (bool, "show these flags, with the defaults of --task and --method"),
-}
-MACHINE_FLAGS = cli.MACHINE_FLAGS | {
-    "accumulate": (count, "take a batch in so many parts"),
-    "compile": (bool, "let torch.compile fuse the kernels of a step"),
-    "eager": (bool, "on CUDA: launch every kernel, record no graphs"),
-    "deterministic": (bool, "the same bits every time on a GPU; slower"),
+METHOD = "method (not every method takes all of these)"
+# {group: {name: (type or choices, help)}}. The defaults are recipe()'s, and --help prints them.
+FLAGS = {
+    "what": {
+        "task": (TASKS, ", ".join(TASKS)),
+        "method": (METHODS, ", ".join(METHODS)),
+        "model": (str, f"{', '.join(fetch.MODELS)}, or a folder"),
+        "data_dir": (str, "folder with the tasks' folders, instead of downloads"),
+        "head": (("words", "classifier"), "label words, or a fresh linear layer"),
+        "teacher": (str, "folder of a finished --method finetune to learn from"),
+    },
+    METHOD: {
+        "sparsity": (fraction_below_one, "share of weights, or of computation, removed"),
+        "lr": (positive, "peak learning rate of the scores"),
+        "weight_lr": (positive, "peak learning rate of weights that train"),
+        "hold": (fraction, "share of the steps before pruning starts"),
+        "ramp": (fraction, "share of the steps after which the sparsity is reached"),
+        "schedule": (POWERS, "how the density falls"),
+        "penalty": (not_negative, "lambda of the regularizer"),
+        "temperature": (positive, "p of SMP-S: larger values even the layers out"),
+    },
+    "length": {
+        "epochs": (passes, "passes over the training set"),
+        "steps": (count, "train for so many steps; overrides --epochs"),
+        "batch": (count, "examples per step"),
+        "length": (count, "longest input in tokens; longer ones are cut"),
+        "warmup": (fraction_below_one, "share of the steps while the rates rise"),
+        "evals": (count, "evaluations per run; fewer if it is short"),
+    },
+    "run": {
+        "seed": (cli.seed, "for batches, dropout and fresh weights"),
+        "dropout": (cli.YES_OR_NO, "drop at the model's own rates in training"),
+        "out": (Path, "folder of the run"),
+        "resume": (Path, "continue the interrupted run in a folder; no other flags"),
+        "help": (bool, "show these flags, with the defaults of --task and --method"),
+    },
+    "machine": cli.MACHINE_FLAGS
+    | {
+        "accumulate": (count, "take a batch in so many parts"),
+        "compile": (bool, "let torch.compile fuse the kernels of a step"),
+        "eager": (bool, "on CUDA: launch every kernel, record no graphs"),
+        "deterministic": (bool, "the same bits every time on a GPU; slower"),
+    },
 }
 
 
 def make_parser(defaults):
-    usage = "python train.py [flags]"
-    parser = cli.Parser(usage=usage, description=ABOUT, epilog=EXAMPLES, add_help=False)
-    methods = dict(METHOD_FLAGS)
-    for name in sorted(method_flags() - METHOD_FLAGS.keys()):
-        methods[name] = (positive, "only for some methods of extras/")
-    cli.add_flags(parser, "what", WHAT_FLAGS, defaults)
-    cli.add_flags(parser, "method (not every method takes all of these)", methods, defaults)
-    cli.add_flags(parser, "length", LENGTH_FLAGS, defaults)
-    cli.add_flags(parser, "run", RUN_FLAGS, defaults)
-    cli.add_flags(parser, "machine", MACHINE_FLAGS, defaults)
+    parser = cli.Parser(usage=USAGE, description=ABOUT, epilog=EXAMPLES, add_help=False)
+    for title, flags in FLAGS.items():
+        cli.add_flags(parser, title, flags, defaults)
+    others = sorted(method_flags() - FLAGS[METHOD].keys())  # such as --ffn-share
+    rows = dict.fromkeys(others, (positive, "only for some methods"))
+    cli.add_flags(parser, "extras", rows, defaults)
     return parser
 
 
@@ -110,8 +111,15 @@ def method_flags():
 
 # --- the recipe -----------------------------------------------------------------------------------
 
-DEFAULTS = {"task": "movies", "method": "smp-s", "head": "words"}
-DEFAULTS |= {"seed": 0, "warmup": 0.0, "accumulate": 1}
+# Of every run, whatever its task and method.
+DEFAULTS = {
+    "task": "movies",
+    "method": "smp-s",
+    "head": "words",
+    "seed": 0,
+    "warmup": 0.0,
+    "accumulate": 1,
+}
 # A flag that the method does not take has one of these values, or None.
 OFF = {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0}
 
@@ -121,18 +129,22 @@ def recipe(given):
 
     The method's defaults come before the task's. The rest follow from the sparsity and the model.
     """
+    # Later lines override earlier ones: the task's defaults, the method's, what was given.
     given = DEFAULTS | given
     method = METHODS[given["method"]]
     values = data.RECIPE | TASKS[given["task"]].recipe
     values |= {name: value for name, value in method.recipe.items() if value is not None}
     values |= given
+    # What this method does not use is off, whatever the task says.
     for name in method_flags() - takes(given):
         values[name] = OFF.get(name)
 
+    # The reference code's schedule is cubic for BERT and linear for RoBERTa.
     bert = fetch.family(values["model"]) == "bert"
     values.setdefault("schedule", "cubic" if bert else "linear")
     # Even the layers out while most weights stay (reference code; not in the paper).
     values.setdefault("temperature", 4.0 if 1 - values["sparsity"] >= 0.7 else 1.0)
+    # Without --epochs, little data still gets enough steps; and 10 lie between evaluations.
     values["least_steps"] = 0 if "epochs" in given else least_steps(values["sparsity"])
     values["least_steps_per_eval"] = 1 if "evals" in given else 10
     values.setdefault("out", Path("runs") / run_name(values))
@@ -152,6 +164,7 @@ def least_steps(sparsity):
 
 def run_name(values):
     """Such as movies-minilm-smp-s-0.5-seed0."""
+    # --model may be a folder: take the last part of its path.
     model = Path(values["model"]).name
     name = f"{values['task']}-{model}-{values['method']}-{values['sparsity']:g}"
     if values["head"] == "classifier":
@@ -165,6 +178,7 @@ def run_name(values):
 
 def parse_args(argv):
     """All settings, read-only from here on. Exits with one line when they make no sense."""
+    # No flag has a default in the parser, so what is not None was given.
     parser = make_parser({})
     parsed = vars(parser.parse_args(argv))
     wants_help = parsed.pop("help")
@@ -172,12 +186,14 @@ def parse_args(argv):
     if wants_help:
         make_parser(recipe(given)).print_help()
         parser.exit()
+    # A resumed run reads its flags from its checkpoint, see main().
     if "resume" in given:
         if len(argv) > 1 + (argv[0] == "--resume"):
             parser.error("--resume takes the settings of its run, and no other flags")
         return argparse.Namespace(**parsed)
 
     args = argparse.Namespace(**parsed | recipe(given))
+    # A flag without effect would only mislead.
     allowed = takes(vars(args))
     for name in sorted(method_flags() & given.keys() - allowed):
         known = ", ".join(map(cli.flag, allowed))
@@ -185,7 +201,7 @@ def parse_args(argv):
     if args.hold > args.ramp:
         parser.error(f"--hold must be at most --ramp, {args.ramp}; got {args.hold}")
     parts = args.accumulate * parallel.processes()
-    if parts > args.batch:
+    if args.batch < parts:
         parser.error(f"--batch must be at least {parts}: --accumulate times processes")
     return args
 
@@ -202,12 +218,14 @@ class Learner(nn.Module):
     def __init__(self, model, method, dtype, temperature=None):
         super().__init__()
         self.dtype = dtype
+        # First what is masked: six groups of stacked matrices, and their scores.
         self.masks = None
         masked = {}
         if method.how_many:
             self.masks = method.masks(model.prunable(), method, dtype, temperature or 1.0)
             masked = self.masks.by_name(self.masks.weights)
 
+        # Then ordinary weights that train: all of them, vectors, or a classifier.
         trained = {}
         for name, weight in model.named_parameters():
             if name not in masked and method.trains_tensor(name, weight):
@@ -215,8 +233,9 @@ class Learner(nn.Module):
         self.names = list(trained)  # a ParameterDict takes no names with dots
         self.weights = nn.ParameterList(trained.values())
 
-        model.to(dtype)  # after the float32 copies were taken
-        if "weights" not in method.trains:  # hold the stacked weights once
+        # All the rest is frozen. The float32 copies are taken, so it may be rounded now.
+        model.to(dtype)
+        if "weights" not in method.trains:  # let the model's matrices be views of the stacks
             model.load_state_dict(masked, strict=False, assign=True)
 
     @property
@@ -226,6 +245,7 @@ class Learner(nn.Module):
 
     def forward(self, density):
         """-> the weights of one step {name: tensor in dtype}, and the regularizer."""
+        # Trained in float32, used in dtype. The cast is differentiable.
         weights = {name: weight.to(self.dtype) for name, weight in self.trained.items()}
         if self.masks is None:  # dense fine-tuning
             return weights, self.weights[0].new_zeros(())
@@ -244,7 +264,8 @@ class Learner(nn.Module):
 
 
 def make_optimizer(learner, lr, weight_lr, decay=0.01):
-    """Adam with peak rate lr for scores; for weights AdamW with weight_lr, which decays matrices."""
+    """Adam with peak rate lr for scores. For weights AdamW with weight_lr, matrices decay."""
+    # Vectors are biases and LayerNorms. As BERT's authors do, only matrices decay.
     scores, matrices, vectors = [], [], []
     for name, parameter in learner.named_parameters():
         if name.startswith("masks.scores."):
@@ -254,16 +275,13 @@ def make_optimizer(learner, lr, weight_lr, decay=0.01):
         else:
             vectors.append(parameter)
 
-    groups = []
-    for parameters, peak, weight_decay in (
-        (scores, lr, 0.0),
-        (matrices, weight_lr, decay),
-        (vectors, weight_lr, 0.0),
-    ):
-        if parameters:
-            group = {"params": parameters, "lr": peak, "peak": peak, "weight_decay": weight_decay}
-            groups.append(group)
-    return torch.optim.AdamW(groups, fused=True)
+    # "peak" is our own key: set_rates() makes the rate of each step from it.
+    groups = [
+        {"params": scores, "peak": lr, "weight_decay": 0.0},
+        {"params": matrices, "peak": weight_lr, "weight_decay": decay},
+        {"params": vectors, "peak": weight_lr, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
 
 def rate_at(step, total, warmup=0):
@@ -284,18 +302,19 @@ def set_rates(optimizer, step, total, warmup=0):
 
 
 def task_loss(logits, labels, taught=None, temperature=2.0):
-    """Cross-entropy of logits [..., C] with classes [...]. Regression: squared error, logits [B, 1].
+    """Cross-entropy of logits [..., C] with classes [...]; regression: squared error of [B, 1].
 
     With a teacher's logits: half of that, and half of tau^2 KL(teacher || student) at temperature
     tau, or the squared error to the teacher.
     """
-    if labels.is_floating_point():
+    if labels.is_floating_point():  # scores, as in STS-B
         loss = F.mse_loss(logits[:, 0], labels)
         return loss if taught is None else 0.5 * loss + 0.5 * F.mse_loss(logits, taught)
 
     loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())  # [..., C] -> [B, C]
     if taught is None:
         return loss
+    # Soft targets: how likely the teacher finds each class, not only which is right.
     student = F.log_softmax(logits / temperature, dim=-1)
     teacher = F.log_softmax(taught / temperature, dim=-1)
     kl = F.kl_div(student, teacher, reduction="sum", log_target=True) / labels.numel()
@@ -303,7 +322,7 @@ def task_loss(logits, labels, taught=None, temperature=2.0):
 
 
 def make_forward_backward(model, learner, teacher=None):
-    """The method, as one function of tensors. teacher: a frozen model in evaluation mode, or None."""
+    """The method as one function of tensors. teacher: a frozen model, or None."""
 
     def forward_backward(inputs, labels, share, density, penalty):
         """Backpropagate one data.Part. Returns tensor([task loss, regularizer]).
@@ -311,10 +330,14 @@ def make_forward_backward(model, learner, teacher=None):
         density and penalty are 0-dim tensors, so that a recorded graph can be given new values.
         """
         weights, regularizer = learner(density)  # W' = W * M(S)
+
+        # The forward pass with these weights in place of the model's own -> [B, C].
         # tie_weights: no weight has two names here, and torch would look for some in every step.
         logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
         with torch.no_grad():
             taught = teacher(*inputs).float() if teacher else None
+
+        # A part adds its share of the gradient of the whole batch.
         loss = task_loss(logits, labels, taught)
         (share * (loss + penalty * regularizer)).backward()  # dL/dS = dL/dW' * W
         return torch.stack([loss, regularizer]).detach()
@@ -328,8 +351,9 @@ def train_step(forward_backward, optimizer, parts, density, penalty):
     for inputs, labels, share in parts:  # their gradients add up
         losses = losses + share * forward_backward(inputs, labels, share, density, penalty)
 
+    # Over the processes, too: each has its part of the batch.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parallel.add_up_gradients(parameters)  # each process has its part of the batch
+    parallel.add_up_gradients(parameters)
     nn.utils.clip_grad_norm_(parameters, 1.0)  # one norm for all of them (reference code)
     optimizer.step()
     optimizer.zero_grad()
@@ -363,51 +387,54 @@ def prepare(args, run):
     parallel.start(device)
     with parallel.first_process_first():  # only one downloads
         model, folder, teacher, sets = load_inputs(args)
-    train = sets["train"]
-    dev = {split: sets[split] for split in TASKS[args.task].dev}
-    total = count_steps(args, len(train))
+    total = count_steps(args, len(sets["train"]))
     cli.set_up(args.deterministic, 0 if args.eager else total)
 
+    # What the run depends on. A resumed run must find all of it unchanged.
     facts = identity(folder, model) | {"device": device.type, "dtype": cli.dtype_name(dtype)}
-    facts |= {f"{split} digest": sets[split].digest() for split in sets}
+    facts |= {f"{split} digest": examples.digest() for split, examples in sets.items()}
     if teacher:
         facts["teacher digest"] = identity(Path(args.teacher), teacher)["fingerprint"]
         teacher.to(device, dtype)
-    run.check_identity(vars(args), facts)  # a resumed run must find all of it unchanged
+    run.check_identity(vars(args), facts)
 
+    train, dev = sets.pop("train"), sets
     density = 1 - args.sparsity
     if method.before:  # whole heads and neurons may go before training
         model, more = method.before(model, train, dev, args, device)
         facts |= more | {"config": str(model.config)}
         density = facts["density"]
+    # Freeze the model, and put beside it what trains.
     model.to(device).requires_grad_(False).train(args.dropout)
     learner = Learner(model, method, dtype, args.temperature)
     frozen = frozen_digest(model, learner)
     if args.compile:
         compile_step(model, learner.masks)
 
+    # Say what will run, and whether its steps are too few to learn anything.
     machine = f"{parallel.processes()} x {device} in {facts['dtype']}: {why}"
     needed = 1 if "weights" in method.trains else least_steps(args.sparsity)
     for line in opening(args, run, train, dev, total, density, machine, needed):
         print(line)
-    return Job(
-        model, learner, teacher, train, dev, device, total, density, folder, frozen, facts
-    )
+    return Job(model, learner, teacher, train, dev, device, total, density, folder, frozen, facts)
 
 
 def load_inputs(args):
     """-> model in float32, its folder, teacher or None, {split: Examples}."""
     task = TASKS[args.task]
     splits = ("train", *task.dev)
-    for split in splits:  # fails before anything large is downloaded
+    # A missing file is said before anything large is downloaded.
+    for split in splits:
         data.split_path(args.task, split, args.data_dir)
     folder = fetch.model_folder(args.model)
     model, tokenizer = load_backbone(folder, task, args.length, args.head)
+    # The matrices of a group are stacked, so all must have one shape.
     if METHODS[args.method].how_many and len(set(model.config.layers)) > 1:
         raise ValueError(
             f"--method {args.method} needs layers of one size, "
             f"which {args.model} lacks; try finetune"
         )
+    # With a teacher (distillation), half of the loss is how far the student is from it.
     teacher = load_teacher(args, tokenizer) if args.teacher else None
     sets = {split: data.load_split(args.task, split, args.data_dir, tokenizer) for split in splits}
     return model, folder, teacher, sets
@@ -422,6 +449,7 @@ def load_teacher(args, tokenizer):
         raise ValueError(f"--teacher: {run} is a pruned model; a teacher must be fine-tuned")
     if result["task"] != args.task:
         raise ValueError(f"--teacher: {run} was trained on {result['task']}, not on {args.task}")
+    # The teacher reads the student's inputs, so both must know the same tokens.
     if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher: {run} has another vocabulary than {args.model}")
     if args.length > config.longest_input:
@@ -431,12 +459,14 @@ def load_teacher(args, tokenizer):
 
 def count_steps(args, examples):
     """--steps, or what --epochs come to; at least least_steps where neither was given."""
+    # Each epoch ends with a smaller batch if it must.
     steps = math.ceil(min(args.epochs * math.ceil(examples / args.batch), cli.MOST))
     return args.steps or max(steps, args.least_steps)
 
 
 def frozen_digest(model, learner):
     """sha256 of all tensors of the model that do not train."""
+    # The model's own tensors, and the stacks from which the masked ones are made.
     tensors = model.state_dict()
     if learner.masks:
         tensors |= learner.masks.by_name(learner.masks.weights)
@@ -448,6 +478,7 @@ def frozen_digest(model, learner):
 
 def make_schedule(args, total, final):
     """[(density, penalty)] for steps 0 to total, inclusive. final: the density in the end."""
+    # From shares of all steps to steps.
     hold = round(args.hold * total)
     ramp = round(args.ramp * total)
     power = POWERS[args.schedule or "cubic"]
@@ -459,20 +490,20 @@ def make_schedule(args, total, final):
 
 def schedule_on_device(schedule, device):
     """-> densities in float64 and penalties in float32, so that no step waits for the host."""
-    densities, penalties = torch.tensor(schedule, dtype=torch.float64).T
+    # float64, because counts follow from the densities: float32 puts some off by one.
+    densities, penalties = torch.tensor(schedule, dtype=torch.float64).T  # [total + 1] each
     if device.type != "mps":  # Apple's GPUs have no float64; there Masks counts on the host
         densities = densities.to(device)
     return densities, penalties.float().to(device)
 
 
 def learn(args, run, job):
-    """Train and evaluate; the last of run.evaluations is the final one.
-
-    Raises FloatingPointError when the loss, or at an evaluation a score or weight, is not finite.
-    """
+    """Train and evaluate. Raises FloatingPointError if a loss, score or weight is not finite."""
     learner, total = job.learner, job.total
+    # All densities and penalties are known in advance.
     schedule = make_schedule(args, total, job.density)
     densities, penalties = schedule_on_device(schedule, job.device)
+    # Evaluations at equal distances, the last one after the last step.
     evals = min(args.evals, math.ceil(total / args.least_steps_per_eval))
     eval_steps = {math.ceil(total * i / evals) for i in range(1, evals + 1)}
     optimizer = make_optimizer(learner, args.lr, args.weight_lr, args.decay)
@@ -482,11 +513,11 @@ def learn(args, run, job):
     if job.device.type == "cuda" and not args.eager:  # wrapped from outside, as by torch.compile
         forward_backward = Recorded(forward_backward, learner.parameters())
 
+    # From the step that a resumed run has reached.
     batches = data.training_batches(
         job.train, args.batch, total, args.seed, job.device, args.accumulate, first=run.step
     )
-    name = f"{args.task} {args.method}"
-    bar = progress(batches, name, total=total, initial=run.step, leave=True)
+    bar = progress(batches, args.method, total=total, initial=run.step, leave=True)
     recent = []  # losses since the last log line, on the device
     for step, parts in enumerate(bar, run.step):
         # One step: mask, learn, clip, Adam.
@@ -512,8 +543,10 @@ def evaluate_learner(args, job, step, density):
     """{metric: value} on the dev sets, under exact masks of this density."""
     for parameter in job.learner.parameters():
         if not parameter.isfinite().all():
-            what = "scores or weights are not finite"
-            raise FloatingPointError(f"{what} at step {step}: try a smaller --lr")
+            raise FloatingPointError(
+                f"scores or weights are not finite at step {step}: try a smaller --lr"
+            )
+    # Several processes must still hold the same numbers, to the bit.
     parallel.check_equal(dict(job.learner.named_parameters()))
     weights = job.learner.final_weights(density)
     with torch.compiler.set_stance("force_eager"):  # as eval.py will compute it
@@ -525,6 +558,7 @@ def evaluate_learner(args, job, step, density):
 
 def finish(args, run, job):
     """Write what was learned, then result.json, and say what came of it."""
+    # The mask of exactly the density that was asked for, and what it keeps of each matrix.
     result = describe(args, run, job)
     trained = job.learner.trained
     files, masks = {}, {}
@@ -536,15 +570,12 @@ def finish(args, run, job):
         if masks:
             trained |= job.learner.masks.final_weights(1 - args.sparsity, torch.float32)
             result["stored_numbers"] += result["kept"]
-        config = job.model.config
-        per_layer = {name: getattr(config, name) for name in PER_LAYER}
-        published = job.model.published(trained)
-        files = model_files(job.folder, published, per_layer, config.longest_input)
+        files = model_files(job.folder, job.model.published(trained), job.model.config)
         result["sha256"] = {"model.safetensors": sha256(files["model.safetensors"])}
         trained = {}
     elif frozen_digest(job.model, job.learner) != job.frozen:
         raise ValueError("a frozen weight has moved, so the run counts as unfinished")
-    if masks:
+    if masks:  # one bit per weight, and what trained beside it
         files["mask.safetensors"] = pack_masks(masks, result, trained)
     run.finish(files, result)
     for line in summary(result, run.folder, job.dev, texts=len(TASKS[args.task].text)):
@@ -554,13 +585,15 @@ def finish(args, run, job):
 def describe(args, run, job):
     """What result.json says about any run."""
     task = TASKS[args.task]
-    final = run.evaluations[-1]
     # The best counts from when the target density is reached. A denser model has it easier.
-    on_target = [line for line in run.evaluations if line["density"] == final["density"]]
+    target = run.evaluations[-1]["density"]
+    on_target = [line for line in run.evaluations if line["density"] == target]
+    # All settings, what came of them, and what they depended on.
     result = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
     result |= {
         "words": task.words,
         "best": task.best(on_target, key=lambda line: line["dev"][task.metrics[0]]),
+        # A run without masks keeps every weight. mask_facts() has the others' numbers.
         "density": 1.0,
         "stored_numbers": sum(p.numel() for p in job.learner.weights),
         "stored_bits": 0,
@@ -571,6 +604,7 @@ def describe(args, run, job):
 
 def mask_facts(module, masks, density):
     """What result.json says about masks {name: bool [out, in]}."""
+    # Counted, not computed: these are the numbers that the file really holds.
     kept = sum(int(mask.sum()) for mask in masks.values())
     untrimmed = sum(int(mask.sum()) for mask in module.choose(density, exact=False).values())
     prunable = sum(mask.numel() for mask in masks.values())
@@ -584,9 +618,13 @@ def mask_facts(module, masks, density):
     }
 
 
+# --- all three ------------------------------------------------------------------------------------
+
+
 @cli.one_line_errors()
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    # Flags in, one line of error out: see cli.one_line_errors.
     args = parse_args(argv)
     run = interrupted_run(args.resume) if args.resume else Run(args.out, argv)
     args = parse_args(run.argv)  # a resumed run has the flags that it began with

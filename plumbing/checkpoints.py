@@ -263,14 +263,14 @@ def build_from(make, tensors):
     return model
 
 
-def model_files(folder, tensors, config, length):
-    """{name: bytes} of a model folder like `folder`, with these tensors and changes to config.json.
-
-    length: the longest input in tokens.
-    """
+def model_files(folder, tensors, config):
+    """{name: bytes} of a model folder like `folder`, with these tensors and config's layer sizes."""
+    stored = read_json(folder / "config.json")
+    for name in PER_LAYER:
+        stored[name] = getattr(config, name)
     return {
         WEIGHTS: pack_weights(tensors),
-        "config.json": json_bytes(read_json(folder / "config.json") | config),
+        "config.json": json_bytes(stored),
         "tokenizer.json": tokenizer_bytes(folder),
-        "tokenizer_config.json": tokenizer_config(folder, length),
+        "tokenizer_config.json": tokenizer_config(folder, config.longest_input),
     }

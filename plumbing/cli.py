@@ -174,8 +174,8 @@ def up_to(most):
 
 
 MOST = 10_000_000  # of steps, for one: each has an entry in the schedule
-share = number(float, "a fraction from 0 to 1", lambda x: 0 <= x <= 1)
-share_below_one = number(float, "a fraction, at least 0 and less than 1", lambda x: 0 <= x < 1)
+fraction = number(float, "a fraction from 0 to 1", lambda x: 0 <= x <= 1)
+fraction_below_one = number(float, "a fraction, at least 0 and less than 1", lambda x: 0 <= x < 1)
 positive = number(float, "greater than 0", lambda x: 0 < x < math.inf)
 not_negative = number(float, "at least 0", lambda x: 0 <= x < math.inf)
 warmth = number(float, "a number from 0.01 to 100", lambda x: 0.01 <= x <= 100)
