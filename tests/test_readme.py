@@ -89,13 +89,12 @@ def test_the_short_table_has_its_cells_from_the_long_one(capsys):
         assert any(all(f"| {cell} " in line for cell in cells) for line in long.splitlines())
 
 
-def test_the_lines_of_python_answer(make_model, glue, tmp_path, monkeypatch):
-    run(make_model, glue, tmp_path)
+def test_the_lines_of_python_answer(finished):
     (code,) = re.findall(r"```python\n(.*?)```", section("Quick start"), re.S)
     printed = []
     path = "runs/movies-minilm-smp-s-0.5-seed0"
     assert path in code and len(code.splitlines()) == 3
-    exec(code.replace(path, str(tmp_path / "run")), {"print": printed.append})
+    exec(code.replace(path, str(finished)), {"print": printed.append})
     assert [len(rows) for rows in printed[0]] == [2, 2]
 
 
