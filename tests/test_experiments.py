@@ -49,6 +49,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_missing_runs_are_made_once(tiny, capsys):
     go, bad = tiny
     with pytest.raises(SystemExit):
@@ -92,6 +93,7 @@ def test_runs_at_a_time_have_gpus_of_their_own(pretend, monkeypatch):
     assert sorted(gpu for _, gpu in seen) == ["3"] * 3 + ["5"] * 3
 
 
+@pytest.mark.slow
 def test_a_terminated_list_takes_its_runs_with_it(tmp_path):
     """SIGTERM, as a batch system sends it: the runs in progress end too, and their folders go."""
     script = f"""

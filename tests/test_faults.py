@@ -153,6 +153,7 @@ def test_partial_files_of_killed_processes_go_after_a_day(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".part-0123abcd-new", ".part-notours", "file"]
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_cache(unreliable, tmp_path):
     content = os.urandom(30_000_000)
     url, digest = unreliable(content, []), hashlib.sha256(content).hexdigest()
@@ -272,6 +273,7 @@ train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_output_that_goes_nowhere_is_no_traceback(argv, tmp_path):
     """Run train.py in a shell, its output redirected: exit status, and stderr without progress bars."""
     expected = {"| true": (141, 0), ">&- 2>&-": (0, 0)}

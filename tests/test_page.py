@@ -262,6 +262,7 @@ CHROMIUM = shutil.which("chromium")
 CONFINED = bool(CHROMIUM) and Path(CHROMIUM).resolve().name == "snap"  # it reads no file below /tmp
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM or CONFINED, reason="there is no chromium here that reads any file")
 @pytest.mark.parametrize("side", [1, 2])
 def test_the_page_opens_in_a_browser(run, make_model, tmp_path, monkeypatch, side):
