@@ -18,6 +18,7 @@ import torch
 from conftest import CONFIG, WIDE, bert_tensors, load_model
 from safetensors.torch import load_file
 from test_model import roberta_name
+from tqdm import tqdm
 
 import data
 import eval as eval_
@@ -202,6 +203,48 @@ def test_finetuned_classifier_and_roberta_names(make_model, glue, tmp_path, caps
     assert saved.keys() == kept
     eval_.main([str(out)])
     assert json.loads((out / "result.json").read_text())["schedule"] == "linear"
+
+
+@pytest.mark.parametrize("method", ["smp-s", "finetune", "movement"])
+def test_bits_of_a_mask_are_stored_where_there_is_one(run, method):
+    """One for each prunable weight; beside it, the numbers of the weights that trained and were kept."""
+    _, result = run("--method", method, *(["--sparsity", 0.75] if method != "finetune" else []), steps=2)
+    whole = sum(tensor.numel() for tensor in load_file(run.model / "model.safetensors").values())
+    prunable = 2 * (4 * 16 * 16 + 2 * 16 * 24)
+    numbers = {"smp-s": 0, "finetune": whole, "movement": whole - prunable + prunable // 4}[method]
+    assert (result["stored_bits"], result["stored_numbers"]) == (prunable * (method != "finetune"), numbers)
+
+
+def test_evaluation_is_the_same_every_time(run, make_model, capsys):
+    """Without dropout, whatever numbers were drawn before; and without asking for slower kernels."""
+    high = make_model("dropping", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    folder, result = run("--model", high, "--dropout", "--method", "finetune", "--weight-lr", 1e-2, steps=4)
+    said = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        capsys.readouterr()
+        eval_.main([str(folder)])
+        eval_.main([str(folder), "--text", "a good film"])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and f"dev (40 examples): {cli.show(result['final'])}\n" in said[0]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_only_the_bar_of_training_stays_on_a_terminal(run, monkeypatch):
+    bars, init = [], tqdm.__init__
+
+    def spy(bar, *args, **settings):
+        init(bar, *args, **settings)
+        bars.append(bar)
+
+    monkeypatch.setattr(tqdm, "__init__", spy)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    folder, _ = run("--evals", 2, steps=2)
+    assert [bar.leave for bar in bars if bar.total == 2] == [True]  # steps
+    assert len(bars) == 3 and sum(bar.leave for bar in bars) == 1  # and two evaluations
+    bars.clear()
+    eval_.main([str(folder)])
+    assert [bar.leave for bar in bars] == [False]
 
 
 def test_distillation_loss_by_hand():
