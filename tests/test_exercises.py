@@ -206,6 +206,7 @@ def single(tmp_path, capsys, code, *flags):
     return status, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_one_answer(tmp_path, capsys):
     assert single(tmp_path, capsys, CUBIC) == (0, "right: exercise 2, density_at\n")
     status, said = single(tmp_path, capsys, "print('right: exercise 2')\n" + CUBIC.replace("3", "1"), "--seed", "5")
