@@ -198,6 +198,7 @@ def test_a_config_has_a_number_for_each_layer(counts):
     names = {field.name for field in dataclasses.fields(model.Config)}
     values = {name: value for name, value in CONFIG.items() if name in names}
     assert model.Config(**values).layers == [(4, 24)] * 2
+    assert model.read_config(CONFIG | {"num_hidden_layers": 1}).layers == [(4, 24)]
     with pytest.raises(ValueError, match="zip"):
         _ = model.Config(**values, **counts).layers
 
