@@ -196,6 +196,11 @@ def finished(trained_once):
     """The folder of one finished run, beside model/ and glue/. All tests share it; what they change is undone."""
     home, files = trained_once
     yield home / "run"
+    put_back(home, files)
+
+
+def put_back(home, files):
+    """Make a folder hold {path: bytes} and no other files, as before a test."""
     for path in home.rglob("*"):
         if path.is_file() and path not in files:
             path.unlink()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, bert_tensors
+from conftest import CONFIG, bert_tensors, put_back, write_glue, write_model
 from safetensors.torch import save_file
 
 import data
@@ -43,7 +43,10 @@ train.main(sys.argv[1:])
 
 @pytest.fixture
 def flags(make_model, glue):
-    model = make_model()
+    return flags_of(make_model(), glue)
+
+
+def flags_of(model, glue):
     given = ["--model", model, "--data-dir", glue, "--steps", 16, "--batch", 8, "--length", 16, "--evals", 8]
     return [str(f) for f in [*given, "--device", "cpu", "--dtype", "float32"]]
 
@@ -135,17 +138,26 @@ def stopping_at(step):
     return set_or_stop
 
 
-@pytest.fixture
-def interrupted(flags, tmp_path, monkeypatch, fails):
-    """A run that ended after 6 of its 16 steps."""
-    with monkeypatch.context() as patched:
+@pytest.fixture(scope="module")
+def interrupted_once(tmp_path_factory):
+    home = tmp_path_factory.mktemp("interrupted")
+    argv = flags_of(write_model(home / "model"), write_glue(home / "glue"))
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
         patched.setattr(train, "set_rates", stopping_at(6))
-        assert "enough" in fails(train.main, [*flags, "--out", tmp_path / "run"])
-    return tmp_path / "run"
+        train.main([*argv, "--out", str(home / "run")])
+    return home, {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
 
 
-def test_another_backbone_or_other_data_are_not_gone_on_with(interrupted, flags, fails, glue):
-    weights = Path(flags[1]) / "model.safetensors"
+@pytest.fixture
+def interrupted(interrupted_once):
+    """A run that ended after 6 of its 16 steps, beside model/ and glue/. What a test changes is undone."""
+    home, files = interrupted_once
+    yield home / "run"
+    put_back(home, files)
+
+
+def test_another_backbone_or_other_data_are_not_gone_on_with(interrupted, fails):
+    weights, glue = interrupted.parent / "model" / "model.safetensors", interrupted.parent / "glue"
     whole, table = weights.read_bytes(), glue / "movies" / "train.tsv"
     save_file(bert_tensors(CONFIG, seed=9), weights)
     assert "--resume: fingerprint is" in fails(train.main, ["--resume", interrupted])
