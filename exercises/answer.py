@@ -72,7 +72,7 @@ def describe(error, path):
     """Any error as one line, and where in the student's file it came up."""
     said = next((words for kind, words in SAID.items() if isinstance(error, kind)), None)
     if isinstance(error, Refused):
-        said = str(error)
+        said = error.args[0]  # not str(error): shutil.rmtree gives it the name of a file
     elif "allocate memory" in str(error):  # torch says so in a RuntimeError
         said = SAID[MemoryError]
     elif "iostream error" in str(error):  # torch.save, at a limit of the system

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import model
+import train
 from plumbing.checkpoints import read_model
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
@@ -104,20 +105,20 @@ def plain_cpu(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
+def write_model(folder, tensors=None, **changes):
+    """Fill a new model folder: a tiny BERT with random weights, or with these."""
+    folder.mkdir()
+    config = CONFIG | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(bert_tensors(config) if tensors is None else tensors, folder / "model.safetensors")
+    write_tokenizer(folder / "tokenizer.json")
+    return folder
+
+
 @pytest.fixture
 def make_model(tmp_path):
     """make_model(name, tensors=None, **config) -> a model folder."""
-
-    def make(name="model", tensors=None, **changes):
-        folder = tmp_path / name
-        folder.mkdir()
-        config = CONFIG | changes
-        (folder / "config.json").write_text(json.dumps(config))
-        save_file(bert_tensors(config) if tensors is None else tensors, folder / "model.safetensors")
-        write_tokenizer(folder / "tokenizer.json")
-        return folder
-
-    return make
+    return lambda name="model", tensors=None, **changes: write_model(tmp_path / name, tensors, **changes)
 
 
 @pytest.fixture
@@ -159,8 +160,11 @@ def texts(tmp_path):
 @pytest.fixture
 def glue(tmp_path):
     """A folder in GLUE's layout: `movies` (separable: good or fun against bad or dull) and RTE."""
+    return write_glue(tmp_path / "glue")
+
+
+def write_glue(folder):
     rng = random.Random(0)
-    folder = tmp_path / "glue"
     for task in ("movies", "RTE"):
         (folder / task).mkdir(parents=True)
     for split, size in (("train", 96), ("dev", 40)):
@@ -175,6 +179,35 @@ def glue(tmp_path):
         lines += [f'{n}\t{text}\tit "is good\t{names[label]}' for n, (text, label) in enumerate(rows)]
         (folder / "RTE" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """A folder with model/, glue/ and run/, and the files in it as {path: bytes}."""
+    home = tmp_path_factory.mktemp("once")
+    flags = ["--model", write_model(home / "model"), "--data-dir", write_glue(home / "glue"), "--out", home / "run"]
+    flags += ["--steps", 20, "--evals", 2, "--batch", 8, "--length", 16, "--device", "cpu", "--dtype", "float32"]
+    train.main([str(flag) for flag in flags])
+    return home, {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def finished(trained_once):
+    """The folder of one finished run, beside model/ and glue/. All tests share it; what they change is undone."""
+    home, files = trained_once
+    yield home / "run"
+    put_back(home, files)
+
+
+def put_back(home, files):
+    """Make a folder hold {path: bytes} and no other files, as before a test."""
+    for path in home.rglob("*"):
+        if path.is_file() and path not in files:
+            path.unlink()
+    for path, content in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_bytes() != content:
+            path.write_bytes(content)
 
 
 @pytest.fixture

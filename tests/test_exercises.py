@@ -184,6 +184,7 @@ def test_wrong_answers_are_told_what_is_wrong(tmp_path, number):
         assert said and re.search(sentence, said) and len(said.splitlines()) == 1, said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and signals are Linux's")
 @pytest.mark.parametrize("number", range(len(OUTSIDE)))
 def test_whatever_a_file_does_there_is_a_sentence(tmp_path, soon, number):
@@ -205,6 +206,7 @@ def single(tmp_path, capsys, code, *flags):
     return status, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_one_answer(tmp_path, capsys):
     assert single(tmp_path, capsys, CUBIC) == (0, "right: exercise 2, density_at\n")
     status, said = single(tmp_path, capsys, "print('right: exercise 2')\n" + CUBIC.replace("3", "1"), "--seed", "5")
@@ -219,6 +221,7 @@ def grade(folder, results, *numbers, seed=0):
     return json.loads(results.read_text())
 
 
+@pytest.mark.slow
 def test_a_folder_is_graded_whatever_is_in_it(tmp_path, soon, capfd):
     """In Gradescope's layout; a crash, a loop and a missing file among right answers."""
     folder = tmp_path / "submission"
@@ -263,9 +266,11 @@ def test_what_a_command_line_lacks_is_said(tmp_path, capsys):
     ):
         with pytest.raises(SystemExit) as ended:
             check.main(argv)
-        assert ended.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+        last = capsys.readouterr().err.splitlines()[-1].replace("'5'", "5")  # newer Pythons quote it
+        assert ended.value.code == 2 and said in last
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
 def test_the_teachers_script_in_the_layout_of_gradescope(tmp_path):
     """From the submission, which is full of files named like modules: none of these may run outside of its process."""
@@ -298,6 +303,7 @@ def test_the_teachers_script_in_the_layout_of_gradescope(tmp_path):
     assert found["output"] == "cases drawn with --seed 2026" and "imports socket" in found["tests"][2]["output"]
 
 
+@pytest.mark.slow
 def test_where_processes_cannot_fork(tmp_path, monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])  # as on Windows
     path = tmp_path / "schedule.py"

@@ -14,6 +14,7 @@ import pytest
 
 import train
 from data import TASKS
+from plumbing import cli
 from tools import experiments, lists, tune
 from tools.experiments import curves, kind, table
 
@@ -49,6 +50,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_missing_runs_are_made_once(tiny, capsys):
     go, bad = tiny
     with pytest.raises(SystemExit):
@@ -58,7 +60,7 @@ def test_missing_runs_are_made_once(tiny, capsys):
     assert "0 runs of tiny are in" in out and "2 are missing" in out and "--temperature: must be greater than 0" in out
     assert line["command"].startswith("python train.py --task=movies --model=minilm --method=smp-s --sparsity=0.5")
     assert line["seed"] == 0 and line["final"]["accuracy"] >= 0 and line["at_once"] == 2 and line["gpus"] == 0
-    assert len(line["fingerprint"]) == 64 and "commit" in line
+    assert len(line["fingerprint"]) == 64 and cli.code_version().items() <= line.items()
     bad[0] = 2
     assert [line["seed"] for line in go()] == [0, 1]
     assert "1 runs of tiny are in" in capsys.readouterr().out
@@ -92,6 +94,7 @@ def test_runs_at_a_time_have_gpus_of_their_own(pretend, monkeypatch):
     assert sorted(gpu for _, gpu in seen) == ["3"] * 3 + ["5"] * 3
 
 
+@pytest.mark.slow
 def test_a_terminated_list_takes_its_runs_with_it(tmp_path):
     """SIGTERM, as a batch system sends it: the runs in progress end too, and their folders go."""
     script = f"""

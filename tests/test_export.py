@@ -108,8 +108,8 @@ def test_what_cannot_be_exported_is_refused(make_model, trained, fails, tmp_path
     assert "holds files already" in fails(export.main, [run, run])
 
 
-def test_a_failed_export_leaves_nothing_and_can_be_made_again(make_model, trained, fails, tmp_path, monkeypatch):
-    folder, out = trained(make_model()), tmp_path / "out"
+def test_a_failed_export_leaves_nothing_and_can_be_made_again(finished, fails, tmp_path, monkeypatch):
+    folder, out = finished, tmp_path / "out"
     before = sorted(path.name for path in tmp_path.iterdir())
 
     def full(*_):
@@ -182,8 +182,8 @@ def test_a_mask_that_was_exported_gives_the_same_result_elsewhere(make_model, tr
     assert metadata(readme)["library_name"] == card.OURS
 
 
-def test_a_card_names_what_the_hub_knows(make_model, trained):
-    result = json.loads((trained(make_model()) / "result.json").read_text())
+def test_a_card_names_what_the_hub_knows(finished):
+    result = json.loads((finished / "result.json").read_text())
     assert "base_model" not in metadata(card.front_matter(result, "transformers", "adapter"))
     for model, base in [("minilm", "sentence-transformers/all-MiniLM-L6-v2"), ("gpt2", "openai-community/gpt2")]:
         known = metadata(card.front_matter(result | {"model": model}, "transformers", "adapter"))
@@ -200,8 +200,8 @@ def test_a_card_names_what_the_hub_knows(make_model, trained):
     assert "datasets" not in metadata(card.front_matter(glue | {"data_dir": "mine"}, "transformers"))
 
 
-def test_no_name_breaks_a_card(make_model, trained):
-    result = json.loads((trained(make_model()) / "result.json").read_text())
+def test_no_name_breaks_a_card(finished):
+    result = json.loads((finished / "result.json").read_text())
     bad = 'a: "b"\n---\n\x85\u2028- {x} \ud800 \U0001f600'
     result |= {"model": bad, "seed": bad, "commit": bad, "final": {bad: 1.0}}
     for text in (card.front_matter(result, card.OURS), card.mask_card(result, 1, 2)):
@@ -211,11 +211,11 @@ def test_no_name_breaks_a_card(make_model, trained):
 
 
 @pytest.mark.parametrize("way", [[], ["--compact"]])
-def test_every_exported_folder_has_a_card(make_model, trained, tmp_path, way):
-    export.main([str(trained(make_model())), str(tmp_path / "out"), *way])
+def test_every_exported_folder_has_a_card(finished, tmp_path, way):
+    export.main([str(finished), str(tmp_path / "out"), *way])
     known = metadata((tmp_path / "out" / "README.md").read_text())
     assert known["library_name"] == (card.OURS if way else "transformers") and "smp-s" in known["tags"]
-    assert known["metrics"][0]["name"].startswith("accuracy, seed 0, 3 steps")
+    assert known["metrics"][0]["name"].startswith("accuracy, seed 0, 20 steps")
 
 
 @pytest.mark.parametrize("method", ["finetune", "movement"])

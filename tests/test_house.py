@@ -85,6 +85,7 @@ def test_nothing_is_too_long(path):
             assert node.end_lineno - node.lineno < 45, f"{path}: {node.name}"
 
 
+@pytest.mark.slow
 def test_the_method_stands_without_its_wings(make_model, glue, tmp_path):
     """A copy without extras/, tools/ and the lines that import extras trains and evaluates."""
     house = tmp_path / "house"

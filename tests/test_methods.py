@@ -259,7 +259,13 @@ def test_learning_rates_rise_and_fall():
     assert [rate_at(t, 10) for t in (0, 5)] == [1, 0.5]
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.masking])
+MASKING = [name for name, row in METHODS.items() if row.masking]
+ONE_OF_A_KIND = ("smp-s", "smp-bias", "movement", "l0")  # the others are traced where time does not count
+
+
+@pytest.mark.parametrize(
+    "method", [name if name in ONE_OF_A_KIND else pytest.param(name, marks=pytest.mark.slow) for name in MASKING]
+)
 def test_torch_compile_sees_masks_as_one_piece(method, monkeypatch):
     """As on a GPU, where no threshold is looked for by numpy; without a compiler: traced, and then run as it is."""
     monkeypatch.setattr(mask, "kth_largest", lambda scores, k: mask.about_kth_largest([scores], k[None])[0])

@@ -1,5 +1,6 @@
 """model.py against torch's own encoder layer, and strict loading."""
 
+import dataclasses
 import json
 import math
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import data
+import model
 from extras.gpt2 import load_gpt2
 from plumbing import fetch
 from plumbing.checkpoints import read_model
@@ -188,6 +190,17 @@ def test_config_is_checked(make_model, changes, message):
     (folder / "config.json").write_text(json.dumps(CONFIG | changes))
     with pytest.raises(ValueError, match=message):
         load_model(folder, words=[5, 6])
+
+
+@pytest.mark.parametrize("counts", [{"heads_per_layer": (4,)}, {"neurons_per_layer": (24, 24, 24)}])
+def test_a_config_has_a_number_for_each_layer(counts):
+    """read_config refuses such a file; what is built from a Config elsewhere does not get less of a model either."""
+    names = {field.name for field in dataclasses.fields(model.Config)}
+    values = {name: value for name, value in CONFIG.items() if name in names}
+    assert model.Config(**values).layers == [(4, 24)] * 2
+    assert model.read_config(CONFIG | {"num_hidden_layers": 1}).layers == [(4, 24)]
+    with pytest.raises(ValueError, match="zip"):
+        _ = model.Config(**values, **counts).layers
 
 
 def test_unreadable_files(make_model):

@@ -38,13 +38,12 @@ def run(make_model, glue, tmp_path):
 
 
 @pytest.fixture
-def made(run, tmp_path):
+def made(finished, tmp_path):
     """made(*flags) -> (the page of a run, the run loaded)."""
 
     def go(*flags):
-        folder = tmp_path / "run" if (tmp_path / "run").exists() else run()
-        page.main([str(a) for a in (folder, "--out", tmp_path / "page.html", *flags)])
-        return (tmp_path / "page.html").read_text("utf-8"), load_run(folder)
+        page.main([str(a) for a in (finished, "--out", tmp_path / "page.html", *flags)])
+        return (tmp_path / "page.html").read_text("utf-8"), load_run(finished)
 
     return go
 
@@ -159,9 +158,9 @@ def test_a_page_is_small_whatever_the_model(run, make_model, tmp_path, monkeypat
     assert found["query-0"].shape == (64 // side, 64 // side) and found["intermediate-1"].shape[0] == 128 // side
 
 
-def test_a_lone_mask_has_a_page(run, tmp_path):
+def test_a_lone_mask_has_a_page(finished, tmp_path):
     lone = tmp_path / "lone.safetensors"
-    shutil.copy(run() / "mask.safetensors", lone)
+    shutil.copy(finished / "mask.safetensors", lone)
     page.main([str(lone), "--out", str(tmp_path / "new" / "page.html")])
     parsed = Balanced((tmp_path / "new" / "page.html").read_text("utf-8"))
     assert "curves are in log.jsonl" in parsed.words and not parsed.all("svg")
@@ -179,13 +178,13 @@ def test_long_logs_are_thinned():
 
 
 @pytest.mark.parametrize("task", ["movies", "stsb"])
-def test_removed_heads_are_removed(run, glue, task):
+def test_removed_heads_are_removed(run, finished, glue, task):
     """The same as if the attention's output projection read zeros in their place."""
     (glue / "STS-B").mkdir()
     for split in ("train", "dev"):
         rows = [f"the film is good\tit was {word}\t{score}" for word, score in (("dull", 0.5), ("fun", 4.5))] * 20
         (glue / "STS-B" / f"{split}.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *rows]) + "\n")
-    loaded = load_run(run("--task", task))
+    loaded = load_run(finished if task == "movies" else run("--task", task))
     texts = ("the film was good",) if task == "movies" else ("the film was good", "a dull film")
     before, after = page.without_heads(loaded, texts)
 
@@ -213,12 +212,12 @@ def test_removed_heads_are_removed(run, glue, task):
     assert text.count('class="flips"') == int((after.argmax(2) != before.argmax()).sum())
 
 
-def test_nothing_typed_or_stored_becomes_html(made, tmp_path):
+def test_nothing_typed_or_stored_becomes_html(made, finished):
     bad = "<script>alert(1)</script> & \"good\" 'fun' $title"
     text, _ = made("--text", bad)
     parsed = Balanced(text)
     assert bad in parsed.words and len(parsed.all("script")) == 1
-    log = tmp_path / "run" / "log.jsonl"
+    log = finished / "log.jsonl"
     log.write_text(json.dumps({"step": 1, "density": 1.0, "dev": {'<b onclick="x">': 0.5}}) + "\n")
     text, _ = made("--text", "x" * 9000)
     assert '<b onclick="x">' in Balanced(text).words and "x" * (page.SHOWN + 1) not in text
@@ -241,8 +240,8 @@ def test_language_models_have_a_page_without_heads(make_gpt2, texts, fails, tmp_
     assert "--text: " in fails(page.main, [tmp_path / "run", "--out", tmp_path / "page.html", "--text", "a"])
 
 
-def test_errors(run, fails, tmp_path):
-    folder, out = run(), tmp_path / "page.html"
+def test_errors(run, finished, fails, tmp_path):
+    folder, out = finished, tmp_path / "page.html"
     assert "takes --text without --pair" in fails(page.main, [folder, "--out", out, "--text", "a", "--pair", "b"])
     assert "--pair needs --text" in fails(page.main, [folder, "--out", out, "--pair", "b"])
     assert "--out" in fails(page.main, [folder])
@@ -252,10 +251,8 @@ def test_errors(run, fails, tmp_path):
     write_whole(folder / "log.jsonl", b"no log\n")
     assert "log.jsonl:1 is not a line" in fails(page.main, [folder, "--out", out])
     assert not out.exists()
-    shutil.rmtree(folder)
-    assert "has no mask to look at" in fails(
-        page.main, [run("--method", "finetune", model=tmp_path / "model"), "--out", out]
-    )
+    dense = run("--method", "finetune", "--steps", 2)
+    assert "has no mask to look at" in fails(page.main, [dense, "--out", out])
 
 
 # --- in a browser --------------------------------------------------------------------------------------------
@@ -265,6 +262,7 @@ CHROMIUM = shutil.which("chromium")
 CONFINED = bool(CHROMIUM) and Path(CHROMIUM).resolve().name == "snap"  # it reads no file below /tmp
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM or CONFINED, reason="there is no chromium here that reads any file")
 @pytest.mark.parametrize("side", [1, 2])
 def test_the_page_opens_in_a_browser(run, make_model, tmp_path, monkeypatch, side):

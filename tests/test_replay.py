@@ -2,12 +2,13 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import replay
 import torch
 import torch.nn.functional as F
-from conftest import load_model
+from conftest import load_model, write_model
 from safetensors.torch import load_file, save_file
 from test_model import oracle
 from torch.func import functional_call
@@ -71,9 +72,9 @@ def plain_training(folder, batches, labels, method, start):
     return recorded | {"logits_end_first_batch": logits.tolist()}, masks
 
 
-@pytest.fixture
-def recording(make_model):
-    folder = make_model("recording")
+@pytest.fixture(scope="module")
+def recorded_once(tmp_path_factory):
+    folder = write_model(tmp_path_factory.mktemp("replay") / "recording")
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 26, (8 * TOTAL, 9), generator=g)
     mask = (torch.arange(9) < torch.randint(4, 10, (8 * TOTAL, 1), generator=g)).long()
@@ -94,6 +95,12 @@ def recording(make_model):
     return folder
 
 
+@pytest.fixture
+def recording(recorded_once, tmp_path):
+    """A copy of the recording of smp-l and smp-s."""
+    return shutil.copytree(recorded_once, tmp_path / "recording")
+
+
 def replayed(folder, capsys):
     """-> (exit status, {quantity: largest deviation}, names of those beyond their bounds)."""
     with pytest.raises(SystemExit) as ended:
@@ -112,6 +119,7 @@ def test_stacked_training_equals_the_plain_one(recording, capsys):
 
 def test_what_rounding_leads_to_is_no_fault(recording, capsys, monkeypatch):
     """A recording that leaves ours late: allowed once our own runs, nudged by little, leave each other as well."""
+    (recording / "trajectory_smp-s.json").unlink()
     path = recording / "trajectory_smp-l.json"
     trajectory = json.loads(path.read_text())
     for step in trajectory["steps"][6:]:
@@ -161,6 +169,7 @@ RECORDED = ("density", "penalty", "ce", "regularizer", "layer_density")
        ("smp-s mask_end", lambda folder: nudge_file(folder, "mask_end_smp-s.safetensors", None))],
 )  # fmt: skip
 def test_replay_notices_a_deviation(recording, capsys, quantity, nudge):
+    (recording / "trajectory_smp-l.json").unlink()
     nudge(recording)
     status, _, beyond = replayed(recording, capsys)
     assert status == 1 and quantity in beyond

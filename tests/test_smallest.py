@@ -26,10 +26,12 @@ def run(capsys, *changes, steps=600):
     return names, capsys.readouterr().out
 
 
-def test_it_learns_and_only_the_mask_did(capsys):
-    names, said = run(capsys)
+@pytest.mark.parametrize(("steps", "reached"), [(200, 0.8), pytest.param(600, 0.9, marks=pytest.mark.slow)])
+def test_it_learns_and_only_the_mask_did(capsys, steps, reached):
+    """Guessing is 0.1. Seeds 0 to 9 begin below 0.13; they reach 0.905 to 0.943 in 200 steps, about 0.975 in 600."""
+    names, said = run(capsys, steps=steps)
     accuracies = [float(x) for x in re.findall(r"accuracy ([\d.]+)", said)]
-    assert accuracies[0] < 0.2 and accuracies[-1] > 0.96 and len(accuracies) == 7
+    assert accuracies[0] < 0.3 and accuracies[-1] > reached and len(accuracies) == steps // 100 + 1
     torch.manual_seed(0)
     for weight, scores, kept in zip(names["weights"], names["scores"], names["masks"], strict=True):
         before = torch.randn(weight.shape) * (2 / (0.1 * weight.shape[1])) ** 0.5
@@ -42,7 +44,7 @@ def test_it_learns_and_only_the_mask_did(capsys):
     assert not picture[0][21:].strip() and not picture[-1][21:].strip()
     frame = names["kept"].view(11, 9).clone()
     frame[1:-1, 1:-1] = 0
-    assert frame.sum() / 36 < 0.01 and names["kept"].mean() > 0.099
+    assert frame.sum() / 36 < 0.05 and names["kept"].mean() > 0.099  # of ten seeds, at most 0.017 after 200 steps
 
 
 def test_a_seed_decides_everything(capsys):
@@ -53,9 +55,10 @@ def test_a_seed_decides_everything(capsys):
 
 
 def test_the_changes_that_it_proposes_make_it_worse(capsys):
+    """By at least 0.055 and 0.088 for each of seeds 0 to 9."""
     changes = [], [("grad * weight,", "grad * weight * mask,")], [("PENALTY = 30.0", "PENALTY = 0.0")]
-    whole, forgetful, loose = (run(capsys, *change, steps=200)[0]["accuracy"] for change in changes)
-    assert 0.5 < forgetful < loose < whole
+    whole, forgetful, loose = (run(capsys, *change, steps=100)[0]["accuracy"] for change in changes)
+    assert 0.3 < forgetful < loose < whole
 
 
 def test_the_names_are_those_of_mask(capsys):

@@ -18,6 +18,7 @@ import torch
 from conftest import CONFIG, WIDE, bert_tensors, load_model
 from safetensors.torch import load_file
 from test_model import roberta_name
+from tqdm import tqdm
 
 import data
 import eval as eval_
@@ -29,7 +30,7 @@ from plumbing.adam import set_rates
 from plumbing.cli import choose_device
 from plumbing.metrics import accuracy, correlation, f1, ranks, spearman
 from plumbing.run import identity
-from plumbing.summary import duration, expected, guessing, write_predictions
+from plumbing.summary import duration, expected, guessing, summary, write_predictions
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,6 +59,7 @@ def test_a_run_from_end_to_end(run, capsys, method):
     assert {p: p.read_bytes() for p in run.model.iterdir()} == before
     assert sorted(p.name for p in folder.iterdir()) == ["log.jsonl", "mask.safetensors", "result.json"]
     assert "bit-identical" in out and f"python eval.py {folder}" in out
+    assert out.index("\ndensity ") < out.index("\nkept ")
 
     prunable = 2 * (4 * 16 * 16 + 2 * 16 * 24)
     assert result["prunable"] == prunable and result["density"] == result["kept"] / prunable
@@ -94,8 +96,9 @@ def load_masks(folder, result):
 
 
 def test_finetune_learns_and_stands_on_its_own(run, capsys, tmp_path):
+    """Seeds 0 to 9 reach 0.975 to 1, and are sure of the text below by 0.98 to 0.997; guessing is 0.5."""
     folder, result = run("--method", "finetune", "--weight-lr", 5e-3, "--seed", 1, steps=120)
-    assert result["final"]["accuracy"] == 1.0 and result["density"] == 1.0
+    assert result["final"]["accuracy"] > 0.8 and result["density"] == 1.0
     files = ["config.json", "log.jsonl", "model.safetensors", "result.json", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(p.name for p in folder.iterdir()) == files
     old, new = load_file(run.model / "model.safetensors"), load_file(folder / "model.safetensors")
@@ -103,14 +106,16 @@ def test_finetune_learns_and_stands_on_its_own(run, capsys, tmp_path):
     shutil.rmtree(run.model)
     capsys.readouterr()
     eval_.main([str(folder)])
-    assert "accuracy 1.0000\ntraining reported accuracy 1.0000" in capsys.readouterr().out
+    reported = f"accuracy {result['final']['accuracy']:.4f}"
+    assert f"{reported}\ntraining reported {reported}" in capsys.readouterr().out
     eval_.main([str(folder), "--text", "it was dull"])
     assert capsys.readouterr().out.splitlines()[0].endswith("terrible (0)")
 
 
 def test_a_mask_alone_learns(run):
-    _, result = run("--sparsity", 0.3, "--lr", 0.1, "--penalty", 1, "--ramp", 0.5, steps=200)
-    assert result["final"]["accuracy"] >= 0.9
+    """Seeds 0 to 9 reach 0.95 to 1; guessing is 0.5."""
+    _, result = run("--sparsity", 0.3, "--lr", 0.1, "--penalty", 1, "--ramp", 0.5, "--evals", 1, steps=200)
+    assert result["final"]["accuracy"] > 0.75
 
 
 def test_hold_keeps_everything_for_a_while(run):
@@ -198,6 +203,48 @@ def test_finetuned_classifier_and_roberta_names(make_model, glue, tmp_path, caps
     assert saved.keys() == kept
     eval_.main([str(out)])
     assert json.loads((out / "result.json").read_text())["schedule"] == "linear"
+
+
+@pytest.mark.parametrize("method", ["smp-s", "finetune", "movement"])
+def test_bits_of_a_mask_are_stored_where_there_is_one(run, method):
+    """One for each prunable weight; beside it, the numbers of the weights that trained and were kept."""
+    _, result = run("--method", method, *(["--sparsity", 0.75] if method != "finetune" else []), steps=2)
+    whole = sum(tensor.numel() for tensor in load_file(run.model / "model.safetensors").values())
+    prunable = 2 * (4 * 16 * 16 + 2 * 16 * 24)
+    numbers = {"smp-s": 0, "finetune": whole, "movement": whole - prunable + prunable // 4}[method]
+    assert (result["stored_bits"], result["stored_numbers"]) == (prunable * (method != "finetune"), numbers)
+
+
+def test_evaluation_is_the_same_every_time(run, make_model, capsys):
+    """Without dropout, whatever numbers were drawn before; and without asking for slower kernels."""
+    high = make_model("dropping", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    folder, result = run("--model", high, "--dropout", "--method", "finetune", "--weight-lr", 1e-2, steps=4)
+    said = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        capsys.readouterr()
+        eval_.main([str(folder)])
+        eval_.main([str(folder), "--text", "a good film"])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and f"dev (40 examples): {cli.show(result['final'])}\n" in said[0]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_only_the_bar_of_training_stays_on_a_terminal(run, monkeypatch):
+    bars, init = [], tqdm.__init__
+
+    def spy(bar, *args, **settings):
+        init(bar, *args, **settings)
+        bars.append(bar)
+
+    monkeypatch.setattr(tqdm, "__init__", spy)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    folder, _ = run("--evals", 2, steps=2)
+    assert [bar.leave for bar in bars if bar.total == 2] == [True]  # steps
+    assert len(bars) == 3 and sum(bar.leave for bar in bars) == 1  # and two evaluations
+    bars.clear()
+    eval_.main([str(folder)])
+    assert [bar.leave for bar in bars] == [False]
 
 
 def test_distillation_loss_by_hand():
@@ -305,12 +352,12 @@ def test_metrics_by_hand():
 def test_regression_and_predictions_for_the_server(run, glue, tmp_path, capsys):
     (glue / "STS-B").mkdir()
     for split, n in (("train", 24), ("dev", 9)):
-        rows = [f"{i}\ta film\t{'good' if i % 2 else 'bad'}\t{i % 6 * 0.8:.3f}" for i in range(n)]
+        rows = [f"{i}\ta film\t{('bad', 'good')[i % 2]}\t{i % 2 * 4 + i % 3 * 0.5:.3f}" for i in range(n)]
         content = "\n".join(["index\tsentence1\tsentence2\tscore", *rows])
         (glue / "STS-B" / f"{split}.tsv").write_text(content)
     (glue / "STS-B" / "test.tsv").write_text("index\tsentence1\tsentence2\n0\ta film\tgood\n1\ta film\tbad\n")
     folder, result = run("--task", "stsb", "--method", "finetune", "--weight-lr", 0.01, steps=30)
-    assert result["final"].keys() == {"pearson", "spearman"} and result["final"]["pearson"] > 0.2
+    assert result["final"].keys() == {"pearson", "spearman"} and result["final"]["pearson"] > 0.5  # 0.98
     eval_.main([str(folder), "--predict"])
     assert "STS-B.tsv: 2 predictions" in capsys.readouterr().out
     header, *rows = (folder / "STS-B.tsv").read_text().splitlines()
@@ -640,7 +687,7 @@ def test_the_dense_reference_is_named(run, capsys):
     run("--method", "smp-l", "--seed", 3, steps=2)
     named = f"python train.py --method=finetune --task=movies --model={run.model} --data-dir={run.model.parent}/glue"
     named += " --head=words --seed=3 --steps=2 --batch=8 --length=16 --no-dropout"
-    assert capsys.readouterr().out.splitlines()[-2].strip() == named
+    assert f"       {named}\n" in capsys.readouterr().out
     run("--method", "movement", "--weight-lr", 1e-4, "--seed", 3, steps=2, out="movement")
     named = named.replace(" --no", " --weight-lr=0.0001 --no")  # as fast as the method's own weights learnt
     assert named in capsys.readouterr().out
@@ -684,25 +731,44 @@ def test_guessing_by_hand():
     assert guessing({"accuracy": 1.0}, [0, 0, 1, 1], True) == guessing({"accuracy": 1.0}, [1] * 9, True) == []
 
 
+def test_a_result_that_is_a_guess_is_called_one(finished, tmp_path, capsys):
+    """The result is handed in: whether a short run does more than guess is up to the processor's rounding."""
+    result = json.loads((finished / "result.json").read_text())
+    dev = {"dev": data.Examples([], [], [0, 1] * 20, 16)}
+    for value in (0.5, 1.0):
+        *_, last = summary(result | {"final": {"accuracy": value}}, finished, dev, texts=1)
+        assert last.startswith("the model only guesses: accuracy is 0.5000") == (value == 0.5)
+
+    # eval.py, on a table whose labels are the model's own answers, and on one where none is
+    table = finished.parent / "glue" / "movies" / "dev.tsv"
+    texts = [line.split("\t")[0] for line in table.read_text().splitlines()[1:]]
+    (tmp_path / "texts").write_text("\n".join(texts))
+    eval_.main([str(finished), "--text-file", str(tmp_path / "texts")])
+    answers = [int(line.split("\t")[0]) for line in capsys.readouterr().out.splitlines()]
+    for right in (True, False):
+        rows = [f"{text}\t{answer if right else 1 - answer}" for text, answer in zip(texts, answers, strict=True)]
+        table.write_text("\n".join(["sentence\tlabel", *rows]))
+        eval_.main([str(finished), "--data-dir", str(finished.parent / "glue")])
+        said = capsys.readouterr().out
+        assert f"dev (40 examples): accuracy {right:.4f}\n" in said
+        assert said.splitlines()[-1].startswith("the model only guesses: accuracy is 0.0000") != right
+
+
 def test_little_data_gets_steps_enough_unless_fewer_are_asked_for(run, capsys, make_model):
-    """96 examples in batches of 8: two epochs would be 24 steps."""
+    """96 examples in batches of 8: two epochs would be 24 steps. Seeds 0 to 9 reach 0.9 to 1; guessing is 0.5."""
     learns = ["--model", make_model("wide", **WIDE), "--lr", 0.05, "--penalty", 50]
-    assert run(*learns, "--evals", 1, steps=None)[1]["final"]["accuracy"] > 0.9
+    assert run(*learns, "--evals", 1, steps=None)[1]["final"]["accuracy"] > 0.7
     said = capsys.readouterr().out
-    assert "300 steps of 8" in said and "are few" not in said and "only guesses" not in said
-    _, result = run("--epochs", 2, "--evals", 1, "--lr", 1e-6, steps=None, out="epochs")
-    said = capsys.readouterr().out
+    assert "300 steps of 8" in said and "are few" not in said
+    _, result = run("--epochs", 2, "--evals", 1, steps=None, out="epochs")
     assert result["steps"] == 24
-    assert "24 steps are few: on movies, smp-s needs about 300" in said
-    assert "the model only guesses: accuracy is" in said.splitlines()[-1]
-    eval_.main([str(run.model.parent / "epochs")])
-    assert "the model only guesses: accuracy is" in capsys.readouterr().out.splitlines()[-1]
+    assert "24 steps are few: on movies, smp-s needs about 300" in capsys.readouterr().out
     run("--method", "finetune", steps=12, out="dense")
     assert "are few" not in capsys.readouterr().out
 
 
-def test_answers_to_texts_and_to_the_lines_of_a_file(run, tmp_path, capsys, fails):
-    folder, _ = run(steps=2)
+def test_answers_to_texts_and_to_the_lines_of_a_file(finished, tmp_path, capsys, fails):
+    folder = finished
     texts = ["a good film", "dull and very bad", ""]
     found = eval_.answers(load_run(folder), texts)
     assert [sorted(label for _, label in rows) for rows in found] == [["0", "1"]] * 3
@@ -729,7 +795,8 @@ def test_dense_training_starts_from_unrounded_weights(run):
     assert all(torch.allclose(old[n], new[n], atol=1e-7) for n in old)
 
 
-def test_the_commands_run_as_commands(run, glue, tmp_path):
+@pytest.mark.slow
+def test_the_commands_run_as_commands():
     command = [sys.executable, ROOT / "train.py", "--sparsity", "2"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2 and "--sparsity" in ended.stderr and "Traceback" not in ended.stderr
@@ -744,6 +811,38 @@ def test_a_movie_takes_a_recipe_of_its_own():
     assert recipe("--dropout", "--penalty", "5", "--temperature", "2") == (16, 5, 2, True)
     assert recipe("--task", "rte") == (32, 400, None, True)
     assert recipe("--method", "movement") == (16, 0, None, False)  # a method's own comes first
+
+
+def test_what_a_command_without_flags_asks_for():
+    """Every default, as the README's numbers were made with: a change here makes them another run's."""
+    found = vars(train.parse_args([]))
+    asked = {"task": "movies", "method": "smp-s", "model": "minilm", "head": "words", "sparsity": 0.5, "seed": 0}
+    asked |= {"batch": 16, "length": 64, "lr": 2e-2, "ramp": 0.9, "penalty": 800, "temperature": 4, "dropout": False}
+    asked |= {"warmup": 0, "hold": 0, "accumulate": 1, "compile": False, "eager": False, "deterministic": False}
+    asked["out"] = Path("runs/movies-minilm-smp-s-0.5-seed0")
+    open_still = {name for name, value in found.items() if value is None}  # decided by the machine or the data
+    assert {name: value for name, value in found.items() if value is not None} == asked
+    assert {"epochs", "steps", "evals", "device", "dtype", "schedule", "teacher", "weight_lr"} <= open_still
+    flags = ["--steps", "9", "--head", "classifier", "--teacher", "t", "--method", "smp-2:4", "--seed", "3"]
+    name = "movies-minilm-smp-2of4-0.5-classifier-taught-9steps-seed3"
+    assert train.parse_args(flags).out == Path("runs") / name
+
+
+@pytest.mark.parametrize(("sparsity", "needed"), [(0.5, 300), (0.51, 1200)])
+def test_steps_that_are_few_are_called_so(run, capsys, sparsity, needed):
+    """300 and 1200 are measured, see the README; half is still the easier kind."""
+    run("--sparsity", sparsity, "--evals", 1, steps=1)
+    assert f"1 steps are few: on movies, smp-s needs about {needed} at" in capsys.readouterr().out
+
+
+def test_evaluations_are_as_many_as_fit(run):
+    """Four on movies; of a short run, one for each ten steps begun; never more than there are steps."""
+    for number, (steps, flags, at) in enumerate((
+        (11, [], [6, 11]), (31, [], [8, 16, 24, 31]), (50, [], [13, 25, 38, 50]), (2, ["--evals", 3], [1, 2]),
+    )):  # fmt: skip
+        folder, _ = run(*flags, steps=steps, out=f"run{number}")
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "dev" in line] == at
 
 
 def test_dropout_can_be_left_out(run, make_model):
