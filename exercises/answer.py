@@ -29,7 +29,9 @@ def judge(name, path, seed):
             CHECKS[name](load(path, name), random.Random(seed))
     except Wrong as wrong:
         return one_line(wrong)
-    except BaseException as error:  # of the student's file, or of a check that what it returns surprises
+    except (
+        BaseException
+    ) as error:  # of the student's file, or of a check that what it returns surprises
         return describe(error, path)
     return None
 
@@ -42,15 +44,22 @@ def load(path, name):
     tree = ast.parse(source, str(path))
     for node in ast.walk(tree):
         refuse_import(node)
-    require(name != "top_v" or b".sort(" not in source, "that sorts; find the k-th largest score by another way")
-    sys.path.insert(0, str(Path(__file__).parent.parent))  # so that answers may import mask and the others
+    require(
+        name != "top_v" or b".sort(" not in source,
+        "that sorts; find the k-th largest score by another way",
+    )
+    sys.path.insert(
+        0, str(Path(__file__).parent.parent)
+    )  # so that answers may import mask and the others
     scope = {"__name__": "answer", "__file__": str(path)}
     exec(compile(tree, str(path), "exec"), scope)
     require(callable(scope.get(name)), f"{path.name} defines no function {name}")
 
     def answer(*given):
         found = scope[name](*given)
-        require(found is not None, f"{name} returned None; is there a return on every way through it?")
+        require(
+            found is not None, f"{name} returned None; is there a return on every way through it?"
+        )
         return found
 
     return answer
@@ -65,7 +74,10 @@ def refuse_import(node):
         modules = [node.module or ""]
     for module in modules:
         allowed = module.split(".")[0] not in NOT_NEEDED
-        require(allowed, f"line {node.lineno} imports {module}, which is not allowed here, and which no answer needs")
+        require(
+            allowed,
+            f"line {node.lineno} imports {module}, which is not allowed here, and which no answer needs",
+        )
 
 
 def describe(error, path):
@@ -77,6 +89,8 @@ def describe(error, path):
         said = SAID[MemoryError]
     elif "iostream error" in str(error):  # torch.save, at a limit of the system
         said = "it writes a file, which is not allowed here"
-    places = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    places = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+    ]
     where = f", line {places[-1].lineno} of {path.name}" if places else ""
     return one_line(said or f"{type(error).__name__}: {error}") + where

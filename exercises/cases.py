@@ -11,7 +11,18 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-SORTING = ("sort", "argsort", "topk", "kthvalue", "msort", "quantile", "nanquantile", "median", "nanmedian", "unique")
+SORTING = (
+    "sort",
+    "argsort",
+    "topk",
+    "kthvalue",
+    "msort",
+    "quantile",
+    "nanquantile",
+    "median",
+    "nanmedian",
+    "unique",
+)
 
 
 class Wrong(Exception):
@@ -25,12 +36,19 @@ def require(condition, sentence):
 
 def require_tensor(found, shape, dtype, what):
     require(isinstance(found, torch.Tensor), f"{what} must be a tensor, not {type(found).__name__}")
-    require(tuple(found.shape) == tuple(shape), f"{what} has shape {list(found.shape)}, not {list(shape)}")
+    require(
+        tuple(found.shape) == tuple(shape),
+        f"{what} has shape {list(found.shape)}, not {list(shape)}",
+    )
     require(found.dtype == dtype, f"{what} is of {found.dtype}, not {dtype}")
 
 
 def short(tensor):
-    return "[" + ", ".join(f"{float(v):.3g}" for v in tensor.flatten()[:8]) + (", ...]" if tensor.numel() > 8 else "]")
+    return (
+        "["
+        + ", ".join(f"{float(v):.3g}" for v in tensor.flatten()[:8])
+        + (", ...]" if tensor.numel() > 8 else "]")
+    )
 
 
 # --- the checks: (the student's function, random numbers) -> None, or Wrong ------------------------------------
@@ -39,7 +57,9 @@ def short(tensor):
 def schedule(function, rng):
     def density_at(*given):
         found = function(*given)
-        number = isinstance(found, (int, float, np.floating)) or (isinstance(found, torch.Tensor) and found.ndim == 0)
+        number = isinstance(found, (int, float, np.floating)) or (
+            isinstance(found, torch.Tensor) and found.ndim == 0
+        )
         require(number, f"density_at must return a number, not {type(found).__name__}")
         return float(found)
 
@@ -57,13 +77,22 @@ def schedule(function, rng):
             )
         steps = sorted(rng.sample(range(ramp), min(5, ramp)))
         found = [density_at(step, ramp, final) for step in steps]
-        require(all(a >= b - 1e-6 for a, b in zip(found, found[1:], strict=False)), "the density must never rise")
+        require(
+            all(a >= b - 1e-6 for a, b in zip(found, found[1:], strict=False)),
+            "the density must never rise",
+        )
         for step, value in zip(steps, found, strict=True):
             left = (ramp - step) / ramp
             wanted = final + left * left * left * (1 - final)
-            kinds = {"linear": final + left * (1 - final), "upside down": 1 - (1 - final) * (1 - left) ** 3}
+            kinds = {
+                "linear": final + left * (1 - final),
+                "upside down": 1 - (1 - final) * (1 - left) ** 3,
+            }
             for name, other in kinds.items():
-                require(abs(value - other) > 1e-6 or abs(other - wanted) < 1e-5, f"this schedule is {name}, not cubic")
+                require(
+                    abs(value - other) > 1e-6 or abs(other - wanted) < 1e-5,
+                    f"this schedule is {name}, not cubic",
+                )
             require(
                 abs(value - wanted) < 1e-6,
                 f"density_at({step}, {ramp}, {final:.3f}) is {value:.4f}; v + (1 - v)(1 - t/N)^3 is {wanted:.4f}",
@@ -73,7 +102,9 @@ def schedule(function, rng):
 def top_v(function, rng):
     for number in range(60):
         n = rng.choice([1, 2, 7, 50, 400]) if number else 7
-        values = [rng.choice([0.0, 1.0, -2.0]) if number % 3 == 0 else rng.gauss(0, 1) for _ in range(n)]
+        values = [
+            rng.choice([0.0, 1.0, -2.0]) if number % 3 == 0 else rng.gauss(0, 1) for _ in range(n)
+        ]
         scores, k = torch.tensor(values), rng.choice([0, n, rng.randint(0, n)]) if number else 3
         before = scores.clone()
         kept = function(scores, k)
@@ -87,7 +118,10 @@ def top_v(function, rng):
         require(count == k, f"{case} keeps {count} of {n}, not {k}{hint}")
         if 0 < k < n:
             lowest, highest = scores[kept].min().item(), scores[~kept].max().item()
-            require(lowest >= highest, f"{case} keeps a score of {lowest:.3g} and removes one of {highest:.3g}")
+            require(
+                lowest >= highest,
+                f"{case} keeps a score of {lowest:.3g} and removes one of {highest:.3g}",
+            )
 
 
 @contextmanager
@@ -98,12 +132,19 @@ def forbidden_sorting():
         raise Wrong("that sorts (or lets torch do it); find the k-th largest score by another way")
 
     def refuse_list(*_):
-        raise Wrong("tolist is not allowed here: Python's lists are too slow for millions of scores; stay with tensors")
+        raise Wrong(
+            "tolist is not allowed here: Python's lists are too slow for millions of scores; stay with tensors"
+        )
 
     patches = [
-        patch.object(where, name, refuse) for where in (torch, torch.Tensor) for name in SORTING if hasattr(where, name)
+        patch.object(where, name, refuse)
+        for where in (torch, torch.Tensor)
+        for name in SORTING
+        if hasattr(where, name)
     ]
-    patches += [patch.object(np, name, refuse) for name in ("sort", "argsort", "partition", "argpartition")]
+    patches += [
+        patch.object(np, name, refuse) for name in ("sort", "argsort", "partition", "argpartition")
+    ]
     patches += [patch.object(heapq, name, refuse) for name in ("nlargest", "nsmallest", "heapify")]
     patches += [patch("builtins.sorted", refuse), patch.object(torch.Tensor, "tolist", refuse_list)]
     for p in patches:
@@ -119,18 +160,24 @@ def straight_through(score_gradient, rng):
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     for _ in range(20):
         out, width, batch = (rng.randint(2, 6) for _ in range(3))
-        weight, x, target = (torch.randn(s, generator=generator) for s in ((out, width), (batch, width), (batch, out)))
+        weight, x, target = (
+            torch.randn(s, generator=generator)
+            for s in ((out, width), (batch, width), (batch, out))
+        )
         mask = torch.rand(out, width, generator=generator) < 0.5
         mask[0, 0], mask[0, 1] = True, False
         product = (weight * mask).requires_grad_()
         ((x @ product.T - target) ** 2).sum().backward()
         found = score_gradient(weight, mask, product.grad.clone())
         require_tensor(found, [out, width], torch.float32, "what score_gradient returns")
-        wanted = torch.stack([product.grad[i] * weight[i] for i in range(out)])  # the mask counts as the identity
+        wanted = torch.stack(
+            [product.grad[i] * weight[i] for i in range(out)]
+        )  # the mask counts as the identity
         if torch.allclose(found, wanted, atol=1e-4):
             continue
         mistakes = {
-            "zero where the weight is removed; then a weight that is switched off could never come back": wanted * mask,
+            "zero where the weight is removed; then a weight that is switched off could never come back": wanted
+            * mask,
             "that of the weight, not of its score: the chain rule has another factor": product.grad,
             "that of the weight under the mask, not of its score": product.grad * mask,
             "without its sign: a score should fall as well as rise": wanted.abs(),
@@ -145,20 +192,33 @@ def straight_through(score_gradient, rng):
 def rows(masking, rng):
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     for _ in range(20):
-        layers, width, density = rng.randint(1, 3), rng.choice([4, 10, 25]), rng.choice([0.0, 0.2, 0.5, 0.8, 1.0])
+        layers, width, density = (
+            rng.randint(1, 3),
+            rng.choice([4, 10, 25]),
+            rng.choice([0.0, 0.2, 0.5, 0.8, 1.0]),
+        )
         scores = {"query": torch.randn(layers, 6, width, generator=generator)}
         scores |= {"output": torch.randn(layers, 3, 2 * width, generator=generator)}
         found = masking(scores, torch.ones(2, layers), density, True)
-        require(isinstance(found, dict) and found.keys() == scores.keys(), "return a dict with the groups it was given")
+        require(
+            isinstance(found, dict) and found.keys() == scores.keys(),
+            "return a dict with the groups it was given",
+        )
         for group, s in scores.items():
             require_tensor(found[group], s.shape, torch.bool, f"the mask of {group}")
             wanted = int(density * s.shape[2] + 1e-3)
             counts = found[group].sum(2)
             columns = found[group].sum(1)
             mixed_up = bool((columns == columns.max()).all()) and not bool((counts == wanted).all())
-            require(not mixed_up, f"all columns of {group} keep equally many; the rows, s[layer, row], should")
+            require(
+                not mixed_up,
+                f"all columns of {group} keep equally many; the rows, s[layer, row], should",
+            )
             kept, asked = int(counts.sum()), wanted * counts.numel()
-            require(kept == asked, f"{kept} of {s.numel()} weights are kept at density {density}, not {asked}")
+            require(
+                kept == asked,
+                f"{kept} of {s.numel()} weights are kept at density {density}, not {asked}",
+            )
             require(
                 bool((counts == wanted).all()),
                 f"a row of {group} keeps {int(counts.min())} of {s.shape[2]}, not {wanted}",
@@ -166,7 +226,10 @@ def rows(masking, rng):
             if 0 < wanted < s.shape[2]:
                 lowest = s.masked_fill(~found[group], torch.inf).amin(2)
                 highest = s.masked_fill(found[group], -torch.inf).amax(2)
-                require(bool((lowest >= highest).all()), "a row keeps a lower score than one that it removes")
+                require(
+                    bool((lowest >= highest).all()),
+                    "a row keeps a lower score than one that it removes",
+                )
 
 
 def n_of_m(two_of_four, rng):
@@ -180,7 +243,10 @@ def n_of_m(two_of_four, rng):
         for i in range(scores.shape[0]):
             for j in range(0, scores.shape[1], 4):
                 four, kept = scores[i, j : j + 4], found[i, j : j + 4]
-                require(int(kept.sum()) == 2, f"of {short(four)} in a row, {int(kept.sum())} are kept, not 2")
+                require(
+                    int(kept.sum()) == 2,
+                    f"of {short(four)} in a row, {int(kept.sum())} are kept, not 2",
+                )
                 require(
                     four[kept].min() >= four[~kept].max(),
                     f"of {short(four)} the two highest should stay; kept are {short(four[kept])}",
@@ -188,7 +254,9 @@ def n_of_m(two_of_four, rng):
 
 
 def is_index(n):
-    whole = isinstance(n, (int, np.integer)) or (isinstance(n, torch.Tensor) and n.ndim == 0 and n.dtype == torch.long)
+    whole = isinstance(n, (int, np.integer)) or (
+        isinstance(n, torch.Tensor) and n.ndim == 0 and n.dtype == torch.long
+    )
     return whole and not isinstance(n, bool)
 
 
@@ -219,7 +287,9 @@ def dead(dead_neurons, rng):
             side = "incoming" if missed[0] in no_input else "outgoing"
             raise Wrong(f"neuron {missed[0]} of {neurons} has no {side} weights, and is not named")
         if named := sorted(set(found) - wanted):
-            raise Wrong(f"neuron {named[0]} of {neurons} is named, and has weights on both sides, which may cancel")
+            raise Wrong(
+                f"neuron {named[0]} of {neurons} is named, and has weights on both sides, which may cancel"
+            )
 
 
 CHECKS = {

@@ -44,12 +44,18 @@ def grade(number, folder, seed):
         sentence, printed = process.watch(EXERCISES[number].function, path, seed)
     else:
         others = sorted(other.name for other in folder.glob("*.py"))
-        there = f"; there are {process.one_line(', '.join(others))}" if others else "; there is no Python file at all"
+        there = (
+            f"; there are {process.one_line(', '.join(others))}"
+            if others
+            else "; there is no Python file at all"
+        )
         sentence = f"there is no file {exercise.file}{there}"
 
     output = "right" if sentence is None else f"not yet: {sentence}"
     if printed:
-        output += f"\n\nThe file printed:\n{printed[:SHOWN]}" + (" ..." if len(printed) > SHOWN else "")
+        output += f"\n\nThe file printed:\n{printed[:SHOWN]}" + (
+            " ..." if len(printed) > SHOWN else ""
+        )
     return {
         "name": f"{number}. {exercise.function} ({exercise.file})",
         "score": exercise.points if sentence is None else 0,
@@ -72,8 +78,13 @@ def grade_all(numbers, folder, seed, path):
     for number in numbers:
         tests.append(grade(number, folder, seed))
         first_line = tests[-1]["output"].splitlines()[0]
-        print(f"{tests[-1]['score']:>3} of {tests[-1]['max_score']:>2}  {tests[-1]['name']}: {first_line}", flush=True)
-    write_whole(path, json.dumps({"output": f"cases drawn with --seed {seed}", "tests": tests}, indent=1))
+        print(
+            f"{tests[-1]['score']:>3} of {tests[-1]['max_score']:>2}  {tests[-1]['name']}: {first_line}",
+            flush=True,
+        )
+    write_whole(
+        path, json.dumps({"output": f"cases drawn with --seed {seed}", "tests": tests}, indent=1)
+    )
 
 
 def check_one(number, path, seed):
@@ -87,12 +98,25 @@ def check_one(number, path, seed):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Check answers to programming exercises of EXERCISES.md.")
+    parser = argparse.ArgumentParser(
+        description="Check answers to programming exercises of EXERCISES.md."
+    )
     numbers = {"type": int, "nargs": "+", "choices": EXERCISES, "metavar": "NUMBER"}
-    parser.add_argument("exercises", **numbers, help=f"of an exercise: {', '.join(map(str, EXERCISES))}")
-    parser.add_argument("path", type=Path, metavar="FILE", help="the answer; with --json the folder of the answers")
-    parser.add_argument("--json", type=Path, metavar="RESULTS", help="grade a folder; write this file for Gradescope")
-    parser.add_argument("--seed", type=int, help="of the cases; default: another one each time, printed")
+    parser.add_argument(
+        "exercises", **numbers, help=f"of an exercise: {', '.join(map(str, EXERCISES))}"
+    )
+    parser.add_argument(
+        "path", type=Path, metavar="FILE", help="the answer; with --json the folder of the answers"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="RESULTS",
+        help="grade a folder; write this file for Gradescope",
+    )
+    parser.add_argument(
+        "--seed", type=int, help="of the cases; default: another one each time, printed"
+    )
     args = parser.parse_args(argv)
     seed = random.randrange(10**6) if args.seed is None else args.seed
     for stream in (sys.stdout, sys.stderr):

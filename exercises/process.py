@@ -95,7 +95,9 @@ def lower_limits():
     lower(resource.RLIMIT_CPU, 4 * SECONDS + START)  # should nobody be left who stops it
     pages = Path("/proc/self/statm")
     if pages.exists():
-        lower(resource.RLIMIT_AS, int(pages.read_text().split()[0]) * resource.getpagesize() + MEMORY)
+        lower(
+            resource.RLIMIT_AS, int(pages.read_text().split()[0]) * resource.getpagesize() + MEMORY
+        )
 
 
 class Printed(io.TextIOBase):
@@ -146,10 +148,16 @@ def watch(name, path, seed):
     start = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(start)
     if start == "forkserver":
-        context.set_forkserver_preload(["torch", "numpy"])  # imported once, not once for each answer
+        context.set_forkserver_preload(
+            ["torch", "numpy"]
+        )  # imported once, not once for each answer
     line, their_end = context.Pipe(duplex=False)
-    process = context.Process(target=in_own_process, args=(their_end, name, path, seed), daemon=True)
-    with patch.dict(os.environ, PYTHONSAFEPATH="1"):  # or Python would import torch.py of the current folder, if any
+    process = context.Process(
+        target=in_own_process, args=(their_end, name, path, seed), daemon=True
+    )
+    with patch.dict(
+        os.environ, PYTHONSAFEPATH="1"
+    ):  # or Python would import torch.py of the current folder, if any
         process.start()
     their_end.close()  # so that the line ends with the process
 

@@ -22,13 +22,17 @@ FONT = """
 #...# ..#.. .#... #...# ...#. #...# #...# .#... #...# ...#.
 .###. .###. ##### .###. ...#. .###. .###. .#... .###. .##..
 """
-DIGITS = torch.tensor([[c == "#" for c in five] for five in FONT.split()]).view(7, 10, 5).transpose(0, 1)  # [10, 7, 5]
+DIGITS = (
+    torch.tensor([[c == "#" for c in five] for five in FONT.split()]).view(7, 10, 5).transpose(0, 1)
+)  # [10, 7, 5]
 
 
 def draw(n):
     """-> n digits in noise [n, 11 * 9], each at one of nine places, and which they are [n]."""
     pictures, labels = 0.3 * torch.randn(n, 11, 9), torch.randint(10, (n,))
-    for picture, label, (down, right) in zip(pictures, labels, torch.randint(1, 4, (n, 2)).tolist(), strict=True):
+    for picture, label, (down, right) in zip(
+        pictures, labels, torch.randint(1, 4, (n, 2)).tolist(), strict=True
+    ):
         picture[down : down + 7, right : right + 5] += DIGITS[label]
     return pictures.flatten(1), labels
 
@@ -42,7 +46,9 @@ def highest(scores, k):  # top-k: the mask keeps the weights with the k highest 
     return torch.zeros(scores.numel(), dtype=torch.bool).index_fill(0, best, True).view_as(scores)
 
 
-class StraightThrough(torch.autograd.Function):  # W' = W * M(S), and backwards as if M(S) were S itself
+class StraightThrough(
+    torch.autograd.Function
+):  # W' = W * M(S), and backwards as if M(S) were S itself
     @staticmethod
     def forward(ctx, weight, scores, mask):
         ctx.save_for_backward(weight, mask)
@@ -51,10 +57,16 @@ class StraightThrough(torch.autograd.Function):  # W' = W * M(S), and backwards 
     @staticmethod
     def backward(ctx, grad):
         weight, mask = ctx.saved_tensors
-        return None, grad * weight, None  # of removed weights as well: their scores may rise, and they come back
+        return (
+            None,
+            grad * weight,
+            None,
+        )  # of removed weights as well: their scores may rise, and they come back
 
 
-def mean_sigmoid(scores):  # the regularizer pulls all scores down; those that the loss needs hold out
+def mean_sigmoid(
+    scores,
+):  # the regularizer pulls all scores down; those that the loss needs hold out
     return torch.stack([torch.sigmoid(s).mean() for s in scores])
 
 
@@ -64,27 +76,39 @@ def network(pictures, weights):
 
 torch.manual_seed(SEED)
 torch.set_num_threads(1)  # in so small a network, threads would only wait for each other
-weights = [torch.randn(out, n) * (2 / (DENSITY * n)) ** 0.5 for out, n in ((512, 99), (10, 512))]  # large: few add up
-scores = [torch.zeros_like(w, requires_grad=True) for w in weights]  # one for each weight, and all that is learnt
+weights = [
+    torch.randn(out, n) * (2 / (DENSITY * n)) ** 0.5 for out, n in ((512, 99), (10, 512))
+]  # large: few add up
+scores = [
+    torch.zeros_like(w, requires_grad=True) for w in weights
+]  # one for each weight, and all that is learnt
 optimizer = torch.optim.Adam(scores)
 test_pictures, test_labels = draw(2000)
 
 for step in range(STEPS + 1):
     density = density_at(step, RAMP, DENSITY)
     masks = [highest(s, int(density * s.numel())) for s in scores]
-    masked = [StraightThrough.apply(w, s, m) for w, s, m in zip(weights, scores, masks, strict=True)]
+    masked = [
+        StraightThrough.apply(w, s, m) for w, s, m in zip(weights, scores, masks, strict=True)
+    ]
     if step % 100 == 0:
         accuracy = (network(test_pictures, masked).argmax(1) == test_labels).float().mean().item()
-        print(f"step {step:3}  density {density:.3f}  accuracy {accuracy:.3f} on new digits (guessing: 0.1)")
+        print(
+            f"step {step:3}  density {density:.3f}  accuracy {accuracy:.3f} on new digits (guessing: 0.1)"
+        )
     pictures, labels = draw(64)
     regularizer = mean_sigmoid(scores).mean()
-    loss = torch.nn.functional.cross_entropy(network(pictures, masked), labels) + PENALTY * regularizer
+    loss = (
+        torch.nn.functional.cross_entropy(network(pictures, masked), labels) + PENALTY * regularizer
+    )
     optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / STEPS)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
 
-print("a new digit, and how many weights of each pixel are kept: most in the middle, none where there is only noise")
+print(
+    "a new digit, and how many weights of each pixel are kept: most in the middle, none where there is only noise"
+)
 kept = masks[0].float().mean(0)  # [512, 99] -> [99]
 for rows in zip(test_pictures[0].view(11, 9), (kept / kept.max()).view(11, 9), strict=True):
     print("   ".join("".join(2 * " ░▒▓█"[int(4.99 * v)] for v in row.clamp(0, 1)) for row in rows))

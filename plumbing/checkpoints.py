@@ -1,7 +1,7 @@
 """Model folders as other libraries write and read them: config.json, model.safetensors, tokenizer.json.
 
-    stored, tensors = read_model(folder)  # for model.load_model
-    tokenizer = open_tokenizer(folder)
+stored, tensors = read_model(folder)  # for model.load_model
+tokenizer = open_tokenizer(folder)
 """
 
 import string
@@ -70,7 +70,9 @@ def read_tensors(path):
     """(name, tensor in float32) of a safetensors file. Raises ValueError for one that has a tensor of another kind."""
     with open(regular(path), "rb") as file:
         if file.read(24).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{path} is a pointer of git-lfs, not the weights: run git lfs pull in its repository")
+            raise ValueError(
+                f"{path} is a pointer of git-lfs, not the weights: run git lfs pull in its repository"
+            )
     try:
         stored = load_file(path)
     except (SafetensorError, KeyError) as error:  # the latter: of numbers torch does not know
@@ -79,7 +81,9 @@ def read_tensors(path):
         if name.endswith(NO_WEIGHTS):
             continue
         if tensor.dtype not in FLOATS:
-            raise ValueError(f"{path}: {name} is of {tensor.dtype}; weights must be floats of 16 bits or more")
+            raise ValueError(
+                f"{path}: {name} is of {tensor.dtype}; weights must be floats of 16 bits or more"
+            )
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds numbers that are not finite")
         for wrapper in WRAPPERS:
@@ -89,7 +93,10 @@ def read_tensors(path):
 
 def pack_weights(tensors):
     """{name: tensor} -> bytes of a model.safetensors; older versions of transformers refuse one without a format."""
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+    return save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        {"format": "pt"},
+    )
 
 
 # --- tokenizers ----------------------------------------------------------------------------------------------
@@ -101,14 +108,25 @@ def tokenizer_bytes(folder):
         return regular(folder / "tokenizer.json").read_bytes()
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
-    words = {word: i for i, word in enumerate(regular(folder / "vocab.txt").read_text("utf-8").splitlines())}
+    words = {
+        word: i
+        for i, word in enumerate(regular(folder / "vocab.txt").read_text("utf-8").splitlines())
+    }
     special = [(token, words[token]) for token in ("[CLS]", "[SEP]") if token in words]
     if len(special) < 2:
-        raise ValueError(f"{folder / 'vocab.txt'} has no [CLS] and [SEP]; give the folder a tokenizer.json")
+        raise ValueError(
+            f"{folder / 'vocab.txt'} has no [CLS] and [SEP]; give the folder a tokenizer.json"
+        )
     tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=config.get("do_lower_case", True) is not False)
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=config.get("do_lower_case", True) is not False
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    template = {"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B:1 [SEP]:1", "special_tokens": special}
+    template = {
+        "single": "[CLS] $A [SEP]",
+        "pair": "[CLS] $A [SEP] $B:1 [SEP]:1",
+        "special_tokens": special,
+    }
     tokenizer.post_processor = processors.TemplateProcessing(**template)
     tokenizer.add_special_tokens([token for token, *_ in SPECIAL.values() if token in words])
     return tokenizer.to_str().encode()
@@ -124,7 +142,9 @@ def open_tokenizer(folder):
         raise ValueError(f"{folder}: its tokenizer.json is not valid: {error}") from None
     except Exception as error:  # the library raises bare Exceptions
         newer = "; it may be of a newer version of tokenizers" if "variant" in str(error) else ""
-        raise ValueError(f"{folder / 'tokenizer.json'} is not a valid tokenizer: {error}{newer}") from None
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} is not a valid tokenizer: {error}{newer}"
+        ) from None
 
 
 def encode_texts(tokenizer, texts, **options):

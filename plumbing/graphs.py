@@ -60,7 +60,9 @@ class Recorded:
 
         self.set_gradients([None] * len(before))
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):  # libraries choose their kernels and workspaces in the first two calls
+        with torch.cuda.stream(
+            self.stream
+        ):  # libraries choose their kernels and workspaces in the first two calls
             for _ in range(2):
                 self.function(*arguments)
         torch.cuda.current_stream().wait_stream(self.stream)
@@ -74,7 +76,9 @@ class Recorded:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            error.add_note("A step that waits for the host (by .item(), say) cannot be recorded: try --eager.")
+            error.add_note(
+                "A step that waits for the host (by .item(), say) cannot be recorded: try --eager."
+            )
             raise
 
         self.set_gradients(before)

@@ -54,7 +54,9 @@ def start(device):
         local = int(os.environ["LOCAL_RANK"])
         gpus = torch.cuda.device_count()
         if local >= gpus:
-            raise ValueError(f"--nproc_per_node: this machine has {gpus} GPUs, one for each process at most")
+            raise ValueError(
+                f"--nproc_per_node: this machine has {gpus} GPUs, one for each process at most"
+            )
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -112,7 +114,9 @@ def add_up_gradients(parameters):
 def check_equal(tensors):
     """Raise FloatingPointError unless all processes hold the same tensors {name: tensor}, to the bit."""
     if processes() > 1 and len(set(gather([digest(tensors)]))) > 1:
-        raise FloatingPointError("the processes no longer hold the same scores or weights; the run is worth nothing")
+        raise FloatingPointError(
+            "the processes no longer hold the same scores or weights; the run is worth nothing"
+        )
 
 
 def stop():

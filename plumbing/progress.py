@@ -1,6 +1,6 @@
 """Progress that people watch: a bar on a terminal, a line about every thirty seconds in a log.
 
-    for batch in progress(batches, "evaluating"): ...
+for batch in progress(batches, "evaluating"): ...
 """
 
 import sys

@@ -33,23 +33,47 @@ GPT2_WORDS = 50257
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog="python -m tools.bench", description="Time one training step and its parts.")
+    parser = cli.Parser(
+        prog="python -m tools.bench", description="Time one training step and its parts."
+    )
     parser.add_argument("--layers", type=cli.up_to(1000), default=6, help="(6)")
-    parser.add_argument("--hidden", type=cli.up_to(16384), default=384, help="width (384); heads of 32, from 768 on 64")
-    parser.add_argument("--gpt2", action="store_true", help="a language model of GPT-2's vocabulary instead of BERT")
-    parser.add_argument("--batch", type=cli.up_to(65536), default=32, help="examples a step, over all processes (32)")
+    parser.add_argument(
+        "--hidden",
+        type=cli.up_to(16384),
+        default=384,
+        help="width (384); heads of 32, from 768 on 64",
+    )
+    parser.add_argument(
+        "--gpt2", action="store_true", help="a language model of GPT-2's vocabulary instead of BERT"
+    )
+    parser.add_argument(
+        "--batch",
+        type=cli.up_to(65536),
+        default=32,
+        help="examples a step, over all processes (32)",
+    )
     parser.add_argument("--length", type=cli.count, default=64, help="tokens an example (64)")
-    parser.add_argument("--steps", type=cli.up_to(10000), default=20, help="timed steps of each kind (20)")
+    parser.add_argument(
+        "--steps", type=cli.up_to(10000), default=20, help="timed steps of each kind (20)"
+    )
     learning = [name for name, method in METHODS.items() if "lr" in method.flags]
-    parser.add_argument("--method", choices=learning, default="smp-s", help="beside finetune (smp-s)")
+    parser.add_argument(
+        "--method", choices=learning, default="smp-s", help="beside finetune (smp-s)"
+    )
     cli.add_machine(parser)
     parser.add_argument("--compile", action="store_true", help="as in train.py")
-    parser.add_argument("--eager", action="store_true", help="as in train.py; so parts of a step can be timed")
-    parser.add_argument("--inference", action="store_true", help="time evaluation of --model instead")
+    parser.add_argument(
+        "--eager", action="store_true", help="as in train.py; so parts of a step can be timed"
+    )
+    parser.add_argument(
+        "--inference", action="store_true", help="time evaluation of --model instead"
+    )
     parser.add_argument("--model", metavar="NAME", help="a name, or a folder; with --inference")
     args = parser.parse_args(argv)
     if args.inference != (args.model is not None) or args.inference and args.compile:
-        parser.error("--inference needs --model, --model needs --inference, and evaluation is not compiled")
+        parser.error(
+            "--inference needs --model, --model needs --inference, and evaluation is not compiled"
+        )
     longest = 1024 if args.gpt2 else 512
     if args.hidden % 64 or args.length > longest or args.batch % parallel.processes():
         error = f"--hidden must be a multiple of 64, --length at most {longest}, --batch a multiple of the processes"
@@ -60,9 +84,14 @@ def parse_args(argv=None):
 def make_model(args):
     heads = args.hidden // (64 if args.hidden >= 768 else 32)
     if args.gpt2:
-        model = gpt2.GPT2(gpt2.Config(GPT2_WORDS, 1024, args.hidden, args.layers, heads, 4 * args.hidden))
+        model = gpt2.GPT2(
+            gpt2.Config(GPT2_WORDS, 1024, args.hidden, args.layers, heads, 4 * args.hidden)
+        )
     else:
-        model = Bert(Config(BERT_WORDS, args.hidden, args.layers, heads, 4 * args.hidden, 512, 2), words=[3, 4])
+        model = Bert(
+            Config(BERT_WORDS, args.hidden, args.layers, heads, 4 * args.hidden, 512, 2),
+            words=[3, 4],
+        )
     for name, p in model.named_parameters():
         if "LayerNorm" not in name and p.ndim > 1:
             p.data.normal_(0, 0.02)
@@ -70,7 +99,9 @@ def make_model(args):
 
 
 def make_batch(args, vocabulary, device):
-    ids = torch.randint(vocabulary, (args.batch // parallel.processes(), args.length), device=device)
+    ids = torch.randint(
+        vocabulary, (args.batch // parallel.processes(), args.length), device=device
+    )
     labels = ids if args.gpt2 else ids[:, 0] % 2
     return Part(torch.stack([ids, torch.zeros_like(ids), torch.ones_like(ids)]), labels)
 
@@ -111,7 +142,10 @@ def floor(args, learner, peak, bandwidth):
     """
     moved = 7 * sum(p.nbytes for p in learner.parameters())
     if learner.masks:
-        moved += sum(stack.nbytes for stack in [*learner.masks.scores.values(), *learner.masks.weights.values()])
+        moved += sum(
+            stack.nbytes
+            for stack in [*learner.masks.scores.values(), *learner.masks.weights.values()]
+        )
     return 1000 * (flops(args) / parallel.processes() / peak + moved / bandwidth)
 
 
@@ -164,7 +198,9 @@ def time_step(args, method, device, dtype, peak, bandwidth):
     set_rates(adam, 5, 10)
     parts = [make_batch(args, model.config.vocab_size, device)]
     density, penalty = torch.tensor([DENSITY, 10.0], device=device)
-    times = timed(lambda: train_step(forward_backward, adam, parts, density, penalty), device, args.steps)
+    times = timed(
+        lambda: train_step(forward_backward, adam, parts, density, penalty), device, args.steps
+    )
 
     seconds = statistics.median(times) / 1000
     tokens = round(args.batch * args.length / seconds)
@@ -173,7 +209,11 @@ def time_step(args, method, device, dtype, peak, bandwidth):
     over = round(1000 * seconds / floor(args, learner, peak, bandwidth), 2)
     said = f"  {tokens:,} tokens/s, {share:.1%} of peak, {over} times its floor, {memory} GiB"
     found = {method: show(f"{method} step", times, said), f"{method} over its floor": over}
-    found |= {f"{method} tokens/s": tokens, f"{method} share of peak": share, f"{method} GiB": memory}
+    found |= {
+        f"{method} tokens/s": tokens,
+        f"{method} share of peak": share,
+        f"{method} GiB": memory,
+    }
     if learner.masks and not args.compile and (args.eager or device.type == "cpu"):
         found |= time_parts(args, learner.masks, density)
     return found
@@ -185,7 +225,9 @@ def time_parts(args, masks, density):
 
     @torch.no_grad()
     def select():
-        masks.method.masking(masks.method.rank(masks.weights, masks.scores), importance, density, exact=False)
+        masks.method.masking(
+            masks.method.rank(masks.weights, masks.scores), importance, density, exact=False
+        )
 
     def mask():
         made = list(masks(density)[0].values())
@@ -196,7 +238,10 @@ def time_parts(args, masks, density):
         "select and mask, both ways": mask,
         "regularize, both ways": lambda: mean_sigmoid(masks.scores).mean().backward(),
     }
-    return {name: show(f"  {name}", timed(work, density.device, args.steps)) for name, work in parts.items()}
+    return {
+        name: show(f"  {name}", timed(work, density.device, args.steps))
+        for name, work in parts.items()
+    }
 
 
 @torch.inference_mode()
@@ -207,11 +252,16 @@ def time_inference(args, device, dtype):
     model = gpt2.load_gpt2(stored, tensors) if language else load_model(stored, tensors, [0, 1])
     model.to(device, dtype).eval()
     if args.length > model.config.longest_input:
-        raise ValueError(f"--length: {args.model} takes {model.config.longest_input} tokens, not {args.length}")
+        raise ValueError(
+            f"--length: {args.model} takes {model.config.longest_input} tokens, not {args.length}"
+        )
     inputs = make_batch(args, model.config.vocab_size, device).inputs
     times = timed(lambda: model(*inputs), device, args.steps)
     speed = args.batch / statistics.median(times) * 1000
-    return {"evaluation": show("evaluation", times, f"  {speed:,.0f} examples/s"), "examples/s": round(speed, 1)}
+    return {
+        "evaluation": show("evaluation", times, f"  {speed:,.0f} examples/s"),
+        "examples/s": round(speed, 1),
+    }
 
 
 @cli.one_line_errors()
@@ -220,20 +270,36 @@ def main(argv=None):
     device, dtype, why = cli.choose_device(args.device, args.dtype)
     parallel.start(device)
     cli.set_up(deterministic=False, steps=0 if args.eager else cli.LONG)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, {cli.dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.processes()} process(es)")
-    print("medians, in brackets the fastest and the slowest; parts are timed alone and overlap; a minute or two in all")
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    print(
+        f"{name}, {cli.dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.processes()} process(es)"
+    )
+    print(
+        "medians, in brackets the fastest and the slowest; parts are timed alone and overlap; a minute or two in all"
+    )
     if args.inference:
         found = time_inference(args, device, dtype)
     else:
         peak = matrix_peak(device, dtype)
         bandwidth = copy_bandwidth(device)
-        print(f"matrix products reach {peak / 1e12:.1f} TFLOP/s here, copies {bandwidth / 1e9:.0f} GB/s")
+        print(
+            f"matrix products reach {peak / 1e12:.1f} TFLOP/s here, copies {bandwidth / 1e9:.0f} GB/s"
+        )
         found = time_step(args, args.method, device, dtype, peak, bandwidth)
         found |= time_step(args, "finetune", device, dtype, peak, bandwidth)
-        print(f"{args.method} takes {found[args.method] / found['finetune']:.2f} times the dense step")
+        print(
+            f"{args.method} takes {found[args.method] / found['finetune']:.2f} times the dense step"
+        )
     of_training = ("layers", "hidden", "gpt2", "method", "compile", "eager")
-    line = {key: value for key, value in vars(args).items() if not (args.inference and key in of_training)}
+    line = {
+        key: value
+        for key, value in vars(args).items()
+        if not (args.inference and key in of_training)
+    }
     line |= {"device": name, "dtype": cli.dtype_name(dtype), "processes": parallel.processes()}
     print(json.dumps(line | found | cli.code_version()["versions"]))
     parallel.stop()

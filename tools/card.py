@@ -18,10 +18,20 @@ from plumbing.files import MASKS
 OURS = "static-model-pruning"  # the library, where only this code reads a folder
 # Names on the hub, where they are others than ours: of models that come from elsewhere, of data sets, of metrics.
 BACKBONES = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
-DATASETS = {"squad": ("rajpurkar/squad", "plain_text"), "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank")}
+DATASETS = {
+    "squad": ("rajpurkar/squad", "plain_text"),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank"),
+}
 DATASETS |= {f"wikitext{n}": ("Salesforce/wikitext", f"wikitext-{n}-v1") for n in (2, 103)}
-DATASETS |= {task: ("nyu-mll/glue", task) for task in "rte mrpc cola stsb sst2 qnli qqp mnli wnli".split()}
-METRICS = {"mcc": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr", "em": "exact_match"}
+DATASETS |= {
+    task: ("nyu-mll/glue", task) for task in "rte mrpc cola stsb sst2 qnli qqp mnli wnli".split()
+}
+METRICS = {
+    "mcc": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+    "em": "exact_match",
+}
 
 MASK_CARD = """# {task}: a mask for {backbone}
 
@@ -68,7 +78,11 @@ def backbone(result):
 def facts(result):
     """How a run came to its result, as far as it is known: words of the seed, the steps and the commit."""
     known = {"seed": "seed {}", "steps": "{} steps", "commit": "commit {}"}
-    told = [printable(form.format(result[key])) for key, form in known.items() if result.get(key) is not None]
+    told = [
+        printable(form.format(result[key]))
+        for key, form in known.items()
+        if result.get(key) is not None
+    ]
     return ", ".join(told + ["with changes that are in no commit"] * (result.get("clean") is False))
 
 
@@ -84,20 +98,38 @@ def front_matter(result, library, relation=None):
     if result["data_dir"]:  # of one's own, perhaps
         dataset = None
 
-    lines = {"base_model": base, "base_model_relation": relation if base else None, "library_name": library}
+    lines = {
+        "base_model": base,
+        "base_model_relation": relation if base else None,
+        "library_name": library,
+    }
     lines["tags"] = ["pruning", "sparsity", OURS, result["method"]]
     lines["datasets"] = [dataset] if dataset else None
     lines["metrics"] = [METRICS.get(metric, metric) for metric in task.metrics]
     text = [f"{key}: {value(found)}" for key, found in lines.items() if found is not None]
 
     name = f"{result['task']}-{backbone(result)[0]}-{result['method']}"
-    kind = "text-generation" if task.load else "question-answering" if task.every_token else "text-classification"
-    data = {"name": result["task"], "type": dataset or result["task"], "config": config if dataset else None}
+    kind = (
+        "text-generation"
+        if task.load
+        else "question-answering"
+        if task.every_token
+        else "text-classification"
+    )
+    data = {
+        "name": result["task"],
+        "type": dataset or result["task"],
+        "config": config if dataset else None,
+    }
     text += ["model-index:", f"- name: {value(name)}", "  results:"]
     for name, number in result["final"].items():
         metric, _, split = name.partition(" ")
         data["split"] = split or task.dev[0]
-        about = {"type": METRICS.get(metric, metric), "value": number, "name": f"{metric}, {facts(result)}"}
+        about = {
+            "type": METRICS.get(metric, metric),
+            "value": number,
+            "name": f"{metric}, {facts(result)}",
+        }
         text.append(f"  - task: {value({'type': kind})}")
         text.append(f"    dataset: {value({key: found for key, found in data.items() if found})}")
         text.append(f"    metrics: {value([about])}")
@@ -113,7 +145,11 @@ def mask_card(result, kept, total):
     """The README.md of a folder that holds the mask of a run, which keeps so many of all prunable weights."""
     name, base = backbone(result)
     pair = len(TASKS[result["task"]].text) == 2
-    words = {key: result[key] for key in ("task", "method")} | {"backbone": name, "kept": kept, "total": total}
+    words = {key: result[key] for key in ("task", "method")} | {
+        "backbone": name,
+        "kept": kept,
+        "total": total,
+    }
     words |= {"density": kept / total, "sparsity": 1 - kept / total}
     words |= {"final": show(result["final"]), "facts": facts(result)}
     own = result["head"] == "classifier"

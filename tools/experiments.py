@@ -38,7 +38,14 @@ KEPT = (
     "kept prunable stored_numbers stored_bits seconds device dtype versions commit clean multiply_accumulates layers "
     "fingerprint"
 ).split()
-NEEDED = {"command": str, "task": str, "method": str, "sparsity": float, "final": dict, "best": dict}
+NEEDED = {
+    "command": str,
+    "task": str,
+    "method": str,
+    "sparsity": float,
+    "final": dict,
+    "best": dict,
+}
 NEEDED |= {"density": float, "seconds": float, "stored_numbers": int, "stored_bits": int}
 
 
@@ -46,18 +53,26 @@ def commands(name):
     """The commands of a list, each once: as tools.lists makes it, or as the lines of the repository's runs name it."""
     if name in LISTS:
         return list(dict.fromkeys(f"python train.py {arguments}" for arguments in LISTS[name]()))
-    return [line["command"] for line in read_lines(ROOT / "results" / RUNS) if name in line.get("lists", ())]
+    return [
+        line["command"]
+        for line in read_lines(ROOT / "results" / RUNS)
+        if name in line.get("lists", ())
+    ]
 
 
 def read_lines(path):
     """Results of a file. Raises ValueError that names a line that is not the result of a run."""
     lines = []
-    for number, text in enumerate(regular(path).read_text("utf-8").splitlines() if path.exists() else (), 1):
+    for number, text in enumerate(
+        regular(path).read_text("utf-8").splitlines() if path.exists() else (), 1
+    ):
         try:
             line = json.loads(text)
             check_line(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number} is not the result of a run ({error}); delete that line") from None
+            raise ValueError(
+                f"{path}:{number} is not the result of a run ({error}); delete that line"
+            ) from None
         lines.append(line)
     return lines
 
@@ -97,7 +112,9 @@ def interrupt(*_):
 def side_by_side(work, items, at_once):
     """-> [work(item)], so many at a time. On SIGTERM, Ctrl-C and errors the runs in progress end too."""
     STOPPING.clear()
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         with ThreadPoolExecutor(at_once) as pool:
             try:
@@ -115,9 +132,18 @@ def make_run(command, machine, seconds, gpu):
     """Run a command of train.py -> its line, a dict. Raises ValueError with what train.py said last if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        argv = [sys.executable, ROOT / "train.py", *shlex.split(command)[2:], *machine, "--out", out]
+        argv = [
+            sys.executable,
+            ROOT / "train.py",
+            *shlex.split(command)[2:],
+            *machine,
+            "--out",
+            out,
+        ]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
-        with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as p:
+        with subprocess.Popen(
+            argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+        ) as p:
             RUNNING.add(p)
             if STOPPING.is_set():
                 p.kill()
@@ -201,7 +227,9 @@ def kind(line, merge=False):
         return MAIN_ROWS[command]
     given = shlex.split(command)
     given = [word for word in given if not word.startswith(("--task=", "--model=", "--seed="))]
-    usual = words({"steps": STEPS[line["task"]]} | earlier(line["task"], line["method"], line["sparsity"]))
+    usual = words(
+        {"steps": STEPS[line["task"]]} | earlier(line["task"], line["method"], line["sparsity"])
+    )
     given = [word.removeprefix("--method=") for word in given if word not in usual]
     own = words(BY_TASK.get((line["task"], line["method"], line["sparsity"]), {})) if merge else []
     if own and set(own) <= set(given):
@@ -217,7 +245,9 @@ def mean_and_spread(values):
 def metrics_of(task):
     """The first metric of a task; where lower is better, as of perplexity, on each of its dev sets."""
     row = TASKS[task]
-    return [row.metrics[0]] + [f"{row.metrics[0]} {split}" for split in row.dev[1:] if row.best is min]
+    return [row.metrics[0]] + [
+        f"{row.metrics[0]} {split}" for split in row.dev[1:] if row.best is min
+    ]
 
 
 def first_metric(line):
@@ -237,7 +267,9 @@ def stored(lines):
     bits = statistics.mean(line["stored_bits"] for line in lines)
     parts = []
     if numbers:
-        parts.append(f"{numbers:,.0f} numbers" if numbers < 1e5 else f"{numbers / 1e6:.1f} M numbers")
+        parts.append(
+            f"{numbers:,.0f} numbers" if numbers < 1e5 else f"{numbers / 1e6:.1f} M numbers"
+        )
     if bits:
         parts.append(f"{bits / 1e6:.1f} Mbit")
     return " + ".join(parts)
@@ -246,7 +278,11 @@ def stored(lines):
 def reached(lines):
     """The density that training came to by itself, or its range."""
     found = [line.get("reached", line["density"]) for line in lines]
-    return f"{min(found):.2f} to {max(found):.2f}" if max(found) - min(found) > 0.01 else f"{found[0]:.2f}"
+    return (
+        f"{min(found):.2f} to {max(found):.2f}"
+        if max(found) - min(found) > 0.01
+        else f"{found[0]:.2f}"
+    )
 
 
 def curves(lines):
@@ -255,16 +291,23 @@ def curves(lines):
     for line in sorted(lines, key=lambda line: line["sparsity"]):
         at = found.setdefault(f"{line['task']}, {line['method']}", {})
         at.setdefault(line["sparsity"], []).append(first_metric(line))
-    return {name: [(sparsity, *mean_and_spread(v)) for sparsity, v in at.items()] for name, at in found.items()}
+    return {
+        name: [(sparsity, *mean_and_spread(v)) for sparsity, v in at.items()]
+        for name, at in found.items()
+    }
 
 
 def average(of_tasks):
     """Mean over the tasks of EQUAL_STEPS of the mean over seeds, those of TOGETHER as one; "" if one has no lines."""
     if not all(of_tasks.get(task) for task in EQUAL_STEPS):
         return ""
-    means = {task: statistics.mean(first_metric(line) for line in of_tasks[task]) for task in EQUAL_STEPS}
+    means = {
+        task: statistics.mean(first_metric(line) for line in of_tasks[task]) for task in EQUAL_STEPS
+    }
     others = [mean for task, mean in means.items() if task not in TOGETHER]
-    return f"{100 * statistics.mean([*others, statistics.mean(means[task] for task in TOGETHER)]):.1f}"
+    return (
+        f"{100 * statistics.mean([*others, statistics.mean(means[task] for task in TOGETHER)]):.1f}"
+    )
 
 
 def table(lines, merge=False, averages=False):
@@ -275,7 +318,9 @@ def table(lines, merge=False, averages=False):
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
     columns = [(task, metric) for task in tasks for metric in metrics_of(task)]
     names = [f"{task}, {metric} (seeds)" for task, metric in columns]
-    rows = [["method", *names, *["average"] * averages, "stored a task", "density reached", "minutes"]]
+    rows = [
+        ["method", *names, *["average"] * averages, "stored a task", "density reached", "minutes"]
+    ]
     rows.append(["---"] * len(rows[0]))
     for _, wanted in sorted({(line["sparsity"], kind(line, merge)) for line in lines}):
         mine = [line for line in lines if kind(line, merge) == wanted]
@@ -290,18 +335,33 @@ def table(lines, merge=False, averages=False):
 
 @one_line_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m tools.experiments", description="Make the missing runs of a list, or show a list.")
-    parser.add_argument("do", choices=("run", "table", "plot"), help="plot: the metric over sparsity, into LIST.png")
+    parser = Parser(
+        prog="python -m tools.experiments",
+        description="Make the missing runs of a list, or show a list.",
+    )
+    parser.add_argument(
+        "do", choices=("run", "table", "plot"), help="plot: the metric over sparsity, into LIST.png"
+    )
     parser.add_argument("list", choices=(*LISTS, *RECORDED))
-    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER", help=f"of {RUNS} (results)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=ROOT / "results",
+        metavar="FOLDER",
+        help=f"of {RUNS} (results)",
+    )
     parser.add_argument("--at-once", type=count, default=1, help="runs at a time, on all GPUs (1)")
-    parser.add_argument("--seconds", type=float, default=1e6, help="stop after so long; finished runs are kept")
+    parser.add_argument(
+        "--seconds", type=float, default=1e6, help="stop after so long; finished runs are kept"
+    )
     parser.add_argument("--data-dir", metavar="FOLDER", help="run: as in train.py")
     parser.add_argument("--model", metavar="FOLDER", help="run: where the list's model stands here")
     args = parser.parse_args(argv)
     machine = words({"data_dir": args.data_dir, "model": args.model})
     if args.do == "run":
-        make_missing(args.list, commands(args.list), args.results, args.at_once, args.seconds, machine)
+        make_missing(
+            args.list, commands(args.list), args.results, args.at_once, args.seconds, machine
+        )
         return
     wanted = set(commands(args.list))
     lines = [line for line in read_lines(args.results / RUNS) if line["command"] in wanted]
@@ -310,12 +370,16 @@ def main(argv=None):
         raise ValueError(f"{args.results / RUNS} has none of these runs; make them with: {command}")
     if args.do == "plot":
         if args.list != "curve":
-            raise ValueError("plot is for the list `curve`: one task, and one setting of each method at a sparsity")
+            raise ValueError(
+                "plot is for the list `curve`: one task, and one setting of each method at a sparsity"
+            )
         path = args.results / f"{args.list}.png"
         plot_curves(path, curves(lines), f"dev {TASKS[lines[0]['task']].metrics[0]}")
         print(path)
     else:
-        print(table(lines, merge=args.list in ("ablations", "earlier"), averages=args.list == "main"))
+        print(
+            table(lines, merge=args.list in ("ablations", "earlier"), averages=args.list == "main")
+        )
 
 
 if __name__ == "__main__":

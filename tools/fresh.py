@@ -26,7 +26,9 @@ def make_tokenizer(path, vocabulary):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()  # all bytes, so that no text has an unknown token
+    alphabet = (
+        pre_tokenizers.ByteLevel.alphabet()
+    )  # all bytes, so that no text has an unknown token
     settings = {"special_tokens": [END], "initial_alphabet": alphabet, "show_progress": False}
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, **settings)
     tokenizer.train_from_iterator(lines, trainer)
@@ -50,9 +52,18 @@ def make_folder(folder, args):
     write_whole(folder / "tokenizer.json", make_tokenizer(args.text, args.vocabulary))
     tokenizer = open_tokenizer(folder)
     end = tokenizer.token_to_id(END)
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
+    config = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu_new",
+    }
     config |= {"vocab_size": tokenizer.get_vocab_size(), "bos_token_id": end, "eos_token_id": end}
-    config |= {"n_layer": args.layers, "n_embd": args.hidden, "n_head": args.heads, "n_positions": args.positions}
+    config |= {
+        "n_layer": args.layers,
+        "n_embd": args.hidden,
+        "n_head": args.heads,
+        "n_positions": args.positions,
+    }
     config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), args.dropout)
     write_whole(folder / "config.json", json_bytes(config))
     write_weights(folder, args.seed)
@@ -64,17 +75,30 @@ def write_weights(folder, seed):
     write_whole(folder / WEIGHTS, pack_weights(make_tensors(config, seed)))
 
 
-SHAPE = {"vocabulary": 8000, "layers": 6, "hidden": 384, "heads": 6, "positions": 512, "dropout": 0.1}
+SHAPE = {
+    "vocabulary": 8000,
+    "layers": 6,
+    "hidden": 384,
+    "heads": 6,
+    "positions": 512,
+    "dropout": 0.1,
+}
 BYTES = 257  # entries of the smallest tokenizer: all bytes, and the end of a text
 
 
 @cli.one_line_errors()
 def main(argv=None):
     parser = cli.Parser(prog="python -m tools.fresh", description="Make a GPT-2 of random weights.")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new one, or one that lacks weights alone")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="learn the tokenizer from this text")
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="a new one, or one that lacks weights alone"
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="learn the tokenizer from this text"
+    )
     entries = cli.number(int, f"a whole number, at least {BYTES}", lambda x: BYTES <= x < 1 << 24)
-    parser.add_argument("--vocabulary", type=entries, help="entries of the tokenizer, at most (8000)")
+    parser.add_argument(
+        "--vocabulary", type=entries, help="entries of the tokenizer, at most (8000)"
+    )
     parser.add_argument("--layers", type=cli.up_to(1000), help="(6)")
     parser.add_argument("--hidden", type=cli.up_to(16384), help="width (384)")
     parser.add_argument("--heads", type=cli.up_to(16384), help="attention heads of a layer (6)")
@@ -87,10 +111,14 @@ def main(argv=None):
     found = {path.name for path in args.folder.iterdir()} if args.folder.is_dir() else set()
     if {"config.json", "tokenizer.json"} <= found and WEIGHTS not in found:
         if given:
-            parser.error(f"{cli.flag(given[0])}: the files of {args.folder} decide that; name a new folder")
+            parser.error(
+                f"{cli.flag(given[0])}: the files of {args.folder} decide that; name a new folder"
+            )
         write_weights(args.folder, args.seed)
     elif found or args.folder.is_file():
-        raise ValueError(f"{args.folder} is neither new nor a model's folder that lacks weights alone; name another")
+        raise ValueError(
+            f"{args.folder} is neither new nor a model's folder that lacks weights alone; name another"
+        )
     elif args.text is None:
         parser.error("--text: name a text to learn the tokenizer from")
     elif args.hidden % args.heads:

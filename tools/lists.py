@@ -11,9 +11,19 @@ import itertools
 import shlex
 
 # Steps of all lists but `main`, the same for all methods of a task: for GLUE a fifth to a half of the defaults.
-STEPS = {"movies": 1196, "rte": 3120, "mrpc": 3450, "cola": 3216, "stsb": 3600, "sst2": 3159, "squad": 2870}
+STEPS = {
+    "movies": 1196,
+    "rte": 3120,
+    "mrpc": 3450,
+    "cola": 3216,
+    "stsb": 3600,
+    "sst2": 3159,
+    "squad": 2870,
+}
 STEPS |= {"ptb": 820}  # ten epochs
-MODELS = {"ptb": "standin"}  # of all other tasks minilm; results/README.md says how the stand-in for GPT-2 is made
+MODELS = {
+    "ptb": "standin"
+}  # of all other tasks minilm; results/README.md says how the stand-in for GPT-2 is made
 SEEDS = {"movies": 5, "rte": 5, "mrpc": 5, "cola": 5, "stsb": 5, "sst2": 3}
 SPARSITIES = (0.5, 0.9)
 
@@ -26,7 +36,11 @@ TUNED = {
     ("movement", 0.5): MOVEMENT,
     ("movement", 0.9): MOVEMENT,
 }
-TUNED |= {(method, sparsity): {"weight_lr": 1e-4} for method in ("soft-movement", "l0") for sparsity in SPARSITIES}
+TUNED |= {
+    (method, sparsity): {"weight_lr": 1e-4}
+    for method in ("soft-movement", "l0")
+    for sparsity in SPARSITIES
+}
 TUNED |= {(method, 0.5): {"lr": 4e-2} for method in ("smp-s", "smp-l", "smp-g")}
 TUNED |= {(method, 0.9): {"lr": 1e-2} for method in ("smp-s", "smp-l", "smp-g")}
 TUNED |= {("smp-w", 0.5): {"lr": 4e-2, "warmup": 0.1}, ("smp-w", 0.9): {"lr": 1e-2, "warmup": 0.1}}
@@ -53,7 +67,10 @@ BY_TASK = {
 
 # Of language models, by method and sparsity: five settings each on seed 0, chosen by the perplexity of validation text.
 PTB = {("finetune", None): {"weight_lr": 1e-3}}
-PTB |= {key: {"weight_lr": 1e-3} for key in itertools.product(("p-pruning", "p-activation", "p-random"), (0.3, 0.5))}
+PTB |= {
+    key: {"weight_lr": 1e-3}
+    for key in itertools.product(("p-pruning", "p-activation", "p-random"), (0.3, 0.5))
+}
 PTB |= {("smp-s", 0.2): {"lr": 0.1, "penalty": 0}, ("smp-s", 0.5): {"penalty": 0}}
 
 
@@ -117,7 +134,10 @@ def words(flags):
     """Flags as train.py takes them."""
     given = {name.replace("_", "-"): value for name, value in flags.items() if value is not None}
     switches = {True: "--{}", False: "--no-{}"}
-    return [switches[v].format(name) if isinstance(v, bool) else f"--{name}={v}" for name, v in given.items()]
+    return [
+        switches[v].format(name) if isinstance(v, bool) else f"--{name}={v}"
+        for name, v in given.items()
+    ]
 
 
 def equal(task, row, seed, flags):
@@ -127,9 +147,16 @@ def equal(task, row, seed, flags):
 
 def run(task, method, sparsity=None, seed=0, **flags):
     """The arguments of a run as one line, by which it is known."""
-    given = {"task": task, "model": MODELS.get(task, "minilm"), "method": method, "sparsity": sparsity}
+    given = {
+        "task": task,
+        "model": MODELS.get(task, "minilm"),
+        "method": method,
+        "sparsity": sparsity,
+    }
     flags = earlier(task, method, sparsity) | flags
-    return shlex.join(words(given | {"steps": STEPS[task], "seed": seed} | dict(sorted(flags.items()))))
+    return shlex.join(
+        words(given | {"steps": STEPS[task], "seed": seed} | dict(sorted(flags.items())))
+    )
 
 
 def main_rows():
@@ -151,8 +178,16 @@ def ablations():
         yield run("mrpc", "movement", sparsity, steps=4 * STEPS["mrpc"], **MOVEMENT)
     for task, seed, sparsity in itertools.product(("mrpc", "sst2"), range(3), SPARSITIES):
         for method in ("smp-s", "smp-l"):
-            yield run(task, method, sparsity, seed, **tuned(task, method, sparsity) | {"penalty": 0})
-            yield run(task, method, sparsity, seed, **tuned(task, method, sparsity) | {"head": "classifier"})
+            yield run(
+                task, method, sparsity, seed, **tuned(task, method, sparsity) | {"penalty": 0}
+            )
+            yield run(
+                task,
+                method,
+                sparsity,
+                seed,
+                **tuned(task, method, sparsity) | {"head": "classifier"},
+            )
         for method in ("smp-g", "smp-t", "l0", "random"):
             yield run(task, method, sparsity, seed, **tuned(task, method, sparsity))
         yield run(task, "movement", sparsity, seed, penalty=400, weight_lr=1e-4)

@@ -33,8 +33,12 @@ EXAMPLES = {  # for a task that takes one text, or two
 }
 
 # Colour scales, red, green and blue at equal steps; people who are colour-blind tell them apart, and so do printers.
-MORE = np.array([(255, 255, 217), (199, 233, 180), (65, 182, 196), (34, 94, 168), (8, 29, 88)])  # YlGnBu
-CHANGE = np.array([(230, 97, 1), (253, 184, 99), (255, 255, 255), (146, 178, 222), (33, 102, 172)])  # orange to blue
+MORE = np.array(
+    [(255, 255, 217), (199, 233, 180), (65, 182, 196), (34, 94, 168), (8, 29, 88)]
+)  # YlGnBu
+CHANGE = np.array(
+    [(230, 97, 1), (253, 184, 99), (255, 255, 255), (146, 178, 222), (33, 102, 172)]
+)  # orange to blue
 
 
 def safe(value):
@@ -102,9 +106,15 @@ def curve(name, points, dots=False):
     parts.append(f'<text x="38" y="133" text-anchor="end">{low:.3g}</text>')
     if high > low:
         parts.append(f'<text x="38" y="18" text-anchor="end">{high:.3g}</text>')
-    parts.append(f'<text x="44" y="146">{first:.0f}</text><text x="305" y="146" text-anchor="end">{last:.0f}</text>')
+    parts.append(
+        f'<text x="44" y="146">{first:.0f}</text><text x="305" y="146" text-anchor="end">{last:.0f}</text>'
+    )
     parts.append('<text x="174" y="146" text-anchor="middle">step</text>')
-    parts.append('<polyline points="' + " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True)) + '"/>')
+    parts.append(
+        '<polyline points="'
+        + " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+        + '"/>'
+    )
     if dots:
         for a, b, step, value in zip(x, y, steps, values, strict=True):
             tip = f"<title>step {step:.0f}: {value:.4g}</title>"
@@ -116,7 +126,11 @@ def curve(name, points, dots=False):
 def curves(log):
     """The training curves of a log.jsonl, or a line that says that there is none."""
     losses, evaluations = read_log(log) if log.exists() else ([], [])
-    found = [curve(name, [(line["step"], line[name]) for line in losses]) for name in ("density", "loss") if losses]
+    found = [
+        curve(name, [(line["step"], line[name]) for line in losses])
+        for name in ("density", "loss")
+        if losses
+    ]
     for metric in evaluations[0]["dev"] if evaluations else ():
         points = [(line["step"], line["dev"][metric]) for line in evaluations]
         found.append(curve(f"dev {metric}", points, dots=True))
@@ -158,14 +172,18 @@ def change_rows(before, after, chosen):
     """Rows of a table: how what was chosen changes without each head, from what without_heads() gives."""
     classes = len(before) > 1
     change = (after[..., chosen] - before[chosen]).tolist()  # [layers, heads]
-    most = max(0.01 if classes else 0.1, *(abs(by) for row in change for by in row))  # less is not worth a colour
+    most = max(
+        0.01 if classes else 0.1, *(abs(by) for row in change for by in row)
+    )  # less is not worth a colour
 
     rows = []
     for i, row in enumerate(change):
         cells = []
         for head, by in enumerate(row):
             number = f"{100 * by:+.1f}" if classes else f"{by:+.2f}"
-            number = number.replace("-", "&minus;") if float(number) else number[1:]  # no sign before 0.0
+            number = (
+                number.replace("-", "&minus;") if float(number) else number[1:]
+            )  # no sign before 0.0
             tip = f"without head {head} of layer {i}: {after[i, head, chosen]:.4f}"
             flips = ' class="flips"' if int(after[i, head].argmax()) != chosen else ""
             style = painted(0.5 - 0.5 * by / most, CHANGE)
@@ -205,16 +223,22 @@ def sentence(loaded, texts):
 def png(levels, depth):
     """uint8 [rows, columns], grey from 0 (black) up, of 1 or 8 bits a pixel -> the bytes of a PNG file."""
     height, width = levels.shape
-    packed = np.packbits(levels, axis=1) if depth == 1 else levels  # each row begins with a new byte
+    packed = (
+        np.packbits(levels, axis=1) if depth == 1 else levels
+    )  # each row begins with a new byte
     filtered = np.insert(packed, 0, 0, axis=1)  # 0: the row as it is
 
     def chunk(kind, content):
         checksum = struct.pack(">I", zlib.crc32(kind + content))
         return struct.pack(">I", len(content)) + kind + content + checksum
 
-    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)  # grey, deflated, not interlaced
+    header = struct.pack(
+        ">IIBBBBB", width, height, depth, 0, 0, 0, 0
+    )  # grey, deflated, not interlaced
     body = zlib.compress(filtered.tobytes())
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
 
 
 def pictures(masks, side):
@@ -226,9 +250,13 @@ def pictures(masks, side):
         return {name: png(~mask.numpy(), 1) for name, mask in masks.items()}, 1.0
     blocks = {}
     for name, mask in masks.items():
-        blocks[name] = F.avg_pool2d(mask.float()[None], side, ceil_mode=True)[0]  # at the edges, blocks are smaller
+        blocks[name] = F.avg_pool2d(mask.float()[None], side, ceil_mode=True)[
+            0
+        ]  # at the edges, blocks are smaller
     highest = max(1e-6, *(block.max().item() for block in blocks.values()))
-    return {name: png((255 - 255 * b / highest).round().byte().numpy(), 8) for name, b in blocks.items()}, highest
+    return {
+        name: png((255 - 255 * b / highest).round().byte().numpy(), 8) for name, b in blocks.items()
+    }, highest
 
 
 def layer_cards(groups, masks, head_size, side):
@@ -264,14 +292,18 @@ def layer_cards(groups, masks, head_size, side):
 def heading(loaded):
     """{title, what, found}: what the run is, and what it came to."""
     result, masks = loaded.result, loaded.masks
-    model = printable(Path(result["model"]).name)  # the page may travel; where a folder stood is nobody's business
+    model = printable(
+        Path(result["model"]).name
+    )  # the page may travel; where a folder stood is nobody's business
     kept = sum(mask.sum().item() for mask in masks.values())
     total = sum(mask.numel() for mask in masks.values())
     what = f"Task {result['task']}, backbone {model}, method {result['method']}. "
     what += f"{kept:,} of {total:,} weights are kept: density {kept / total:.4f}, sparsity {1 - kept / total:.4f}."
     known = {"seed": "seed {}", "steps": "{} steps", "seconds": "{} seconds", "commit": "commit {}"}
     facts = [form.format(result[key]) for key, form in known.items() if result.get(key) is not None]
-    found = f"Dev {show(result['final'])} ({', '.join([*facts, result['device'], result['dtype']])})."
+    found = (
+        f"Dev {show(result['final'])} ({', '.join([*facts, result['device'], result['dtype']])})."
+    )
     title = f"{result['task']}: a mask for {model}"
     return {"title": safe(title), "what": safe(what), "found": safe(found)}
 
@@ -283,7 +315,10 @@ def make_page(loaded, log, texts):
     table = np.array(list(densities(groups, masks).values())).T  # [layers, groups]
     heads = head_densities(groups, masks, model.config.layers[0][0])  # [layers, heads]
     digits = 0 if heads.max() > 0.1 else 1  # of percents
-    names = [group.replace("attn_", "attention ").replace("intermediate", "inter&shy;mediate") for group in groups]
+    names = [
+        group.replace("attn_", "attention ").replace("intermediate", "inter&shy;mediate")
+        for group in groups
+    ]
     parts = heading(loaded) | {
         "densities": density_table(names, table, lambda v: f"{v:.3f}"),
         "heads": density_table(range(heads.shape[1]), heads, lambda v: f"{100 * v:.{digits}f}"),
@@ -305,10 +340,16 @@ def make_page(loaded, log, texts):
 
 @one_line_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m tools.page", description="Write one page to look at a mask in a browser.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a mask file out of one")
+    parser = Parser(
+        prog="python -m tools.page", description="Write one page to look at a mask in a browser."
+    )
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="a run folder, or a mask file out of one"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page")
-    parser.add_argument("--text", help="show what each attention head does for this text; default: one of ours")
+    parser.add_argument(
+        "--text", help="show what each attention head does for this text; default: one of ours"
+    )
     parser.add_argument("--pair", help="the second text, where the task takes two")
     parser.add_argument("--model", metavar="FOLDER", help="where the backbone stands now")
     args = parser.parse_args(argv)
@@ -331,10 +372,14 @@ def read_texts(task, args):
     if args.text is None:
         return EXAMPLES[len(task.text)]
     if task.say:
-        raise ValueError("--text: heads are shown for an answer of one class or score, which this task has not")
+        raise ValueError(
+            "--text: heads are shown for an answer of one class or score, which this task has not"
+        )
     texts = (args.text,) if args.pair is None else (args.text, args.pair)
     if len(texts) != len(task.text):
-        raise ValueError(f"this task takes {'--text and --pair' if args.pair is None else '--text without --pair'}")
+        raise ValueError(
+            f"this task takes {'--text and --pair' if args.pair is None else '--text without --pair'}"
+        )
     return texts
 
 

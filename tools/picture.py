@@ -1,8 +1,8 @@
 """Masks to look at: the density of each attention head, two masks compared, a picture with the training curves.
 
-    python -m tools.picture RUN                  # density of matrices and heads
-    python -m tools.picture RUN RUN              # how much of the first mask the second keeps too
-    python -m tools.picture RUN --out map.png    # needs matplotlib
+python -m tools.picture RUN                  # density of matrices and heads
+python -m tools.picture RUN RUN              # how much of the first mask the second keeps too
+python -m tools.picture RUN --out map.png    # needs matplotlib
 """
 
 import json
@@ -21,7 +21,9 @@ def head_densities(groups, masks, heads):
     """-> [layers, heads]: share kept of the rows of query, key and value and the columns of the output of each head."""
     rows = [[masks[name] for name in groups[group]] for group in ("query", "key", "value")]
     rows.append([masks[name].T for name in groups["attn_output"]])
-    return np.array([[m.float().reshape(heads, -1).mean(1).tolist() for m in kind] for kind in rows]).mean(0)
+    return np.array(
+        [[m.float().reshape(heads, -1).mean(1).tolist() for m in kind] for kind in rows]
+    ).mean(0)
 
 
 def head_map(found):
@@ -44,7 +46,10 @@ def comparison(groups, a, b):
     chance = {name: mask.float().mean().item() for name, mask in b.items()}
 
     names = [group.replace("_", " ").replace("intermediate", "intermed.") for group in groups]
-    lines = ["share of the first mask's weights that the second keeps too (by chance)", table_row("shared", names)]
+    lines = [
+        "share of the first mask's weights that the second keeps too (by chance)",
+        table_row("shared", names),
+    ]
     for i, layer in enumerate(zip(*groups.values(), strict=True)):
         cells = [f"{shared[name] / max(kept[name], 1):.2f} ({chance[name]:.2f})" for name in layer]
         lines.append(table_row(f"layer {i}", cells))
@@ -113,7 +118,11 @@ def read_log(path):
             whole = all(type(value) in (int, float) and abs(value) < LARGEST for value in numbers)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             whole = False
-        if not whole or evaluations and evaluations[-1]["dev"].keys() != evaluations[0]["dev"].keys():
+        if (
+            not whole
+            or evaluations
+            and evaluations[-1]["dev"].keys() != evaluations[0]["dev"].keys()
+        ):
             raise ValueError(f"{path}:{number} is not a line of a run's log; take it out")
     return losses, evaluations
 
@@ -148,9 +157,16 @@ def plot_run(path, title, found, losses, evaluations):
 
 @one_line_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m tools.picture", description="Look at the mask of a run, or compare those of two.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="one or two run folders or mask files")
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw the mask and the training curves instead")
+    parser = Parser(
+        prog="python -m tools.picture",
+        description="Look at the mask of a run, or compare those of two.",
+    )
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="one or two run folders or mask files"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.png", help="draw the mask and the training curves instead"
+    )
     parser.add_argument("--model", metavar="FOLDER", help="where the backbone stands now")
     args = parser.parse_args(argv)
     if len(args.runs) > (1 if args.out else 2):

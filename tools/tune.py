@@ -32,8 +32,16 @@ HELD = "held"  # --data-dir
 DENSE = {"weight_lr": (5e-5, 1e-4, 2e-4, 4e-4), "warmup": (0, 0.1), "dropout": (True, False)}
 GRADUAL = {"ramp": (0.5, 0.7, 0.9), "hold": (0, 0.2), "schedule": ("cubic", "linear")}
 RIVAL = DENSE | GRADUAL
-LATE = RIVAL | {"hold": (0.2, 0.3, 0.4), "schedule": ("linear",)}  # movement's scores start at 0, and mean nothing yet
-SCORES = GRADUAL | {"lr": (1e-2, 2e-2, 4e-2), "penalty": (200, 400, 800), "warmup": (0, 0.1), "dropout": (True, False)}
+LATE = RIVAL | {
+    "hold": (0.2, 0.3, 0.4),
+    "schedule": ("linear",),
+}  # movement's scores start at 0, and mean nothing yet
+SCORES = GRADUAL | {
+    "lr": (1e-2, 2e-2, 4e-2),
+    "penalty": (200, 400, 800),
+    "warmup": (0, 0.1),
+    "dropout": (True, False),
+}
 SMP_S = SCORES | {"temperature": (1, 4)}
 BIAS = SMP_S | {"weight_lr": (3e-4, 1e-3, 3e-3)}
 GATES = DENSE | {"lr": (5e-3, 1e-2, 2e-2)}  # of these, lambda decides how many weights stay
@@ -80,7 +88,11 @@ def settings(method, sparsity):
 def runs(row, flags, seeds):
     """Commands of a setting, on the rows that were held out."""
     name = name_of(*row)
-    return [f"python train.py {equal(task, name, seed, flags)} --data-dir={HELD}" for task in TASKS for seed in seeds]
+    return [
+        f"python train.py {equal(task, name, seed, flags)} --data-dir={HELD}"
+        for task in TASKS
+        for seed in seeds
+    ]
 
 
 def ranked(done, row, tried, seeds):
@@ -101,16 +113,28 @@ def chosen(done, row):
     """(mean accuracy, flags) of the setting that tuning prefers. Raises ValueError if runs are missing."""
     found = ranked(done, row, finalists(done, row), SEEDS)
     if len(found) < FINALISTS:
-        raise ValueError(f"runs of {name_of(*row)} are missing; make them with: python -m tools.tune run")
+        raise ValueError(
+            f"runs of {name_of(*row)} are missing; make them with: python -m tools.tune run"
+        )
     return found[0]
 
 
 def first_round():
-    return [command for row in GRIDS for flags in settings(*row) for command in runs(row, flags, SEEDS[:1])]
+    return [
+        command
+        for row in GRIDS
+        for flags in settings(*row)
+        for command in runs(row, flags, SEEDS[:1])
+    ]
 
 
 def second_round(done):
-    return [command for row in GRIDS for flags in finalists(done, row) for command in runs(row, flags, SEEDS[1:])]
+    return [
+        command
+        for row in GRIDS
+        for flags in finalists(done, row)
+        for command in runs(row, flags, SEEDS[1:])
+    ]
 
 
 def read_done(folder):
@@ -122,22 +146,46 @@ def read_done(folder):
 
 def table(done):
     """Markdown: what every row had to choose from, how many runs it got, what was chosen and how well that did."""
-    lines = [["method", "settings in its grid", "tried", "runs", "chosen", "held-out accuracy"], ["---"] * 6]
+    lines = [
+        ["method", "settings in its grid", "tried", "runs", "chosen", "held-out accuracy"],
+        ["---"] * 6,
+    ]
     for row, grid in GRIDS.items():
         accuracy, flags = chosen(done, row)
         size = math.prod(len(values) for values in grid.values())
-        made = sum(command in done for flags in settings(*row) for command in runs(row, flags, SEEDS))
-        lines.append([name_of(*row), str(size), str(SETTINGS), str(made), f"`{flags}`", f"{100 * accuracy:.1f}"])
+        made = sum(
+            command in done for flags in settings(*row) for command in runs(row, flags, SEEDS)
+        )
+        lines.append(
+            [
+                name_of(*row),
+                str(size),
+                str(SETTINGS),
+                str(made),
+                f"`{flags}`",
+                f"{100 * accuracy:.1f}",
+            ]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 @one_line_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m tools.tune", description="Tune every method with the same budget.")
+    parser = Parser(
+        prog="python -m tools.tune", description="Tune every method with the same budget."
+    )
     parser.add_argument("do", choices=("run", "table"))
-    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER", help=f"of {RUNS} (results)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=ROOT / "results",
+        metavar="FOLDER",
+        help=f"of {RUNS} (results)",
+    )
     parser.add_argument("--at-once", type=count, default=1, help="runs at a time, on all GPUs (1)")
-    parser.add_argument("--seconds", type=float, default=1e6, help="stop after so long; finished runs are kept")
+    parser.add_argument(
+        "--seconds", type=float, default=1e6, help="stop after so long; finished runs are kept"
+    )
     parser.add_argument("--model", metavar="FOLDER", help="run: where MiniLM stands here")
     args = parser.parse_args(argv)
     if args.do == "table":
