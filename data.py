@@ -19,7 +19,7 @@ import torch
 
 from plumbing import fetch, parallel
 from plumbing.checkpoints import encode_texts, open_tokenizer
-from plumbing.files import regular, sha256
+from plumbing.files import require_regular_file, sha256
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def read_rows(path, task, labelled=True):
     unknown label, or a file without rows.
     """
     try:
-        lines = regular(path).read_bytes().decode("utf-8-sig").split("\n")
+        lines = require_regular_file(path).read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
     rows = [line.removesuffix("\r").split("\t") for line in lines]
@@ -303,7 +303,7 @@ def split_batch(rows, parts):
 
     A part without rows gets one with share 0, because a process without rows takes part in the step as well.
     """
-    split = np.array_split(parallel.share(rows), parts)  # some may be empty
+    split = np.array_split(parallel.shard(rows), parts)  # some may be empty
     return [(part, len(part) / len(rows)) if len(part) else (rows[:1], 0.0) for part in split]
 
 

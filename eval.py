@@ -19,7 +19,7 @@ from mask import METHODS
 from model import load_model, read_config
 from plumbing import cli, fetch, parallel
 from plumbing.checkpoints import read_model
-from plumbing.files import check_digest, load_masks, named, regular
+from plumbing.files import check_digest, load_masks, prefix_errors, require_regular_file
 from plumbing.metrics import METRICS
 from plumbing.progress import progress
 from plumbing.run import identity, read_description
@@ -38,7 +38,7 @@ def predict(model, weights, examples, device):
     model.eval()  # no dropout
     batches = data.batch_rows(examples, examples.eval_batch)
     outputs = []
-    for rows in progress(parallel.share(batches), "evaluating", delay=2):
+    for rows in progress(parallel.shard(batches), "evaluating", delay=2):
         inputs, labels = data.collate(examples, rows, device)
         logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
         outputs.append(examples.keep(logits, labels).cpu())
@@ -75,11 +75,11 @@ def load_backbone(folder, task, length, head, fresh=True):
     if task.load:
         return task.load(folder, length, head)
     stored, tensors = read_model(folder)
-    with named(folder):
+    with prefix_errors(folder):
         config = read_config(stored)
     tokenizer = data.load_tokenizer(folder, length)
     probe = tokenizer.encode(*"ab"[: len(task.text)])  # with what the tokenizer puts around texts
-    with named(folder):
+    with prefix_errors(folder):
         if not 4 <= length <= config.longest_input:
             raise ValueError(f"--length {length}: the model takes 4 to {config.longest_input} tokens")
         ids = [*tokenizer.get_vocab().values(), *probe.ids]
@@ -170,8 +170,8 @@ def answers(loaded, texts, read=None):
 
 def read_texts(path, width):
     """Lines of a file -> tuples of `width` texts, with tabs between. Raises ValueError that names the line."""
-    content = regular(path).read_bytes()
-    with named(path):
+    content = require_regular_file(path).read_bytes()
+    with prefix_errors(path):
         lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
     texts = [tuple(line.removesuffix("\r").split("\t")) for line in lines]
     for number, text in enumerate(texts, 1):
@@ -250,7 +250,7 @@ def look(run, args):
 @cli.one_line_errors()
 def main(argv=None):
     args = parse_args(argv)
-    parallel.refuse("eval.py")
+    parallel.require_one_process("eval.py")
     cli.set_up(deterministic=False, steps=0)
     for run in args.runs:
         look(run, args)

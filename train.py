@@ -188,7 +188,7 @@ def train_step(forward_backward, optimizer, parts, density, penalty):
     for part in parts:  # gradients add up
         losses = losses + part.share * forward_backward(part.inputs, part.labels, part.share, density, penalty)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parallel.add_up_gradients(parameters)  # over the processes: each has its part of the batch
+    parallel.all_reduce_gradients(parameters)  # over the processes: each has its part of the batch
     nn.utils.clip_grad_norm_(parameters, 1.0)  # of all together (reference code)
     optimizer.step()
     optimizer.zero_grad()

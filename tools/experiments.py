@@ -25,7 +25,7 @@ import torch
 
 from data import TASKS
 from plumbing.cli import Parser, count, one_line_errors
-from plumbing.files import check_types, read_json, regular
+from plumbing.files import check_types, read_json, require_regular_file
 from plumbing.progress import progress
 from tools.lists import BY_TASK, EQUAL_STEPS, LISTS, STEPS, TOGETHER, earlier, main_rows, words
 from tools.picture import plot_curves
@@ -64,7 +64,7 @@ def read_lines(path):
     """Results of a file. Raises ValueError that names a line that is not the result of a run."""
     lines = []
     for number, text in enumerate(
-        regular(path).read_text("utf-8").splitlines() if path.exists() else (), 1
+        require_regular_file(path).read_text("utf-8").splitlines() if path.exists() else (), 1
     ):
         try:
             line = json.loads(text)

@@ -16,13 +16,13 @@ from extras.gpt2 import GPT2, gpt2_config
 from extras.lm import END
 from plumbing import cli
 from plumbing.checkpoints import WEIGHTS, open_tokenizer, pack_weights
-from plumbing.files import json_bytes, named, partial_folder, read_json, regular, write_whole
+from plumbing.files import json_bytes, partial_folder, prefix_errors, read_json, require_regular_file, write_whole
 
 
 def make_tokenizer(path, vocabulary):
     """A byte-level BPE like GPT-2's, of at most so many entries, learnt from the lines of a text -> tokenizer.json."""
-    with named(path):
-        lines = regular(path).read_bytes().decode("utf-8-sig").splitlines(keepends=True)
+    with prefix_errors(path):
+        lines = require_regular_file(path).read_bytes().decode("utf-8-sig").splitlines(keepends=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -70,7 +70,7 @@ def make_folder(folder, args):
 
 
 def write_weights(folder, seed):
-    with named(folder / "config.json"):
+    with prefix_errors(folder / "config.json"):
         config = gpt2_config(read_json(folder / "config.json"))
     write_whole(folder / WEIGHTS, pack_weights(make_tensors(config, seed)))
 

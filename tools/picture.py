@@ -12,7 +12,7 @@ import numpy as np
 
 from eval import densities, load_run
 from plumbing.cli import Parser, one_line_errors, shade, shaded_table, table_row
-from plumbing.files import regular
+from plumbing.files import require_regular_file
 
 LARGEST = 1e9  # number that is drawn; beyond, matplotlib counts ticks for ever
 
@@ -106,7 +106,7 @@ def read_log(path):
     Raises ValueError that names a line that is none of a run.
     """
     losses, evaluations = [], []
-    for number, text in enumerate(regular(path).read_text("utf-8", "replace").splitlines(), 1):
+    for number, text in enumerate(require_regular_file(path).read_text("utf-8", "replace").splitlines(), 1):
         try:
             line = json.loads(text)
             if "dev" in line:
