@@ -384,8 +384,7 @@ def main(argv=None):
     add("do", choices=("run", "table", "plot"), help=do_help)
     add("list", choices=(*LISTS, *RECORDED))
     results = ROOT / "results"
-    results_help = f"where {RUNS} is (results)"
-    add("--results", type=Path, default=results, metavar="FOLDER", help=results_help)
+    add("--results", type=Path, default=results, metavar="FOLDER", help=f"has {RUNS} (results)")
     add("--at-once", type=count, default=1, help="runs at a time, on all GPUs (1)")
     seconds_help = "stop after this long; finished runs are kept"
     add("--seconds", type=float, default=1e6, help=seconds_help)
