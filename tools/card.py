@@ -24,8 +24,8 @@ DATASETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-v1"),
     "wikitext103": ("Salesforce/wikitext", "wikitext-103-v1"),
 }
-for glue_task in "rte mrpc cola stsb sst2 qnli qqp mnli wnli".split():
-    DATASETS[glue_task] = ("nyu-mll/glue", glue_task)
+GLUE = "rte mrpc cola stsb sst2 qnli qqp mnli wnli".split()
+DATASETS |= {task: ("nyu-mll/glue", task) for task in GLUE}
 METRICS = {
     "mcc": "matthews_correlation",
     "pearson": "pearsonr",
