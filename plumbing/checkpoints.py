@@ -1,7 +1,9 @@
 """Model folders as other libraries write and read them: config, weights and tokenizer.
 
-stored, tensors = read_model(folder)  # for model.load_model
-tokenizer = open_tokenizer(folder)
+Only safetensors are read, because other formats could run code.
+
+    stored, tensors = read_model(folder)  # for model.load_model
+    tokenizer = open_tokenizer(folder)
 """
 
 import string

@@ -1,8 +1,10 @@
 """Downloads with bounds: whole or not at all, never larger than a limit, never stuck for ever.
 
-with fetched(url, path, remedy) as part:  # a whole file beside `path`
-    check_digest(part, "sha256", expected, url)
-    part.replace(path)
+A file is downloaded beside its place, so that it can be checked before it is moved there.
+
+    with fetched(url, path, remedy) as part:
+        check_digest(part, "sha256", expected, url)
+        part.replace(path)
 """
 
 import ast

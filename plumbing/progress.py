@@ -1,6 +1,9 @@
 """Progress that people watch: a bar on a terminal, or a line every thirty seconds in a log.
 
-for batch in progress(batches, "evaluating"): ...
+Only process 0 shows it.
+
+    for batch in progress(batches, "evaluating"):
+        ...
 """
 
 import sys
