@@ -1,4 +1,4 @@
-"""A mask as one page for the browser: where it keeps weights, its training, and what each head does.
+"""A mask as one page for the browser: where it keeps weights, its training, what each head does.
 
 The page is a single file under 2 MB. It needs no server, no network and no other file.
 
