@@ -20,7 +20,7 @@ import torch
 
 from plumbing import fetch, parallel
 from plumbing.checkpoints import encode_texts
-from plumbing.files import regular, sha256
+from plumbing.files import require_regular_file, sha256
 
 # --- tasks ----------------------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ def read_rows(path, task, labelled=True):
 def read_cells(path):
     """A TSV file -> its lines, each a list of cells."""
     try:
-        content = regular(path).read_bytes().decode("utf-8-sig")
+        content = require_regular_file(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
     lines = content.split("\n")
@@ -312,7 +312,7 @@ def split_batch(rows, parts):
     A process without rows takes part in the step, too, so it gets a dummy row with share 0.
     """
     split = []
-    for part in np.array_split(parallel.share(rows), parts):  # some may be empty
+    for part in np.array_split(parallel.shard(rows), parts):  # some may be empty
         if len(part):
             split.append((part, len(part) / len(rows)))
         else:

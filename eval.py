@@ -83,7 +83,7 @@ def predict(model, weights, examples, device):
     # Rows of similar length stand together, so that little is computed on padding.
     batches = data.batch_rows(examples, examples.eval_batch)
     outputs = []
-    for rows in progress(parallel.share(batches), "evaluating", delay=2):
+    for rows in progress(parallel.shard(batches), "evaluating", delay=2):
         inputs, labels = data.collate(examples, rows, device)
         # A forward pass as in training, but with the weights under the exact masks.
         logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
@@ -372,7 +372,7 @@ def show_run(loaded, sets, metrics):
 @cli.one_line_errors()
 def main(argv=None):
     args = parse_args(argv)
-    parallel.refuse("eval.py")
+    parallel.require_one_process("eval.py")
     cli.set_up(deterministic=False, steps=0)
     for run in args.runs:
         evaluate_run(run, args)

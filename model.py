@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from plumbing.checkpoints import build_from, cutting_tokenizer, read_config, read_model
-from plumbing.files import named
+from plumbing.files import prefix_errors
 
 # The six groups of prunable matrices, and where each stands inside a layer.
 GROUPS = {
@@ -339,7 +339,7 @@ def load_backbone(folder, task, length, head="words", fresh=True):
         return task.load(folder, length, head)
     stored, tensors = read_model(folder)
     tokenizer = cutting_tokenizer(folder, length)
-    with named(folder):
+    with prefix_errors(folder):
         # Does the tokenizer fit the model? Ids out of range would end in an index error.
         config = read_config(stored, Config, FAMILIES, ONLY)
         if not 4 <= length <= config.longest_input:

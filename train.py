@@ -353,7 +353,7 @@ def train_step(forward_backward, optimizer, parts, density, penalty):
 
     # Over the processes, too: each has its part of the batch.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parallel.add_up_gradients(parameters)
+    parallel.all_reduce_gradients(parameters)
     nn.utils.clip_grad_norm_(parameters, 1.0)  # one norm for all of them (reference code)
     optimizer.step()
     optimizer.zero_grad()

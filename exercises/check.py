@@ -3,8 +3,8 @@
     python exercises/check.py 3 my_mask.py
     python exercises/check.py --json results.json 2 3 4 6 7 9 FOLDER
 
-The second form grades a folder of answers, under the names that EXERCISES.md gives them, and writes what Gradescope's
-autograder reads.
+The second form grades a folder of answers with the file names from EXERCISES.md, and writes the
+results for Gradescope's autograder.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import process
 
 
 class Exercise(NamedTuple):
-    function: str  # that the student writes
-    file: str  # under which name it is handed in
+    function: str  # the function that the student writes
+    file: str  # the file name for handing it in
     points: int
 
 
@@ -33,70 +33,93 @@ EXERCISES = {
     9: Exercise("dead_neurons", "dead_neurons.py", 25),
 }
 
-SHOWN = 2000  # characters of what a student's file printed
+SHOWN = 2000  # characters of a file's prints that are shown
 
 
 def grade(number, folder, seed):
-    """One entry of Gradescope's results: all points or none, and why."""
+    """Grade one answer -> an entry of Gradescope's results: all points or none, and the reason."""
     exercise = EXERCISES[number]
-    path, printed = folder / exercise.file, ""
+    path = folder / exercise.file
     if path.is_file():
-        sentence, printed = process.watch(EXERCISES[number].function, path, seed)
+        sentence, printed = process.watch(exercise.function, path, seed)
     else:
-        others = sorted(other.name for other in folder.glob("*.py"))
-        there = f"; there are {process.one_line(', '.join(others))}" if others else "; there is no Python file at all"
-        sentence = f"there is no file {exercise.file}{there}"
+        sentence, printed = describe_missing(exercise.file, folder), ""
 
-    output = "right" if sentence is None else f"not yet: {sentence}"
+    right = sentence is None
+    output = "right" if right else f"not yet: {sentence}"
     if printed:
-        output += f"\n\nThe file printed:\n{printed[:SHOWN]}" + (" ..." if len(printed) > SHOWN else "")
+        output += f"\n\nThe file printed:\n{printed[:SHOWN]}"
+    if len(printed) > SHOWN:
+        output += " ..."
     return {
         "name": f"{number}. {exercise.function} ({exercise.file})",
-        "score": exercise.points if sentence is None else 0,
+        "score": exercise.points if right else 0,
         "max_score": exercise.points,
-        "status": "passed" if sentence is None else "failed",
+        "status": "passed" if right else "failed",
         "output": output,
     }
 
 
+def describe_missing(name, folder):
+    """Say that a file is missing, and which files there are."""
+    others = sorted(other.name for other in folder.glob("*.py"))
+    if others:
+        return f"there is no file {name}; there are {process.one_line(', '.join(others))}"
+    return f"there is no file {name}; there is no Python file at all"
+
+
 def write_whole(path, text):
-    """Under another name first: a file that is there is complete."""
+    """Write a file atomically, under another name first."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, "utf-8")
     os.replace(part, path)
 
 
 def grade_all(numbers, folder, seed, path):
-    """Every answer is checked, whatever became of the others, and then all results are written."""
+    """Grade every answer, whatever happens to the others, then write all results."""
     tests = []
     for number in numbers:
-        tests.append(grade(number, folder, seed))
-        first_line = tests[-1]["output"].splitlines()[0]
-        print(f"{tests[-1]['score']:>3} of {tests[-1]['max_score']:>2}  {tests[-1]['name']}: {first_line}", flush=True)
-    write_whole(path, json.dumps({"output": f"cases drawn with --seed {seed}", "tests": tests}, indent=1))
+        test = grade(number, folder, seed)
+        tests.append(test)
+        first_line = test["output"].splitlines()[0]
+        points = f"{test['score']:>3} of {test['max_score']:>2}"
+        print(f"{points}  {test['name']}: {first_line}", flush=True)
+    results = {"output": f"cases drawn with --seed {seed}", "tests": tests}
+    write_whole(path, json.dumps(results, indent=1))
 
 
 def check_one(number, path, seed):
-    sentence, printed = process.watch(EXERCISES[number].function, path, seed)
+    """Check one answer and print the verdict -> exit status."""
+    function = EXERCISES[number].function
+    sentence, printed = process.watch(function, path, seed)
     print(printed, end="" if printed.endswith("\n") or not printed else "\n")
     if sentence is not None:
         print(f"not yet: {sentence}  (--seed {seed} repeats these cases)")
         return 1
-    print(f"right: exercise {number}, {EXERCISES[number].function}")
+    print(f"right: exercise {number}, {function}")
     return 0
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Check answers to programming exercises of EXERCISES.md.")
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description="Check answers to programming exercises of EXERCISES.md."
+    )
+    add = parser.add_argument
     numbers = {"type": int, "nargs": "+", "choices": EXERCISES, "metavar": "NUMBER"}
-    parser.add_argument("exercises", **numbers, help=f"of an exercise: {', '.join(map(str, EXERCISES))}")
-    parser.add_argument("path", type=Path, metavar="FILE", help="the answer; with --json the folder of the answers")
-    parser.add_argument("--json", type=Path, metavar="RESULTS", help="grade a folder; write this file for Gradescope")
-    parser.add_argument("--seed", type=int, help="of the cases; default: another one each time, printed")
+    add("exercises", **numbers, help=f"exercise numbers: {', '.join(map(str, EXERCISES))}")
+    add("path", type=Path, metavar="FILE", help="the answer; with --json the folder of answers")
+    json_help = "grade a folder, and write this file for Gradescope"
+    add("--json", type=Path, metavar="RESULTS", help=json_help)
+    add("--seed", type=int, help="seed of the cases; default: a new one each time, printed")
+    return parser
+
+
+def main(argv=None):
+    parser = make_parser()
     args = parser.parse_args(argv)
     seed = random.randrange(10**6) if args.seed is None else args.seed
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # an answer may print what a terminal cannot show
+        if hasattr(stream, "reconfigure"):  # an answer may print what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
 
     if args.json is None:

@@ -20,7 +20,7 @@ from extras.gpt2 import load_gpt2
 from plumbing import fetch
 from plumbing.checkpoints import encode_texts, open_tokenizer, read_model
 from plumbing.cli import printable
-from plumbing.files import named, regular, sha256
+from plumbing.files import prefix_errors, require_regular_file, sha256
 from plumbing.progress import progress
 
 fetch.FAMILIES["gpt2"] = "gpt2"
@@ -115,8 +115,8 @@ def read_blocks(task, path, tokenizer):
     that blocks decode to the text. What is left over at the end of the text is dropped (there, of each thousand lines).
     Raises ValueError for a text that is not UTF-8, or shorter than a block.
     """
-    content = regular(path).read_bytes()
-    with named(path):
+    content = require_regular_file(path).read_bytes()
+    with prefix_errors(path):
         lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
     lines = [line.removesuffix("\r") + "\n" for line in lines]
     words = len(lines) + sum(len(line.split()) for line in lines)
@@ -146,7 +146,7 @@ def load(folder, length, head):
     if head != "words":
         raise ValueError(f"--head {head}: a language model has no classes; leave it out")
     stored, tensors = read_model(folder)
-    with named(folder):
+    with prefix_errors(folder):
         model = load_gpt2(stored, tensors)
         if not 4 <= length <= model.config.n_positions:
             raise ValueError(f"--length {length}: the model takes 4 to {model.config.n_positions} tokens")

@@ -275,7 +275,7 @@ def prune(model, train, dev, args, device, units):
     args.sparsity: the share of the multiply-accumulates of all heads and neurons that goes, for inputs as long as those
     of the dev sets; args.ffn_share: see budget. Raises ValueError as budget and choose do.
     """
-    parallel.refuse(f"--method {args.method}")
+    parallel.require_one_process(f"--method {args.method}")
     tokens = statistics.mean(len(ids) for examples in dev.values() for ids in examples.ids)
     keep = budget(model.config, tokens, args.sparsity, args.ffn_share)
     smaller = shrink(model, *choose(model, units, train, keep, device, args.seed))

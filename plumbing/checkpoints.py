@@ -1,4 +1,6 @@
-"""Model folders as other libraries write and read them: config.json, model.safetensors, tokenizer.json.
+"""Model folders as other libraries write and read them: config, weights and tokenizer.
+
+Only safetensors are read, because other formats could run code.
 
     stored, tensors = read_model(folder)  # for model.load_model
     tokenizer = open_tokenizer(folder)
@@ -13,16 +15,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from plumbing.files import json_bytes, read_json, regular
+from plumbing.files import json_bytes, read_json, require_regular_file
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"  # of weights in several files
-WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before names
-# What some checkpoints carry, and that are no weights: whole numbers, and GPT-2's causal mask.
-NO_WEIGHTS = ("position_ids", "token_type_ids", ".attn.bias", ".attn.masked_bias")
+INDEX = "model.safetensors.index.json"  # lists the files when the weights are in several
+WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before names
+# Some checkpoints carry buffers that are not weights: position numbers, and GPT-2's causal mask.
+BUFFERS = ("position_ids", "token_type_ids", ".attn.bias", ".attn.masked_bias")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# BERT's special tokens, RoBERTa's, and GPT-2's only one.
+# The special tokens of BERT, those of RoBERTa, and GPT-2's only one.
 SPECIAL = {
     "cls_token": ("[CLS]", "<s>"),
     "sep_token": ("[SEP]", "</s>"),
@@ -33,8 +35,8 @@ SPECIAL = {
 }
 
 
-def lacks(folder):
-    """What a folder lacks to be a model's, as a sentence; "" if nothing."""
+def describe_missing(folder):
+    """Say what is missing from a model folder, for example "has no config.json"; "" if nothing."""
     if not (folder / "config.json").exists():
         return "has no config.json"
     if not (folder / "tokenizer.json").exists() and not (folder / "vocab.txt").exists():
@@ -42,25 +44,24 @@ def lacks(folder):
     if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
         return ""
     if (folder / "pytorch_model.bin").exists():
-        how = "model.save_pretrained(FOLDER, safe_serialization=True) of transformers writes it"
-        return f"has pytorch_model.bin, which is not read because it could run code; {how} as {WEIGHTS}"
+        return (
+            "has pytorch_model.bin, which is not read because it could run code; "
+            "model.save_pretrained(FOLDER, safe_serialization=True) "
+            f"of transformers writes it as {WEIGHTS}"
+        )
     return f"has no {WEIGHTS} (python -m tools.fresh {folder} makes random ones for a GPT-2)"
 
 
 def read_model(folder):
-    """-> (config.json as a dict, {name: tensor in float32}). Raises ValueError that names what cannot be read."""
+    """Read a model folder -> (config.json as a dict, {name: tensor in float32}).
+
+    Raises ValueError that names what cannot be read.
+    """
     stored = read_json(folder / "config.json")
     if not isinstance(stored, dict):
         raise ValueError(f"{folder / 'config.json'} is not a JSON object")
-    paths = [folder / WEIGHTS]
-    if not paths[0].exists():
-        index = read_json(folder / INDEX)
-        try:
-            paths = [folder / str(name) for name in sorted(set(index["weight_map"].values()))]
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{folder / INDEX} has no weight_map") from None
     tensors = {}
-    for path in paths:
+    for path in weight_files(folder):
         for name, tensor in read_tensors(path):
             if name in tensors:
                 raise ValueError(f"{path} holds {name} twice")
@@ -68,20 +69,40 @@ def read_model(folder):
     return stored, tensors
 
 
+def weight_files(folder):
+    """List the files that hold the weights: one, or those that an index names."""
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    index = read_json(folder / INDEX)
+    try:
+        return [folder / str(name) for name in sorted(set(index["weight_map"].values()))]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{folder / INDEX} has no weight_map") from None
+
+
 def read_tensors(path):
-    """(name, tensor in float32) of a safetensors file. Raises ValueError for one that has a tensor of another kind."""
-    with open(regular(path), "rb") as file:
+    """Yield (name, float32 tensor) for each weight in a safetensors file.
+
+    Raises ValueError if a weight is not a float of 16 bits or more, or not finite.
+    """
+    with open(require_regular_file(path), "rb") as file:
         if file.read(24).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{path} is a pointer of git-lfs, not the weights: run git lfs pull in its repository")
+            raise ValueError(
+                f"{path} is a pointer of git-lfs, not the weights: "
+                "run git lfs pull in its repository"
+            )
     try:
         stored = load_file(path)
-    except (SafetensorError, KeyError) as error:  # the latter: of numbers torch does not know
+    except (SafetensorError, KeyError) as error:  # KeyError: torch does not know the dtype
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
     for name, tensor in stored.items():
-        if name.endswith(NO_WEIGHTS):
+        if name.endswith(BUFFERS):
             continue
         if tensor.dtype not in FLOATS:
-            raise ValueError(f"{path}: {name} is of {tensor.dtype}; weights must be floats of 16 bits or more")
+            raise ValueError(
+                f"{path}: {name} is of {tensor.dtype}; weights must be floats of 16 bits or more"
+            )
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds numbers that are not finite")
         for wrapper in WRAPPERS:
@@ -90,34 +111,41 @@ def read_tensors(path):
 
 
 def pack_weights(tensors):
-    """{name: tensor} -> bytes of a model.safetensors; older versions of transformers refuse one without a format."""
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+    """Pack weights {name: tensor} -> the bytes of a model.safetensors file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return save(tensors, {"format": "pt"})  # older versions of transformers insist on a format
 
 
-# --- tokenizers ----------------------------------------------------------------------------------------------
+# --- tokenizers -------------------------------------------------------------------------------
 
 
 def tokenizer_bytes(folder):
-    """tokenizer.json of a folder; where there is none, one that is made of its vocab.txt as BERT's authors did."""
+    """Return the folder's tokenizer.json, or build one from its vocab.txt as BERT's authors did."""
     if (folder / "tokenizer.json").exists():
-        return regular(folder / "tokenizer.json").read_bytes()
+        return require_regular_file(folder / "tokenizer.json").read_bytes()
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
-    words = {word: i for i, word in enumerate(regular(folder / "vocab.txt").read_text("utf-8").splitlines())}
+    lines = require_regular_file(folder / "vocab.txt").read_text("utf-8").splitlines()
+    words = {word: i for i, word in enumerate(lines)}
     special = [(token, words[token]) for token in ("[CLS]", "[SEP]") if token in words]
     if len(special) < 2:
-        raise ValueError(f"{folder / 'vocab.txt'} has no [CLS] and [SEP]; give the folder a tokenizer.json")
+        raise ValueError(
+            f"{folder / 'vocab.txt'} has no [CLS] and [SEP]; give the folder a tokenizer.json"
+        )
+
     tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=config.get("do_lower_case", True) is not False)
+    lowercase = config.get("do_lower_case", True) is not False
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    template = {"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B:1 [SEP]:1", "special_tokens": special}
-    tokenizer.post_processor = processors.TemplateProcessing(**template)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
+    )
     tokenizer.add_special_tokens([token for token, *_ in SPECIAL.values() if token in words])
     return tokenizer.to_str().encode()
 
 
 def open_tokenizer(folder):
-    """The Tokenizer of a model folder. Raises ValueError that says why it cannot be read."""
+    """Open the Tokenizer of a model folder. Raises ValueError that says why it cannot be read."""
     try:
         tokenizer = Tokenizer.from_str(tokenizer_bytes(folder).decode("utf-8-sig"))
         check_growth(tokenizer.normalizer)
@@ -125,12 +153,15 @@ def open_tokenizer(folder):
     except ValueError as error:
         raise ValueError(f"{folder}: its tokenizer.json is not valid: {error}") from None
     except Exception as error:  # the library raises bare Exceptions
-        newer = "; it may be of a newer version of tokenizers" if "variant" in str(error) else ""
-        raise ValueError(f"{folder / 'tokenizer.json'} is not a valid tokenizer: {error}{newer}") from None
+        hint = ""
+        if "variant" in str(error):
+            hint = "; a newer version of tokenizers may have written it"
+        path = folder / "tokenizer.json"
+        raise ValueError(f"{path} is not a valid tokenizer: {error}{hint}") from None
 
 
 def encode_texts(tokenizer, texts, **options):
-    """encode_batch. Raises ValueError when the tokenizer cannot read a text, or the text is not Unicode."""
+    """Call encode_batch. Raises ValueError if the tokenizer cannot read a text."""
     try:
         return tokenizer.encode_batch(texts, **options)
     except Exception as error:  # the library raises bare Exceptions
@@ -138,9 +169,9 @@ def encode_texts(tokenizer, texts, **options):
 
 
 def check_growth(normalizer, text=string.printable):
-    """-> a text after a normalizer, or as it is. Raises ValueError if it grows a hundredfold: memory has an end."""
+    """Normalize a text. Raises ValueError if it grows a hundredfold: that could fill the memory."""
     if isinstance(normalizer, normalizers.Sequence):
-        for part in normalizer:  # one by one, as all at once would have filled it
+        for part in normalizer:  # one by one: all at once would already have filled the memory
             text = check_growth(part, text)
     elif normalizer is not None:
         text = normalizer.normalize_str(text)
@@ -150,10 +181,10 @@ def check_growth(normalizer, text=string.printable):
 
 
 def tokenizer_config(folder, length):
-    """-> bytes of a tokenizer_config.json for a folder's tokenizer, for inputs of at most `length` tokens.
+    """Build tokenizer_config.json for a folder's tokenizer and inputs of up to `length` tokens.
 
-    It has transformers take tokenizer.json as it is. Any other class would put its own settings over it, and the one
-    for BERT lowers the case.
+    PreTrainedTokenizerFast has transformers take tokenizer.json as it is. Any other class would
+    override some of its settings, and the one for BERT lowercases the text.
     """
     vocabulary = open_tokenizer(folder).get_vocab()
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}

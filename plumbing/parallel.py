@@ -1,6 +1,6 @@
-"""Several processes of one run, one for each GPU: who is who, who goes first, what they add up and compare.
+"""Several processes of one run, one per GPU: their ranks, their order, their sums and checks.
 
-A process alone is the only one: every function then returns at once.
+Without torchrun there is one process, and every function returns at once.
 
     torchrun --standalone --nproc_per_node=2 train.py --task rte
 """
@@ -17,24 +17,25 @@ from plumbing.files import digest
 
 
 def rank():
-    """This process's number, from 0. Process 0 writes the files and prints."""
-    return environment("RANK", 0) if processes() > 1 else 0
+    """Return this process's number, from 0. Process 0 writes the files and prints."""
+    return int_from_environment("RANK", 0) if processes() > 1 else 0
 
 
 def processes():
-    return environment("WORLD_SIZE", 1)
+    """Return how many processes there are: torch's world size."""
+    return int_from_environment("WORLD_SIZE", 1)
 
 
-def environment(name, default):
-    """A number that torchrun sets. Raises ValueError when it is set to something else."""
+def int_from_environment(name, default):
+    """Read a number that torchrun sets. Raises ValueError if it is something else."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal() or int(text) < default:
         raise ValueError(f"{name} is {text!r}, which torchrun would not set; unset it")
     return int(text)
 
 
-def refuse(what):
-    """Raise ValueError if there are several processes; all but the first end without a word."""
+def require_one_process(what):
+    """Raise ValueError if there are several processes. All but the first exit silently."""
     if rank() > 0:
         raise SystemExit(2)
     if processes() > 1:
@@ -42,83 +43,93 @@ def refuse(what):
 
 
 def start(device):
-    """Join the other processes. On CUDA each takes the GPU of its number on this machine; only process 0 prints.
+    """Join the other processes. Only process 0 prints from here on.
 
-    Raises ValueError when there are too few GPUs.
+    On CUDA each process takes the GPU with its local rank. Raises ValueError if there are too
+    few GPUs.
     """
     if processes() == 1:
         return
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if device.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
+        local_rank = int(os.environ["LOCAL_RANK"])
         gpus = torch.cuda.device_count()
-        if local >= gpus:
-            raise ValueError(f"--nproc_per_node: this machine has {gpus} GPUs, one for each process at most")
-        torch.cuda.set_device(local)
+        if local_rank >= gpus:
+            raise ValueError(
+                f"--nproc_per_node: this machine has {gpus} GPUs; there can be one process per GPU"
+            )
+        torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 @contextmanager
 def first_process_first():
-    """The others wait until process 0 has done what follows, so that only one downloads."""
+    """Let process 0 run the block before the others, so that only one process downloads."""
     if processes() > 1 and rank() > 0:
         try:
             dist.barrier()
-        except RuntimeError:  # process 0 has ended, and said why
+        except RuntimeError:  # process 0 has exited and said why
             raise SystemExit(2) from None
     yield
     if processes() > 1 and rank() == 0:
         dist.barrier()
 
 
-def share(items):
-    """This process's items; each item belongs to exactly one process."""
+def shard(items):
+    """Return this process's items. Each item belongs to exactly one process."""
     return items[rank() :: processes()]
 
 
 def gather(items):
-    """The inverse of share: all items in their order, in every process."""
+    """Invert shard: every process gets all items, in their order."""
     if processes() == 1:
         return items
-    shares = [None] * processes()
-    dist.all_gather_object(shares, items)
-    total = sum(len(part) for part in shares)
-    return [shares[i % processes()][i // processes()] for i in range(total)]
+    shards = [None] * processes()
+    dist.all_gather_object(shards, items)
+    total = sum(len(part) for part in shards)
+    return [shards[i % processes()][i // processes()] for i in range(total)]
 
 
-def add_up(tensors):
-    """-> the sum of each tensor over the processes; the tensors themselves may become these sums."""
+def all_reduce(tensors):
+    """Sum each tensor over the processes -> the sums. The tensors may be overwritten."""
     if processes() == 1:
         return tensors
-    if len(tensors) > 8:  # one exchange, for the price of a copy, costs less than two hundred
+
+    if len(tensors) > 8:
+        # One exchange, at the price of a copy, costs less than two hundred.
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
     pending = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
     for work in pending:
         work.wait()
     return tensors
 
 
-def add_up_gradients(parameters):
-    """Give each parameter the sum of its gradients over the processes, a new tensor where many went as one."""
-    for p, gradient in zip(parameters, add_up([p.grad for p in parameters]), strict=True):
-        p.grad = gradient
+def all_reduce_gradients(parameters):
+    """Replace each parameter's gradient with its sum over the processes."""
+    sums = all_reduce([p.grad for p in parameters])
+    for p, gradient in zip(parameters, sums, strict=True):
+        p.grad = gradient  # a new tensor, if many were sent as one
 
 
 def check_equal(tensors):
-    """Raise FloatingPointError unless all processes hold the same tensors {name: tensor}, to the bit."""
+    """Raise FloatingPointError unless {name: tensor} is bit-identical in all processes."""
     if processes() > 1 and len(set(gather([digest(tensors)]))) > 1:
-        raise FloatingPointError("the processes no longer hold the same scores or weights; the run is worth nothing")
+        raise FloatingPointError(
+            "the processes no longer hold the same scores or weights; the run is worth nothing"
+        )
 
 
 def stop():
-    """Leave the other processes once all are ready to."""
+    """Leave the other processes, once all are ready to leave."""
     if processes() > 1 and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-        # gloo's threads need the interpreter to let go of their last tensors; one that is gone has them abort.
+        # gloo's threads need the interpreter to release their last tensors. They abort if it has
+        # exited already.
         time.sleep(0.2)

@@ -1,6 +1,9 @@
-"""Progress that people watch: a bar on a terminal, a line about every thirty seconds in a log.
+"""Progress that people watch: a bar on a terminal, or a line every thirty seconds in a log.
 
-    for batch in progress(batches, "evaluating"): ...
+Only process 0 shows it.
+
+    for batch in progress(batches, "evaluating"):
+        ...
 """
 
 import sys
@@ -9,15 +12,18 @@ from tqdm import tqdm
 
 from plumbing import parallel
 
-EVERY = 30  # seconds between the lines of a log
+LOG_SECONDS = 30  # between the lines of a log
 LINE = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, about {remaining} left{postfix}"
 
 
-class Lines(tqdm):
-    """tqdm without a terminal: it never redraws, so that a file, a notebook or a cluster's log stays readable."""
+class LogProgress(tqdm):
+    """tqdm that prints whole lines and never redraws.
+
+    Files, notebooks and a cluster's logs stay readable.
+    """
 
     def display(self, msg=None, pos=None):
-        if msg is None:  # "" would clear the bar
+        if msg is None:  # tqdm passes "" to clear the bar
             print(self, file=self.fp, flush=True)
 
     def clear(self, *_, **__):
@@ -32,9 +38,12 @@ class Lines(tqdm):
 
 
 def progress(items=None, name="", leave=False, **settings):
-    """tqdm(items) of process 0 alone. settings: tqdm's own, such as total, initial or unit."""
+    """Wrap items in a progress bar that only process 0 shows.
+
+    settings: tqdm's own, such as total, initial or unit.
+    """
     settings |= {"desc": name, "disable": parallel.rank() > 0}
     if sys.stderr.isatty():
         return tqdm(items, leave=leave, dynamic_ncols=True, **settings)
-    settings |= {"delay": EVERY, "mininterval": EVERY, "maxinterval": EVERY}
-    return Lines(items, leave=False, bar_format=LINE, **settings)
+    settings |= {"delay": LOG_SECONDS, "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS}
+    return LogProgress(items, leave=False, bar_format=LINE, **settings)

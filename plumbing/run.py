@@ -152,7 +152,7 @@ class Run:
 
         losses: tensors [2] of both, of this process's share. Raises FloatingPointError if they are not finite.
         """
-        (sums,) = parallel.add_up([torch.stack(losses)])
+        (sums,) = parallel.all_reduce([torch.stack(losses)])
         losses, regularizers = sums.T.tolist()
         loss = sum(losses) / len(losses)
         if not math.isfinite(loss + penalty * regularizers[-1]):
@@ -267,7 +267,7 @@ def read_checkpoint(path):
 
 def interrupted_run(folder):
     """The run that stopped in a folder. Raises ValueError when it cannot continue."""
-    parallel.refuse("--resume")
+    parallel.require_one_process("--resume")
     state = check_interrupted(folder)
     return Run(folder, state["argv"], state)
 

@@ -47,7 +47,7 @@ def test_the_floor_by_hand():
     learner = train.Learner(bench.make_model(args), METHODS["smp-s"], 0.5, torch.bfloat16)
     scores = 3 * (4 * 64 * 64 + 2 * 64 * 256)
     moved = 7 * 4 * scores + 4 * scores + 2 * scores
-    assert bench.floor(args, learner, 1, 1) == 1000 * (bench.flops(args) + moved)
+    assert bench.lower_bound_ms(args, learner, 1, 1) == 1000 * (bench.flops(args) + moved)
 
 
 def test_a_language_model_is_timed_too(capsys, make_gpt2, monkeypatch):

@@ -16,7 +16,7 @@ import train
 from data import TASKS
 from plumbing import cli
 from tools import experiments, lists, tune
-from tools.experiments import curves, kind, table
+from tools.experiments import curves, row_label, table
 
 ROOT = Path(train.__file__).parent
 RESULTS = Path(train.__file__).with_name("results") / "runs.jsonl"
@@ -169,9 +169,9 @@ def test_tasks_with_settings_of_their_own_share_a_row():
     lines.append(made("mrpc", own["mrpc"], "movement"))
     soft, rate = "soft-movement --sparsity=0.5", "--weight-lr=0.0001"
     named = [f"{soft} {rate} BY_TASK"] * 2 + [f"{soft} --penalty=9 {rate}"]
-    assert [kind(made, merge=True) for made in lines[:3]] == named
-    assert kind(lines[3], merge=True) == kind(lines[3])  # another method's flags, though they are the same
-    spelt = [kind(made) for made in lines[:2]]
+    assert [row_label(made, merge=True) for made in lines[:3]] == named
+    assert row_label(lines[3], merge=True) == row_label(lines[3])  # another method's flags, though they are the same
+    spelt = [row_label(made) for made in lines[:2]]
     assert spelt == [" ".join([soft, *lists.words(own[task]), rate]) for task in ("movies", "mrpc")]
     assert sum(row.startswith("| soft") for row in table(lines, merge=True).splitlines()) == 2
     assert all(row.count("80.0 (1)") == 1 for row in table(lines[:3]).splitlines()[2:])  # each row has its results

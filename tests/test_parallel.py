@@ -46,7 +46,7 @@ def learn(folder, glue, parts):
         density, penalty = torch.tensor([density_at(t, 9, 0.5), penalty_at(t, TOTAL)])
         losses = train_step(forward_backward, adam, batch, density, penalty)
     parallel.check_equal(dict(learner.named_parameters()))
-    (losses,) = parallel.add_up([losses])
+    (losses,) = parallel.all_reduce([losses])
     return learner.masks.choose(0.5), losses
 
 
@@ -107,7 +107,7 @@ def test_gather_undoes_share(monkeypatch):
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "3")
-        shares.append(parallel.share(list(range(8))))
+        shares.append(parallel.shard(list(range(8))))
     assert sorted(sum(shares, [])) == list(range(8))
     monkeypatch.setattr(parallel.dist, "all_gather_object", lambda parts, _: parts.__setitem__(slice(None), shares))
     assert parallel.gather(shares[2]) == list(range(8))

@@ -1,12 +1,12 @@
-"""Time one training step and its parts, beside dense fine-tuning of the same model, on random weights.
+"""Time one training step and its parts, beside dense fine-tuning of the same model.
 
-Medians after a warm-up, the spread, the share of what the device's matrix units reach here, how far the step is from
-its floor (see floor), and one JSON line.
+The weights are random. Prints medians after a warm-up, their spread, how much of the device's peak
+a step reaches, how far it is from its floor (see lower_bound_ms), and one JSON line.
 
-    python -m tools.bench --layers 12 --hidden 768 --batch 32 --length 128 [--compile]      # bert-base
-    python -m tools.bench --layers 6 --hidden 384 --batch 32 --length 64                    # MiniLM
-    python -m tools.bench --gpt2 --layers 12 --hidden 768 --batch 32 --length 512           # GPT-2
-    python -m tools.bench --inference --model minilm                                        # evaluation of a model
+    python -m tools.bench --layers 12 --hidden 768 --batch 32 --length 128 [--compile]   # bert-base
+    python -m tools.bench --layers 6 --hidden 384 --batch 32 --length 64                 # MiniLM
+    python -m tools.bench --gpt2 --layers 12 --hidden 768 --batch 32 --length 512        # GPT-2
+    python -m tools.bench --inference --model minilm                                     # inference
 """
 
 import json
@@ -28,41 +28,52 @@ from plumbing.graphs import Recorded, compile_step
 from train import Learner, make_forward_backward, train_step
 
 DENSITY = 0.5
-BERT_WORDS = 30522  # of their vocabularies
+BERT_WORDS = 30522  # vocabulary sizes
 GPT2_WORDS = 50257
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog="python -m tools.bench", description="Time one training step and its parts.")
-    parser.add_argument("--layers", type=cli.up_to(1000), default=6, help="(6)")
-    parser.add_argument("--hidden", type=cli.up_to(16384), default=384, help="width (384); heads of 32, from 768 on 64")
-    parser.add_argument("--gpt2", action="store_true", help="a language model of GPT-2's vocabulary instead of BERT")
-    parser.add_argument("--batch", type=cli.up_to(65536), default=32, help="examples a step, over all processes (32)")
-    parser.add_argument("--length", type=cli.count, default=64, help="tokens an example (64)")
-    parser.add_argument("--steps", type=cli.up_to(10000), default=20, help="timed steps of each kind (20)")
+    parser = cli.Parser(
+        prog="python -m tools.bench", description="Time one training step and its parts."
+    )
     learning = [name for name, method in METHODS.items() if "lr" in method.flags]
-    parser.add_argument("--method", choices=learning, default="smp-s", help="beside finetune (smp-s)")
+    width = cli.up_to(16384)
+    add = parser.add_argument
+    add("--layers", type=cli.up_to(1000), default=6, help="(6)")
+    add("--hidden", type=width, default=384, help="width (384); heads of 32, or of 64 from 768 on")
+    add("--gpt2", action="store_true", help="time a language model with GPT-2's vocabulary")
+    batch_help = "examples per step, over all processes (32)"
+    add("--batch", type=cli.up_to(65536), default=32, help=batch_help)
+    add("--length", type=cli.count, default=64, help="tokens per example (64)")
+    add("--steps", type=cli.up_to(10000), default=20, help="timed steps of each kind (20)")
+    add("--method", choices=learning, default="smp-s", help="compared with finetune (smp-s)")
     cli.add_machine(parser)
-    parser.add_argument("--compile", action="store_true", help="as in train.py")
-    parser.add_argument("--eager", action="store_true", help="as in train.py; so parts of a step can be timed")
-    parser.add_argument("--inference", action="store_true", help="time evaluation of --model instead")
-    parser.add_argument("--model", metavar="NAME", help="a name, or a folder; with --inference")
+    add("--compile", action="store_true", help="as in train.py")
+    add("--eager", action="store_true", help="as in train.py; also times the parts of a step")
+    add("--inference", action="store_true", help="time evaluation of --model instead")
+    add("--model", metavar="NAME", help="a name or a folder, for --inference")
     args = parser.parse_args(argv)
-    if args.inference != (args.model is not None) or args.inference and args.compile:
-        parser.error("--inference needs --model, --model needs --inference, and evaluation is not compiled")
+
+    if args.inference != (args.model is not None) or (args.inference and args.compile):
+        parser.error(
+            "--inference needs --model, --model needs --inference, and evaluation is not compiled"
+        )
     longest = 1024 if args.gpt2 else 512
     if args.hidden % 64 or args.length > longest or args.batch % parallel.processes():
-        error = f"--hidden must be a multiple of 64, --length at most {longest}, --batch a multiple of the processes"
-        parser.error(error)
+        parser.error(
+            f"--hidden must be a multiple of 64, --length at most {longest}, "
+            "--batch a multiple of the processes"
+        )
     return args
 
 
 def make_model(args):
     heads = args.hidden // (64 if args.hidden >= 768 else 32)
+    shape = args.hidden, args.layers, heads, 4 * args.hidden
     if args.gpt2:
-        model = gpt2.GPT2(gpt2.Config(GPT2_WORDS, 1024, args.hidden, args.layers, heads, 4 * args.hidden))
+        model = gpt2.GPT2(gpt2.Config(GPT2_WORDS, 1024, *shape))
     else:
-        model = Bert(Config(BERT_WORDS, args.hidden, args.layers, heads, 4 * args.hidden, 512, 2), words=[3, 4])
+        model = Bert(Config(BERT_WORDS, *shape, 512, 2), words=[3, 4])
     for name, p in model.named_parameters():
         if "LayerNorm" not in name and p.ndim > 1:
             p.data.normal_(0, 0.02)
@@ -70,16 +81,19 @@ def make_model(args):
 
 
 def make_batch(args, vocabulary, device):
-    ids = torch.randint(vocabulary, (args.batch // parallel.processes(), args.length), device=device)
+    batch = args.batch // parallel.processes()
+    ids = torch.randint(vocabulary, (batch, args.length), device=device)
     labels = ids if args.gpt2 else ids[:, 0] % 2
     return Part(torch.stack([ids, torch.zeros_like(ids), torch.ones_like(ids)]), labels)
 
 
 def flops(args):
-    """Multiplications and additions of matrix products in a step: forward 1, gradients to inputs and weights 1 each.
+    """Count the multiplications and additions of all matrix products in a training step.
 
-    Of BERT's last layer, only keys and values see all tokens. GPT-2's head is counted without gradients to its weights,
-    which dense training alone has, and attention without the half that a causal mask saves.
+    A step takes three times the forward pass: one for itself, one for the gradients of the inputs
+    and one for those of the weights. In BERT's last layer, only keys and values see all tokens.
+    For GPT-2 the count leaves out the gradients of the head's weights, which only dense training
+    needs, and includes the half of attention that a causal mask could save.
     """
     tokens = args.batch * args.length
     h = args.hidden
@@ -91,38 +105,45 @@ def flops(args):
 
 
 def matrix_peak(device, dtype):
-    """FLOP/s of a large square matrix product here."""
+    """Measure the FLOP/s of a large square matrix product on this device."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / (min(timed(lambda: a @ b, device, 10)) / 1000)
+    seconds = min(timed(lambda: a @ b, device, 10)) / 1000
+    return 2 * n**3 / seconds
 
 
 def copy_bandwidth(device):
-    """Bytes a second that copying a large tensor reads and writes here."""
+    """Measure the bytes per second that copying a large tensor reads and writes."""
     a = torch.randn(1 << (28 if device.type == "cuda" else 24), device=device)
     b = torch.empty_like(a)
-    return 2 * a.nbytes / (min(timed(lambda: b.copy_(a), device, 10)) / 1000)
+    seconds = min(timed(lambda: b.copy_(a), device, 10)) / 1000
+    return 2 * a.nbytes / seconds
 
 
-def floor(args, learner, peak, bandwidth):
-    """Milliseconds below which a step cannot be: its matrix products, and then, of all that learns, Adam's passes.
+def lower_bound_ms(args, learner, peak, bandwidth):
+    """Milliseconds that a step takes at least: its matrix products, then its memory traffic.
 
-    Adam reads values, gradients and two moments and writes all but the gradients; a mask reads scores and weights.
+    Adam reads values, gradients and two moments, and writes all but the gradients: seven passes
+    over everything that trains. A mask also reads scores and weights.
     """
     moved = 7 * sum(p.nbytes for p in learner.parameters())
     if learner.masks:
-        moved += sum(stack.nbytes for stack in [*learner.masks.scores.values(), *learner.masks.weights.values()])
+        moved += sum(scores.nbytes for scores in learner.masks.scores.values())
+        moved += sum(weights.nbytes for weights in learner.masks.weights.values())
     return 1000 * (flops(args) / parallel.processes() / peak + moved / bandwidth)
 
 
 def timed(work, device, steps, warmup=3):
-    """Milliseconds of each of `steps` calls; on a GPU the mean of five: in training the host runs ahead."""
+    """Time `steps` calls -> a list of milliseconds.
+
+    On a GPU each entry is the mean of five calls, since in training too the host runs ahead.
+    """
     wait = (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
     group = 1 if device.type == "cpu" else 5
     for _ in range(warmup):
         work()
     times = []
-    for _ in range(-(-steps // group)):
+    for _ in range(-(-steps // group)):  # rounded up
         wait()
         start = time.perf_counter()
         for _ in range(group):
@@ -133,10 +154,10 @@ def timed(work, device, steps, warmup=3):
 
 
 def peak_memory(device):
-    """GiB: on CUDA the most allocated since the last reset, else the most that the process ever held."""
+    """Peak memory in GiB: since the last reset on CUDA, otherwise of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes, or kibibytes on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
@@ -148,7 +169,7 @@ def show(name, times, note=""):
 
 
 def time_step(args, method, device, dtype, peak, bandwidth):
-    """Time whole training steps of a method, and by hand its parts, if it has masks -> {what: number}."""
+    """Time whole training steps of a method, and the parts of masking -> {what: number}."""
     model = make_model(args).to(device).train()
     learner = Learner(model, METHODS[method], DENSITY, dtype)
     for scores in learner.masks.scores.values() if learner.masks else ():
@@ -164,54 +185,93 @@ def time_step(args, method, device, dtype, peak, bandwidth):
     set_rates(adam, 5, 10)
     parts = [make_batch(args, model.config.vocab_size, device)]
     density, penalty = torch.tensor([DENSITY, 10.0], device=device)
-    times = timed(lambda: train_step(forward_backward, adam, parts, density, penalty), device, args.steps)
 
+    def step():
+        train_step(forward_backward, adam, parts, density, penalty)
+
+    times = timed(step, device, args.steps)
+    lowest = lower_bound_ms(args, learner, peak, bandwidth)
+    results = describe_step(args, method, times, peak, lowest, round(peak_memory(device), 2))
+    if learner.masks and not args.compile and (args.eager or device.type == "cpu"):
+        results |= time_parts(args, learner.masks, density)
+    return results
+
+
+def describe_step(args, method, times, peak, lowest, memory):
+    """Print a step's times, beside the peak and the lower bound -> {what: number}."""
     seconds = statistics.median(times) / 1000
     tokens = round(args.batch * args.length / seconds)
     share = round(flops(args) / parallel.processes() / seconds / peak, 4)
-    memory = round(peak_memory(device), 2)
-    over = round(1000 * seconds / floor(args, learner, peak, bandwidth), 2)
-    said = f"  {tokens:,} tokens/s, {share:.1%} of peak, {over} times its floor, {memory} GiB"
-    found = {method: show(f"{method} step", times, said), f"{method} over its floor": over}
-    found |= {f"{method} tokens/s": tokens, f"{method} share of peak": share, f"{method} GiB": memory}
-    if learner.masks and not args.compile and (args.eager or device.type == "cpu"):
-        found |= time_parts(args, learner.masks, density)
-    return found
+    over = round(1000 * seconds / lowest, 2)
+    note = f"  {tokens:,} tokens/s, {share:.1%} of peak, {over} times its floor, {memory} GiB"
+    return {
+        method: show(f"{method} step", times, note),
+        f"{method} over its floor": over,
+        f"{method} tokens/s": tokens,
+        f"{method} share of peak": share,
+        f"{method} GiB": memory,
+    }
 
 
 def time_parts(args, masks, density):
-    """What masking adds to a step, each part alone and launched by hand -> {part: milliseconds}."""
+    """Time what masking adds to a step, each part alone and without graphs -> {part: ms}."""
     importance = mean_sigmoid(masks.scores).detach()
 
     @torch.no_grad()
     def select():
-        masks.method.masking(masks.method.rank(masks.weights, masks.scores), importance, density, exact=False)
+        ranked = masks.method.rank(masks.weights, masks.scores)
+        masks.method.masking(ranked, importance, density, exact=False)
 
     def mask():
-        made = list(masks(density)[0].values())
-        torch.autograd.backward(made, [torch.ones_like(weight) for weight in made])
+        masked = list(masks(density)[0].values())
+        torch.autograd.backward(masked, [torch.ones_like(weight) for weight in masked])
+
+    def regularize():
+        mean_sigmoid(masks.scores).mean().backward()
 
     parts = {
         "select": select,
         "select and mask, both ways": mask,
-        "regularize, both ways": lambda: mean_sigmoid(masks.scores).mean().backward(),
+        "regularize, both ways": regularize,
     }
-    return {name: show(f"  {name}", timed(work, density.device, args.steps)) for name, work in parts.items()}
+    results = {}
+    for name, work in parts.items():
+        results[name] = show(f"  {name}", timed(work, density.device, args.steps))
+    return results
 
 
 @torch.inference_mode()
 def time_inference(args, device, dtype):
-    """Evaluation of a model: examples a second at this length -> {what: number}."""
+    """Time the evaluation of a model at one length -> {what: number}."""
     stored, tensors = read_model(fetch.model_folder(args.model))
-    language = stored.get("model_type") == "gpt2"
-    model = gpt2.load_gpt2(stored, tensors) if language else load_model(stored, tensors, [0, 1])
+    if stored.get("model_type") == "gpt2":
+        model = gpt2.load_gpt2(stored, tensors)
+    else:
+        model = load_model(stored, tensors, [0, 1])
     model.to(device, dtype).eval()
-    if args.length > model.config.longest_input:
-        raise ValueError(f"--length: {args.model} takes {model.config.longest_input} tokens, not {args.length}")
+    longest = model.config.longest_input
+    if args.length > longest:
+        raise ValueError(f"--length: {args.model} takes {longest} tokens, not {args.length}")
+
     inputs = make_batch(args, model.config.vocab_size, device).inputs
     times = timed(lambda: model(*inputs), device, args.steps)
     speed = args.batch / statistics.median(times) * 1000
-    return {"evaluation": show("evaluation", times, f"  {speed:,.0f} examples/s"), "examples/s": round(speed, 1)}
+    median = show("evaluation", times, f"  {speed:,.0f} examples/s")
+    return {"evaluation": median, "examples/s": round(speed, 1)}
+
+
+def compare(args, device, dtype):
+    """Time the method and dense fine-tuning, beside the device's peak -> {what: number}."""
+    peak = matrix_peak(device, dtype)
+    bandwidth = copy_bandwidth(device)
+    print(
+        f"matrix products reach {peak / 1e12:.1f} TFLOP/s here, copies {bandwidth / 1e9:.0f} GB/s"
+    )
+    results = time_step(args, args.method, device, dtype, peak, bandwidth)
+    results |= time_step(args, "finetune", device, dtype, peak, bandwidth)
+    ratio = results[args.method] / results["finetune"]
+    print(f"{args.method} takes {ratio:.2f} times the dense step")
+    return results
 
 
 @cli.one_line_errors()
@@ -220,22 +280,25 @@ def main(argv=None):
     device, dtype, why = cli.choose_device(args.device, args.dtype)
     parallel.start(device)
     cli.set_up(deterministic=False, steps=0 if args.eager else cli.LONG)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, {cli.dtype_name(dtype)} ({why}), torch {torch.__version__}, {parallel.processes()} process(es)")
-    print("medians, in brackets the fastest and the slowest; parts are timed alone and overlap; a minute or two in all")
-    if args.inference:
-        found = time_inference(args, device, dtype)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
     else:
-        peak = matrix_peak(device, dtype)
-        bandwidth = copy_bandwidth(device)
-        print(f"matrix products reach {peak / 1e12:.1f} TFLOP/s here, copies {bandwidth / 1e9:.0f} GB/s")
-        found = time_step(args, args.method, device, dtype, peak, bandwidth)
-        found |= time_step(args, "finetune", device, dtype, peak, bandwidth)
-        print(f"{args.method} takes {found[args.method] / found['finetune']:.2f} times the dense step")
-    of_training = ("layers", "hidden", "gpt2", "method", "compile", "eager")
-    line = {key: value for key, value in vars(args).items() if not (args.inference and key in of_training)}
-    line |= {"device": name, "dtype": cli.dtype_name(dtype), "processes": parallel.processes()}
-    print(json.dumps(line | found | cli.code_version()["versions"]))
+        name = f"{torch.get_num_threads()} CPU threads"
+    dtype_name = cli.dtype_name(dtype)
+    processes = parallel.processes()
+    print(f"{name}, {dtype_name} ({why}), torch {torch.__version__}, {processes} process(es)")
+    print("This takes a minute or two. Medians, with the fastest and the slowest in brackets;")
+    print("parts are timed alone and overlap.")
+
+    settings = dict(vars(args))
+    if args.inference:
+        for unused in ("layers", "hidden", "gpt2", "method", "compile", "eager"):
+            del settings[unused]
+        results = time_inference(args, device, dtype)
+    else:
+        results = compare(args, device, dtype)
+    machine = {"device": name, "dtype": dtype_name, "processes": processes}
+    print(json.dumps(settings | machine | results | cli.code_version()["versions"]))
     parallel.stop()
 
 

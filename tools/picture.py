@@ -1,4 +1,6 @@
-"""Masks to look at: the density of each attention head, two masks compared, a picture with the training curves.
+"""Masks to look at: the density of each attention head, two masks compared, a drawing.
+
+The drawing shows the mask beside the training curves.
 
     python -m tools.picture RUN                  # density of matrices and heads
     python -m tools.picture RUN RUN              # how much of the first mask the second keeps too
@@ -12,20 +14,29 @@ import numpy as np
 
 from eval import densities, load_run
 from plumbing.cli import Parser, one_line_errors, shade, shaded_table, table_row
-from plumbing.files import regular
+from plumbing.files import require_regular_file
 
-LARGEST = 1e9  # number that is drawn; beyond, matplotlib counts ticks for ever
+LARGEST = 1e9  # number that is drawn; matplotlib would take for ever over the ticks of larger ones
 
 
 def head_densities(groups, masks, heads):
-    """-> [layers, heads]: share kept of the rows of query, key and value and the columns of the output of each head."""
-    rows = [[masks[name] for name in groups[group]] for group in ("query", "key", "value")]
-    rows.append([masks[name].T for name in groups["attn_output"]])
-    return np.array([[m.float().reshape(heads, -1).mean(1).tolist() for m in kind] for kind in rows]).mean(0)
+    """Share of weights that each head keeps -> [layers, heads].
+
+    A head owns rows of query, key and value, and columns of the attention output.
+    """
+    kinds = [[masks[name] for name in groups[group]] for group in ("query", "key", "value")]
+    kinds.append([masks[name].T for name in groups["attn_output"]])
+    found = []  # [4 kinds, layers, heads]
+    for kind in kinds:
+        found.append([mask.float().reshape(heads, -1).mean(1).tolist() for mask in kind])
+    return np.array(found).mean(0)
 
 
 def head_map(found):
-    """Lines: the density of each attention head in percent, a row a layer, from head_densities()."""
+    """Lines with the density of each attention head in percent, one row per layer.
+
+    found: what head_densities() returns.
+    """
     lines = ["heads, % " + "".join(f"{h:>4}" for h in range(found.shape[1]))]
     for i, row in enumerate(found):
         lines.append(f"layer {i:<3}" + "".join(f" {shade(v, found, 1)}{100 * v:2.0f}" for v in row))
@@ -33,9 +44,10 @@ def head_map(found):
 
 
 def comparison(groups, a, b):
-    """Lines: of what mask a keeps, the share that b keeps too, and in brackets what chance would give.
+    """Lines with the share of mask a's weights that mask b keeps too, and in brackets by chance.
 
-    Chance: as many weights of each matrix as b keeps, drawn at random. Raises ValueError if they are of other shapes.
+    By chance: if b's weights were drawn at random, as many per matrix as it keeps. Raises
+    ValueError if the masks have different shapes.
     """
     if {n: m.shape for n, m in a.items()} != {n: m.shape for n, m in b.items()}:
         raise ValueError("the two masks are of models of different shapes; they cannot be compared")
@@ -44,7 +56,8 @@ def comparison(groups, a, b):
     chance = {name: mask.float().mean().item() for name, mask in b.items()}
 
     names = [group.replace("_", " ").replace("intermediate", "intermed.") for group in groups]
-    lines = ["share of the first mask's weights that the second keeps too (by chance)", table_row("shared", names)]
+    lines = ["share of the first mask's weights that the second keeps too (by chance)"]
+    lines.append(table_row("shared", names))
     for i, layer in enumerate(zip(*groups.values(), strict=True)):
         cells = [f"{shared[name] / max(kept[name], 1):.2f} ({chance[name]:.2f})" for name in layer]
         lines.append(table_row(f"layer {i}", cells))
@@ -52,16 +65,16 @@ def comparison(groups, a, b):
     total = max(sum(kept.values()), 1)
     share = sum(shared.values()) / total
     by_chance = sum(kept[name] * chance[name] for name in a) / total
-    what = "of what the first mask keeps is kept by the second too; chance would share"
+    text = "of what the first mask keeps is kept by the second too; chance would share"
     note = "much is not the task: on movies, a mask of shuffled labels shared 0.76"
-    return [*lines, note, f"{share:.3f} {what} {by_chance:.3f}"]
+    return [*lines, note, f"{share:.3f} {text} {by_chance:.3f}"]
 
 
-# --- pictures ------------------------------------------------------------------------------------------------
+# --- pictures ---------------------------------------------------------------------------------
 
 
 def figure_of(width, height):
-    """An empty matplotlib Figure. Raises ValueError when matplotlib is missing."""
+    """Make an empty matplotlib Figure. Raises ValueError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -70,7 +83,7 @@ def figure_of(width, height):
 
 
 def save(figure, path):
-    """Raises ValueError when matplotlib does not know the kind of file."""
+    """Save a figure. Raises ValueError if matplotlib does not know the file's format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(path, dpi=110)
@@ -79,7 +92,10 @@ def save(figure, path):
 
 
 def plot_curves(path, curves, label):
-    """Draw {name: [(sparsity, mean, standard deviation)]}; a curve of one point becomes a line across."""
+    """Draw curves {name: [(sparsity, mean, standard deviation)]}.
+
+    A curve with a single point becomes a horizontal line.
+    """
     figure = figure_of(6, 3.6)
     axes = figure.subplots()
     for name, points in curves.items():
@@ -96,41 +112,37 @@ def plot_curves(path, curves, label):
 
 
 def read_log(path):
-    """Lines of log.jsonl -> (dicts with step, density and loss; dicts with step and dev {metric: number}).
+    """Read log.jsonl -> (losses, evaluations), two lists of dicts.
 
-    Raises ValueError that names a line that is none of a run.
+    A loss has step, density and loss. An evaluation has step and dev, {metric: number}. Raises
+    ValueError that names a line which does not belong in a run's log.
     """
     losses, evaluations = [], []
-    for number, text in enumerate(regular(path).read_text("utf-8", "replace").splitlines(), 1):
+    text = require_regular_file(path).read_text("utf-8", "replace")
+    for number, content in enumerate(text.splitlines(), 1):
         try:
-            line = json.loads(text)
+            line = json.loads(content)
             if "dev" in line:
                 evaluations.append(line)
                 numbers = [line["step"], *line["dev"].values()]
             else:
                 losses.append(line)
                 numbers = [line["step"], line["density"], line["loss"]]
-            whole = all(type(value) in (int, float) and abs(value) < LARGEST for value in numbers)
+            good = all(type(value) in (int, float) and abs(value) < LARGEST for value in numbers)
+            if evaluations and evaluations[-1]["dev"].keys() != evaluations[0]["dev"].keys():
+                good = False  # the same metrics must be in all evaluations
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            whole = False
-        if not whole or evaluations and evaluations[-1]["dev"].keys() != evaluations[0]["dev"].keys():
+            good = False
+        if not good:
             raise ValueError(f"{path}:{number} is not a line of a run's log; take it out")
     return losses, evaluations
 
 
 def plot_run(path, title, found, losses, evaluations):
-    """Draw densities() and the training curves that read_log() found."""
+    """Draw densities() beside the training curves that read_log() found."""
     figure = figure_of(11, 4.2)
     left, right = figure.subplots(1, 2)
-    table = np.array(list(found.values())).T  # [layers, groups]
-    low, high = min(table.min(), table.max() - 0.01), table.max()
-    image = left.imshow(table, vmin=low, vmax=high, cmap="viridis", aspect="auto")
-    left.set_xticks(range(len(found)), [name.replace("_", "\n") for name in found], fontsize=8)
-    left.set_yticks(range(len(table)), [f"layer {i}" for i in range(len(table))], fontsize=8)
-    for (i, j), v in np.ndenumerate(table):
-        color = "black" if v > low + 0.6 * (high - low) else "white"
-        left.text(j, i, f"{v:.3f}", ha="center", va="center", color=color, fontsize=8)
-    figure.colorbar(image, ax=left)
+    draw_densities(left, found)
     left.set_title(f"{title}: share of weights kept", fontsize=10)
 
     steps = [line["step"] for line in losses]
@@ -146,19 +158,38 @@ def plot_run(path, title, found, losses, evaluations):
     save(figure, path)
 
 
+def draw_densities(axes, found):
+    """Draw densities {group: [value per layer]} as a heat map with numbers."""
+    table = np.array(list(found.values())).T  # [layers, groups]
+    low, high = min(table.min(), table.max() - 0.01), table.max()
+    image = axes.imshow(table, vmin=low, vmax=high, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(found)), [name.replace("_", "\n") for name in found], fontsize=8)
+    axes.set_yticks(range(len(table)), [f"layer {i}" for i in range(len(table))], fontsize=8)
+    for (i, j), v in np.ndenumerate(table):
+        color = "black" if v > low + 0.6 * (high - low) else "white"
+        axes.text(j, i, f"{v:.3f}", ha="center", va="center", color=color, fontsize=8)
+    axes.figure.colorbar(image, ax=axes)
+
+
 @one_line_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m tools.picture", description="Look at the mask of a run, or compare those of two.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="one or two run folders or mask files")
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw the mask and the training curves instead")
-    parser.add_argument("--model", metavar="FOLDER", help="where the backbone stands now")
+    parser = Parser(
+        prog="python -m tools.picture",
+        description="Look at the mask of a run, or compare those of two.",
+    )
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="one or two run folders or mask files")
+    out_help = "draw the mask and the training curves instead"
+    add("--out", type=Path, metavar="FILE.png", help=out_help)
+    add("--model", metavar="FOLDER", help="where the backbone is now")
     args = parser.parse_args(argv)
     if len(args.runs) > (1 if args.out else 2):
         parser.error("a picture is of one run, a comparison of two")
     loaded = [load_run(run, args.model) for run in args.runs]
-    for run, one in zip(args.runs, loaded, strict=True):
-        if not one.masks:
-            raise ValueError(f"{run} has no mask to look at")
+    for path, run in zip(args.runs, loaded, strict=True):
+        if not run.masks:
+            raise ValueError(f"{path} has no mask to look at")
+
     result, _, model, _, masks = loaded[0]
     groups = {group: list(weights) for group, weights in model.prunable().items()}
     if len(loaded) == 2:
@@ -170,8 +201,9 @@ def main(argv=None):
         plot_run(args.out, title, densities(groups, masks), *curves)
         print(f"{args.out}: the mask{' and the training curves' if any(curves) else ''}")
     else:
+        heads = head_densities(groups, masks, model.config.layers[0][0])
         print("\n".join(shaded_table("density", densities(groups, masks))))
-        print("\n".join(head_map(head_densities(groups, masks, model.config.layers[0][0]))))
+        print("\n".join(head_map(heads)))
 
 
 if __name__ == "__main__":

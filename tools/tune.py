@@ -1,10 +1,11 @@
-"""Tune every method with the same budget, on training rows that were held out: no row of the tasks' dev takes part.
+"""Tune every method with the same budget, on held-out training rows. No dev row takes part.
 
-For each row of GRIDS, ten settings are drawn from its grid and tried with one seed on two tasks. The three with the
-highest mean get two more seeds; the highest mean over all is chosen: copy it into CHOSEN of tools/lists.py. What it is
-worth, `python -m tools.experiments run main` tells, on dev and with seeds that chose nothing.
+For each row of GRIDS, ten settings are drawn from its grid and tried with one seed on two tasks.
+The three with the highest mean get two more seeds. The setting with the highest mean over all seeds
+is chosen: copy it into CHOSEN of tools/lists.py. `python -m tools.experiments run main` then
+measures it on dev, with fresh seeds that were not used for tuning.
 
-From the repository's root, once both tasks have been fetched, by any run:
+Run these from the repository's root, once any run has fetched both tasks:
 
     python -m tools.split movies ~/.cache/smp/glue/movies/train.tsv held --dev 1500
     python -m tools.split mrpc ~/.cache/smp/glue/MRPC/train.tsv held --dev 600
@@ -23,22 +24,28 @@ from plumbing.cli import Parser, count, one_line_errors
 from tools.experiments import ROOT, RUNS, make_missing, read_lines
 from tools.lists import equal, words
 
-SETTINGS = 10  # of each row
-FINALISTS = 3  # get more seeds
+SETTINGS = 10  # per row
+FINALISTS = 3  # settings that get more seeds
 SEEDS = (0, 1, 2)
 TASKS = ("movies", "mrpc")
-HELD = "held"  # --data-dir
+HELD = "held"  # for --data-dir
 
 DENSE = {"weight_lr": (5e-5, 1e-4, 2e-4, 4e-4), "warmup": (0, 0.1), "dropout": (True, False)}
 GRADUAL = {"ramp": (0.5, 0.7, 0.9), "hold": (0, 0.2), "schedule": ("cubic", "linear")}
 RIVAL = DENSE | GRADUAL
-LATE = RIVAL | {"hold": (0.2, 0.3, 0.4), "schedule": ("linear",)}  # movement's scores start at 0, and mean nothing yet
-SCORES = GRADUAL | {"lr": (1e-2, 2e-2, 4e-2), "penalty": (200, 400, 800), "warmup": (0, 0.1), "dropout": (True, False)}
+# Movement's scores start at 0, so the density must stay high until they mean something.
+LATE = RIVAL | {"hold": (0.2, 0.3, 0.4), "schedule": ("linear",)}
+SCORES = GRADUAL | {
+    "lr": (1e-2, 2e-2, 4e-2),
+    "penalty": (200, 400, 800),
+    "warmup": (0, 0.1),
+    "dropout": (True, False),
+}
 SMP_S = SCORES | {"temperature": (1, 4)}
 BIAS = SMP_S | {"weight_lr": (3e-4, 1e-3, 3e-3)}
-GATES = DENSE | {"lr": (5e-3, 1e-2, 2e-2)}  # of these, lambda decides how many weights stay
+GATES = DENSE | {"lr": (5e-3, 1e-2, 2e-2)}  # here the penalty decides how many weights stay
 
-# (what --method is, with flags that it always has; sparsity) -> grid
+# A row is (the method with any fixed flags, the sparsity). Each has its grid.
 GRIDS = {
     ("finetune", None): DENSE,
     ("finetune --head=classifier", None): DENSE,
@@ -65,12 +72,12 @@ GRIDS = {
 
 
 def name_of(method, sparsity):
-    """A row as tools.lists names it."""
+    """Name a row as tools.lists does: "smp-s --sparsity=0.5"."""
     return " ".join([method, *words({"sparsity": sparsity})])
 
 
 def settings(method, sparsity):
-    """What is tried of a row, each as flags on one line; always the same."""
+    """Draw the settings to try for a row, always the same -> a list of flags, each on one line."""
     grid = GRIDS[method, sparsity]
     every = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     drawn = random.Random(f"{method} {sparsity}").sample(every, SETTINGS)
@@ -78,73 +85,105 @@ def settings(method, sparsity):
 
 
 def runs(row, flags, seeds):
-    """Commands of a setting, on the rows that were held out."""
-    name = name_of(*row)
-    return [f"python train.py {equal(task, name, seed, flags)} --data-dir={HELD}" for task in TASKS for seed in seeds]
+    """List the commands that try a setting on the held-out rows."""
+    commands = []
+    for task, seed in itertools.product(TASKS, seeds):
+        arguments = equal(task, name_of(*row), seed, flags)
+        commands.append(f"python train.py {arguments} --data-dir={HELD}")
+    return commands
 
 
 def ranked(done, row, tried, seeds):
-    """[(mean accuracy over tasks and seeds, flags)] of the settings whose runs are all done, the best first."""
+    """Rank settings by accuracy -> [(mean over tasks and seeds, flags)], the best first.
+
+    Settings with missing runs are left out.
+    """
     found = []
     for flags in tried:
         commands = runs(row, flags, seeds)
         if all(command in done for command in commands):
             found.append((statistics.mean(done[command] for command in commands), flags))
-    return sorted(found, key=lambda one: -one[0])
+    return sorted(found, key=lambda pair: -pair[0])
 
 
 def finalists(done, row):
-    return [flags for _, flags in ranked(done, row, settings(*row), SEEDS[:1])[:FINALISTS]]
+    best = ranked(done, row, settings(*row), SEEDS[:1])[:FINALISTS]
+    return [flags for _, flags in best]
 
 
 def chosen(done, row):
-    """(mean accuracy, flags) of the setting that tuning prefers. Raises ValueError if runs are missing."""
+    """Return (mean accuracy, flags) of a row's best setting.
+
+    Raises ValueError if runs are missing.
+    """
     found = ranked(done, row, finalists(done, row), SEEDS)
     if len(found) < FINALISTS:
-        raise ValueError(f"runs of {name_of(*row)} are missing; make them with: python -m tools.tune run")
+        raise ValueError(
+            f"runs of {name_of(*row)} are missing; make them with: python -m tools.tune run"
+        )
     return found[0]
 
 
 def first_round():
-    return [command for row in GRIDS for flags in settings(*row) for command in runs(row, flags, SEEDS[:1])]
+    commands = []
+    for row in GRIDS:
+        for flags in settings(*row):
+            commands += runs(row, flags, SEEDS[:1])
+    return commands
 
 
 def second_round(done):
-    return [command for row in GRIDS for flags in finalists(done, row) for command in runs(row, flags, SEEDS[1:])]
+    commands = []
+    for row in GRIDS:
+        for flags in finalists(done, row):
+            commands += runs(row, flags, SEEDS[1:])
+    return commands
 
 
 def read_done(folder):
-    """{command: accuracy} of the runs that tuning made."""
-    lines = read_lines(folder / RUNS)
-    mine = [line for line in lines if line["command"].endswith(f"--data-dir={HELD}")]
-    return {line["command"]: line["final"]["accuracy"] for line in mine}
+    """Read the runs that tuning made -> {command: accuracy}."""
+    done = {}
+    for line in read_lines(folder / RUNS):
+        if line["command"].endswith(f"--data-dir={HELD}"):
+            done[line["command"]] = line["final"]["accuracy"]
+    return done
 
 
 def table(done):
-    """Markdown: what every row had to choose from, how many runs it got, what was chosen and how well that did."""
-    lines = [["method", "settings in its grid", "tried", "runs", "chosen", "held-out accuracy"], ["---"] * 6]
+    """Write a Markdown table: each row's choices, its runs, its chosen setting and the result."""
+    rows = [["method", "settings in its grid", "tried", "runs", "chosen", "held-out accuracy"]]
+    rows.append(["---"] * len(rows[0]))
     for row, grid in GRIDS.items():
-        accuracy, flags = chosen(done, row)
         size = math.prod(len(values) for values in grid.values())
-        made = sum(command in done for flags in settings(*row) for command in runs(row, flags, SEEDS))
-        lines.append([name_of(*row), str(size), str(SETTINGS), str(made), f"`{flags}`", f"{100 * accuracy:.1f}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        made = 0
+        for flags in settings(*row):
+            made += sum(command in done for command in runs(row, flags, SEEDS))
+        accuracy, flags = chosen(done, row)
+        cells = [name_of(*row), size, SETTINGS, made, f"`{flags}`", f"{100 * accuracy:.1f}"]
+        rows.append([str(cell) for cell in cells])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 @one_line_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m tools.tune", description="Tune every method with the same budget.")
-    parser.add_argument("do", choices=("run", "table"))
-    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER", help=f"of {RUNS} (results)")
-    parser.add_argument("--at-once", type=count, default=1, help="runs at a time, on all GPUs (1)")
-    parser.add_argument("--seconds", type=float, default=1e6, help="stop after so long; finished runs are kept")
-    parser.add_argument("--model", metavar="FOLDER", help="run: where MiniLM stands here")
+    parser = Parser(
+        prog="python -m tools.tune", description="Tune every method with the same budget."
+    )
+    add = parser.add_argument
+    add("do", choices=("run", "table"))
+    results = ROOT / "results"
+    add("--results", type=Path, default=results, metavar="FOLDER", help=f"has {RUNS} (results)")
+    add("--at-once", type=count, default=1, help="runs at a time, on all GPUs (1)")
+    seconds_help = "stop after this long; finished runs are kept"
+    add("--seconds", type=float, default=1e6, help=seconds_help)
+    add("--model", metavar="FOLDER", help="run: where MiniLM is here")
     args = parser.parse_args(argv)
     if args.do == "table":
         print(table(read_done(args.results)))
         return
+
     for task in TASKS:
-        split_path(task, "train", HELD)  # raises if it is not there
+        split_path(task, "train", HELD)  # raises ValueError if the file is missing
     machine = args.results, args.at_once, args.seconds, words({"model": args.model})
     make_missing("the first round", first_round(), *machine)
     done = read_done(args.results)
