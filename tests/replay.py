@@ -38,11 +38,10 @@ from extras.gpt2 import load_gpt2
 from extras.lm import Blocks
 from mask import METHODS, density_at, penalty_at
 from model import Config, Encoder, load_model
-from plumbing.adam import set_rates
 from plumbing.checkpoints import read_model
 from plumbing.cli import one_line_errors
 from plumbing.files import read_json
-from train import Learner, make_forward_backward, train_step
+from train import Learner, make_forward_backward, make_optimizer, set_rates, train_step
 
 BOUNDS = {
     "logits": 1e-4, "inputs": 1e-4, "loss": 1e-5,
@@ -58,7 +57,9 @@ LARGEST_SHARE = 0.05  # of a mask that rounding explains
 
 def cut_densities(importance, density):
     """The recording's rule in place of mask.proportional_densities."""
-    return (density * importance.shape[1] * importance / importance.sum(1, keepdim=True)).clamp(max=1.0)
+    return (density * importance.shape[1] * importance / importance.sum(1, keepdim=True)).clamp(
+        max=1.0
+    )
 
 
 def replay_dense(folder, batches):
@@ -73,7 +74,11 @@ def replay_dense(folder, batches):
 
 def prepare(folder, recorded, method, nudge):
     """-> the model and its Learner as the recording began, but for the nudge, see replay_method."""
-    model = load_model(*read_model(folder), words=recorded["label_word_ids"]).eval().requires_grad_(False)
+    model = (
+        load_model(*read_model(folder), words=recorded["label_word_ids"])
+        .eval()
+        .requires_grad_(False)
+    )
     if nudge is not None:
         torch.manual_seed(nudge)
         for p in model.parameters():
@@ -81,7 +86,7 @@ def prepare(folder, recorded, method, nudge):
     # All tokens of the last layer, as recorded. Its gradients of 1e-8 depend on the order of summation, and Adam's
     # first step makes whole steps of them; so another order leads to another path within 20 steps.
     model.bert.forward = lambda *batch, tokens: Encoder.forward(model.bert, *batch)
-    learner = Learner(model, METHODS[method], recorded["final_density"], torch.float32)
+    learner = Learner(model, METHODS[method], torch.float32)
     start = load_file(folder / "scores_start.safetensors")
     for group, scores in learner.masks.scores.items():
         scores.data.copy_(torch.stack([start[name] for name in learner.masks.names[group]]))
@@ -97,7 +102,7 @@ def replay_method(folder, batches, labels, method, nudge=None):
     total, ramp, final = recorded["total_steps"], recorded["prune_steps"], recorded["final_density"]
     model, learner = prepare(folder, recorded, method, nudge)
     masks = learner.masks
-    adam = learner.optimizer(recorded["lr"], None)
+    adam = make_optimizer(learner, recorded["lr"], None)
     forward_backward = make_forward_backward(model, learner)
     ours, theirs = defaultdict(list), defaultdict(list)
 
@@ -106,24 +111,40 @@ def replay_method(folder, batches, labels, method, nudge=None):
         theirs[quantity].append(torch.as_tensor(expected, dtype=torch.float64))
 
     for t, expected in enumerate(recorded["steps"]):
-        density, penalty = density_at(t, ramp, final), penalty_at(t, total, recorded["final_penalty"])
+        density, penalty = (
+            density_at(t, ramp, final),
+            penalty_at(t, total, recorded["final_penalty"]),
+        )
         note("density", density, expected["density"])
         note("penalty", penalty, expected["penalty"])
         if "layer_density" in expected:  # recorded before the cut at 1, as [layer][group]
-            layers = mask.proportional_densities(mask.mean_sigmoid(masks.scores), density).T  # [G, L] -> [L, G]
-            note("layer_density", layers.detach(), torch.tensor(expected["layer_density"]).clamp(max=1.0))
+            layers = mask.proportional_densities(
+                mask.mean_sigmoid(masks.scores), density
+            ).T  # [G, L] -> [L, G]
+            note(
+                "layer_density",
+                layers.detach(),
+                torch.tensor(expected["layer_density"]).clamp(max=1.0),
+            )
         set_rates(adam, t, total)
         rows = slice(t * recorded["batch"], (t + 1) * recorded["batch"])
         parts = [Part(torch.stack([b[rows] for b in batches]), labels[rows])]
         ce, regularizer = train_step(
-            forward_backward, adam, parts, torch.tensor(density, dtype=torch.float64), torch.tensor(penalty)
+            forward_backward,
+            adam,
+            parts,
+            torch.tensor(density, dtype=torch.float64),
+            torch.tensor(penalty),
         )
         note("ce", ce, expected["ce"])
         note("regularizer", regularizer, expected["regularizer"])
 
     # The recording rounds each count down; our exact masks hand out the remainder as well.
     chosen, expected = masks.choose(final), load_file(folder / f"mask_end_{method}.safetensors")
-    note("mask_end", *(torch.cat([m[name].flatten().bool() for name in expected]) for m in (chosen, expected)))
+    note(
+        "mask_end",
+        *(torch.cat([m[name].flatten().bool() for name in expected]) for m in (chosen, expected)),
+    )
     with torch.inference_mode():
         logits = functional_call(model, masks(final)[0], tuple(b[:8] for b in batches))
     note("logits_end", logits, recorded["logits_end_first_batch"])
@@ -143,7 +164,9 @@ def judge_method(folder, batches, labels, method):
     found = {quantity: gaps(quantity, ours, theirs) for quantity in ours}
     beyond = []
     for quantity, gap in found.items():
-        by_rounding = torch.stack([gaps(quantity, ours, other) for other in nudged]).amax(0)  # [steps]
+        by_rounding = torch.stack([gaps(quantity, ours, other) for other in nudged]).amax(
+            0
+        )  # [steps]
         allowed = (MARGIN * by_rounding.cummax(0).values).clamp(min=BOUNDS[quantity])
         if quantity == "mask_end":
             allowed = allowed.clamp(max=LARGEST_SHARE)
@@ -157,16 +180,28 @@ def replay_choice(tensors, expected, kind, costs):
     labels, distances = expected[f"{kind}_clusters"], []
     activations = [tensors[f"{kind}_activations.{layer}"] for layer in range(len(labels))]
     for x, of_units in zip(activations, labels, strict=True):
-        distances.append(pprune.head_distances(x, len(of_units)) if kind == "head" else pprune.neuron_distances(x))
-    gaps = [(d - tensors[f"{kind}_distance.{layer}"]).abs().max().item() for layer, d in enumerate(distances)]
-    target, cost = expected["target_attention_macs" if kind == "head" else "target_ffn_macs"], costs[kind == "neuron"]
+        distances.append(
+            pprune.head_distances(x, len(of_units))
+            if kind == "head"
+            else pprune.neuron_distances(x)
+        )
+    gaps = [
+        (d - tensors[f"{kind}_distance.{layer}"]).abs().max().item()
+        for layer, d in enumerate(distances)
+    ]
+    target, cost = (
+        expected["target_attention_macs" if kind == "head" else "target_ffn_macs"],
+        costs[kind == "neuron"],
+    )
     keep, merges = int(target / cost), [pprune.merges(d) for d in distances]
     threshold = pprune.lowest_threshold(merges, keep)
     differing = 0
     for found, numbers in zip(merges, labels, strict=True):
         groups = sorted([i for i, n in enumerate(numbers) if n == label] for label in set(numbers))
         differing += groups != sorted(pprune.clusters(len(numbers), found, threshold))
-    strengths = [x.abs().mean(0).view(len(n), -1).mean(1) for x, n in zip(activations, labels, strict=True)]
+    strengths = [
+        x.abs().mean(0).view(len(n), -1).mean(1) for x, n in zip(activations, labels, strict=True)
+    ]
     kept = [units.tolist() for units in pprune.representatives(distances, strengths, keep)]
     return {
         "distance": max(gaps), "budget": abs(cost - expected[f"macs_per_{kind}"]),
@@ -185,7 +220,9 @@ def replay_pprune(folder):
     tokens = expected["seq_len"]
     costs = pprune.multiply_accumulates(config, tokens)
     worst = {kind: replay_choice(tensors, expected, kind, costs) for kind in ("head", "neuron")}
-    keep = pprune.budget(config, tokens, 1 - expected["retained_ratio"], expected["ffn_to_attention"])
+    keep = pprune.budget(
+        config, tokens, 1 - expected["retained_ratio"], expected["ffn_to_attention"]
+    )
     wanted = [
         int(expected[f"target_{part}_macs"] / expected[f"macs_per_{kind}"])
         for part, kind in (("attention", "head"), ("ffn", "neuron"))
@@ -212,8 +249,12 @@ def replay_gpt2(folder):
     found["inputs"] = max((seen[name] - recorded[name]).abs().max().item() for name in seen)
 
     rows = [ids[i : i + 1] for i in range(len(ids))]
-    losses = dict(zip(("all", *range(len(rows))), (expected["loss"], *expected["loss_of_rows"]), strict=True))
-    perplexities = {name: perplexity(model, ids if name == "all" else rows[name]) for name in losses}
+    losses = dict(
+        zip(("all", *range(len(rows))), (expected["loss"], *expected["loss_of_rows"]), strict=True)
+    )
+    perplexities = {
+        name: perplexity(model, ids if name == "all" else rows[name]) for name in losses
+    }
     found["loss"] = max(abs(math.log(perplexities[name]) - losses[name]) for name in losses)
     return found
 
@@ -225,7 +266,9 @@ def perplexity(model, ids):
 
 def replay_all(folder):
     """-> ({quantity: largest deviation}, names of those out of bounds)."""
-    if (folder / "config.json").exists() and read_json(folder / "config.json").get("model_type") == "gpt2":
+    if (folder / "config.json").exists() and read_json(folder / "config.json").get(
+        "model_type"
+    ) == "gpt2":
         found = replay_gpt2(folder)
         return found, [name for name, gap in found.items() if not gap <= BOUNDS[name]]
 
@@ -249,7 +292,9 @@ def replay_all(folder):
         beyond += [f"{method} {name}" for name in out]
         if method == "smp-s":
             ours, theirs = replay_method(folder, batches, stored["labels"], method)
-            deviations = {f"{HANDED_ON} {name}": gaps(name, ours, theirs).max().item() for name in ours}
+            deviations = {
+                f"{HANDED_ON} {name}": gaps(name, ours, theirs).max().item() for name in ours
+            }
             found |= deviations  # to be looked at: another rule leads to another mask
     return found, beyond
 

@@ -13,9 +13,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CORE = {"model.py": 350, "mask.py": 310, "data.py": 320, "train.py": 400, "eval.py": 260}  # lines, at most
+CORE = {
+    "model.py": 350,
+    "mask.py": 310,
+    "data.py": 320,
+    "train.py": 400,
+    "eval.py": 260,
+}  # lines, at most
 WINGS = ("plumbing", "extras", "tools")
-SOURCES = [ROOT / name for name in CORE] + [path for wing in WINGS for path in sorted((ROOT / wing).glob("*.py"))]
+SOURCES = [ROOT / name for name in CORE] + [
+    path for wing in WINGS for path in sorted((ROOT / wing).glob("*.py"))
+]
 EXERCISES = sorted((ROOT / "exercises").glob("*.py"))
 # What each room may import of ours, beside itself.
 ARROWS = {
@@ -66,13 +74,17 @@ def test_the_core_names_nothing_of_extras_but_the_hook():
 
 
 def test_packages():
-    required = {line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    required = {
+        line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()
+    }
     assert required == {"torch", "tokenizers", "safetensors", "numpy", "tqdm"}
     for path in SOURCES + EXERCISES:
         beside = {other.stem for other in EXERCISES} if path in EXERCISES else set()
         for _, name in imported(path):
             known = name in required | ARROWS.keys() | sys.stdlib_module_names | beside
-            assert known or (path.name, name) == ("picture.py", "matplotlib"), f"{path} imports {name}"
+            assert known or (path.name, name) == ("picture.py", "matplotlib"), (
+                f"{path} imports {name}"
+            )
             assert name not in ("pickle", "shelve", "marshal")
 
 
@@ -111,7 +123,10 @@ def test_the_method_stands_without_its_wings(make_model, glue, tmp_path):
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(run, ("smp-s", "finetune")))
-    listed = python("-c", "from mask import METHODS; from data import TASKS; import train; print(*METHODS, *TASKS)")
+    listed = python(
+        "-c",
+        "from mask import METHODS; from data import TASKS; import train; print(*METHODS, *TASKS)",
+    )
     assert "movement" not in listed and "squad" not in listed and "smp-s" in listed
 
 
@@ -122,6 +137,8 @@ def test_the_readme_is_short_and_shows_the_house():
     for wing in WINGS:
         line = next(line for line in tree.splitlines() if line.startswith(f"{wing}/"))
         files = {path.stem for path in (ROOT / wing).glob("*.py")} - {"__init__"}
-        assert files == {name for name in re.findall(r"\w+", line) if (ROOT / wing / f"{name}.py").exists()}
+        assert files == {
+            name for name in re.findall(r"\w+", line) if (ROOT / wing / f"{name}.py").exists()
+        }
     for name in CORE:
         assert f"\n{name} " in f"\n{tree}"
