@@ -22,10 +22,9 @@ from extras import gpt2
 from mask import METHODS, mean_sigmoid
 from model import Bert, Config, load_model
 from plumbing import cli, fetch, parallel
-from plumbing.adam import set_rates
 from plumbing.checkpoints import read_model
 from plumbing.graphs import Recorded, compile_step
-from train import Learner, make_forward_backward, train_step
+from train import Learner, make_forward_backward, make_optimizer, set_rates, train_step
 
 DENSITY = 0.5
 BERT_WORDS = 30522  # vocabulary sizes
@@ -36,7 +35,7 @@ def parse_args(argv=None):
     parser = cli.Parser(
         prog="python -m tools.bench", description="Time one training step and its parts."
     )
-    learning = [name for name, method in METHODS.items() if "lr" in method.flags]
+    learning = [name for name, method in METHODS.items() if "scores" in method.trains]
     width = cli.up_to(16384)
     add = parser.add_argument
     add("--layers", type=cli.up_to(1000), default=6, help="(6)")
@@ -47,7 +46,7 @@ def parse_args(argv=None):
     add("--length", type=cli.count, default=64, help="tokens per example (64)")
     add("--steps", type=cli.up_to(10000), default=20, help="timed steps of each kind (20)")
     add("--method", choices=learning, default="smp-s", help="compared with finetune (smp-s)")
-    cli.add_machine(parser)
+    cli.add_flags(parser, "machine", cli.MACHINE_FLAGS)
     add("--compile", action="store_true", help="as in train.py")
     add("--eager", action="store_true", help="as in train.py; also times the parts of a step")
     add("--inference", action="store_true", help="time evaluation of --model instead")
@@ -171,7 +170,7 @@ def show(name, times, note=""):
 def time_step(args, method, device, dtype, peak, bandwidth):
     """Time whole training steps of a method, and the parts of masking -> {what: number}."""
     model = make_model(args).to(device).train()
-    learner = Learner(model, METHODS[method], DENSITY, dtype)
+    learner = Learner(model, METHODS[method], dtype)
     for scores in learner.masks.scores.values() if learner.masks else ():
         scores.data.normal_(0, 0.1)
     forward_backward = make_forward_backward(model, learner)
@@ -181,10 +180,11 @@ def time_step(args, method, device, dtype, peak, bandwidth):
         torch.cuda.reset_peak_memory_stats()
         if not args.eager:
             forward_backward = Recorded(forward_backward, learner.parameters())
-    adam = learner.optimizer(1e-5, 1e-5)
+    adam = make_optimizer(learner, 1e-5, 1e-5)
     set_rates(adam, 5, 10)
     parts = [make_batch(args, model.config.vocab_size, device)]
-    density, penalty = torch.tensor([DENSITY, 10.0], device=device)
+    density = torch.tensor(DENSITY, dtype=torch.float64, device=device)
+    penalty = torch.tensor(10.0, device=device)
 
     def step():
         train_step(forward_backward, adam, parts, density, penalty)
@@ -219,8 +219,7 @@ def time_parts(args, masks, density):
 
     @torch.no_grad()
     def select():
-        ranked = masks.method.rank(masks.weights, masks.scores)
-        masks.method.masking(ranked, importance, density, exact=False)
+        masks.choose_stacked(importance, density, exact=False)
 
     def mask():
         masked = list(masks(density)[0].values())

@@ -18,16 +18,17 @@ from data import TASKS
 from eval import load_run
 from extras.pprune import modules, shrink
 from mask import METHODS
-from model import PER_LAYER
 from plumbing.checkpoints import (
+    PER_LAYER,
     WEIGHTS,
+    model_files,
     pack_weights,
     read_model,
     tokenizer_bytes,
     tokenizer_config,
 )
 from plumbing.cli import Parser, one_line_errors, show
-from plumbing.files import file_digest, json_bytes, partial_folder, read_json, sha256, write_whole
+from plumbing.files import file_digest, json_bytes, partial_folder, sha256, write_whole
 from tools import card
 
 HEADING = """# {task}, pruned to a density of {density:.4f}
@@ -90,7 +91,7 @@ def apply_run(tensors, run):
     """Multiply weights {name: tensor} by the run's masks, and take over its trained vectors."""
     model = run.model
     trained = dict(run.masks)
-    if METHODS[run.result["method"]].vectors:
+    if "vectors" in METHODS[run.result["method"]].trains:
         for name, weight in model.named_parameters():
             if weight.ndim == 1:
                 trained[name] = weight.detach()
@@ -112,9 +113,9 @@ def write_tokenizer(folder, source, longest_input):
 def describe(result, model, has_pooler):
     """Write the exported folder's README, below its metadata."""
     method = METHODS[result["method"]]
-    changes = f", its weights trained ({result['method']})" if method.trains_weights else ""
-    changes += "; biases and LayerNorms trained" if method.vectors else ""
-    changes += f"; the weights that {result['method']} removed are zero" if method.masking else ""
+    changes = f", its weights trained ({result['method']})" if "weights" in method.trains else ""
+    changes += "; biases and LayerNorms trained" if "vectors" in method.trains else ""
+    changes += f"; the weights that {result['method']} removed are zero" if method.how_many else ""
     if result["words"]:
         note, use = describe_classes(result, model, has_pooler)
         changes += note
@@ -247,24 +248,20 @@ def describe_dead(model, heads, neurons):
 
 def write_compact(folder, run, model, description):
     """Write the files of a finished run that has its own weights and no mask."""
-    content = pack_weights(model.published(model.state_dict()))
+    files = model_files(run.folder, model.published(model.state_dict()), model.config)
     result = dict(run.result)
     for key in ("kept", "prunable", "densities"):
         result.pop(key, None)
     result |= {"pruned_with": result["method"], "method": "finetune", "config": str(model.config)}
-    result["sha256"] = {"model.safetensors": sha256(content)}
-    config = read_json(run.folder / "config.json")
-    for name in PER_LAYER:
-        config[name] = getattr(model.config, name)
+    result["sha256"] = {"model.safetensors": sha256(files["model.safetensors"])}
 
     text = card.front_matter(run.result, card.OURS) + description
     text += "\n\nLayers may differ in size, so only the code that wrote this folder can load it: "
     text += "it is a RUN for eval.py.\n"
-    write_whole(folder / "README.md", text.encode())
-    write_whole(folder / "config.json", json_bytes(config))
-    write_tokenizer(folder, run.folder, model.config.longest_input)
-    write_whole(folder / "model.safetensors", content)
-    write_whole(folder / "result.json", json_bytes(result))
+    files["README.md"] = text.encode()
+    files["result.json"] = json_bytes(result)
+    for name, content in files.items():
+        write_whole(folder / name, content)
 
 
 # --- the mask alone ---------------------------------------------------------------------------
@@ -275,7 +272,7 @@ def export_mask(folder, run, mask_file):
 
     Returns a description. Raises ValueError if the run trained more than a mask.
     """
-    if METHODS[run.result["method"]].trains_weights:
+    if "weights" in METHODS[run.result["method"]].trains:
         raise ValueError(
             "--mask: this run trained weights too, which a mask does not hold; leave it out"
         )

@@ -206,7 +206,7 @@ def sentence(loaded, texts):
     """Show the answer to a text, and a table of how it changes without each head."""
     name = loaded.result["task"]
     task = TASKS[name]
-    if task.say:  # the task answers with a span, or continues the text
+    if task.format_answer:  # the task answers with a span, or continues the text
         return f"<p>{safe(name)} has no classes, so the page does not ask for one.</p>"
     before, after = without_heads(loaded, texts)
     chosen = int(before.argmax())
@@ -401,7 +401,7 @@ def read_texts(task, args):
         raise ValueError("--pair needs --text")
     if args.text is None:
         return EXAMPLES[len(task.text)]
-    if task.say:
+    if task.format_answer:
         raise ValueError(
             "--text: heads are shown for an answer of one class or score, which this task has not"
         )
