@@ -23,7 +23,8 @@ class LogProgress(tqdm):
     """
 
     def display(self, msg=None, pos=None):
-        if msg is None:  # tqdm passes "" to clear the bar
+        # tqdm passes "" to clear the bar, and shows a bar that is reset at once.
+        if msg is None and self.format_dict["elapsed"] >= self.delay:
             print(self, file=self.fp, flush=True)
 
     def clear(self, *_, **__):
