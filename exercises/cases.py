@@ -18,7 +18,7 @@ SORTING = (
 
 
 class Wrong(Exception):
-    """What is wrong with an answer, as a sentence."""
+    """A sentence that says what is wrong with an answer."""
 
 
 def require(condition, sentence):

@@ -80,10 +80,12 @@ def export(folder, run):
 
     text = card.front_matter(run.result, "transformers")
     text += describe(run.result, run.model, has_pooler)
-    write_whole(folder / "README.md", text.encode())
-    write_whole(folder / "config.json", (run.folder / "config.json").read_bytes())
-    write_tokenizer(folder, run.folder, run.model.config.longest_input)
-    write_whole(folder / "model.safetensors", pack_weights(tensors))
+    files = {
+        "README.md": text.encode(),
+        "config.json": (run.folder / "config.json").read_bytes(),
+        "model.safetensors": pack_weights(tensors),
+    }
+    write_files(folder, files | tokenizer_files(run))
     return "an ordinary model folder; its README.md says how to use it"
 
 
@@ -104,10 +106,18 @@ def apply_run(tensors, run):
             tensors[name] = tensor * found if found.ndim > 1 else found
 
 
-def write_tokenizer(folder, source, longest_input):
-    """Write tokenizer.json from a source folder, and a tokenizer_config.json for it."""
-    write_whole(folder / "tokenizer.json", tokenizer_bytes(source))
-    write_whole(folder / "tokenizer_config.json", tokenizer_config(folder, longest_input))
+def tokenizer_files(run):
+    """Return the files of a run's tokenizer as {name: bytes}."""
+    length = run.model.config.longest_input
+    return {
+        "tokenizer.json": tokenizer_bytes(run.folder),
+        "tokenizer_config.json": tokenizer_config(run.folder, length),
+    }
+
+
+def write_files(folder, files):
+    for name, content in files.items():
+        write_whole(folder / name, content)
 
 
 def describe(result, model, has_pooler):
@@ -260,8 +270,7 @@ def write_compact(folder, run, model, description):
     text += "it is a RUN for eval.py.\n"
     files["README.md"] = text.encode()
     files["result.json"] = json_bytes(result)
-    for name, content in files.items():
-        write_whole(folder / name, content)
+    write_files(folder, files)
 
 
 # --- the mask alone ---------------------------------------------------------------------------
@@ -281,9 +290,12 @@ def export_mask(folder, run, mask_file):
     weights = run.folder / WEIGHTS
     backbone = file_digest(weights) if weights.exists() else None  # None: in several files
     config = card.adapter_config(run.result, backbone, kept / total)
-    write_whole(folder / "mask.safetensors", mask_file.read_bytes())
-    write_whole(folder / "README.md", card.mask_card(run.result, kept, total).encode())
-    write_whole(folder / "adapter_config.json", json_bytes(config))
+    files = {
+        "mask.safetensors": mask_file.read_bytes(),
+        "README.md": card.mask_card(run.result, kept, total).encode(),
+        "adapter_config.json": json_bytes(config),
+    }
+    write_files(folder, files)
     return (
         "a mask to share; its README.md says how to use it. "
         "The mask's file also names the run's command and folders"
@@ -296,15 +308,13 @@ def main(argv=None):
         prog="python -m tools.export",
         description="Write a finished run as a folder to use elsewhere.",
     )
-    run_help = "a run folder, or the mask file from one"
-    parser.add_argument("run", type=Path, metavar="RUN", help=run_help)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new folder")
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="a run folder, or the mask file from one")
+    add("folder", type=Path, metavar="FOLDER", help="a new folder")
+    add("--model", metavar="FOLDER", help="where the backbone is now")
     add = parser.add_mutually_exclusive_group().add_argument
-    compact_help = "without dead heads and neurons; needs this code"
-    add("--compact", action="store_true", help=compact_help)
-    mask_help = "the mask alone, to share; needs this code and the backbone"
-    add("--mask", action="store_true", help=mask_help)
-    parser.add_argument("--model", metavar="FOLDER", help="where the backbone is now")
+    add("--compact", action="store_true", help="no dead heads and neurons; needs this code")
+    add("--mask", action="store_true", help="the mask alone; needs this code and the backbone")
     args = parser.parse_args(argv)
 
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
