@@ -277,10 +277,9 @@ def main(argv=None):
     device, dtype, why = cli.choose_device(args.device, args.dtype)
     parallel.start(device)
     cli.set_up(deterministic=False, steps=0 if args.eager else cli.LONG)
+    name = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-    else:
-        name = f"{torch.get_num_threads()} CPU threads"
     dtype_name = cli.dtype_name(dtype)
     processes = parallel.processes()
     print(f"{name}, {dtype_name} ({why}), torch {torch.__version__}, {processes} process(es)")
