@@ -195,7 +195,7 @@ def parse_args(argv):
     # A flag without effect would only mislead.
     allowed = takes(vars(args))
     for name in sorted(method_flags() & given.keys() - allowed):
-        known = ", ".join(map(cli.flag, allowed))
+        known = ", ".join(map(cli.flag, sorted(allowed)))
         parser.error(f"{cli.flag(name)}: {args.method} does not use it; its own flags are {known}")
     if args.hold > args.ramp:
         parser.error(f"--hold must be at most --ramp, {args.ramp}; got {args.hold}")
