@@ -100,7 +100,8 @@ def proportional_densities(importance, density):
 def whole_counts(counts, totals):
     """Counts [G, L] with fractions -> whole counts [G, L] that add up to totals [G, 1].
 
-    Each is rounded down. What is then missing in a group goes to its largest fractions.
+    Each is rounded down. What is then missing in a group goes to its largest fractions: 2.9, 5.7
+    and 6.4 with a total of 15 become 3, 6 and 6.
     """
     floors = counts.floor()
     missing = totals - floors.sum(1, keepdim=True)  # [G, 1]
@@ -119,7 +120,7 @@ def highest(scores, k, exact):
     stays, so at the start, with all scores 0, everything does. On a GPU the k-th is then only about
     the k-th, which is cheaper and enough in training.
     """
-    flat = [s.detach().flatten(1) for s in scores.values()]  # [L, out, in] -> [L, n]
+    flat = [s.detach().flatten(1).float() for s in scores.values()]  # [L, out, in] -> [L, n]
     k = k.to(flat[0].device)
     cuts = thresholds(flat, k, exact)
 
@@ -150,8 +151,8 @@ def kth_largest(scores, k):
         rows = zip(scores.numpy(), index.tolist(), strict=True)
         values = torch.tensor([np.partition(row, i)[i].item() for row, i in rows])
     else:
-        ordered = scores.sort(dim=1).values
-        values = ordered.gather(1, index[:, None])[:, 0]  # [L, n] -> [L, 1] -> [L]
+        # [L, n] -> [L, 1] -> [L]
+        values = scores.sort(dim=1).values.gather(1, index[:, None])[:, 0]
     return values.masked_fill(k == 0, math.inf)  # no score reaches infinity: nothing is kept
 
 

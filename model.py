@@ -232,8 +232,8 @@ class Bert(nn.Module):
 
     def resized(self, config, tensors):
         """The same kind of model, in the same mode, with layers of another size."""
-        model = build_bert(config, self.words.tolist(), tensors, every_token=self.every_token)
-        return model.train(self.training)
+        words = self.words.tolist()
+        return build_bert(config, words, tensors, "words", self.every_token).train(self.training)
 
     def forward(self, input_ids, token_type_ids, attention_mask):
         """Token ids, segment ids and 0/1 mask, each [B, S] -> logits [B, C].

@@ -140,8 +140,7 @@ def recipe(given):
         values[name] = OFF.get(name)
 
     # The reference code's schedule is cubic for BERT and linear for RoBERTa.
-    bert = fetch.family(values["model"]) == "bert"
-    values.setdefault("schedule", "cubic" if bert else "linear")
+    values.setdefault("schedule", "cubic" if fetch.family(values["model"]) == "bert" else "linear")
     # Even the layers out while most weights stay (reference code; not in the paper).
     values.setdefault("temperature", 4.0 if 1 - values["sparsity"] >= 0.7 else 1.0)
     # Without --epochs, little data still gets enough steps; and 10 lie between evaluations.
@@ -196,7 +195,7 @@ def parse_args(argv):
     # A flag without effect would only mislead.
     allowed = takes(vars(args))
     for name in sorted(method_flags() & given.keys() - allowed):
-        known = ", ".join(map(cli.flag, allowed))
+        known = ", ".join(map(cli.flag, sorted(allowed)))
         parser.error(f"{cli.flag(name)}: {args.method} does not use it; its own flags are {known}")
     if args.hold > args.ramp:
         parser.error(f"--hold must be at most --ramp, {args.ramp}; got {args.hold}")
@@ -275,11 +274,10 @@ def make_optimizer(learner, lr, weight_lr, decay=0.01):
         else:
             vectors.append(parameter)
 
-    # "peak" is our own key: set_rates() makes the rate of each step from it.
     groups = [
-        {"params": scores, "peak": lr, "weight_decay": 0.0},
-        {"params": matrices, "peak": weight_lr, "weight_decay": decay},
-        {"params": vectors, "peak": weight_lr, "weight_decay": 0.0},
+        {"params": scores, "lr": lr, "weight_decay": 0.0},
+        {"params": matrices, "lr": weight_lr, "weight_decay": decay},
+        {"params": vectors, "lr": weight_lr, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
@@ -292,8 +290,9 @@ def rate_at(step, total, warmup=0):
 
 
 def set_rates(optimizer, step, total, warmup=0):
+    # The rate that a group was made with is its peak.
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * rate_at(step, total, warmup)
+        group["lr"] = group.setdefault("peak", group["lr"]) * rate_at(step, total, warmup)
         # The reference code adds eps to the uncorrected second moment, torch to the corrected one.
         group["eps"] = 1e-8 / math.sqrt(1 - group["betas"][1] ** (step + 1))
 

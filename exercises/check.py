@@ -28,7 +28,7 @@ EXERCISES = {
     2: Exercise("density_at", "schedule.py", 5),
     3: Exercise("top_v", "top_v.py", 15),
     4: Exercise("score_gradient", "score_gradient.py", 20),
-    6: Exercise("masking", "masking.py", 20),
+    6: Exercise("rank", "rank.py", 20),
     7: Exercise("two_of_four", "two_of_four.py", 15),
     9: Exercise("dead_neurons", "dead_neurons.py", 25),
 }

@@ -78,7 +78,7 @@ def guard(event, arguments):
             raise Refused(f"it {does}, which is not allowed here")
 
 
-def lower(kind, value):
+def lower_limit(kind, value):
     """Lower a system limit for this process, which can never raise it again."""
     hard = resource.getrlimit(kind)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -90,13 +90,13 @@ def lower_limits():
     """Set system limits, where there are any. They also bind C code, which no audit hook sees."""
     if resource is None:
         return
-    lower(resource.RLIMIT_FSIZE, 0)  # no file gets a single byte
-    lower(resource.RLIMIT_CORE, 0)
-    lower(resource.RLIMIT_CPU, 4 * SECONDS + START)  # in case nobody is left to stop it
+    lower_limit(resource.RLIMIT_FSIZE, 0)  # no file gets a single byte
+    lower_limit(resource.RLIMIT_CORE, 0)
+    lower_limit(resource.RLIMIT_CPU, 4 * SECONDS + START)  # in case nobody is left to stop it
     pages = Path("/proc/self/statm")
     if pages.exists():
         used = int(pages.read_text().split()[0]) * resource.getpagesize()
-        lower(resource.RLIMIT_AS, used + MEMORY)
+        lower_limit(resource.RLIMIT_AS, used + MEMORY)
 
 
 class Printed(io.TextIOBase):

@@ -85,10 +85,14 @@ class Attention(nn.Module):
         parts = [self.query(x), self.key(x), self.value(x)]  # [B, S, heads * D] each
         if self.heads == 0:
             return self.dropout(self.c_proj(sum(parts)))  # empty, but all three get gradients
-        q, k, v = (part.unflatten(2, (self.heads, self.size)).transpose(1, 2) for part in parts)  # [B, heads, S, D]
+        q, k, v = (
+            part.unflatten(2, (self.heads, self.size)).transpose(1, 2) for part in parts
+        )  # [B, heads, S, D]
         dropout = self.attn_pdrop if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        return self.dropout(self.c_proj(mixed.transpose(1, 2).flatten(2)))  # -> [B, S, heads * D] -> [B, S, H]
+        return self.dropout(
+            self.c_proj(mixed.transpose(1, 2).flatten(2))
+        )  # -> [B, S, heads * D] -> [B, S, H]
 
 
 class Block(nn.Module):
@@ -97,7 +101,9 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(c.n_embd, c.layer_norm_epsilon)
         self.attn = Attention(c, heads)
         self.ln_2 = nn.LayerNorm(c.n_embd, c.layer_norm_epsilon)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(c.n_embd, neurons), "c_proj": nn.Linear(neurons, c.n_embd)})
+        self.mlp = nn.ModuleDict(
+            {"c_fc": nn.Linear(c.n_embd, neurons), "c_proj": nn.Linear(neurons, c.n_embd)}
+        )
         self.dropout = nn.Dropout(c.resid_pdrop)
 
     def forward(self, x):

@@ -77,7 +77,9 @@ class Blocks(Examples):
         loss, hit = kept[:, :-1].double().mean((0, 1)).tolist()  # not of the last token of a block
         word_loss = loss * self.tokens_per_word
         powers = {"perplexity": loss, "word_perplexity": word_loss}
-        return {name: math.exp(min(x, 700)) for name, x in powers.items()} | {"accuracy": hit}  # JSON has no infinity
+        return {name: math.exp(min(x, 700)) for name, x in powers.items()} | {
+            "accuracy": hit
+        }  # JSON has no infinity
 
 
 class Prompt(Examples):
@@ -105,7 +107,9 @@ def fetch_text(task, split):
         fetch.fetch_file(f"{mirror or PTB_URL}/{name}", folder / name, MD5[name], remedy)
     else:
         url = f"{mirror or WIKITEXT_URL}/{task.folder}-v1.zip"
-        fetch.fetch_zip(url, folder, {name: MD5.get(f"{task.folder}/{name}") for name in names}, [], remedy)
+        fetch.fetch_zip(
+            url, folder, {name: MD5.get(f"{task.folder}/{name}") for name in names}, [], remedy
+        )
 
 
 def read_blocks(task, path, tokenizer):
@@ -130,11 +134,15 @@ def read_blocks(task, path, tokenizer):
     ids = np.concatenate(parts)
     count = len(ids) // size
     if count == 0:
-        raise ValueError(f"{path} is shorter than a block of {size} tokens (it has {len(ids)}); lower --length")
+        raise ValueError(
+            f"{path} is shorter than a block of {size} tokens (it has {len(ids)}); lower --length"
+        )
 
     left = len(ids) - count * size
     of_text = f"{words:,} words and line ends, {len(ids):,} tokens"
-    print(f"{path.name}: {of_text}; {count:,} blocks of {size}, and the last {left} tokens are left out")
+    print(
+        f"{path.name}: {of_text}; {count:,} blocks of {size}, and the last {left} tokens are left out"
+    )
     return Blocks.of(ids[: count * size].reshape(count, size), len(ids) / words)
 
 
@@ -149,7 +157,9 @@ def load(folder, length, head):
     with prefix_errors(folder):
         model = load_gpt2(stored, tensors)
         if not 4 <= length <= model.config.n_positions:
-            raise ValueError(f"--length {length}: the model takes 4 to {model.config.n_positions} tokens")
+            raise ValueError(
+                f"--length {length}: the model takes 4 to {model.config.n_positions} tokens"
+            )
     tokenizer = open_tokenizer(folder)
     if max(tokenizer.get_vocab().values(), default=0) >= model.config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has more words than config.json allows")
@@ -185,7 +195,14 @@ def format_answer(texts, tokenizer, logits_of, args):
 
 def add_task(name, folder, file, epochs, weight_lr):
     metrics = ("perplexity", "word_perplexity", "accuracy")
-    recipe = {"model": "gpt2", "epochs": epochs, "evals": epochs, "length": 512, "weight_lr": weight_lr, "decay": 0.0}
+    recipe = {
+        "model": "gpt2",
+        "epochs": epochs,
+        "evals": epochs,
+        "length": 512,
+        "weight_lr": weight_lr,
+        "decay": 0.0,
+    }
     TASKS[name] = Task(
         folder, ("text",), "", {}, metrics, recipe, dev=("valid", "test"), test=(), file=file, fetch=fetch_text,
         best=min, load=load, read=read_blocks, format_answer=format_answer,

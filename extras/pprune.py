@@ -31,7 +31,10 @@ BATCH = 64
 def modules(model):
     """{group: [the module of each layer whose weight is prunable]}."""
     groups = model.prunable().items()
-    return {group: [model.get_submodule(name.removesuffix(".weight")) for name in names] for group, names in groups}
+    return {
+        group: [model.get_submodule(name.removesuffix(".weight")) for name in names]
+        for group, names in groups
+    }
 
 
 @torch.no_grad()
@@ -47,11 +50,15 @@ def activations(model, examples, device, seed):
     rows = rows[lengths.argsort(kind="stable")]
     lengths = np.sort(lengths)
     ends = lengths.cumsum()
-    chosen = np.sort(rng.choice(ends[-1], min(TOKENS, ends[-1]), replace=False))  # tokens, counted through
+    chosen = np.sort(
+        rng.choice(ends[-1], min(TOKENS, ends[-1]), replace=False)
+    )  # tokens, counted through
     owner = np.searchsorted(ends, chosen, side="right")  # the input of each
     place = chosen - (ends - lengths)[owner]  # and where it stands there
     needed = np.unique(owner)  # no other input need pass
-    projections = [projection for group in ("attn_output", "output") for projection in modules(model)[group]]
+    projections = [
+        projection for group in ("attn_output", "output") for projection in modules(model)[group]
+    ]
     parts = {projection: [] for projection in projections}
 
     def watch(module, inputs):  # as a batch passes: all of its inputs would take gigabytes
@@ -63,7 +70,9 @@ def activations(model, examples, device, seed):
         batch = needed[start : start + BATCH]
         inputs, _ = collate(examples, rows[batch], device)
         here = np.isin(owner, batch)
-        rows_here = np.searchsorted(batch, owner[here]) * inputs.shape[2] + place[here]  # of [B * S, units]
+        rows_here = (
+            np.searchsorted(batch, owner[here]) * inputs.shape[2] + place[here]
+        )  # of [B * S, units]
         at = torch.from_numpy(rows_here).to(device)
         model.states(*inputs)
     for hook in hooks:
@@ -71,7 +80,9 @@ def activations(model, examples, device, seed):
     model.train().to("cpu")
     found = [torch.cat(part) for part in parts.values()]
     if not all(x.isfinite().all() for x in found):
-        raise ValueError("--model: its activations are not finite, so no clusters can be made of them")
+        raise ValueError(
+            "--model: its activations are not finite, so no clusters can be made of them"
+        )
     layers = len(model.config.layers)
     return found[:layers], found[layers:]
 
@@ -90,7 +101,9 @@ def neuron_distances(x):
 def head_distances(x, heads):
     """[T, heads * D] -> 1 - the mean |cos| of dimensions that were matched one to one [heads, heads]."""
     size = x.shape[1] // heads
-    blocks = cosines(x).view(heads, size, heads, size).transpose(1, 2)  # [heads * D] * 2 -> [heads, heads, D, D]
+    blocks = (
+        cosines(x).view(heads, size, heads, size).transpose(1, 2)
+    )  # [heads * D] * 2 -> [heads, heads, D, D]
     distances = torch.empty(heads, heads)
     for a in range(heads):
         for b in range(a, heads):
@@ -172,7 +185,10 @@ def representatives(distances, strengths, keep):
     threshold = lowest_threshold(layers, keep)
     kept = []
     for found, strength in zip(layers, strengths, strict=True):
-        strongest = [max(units, key=strength.__getitem__) for units in clusters(len(strength), found, threshold)]
+        strongest = [
+            max(units, key=strength.__getitem__)
+            for units in clusters(len(strength), found, threshold)
+        ]
         kept.append(torch.tensor(sorted(strongest)))
     return kept
 
@@ -194,7 +210,9 @@ def budget(config, tokens, sparsity, ffn_share):
     one of them cannot lose that much; every layer keeps a head and a neuron.
     """
     if 0 in (count for counts in config.layers for count in counts):
-        raise ValueError("--model: a layer of it has lost all its heads or neurons already; it takes --method finetune")
+        raise ValueError(
+            "--model: a layer of it has lost all its heads or neurons already; it takes --method finetune"
+        )
     counts = np.array(config.layers).sum(0)  # heads, neurons
     costs = np.array(multiply_accumulates(config, tokens))
     whole = (counts * costs).sum()
@@ -202,14 +220,22 @@ def budget(config, tokens, sparsity, ffn_share):
     parts = np.array([removed / (1 + ffn_share), removed * ffn_share / (1 + ffn_share)])
     most = (counts - len(config.layers)) * costs
     if removed > most.sum():
-        raise ValueError(f"--sparsity {sparsity:g}: no more than {most.sum() / whole:.3f} can go, a unit a layer stays")
+        raise ValueError(
+            f"--sparsity {sparsity:g}: no more than {most.sum() / whole:.3f} can go, a unit a layer stays"
+        )
     if (parts > most).any():
         lowest = max(removed / most[0] - 1, 0.01) if most[0] else 2000.0  # more than the highest
         highest = min(most[1] / (removed - most[1]), 1000.0) if removed > most[1] else 1000.0
         lowest = math.ceil(100 * lowest) / 100
         highest = math.floor(100 * highest) / 100
-        possible = f"{lowest:g} to {highest:g} is" if lowest <= highest else "and no other is; lower --sparsity"
-        raise ValueError(f"--ffn-share {ffn_share:g} is not possible at --sparsity {sparsity:g}, {possible}")
+        possible = (
+            f"{lowest:g} to {highest:g} is"
+            if lowest <= highest
+            else "and no other is; lower --sparsity"
+        )
+        raise ValueError(
+            f"--ffn-share {ffn_share:g} is not possible at --sparsity {sparsity:g}, {possible}"
+        )
     return [int(kept) for kept in (counts * costs - parts) / costs + 1e-9]
 
 
@@ -223,7 +249,9 @@ def evenly(scores, keep):
     wanted = 1 + others * (keep - len(scores)) / max(others.sum(), 1)
     counts = np.floor(wanted + 1e-9).astype(int)
     counts[np.argsort(counts - wanted, kind="stable")[: keep - counts.sum()]] += 1
-    return [s.topk(int(count)).indices.sort().values for s, count in zip(scores, counts, strict=True)]
+    return [
+        s.topk(int(count)).indices.sort().values for s, count in zip(scores, counts, strict=True)
+    ]
 
 
 def choose(model, units, examples, keep, device, seed):
@@ -239,7 +267,9 @@ def choose(model, units, examples, keep, device, seed):
         strengths = [[torch.rand(n, generator=drawn) for n in part] for part in counts]
         return [evenly(strength, k) for strength, k in zip(strengths, keep, strict=True)]
     of_heads, of_neurons = activations(model, examples, device, seed)
-    head_strengths = [x.abs().mean(0).view(n, -1).mean(1) for x, n in zip(of_heads, heads, strict=True)]
+    head_strengths = [
+        x.abs().mean(0).view(n, -1).mean(1) for x, n in zip(of_heads, heads, strict=True)
+    ]
     neuron_strengths = [x.abs().mean(0) for x in of_neurons]
     if units == "activation":
         return [evenly(head_strengths, keep[0]), evenly(neuron_strengths, keep[1])]
@@ -257,15 +287,25 @@ def shrink(model, heads, neurons):
     names = {group: list(weights) for group, weights in model.prunable().items()}
     size = model.config.head_size
     for i, (kept_heads, kept_neurons) in enumerate(zip(heads, neurons, strict=True)):
-        rows = (kept_heads[:, None] * size + torch.arange(size)).flatten()  # [heads, size] -> [heads * size]
-        for group, kept in {"query": rows, "key": rows, "value": rows, "intermediate": kept_neurons}.items():
+        rows = (
+            kept_heads[:, None] * size + torch.arange(size)
+        ).flatten()  # [heads, size] -> [heads * size]
+        for group, kept in {
+            "query": rows,
+            "key": rows,
+            "value": rows,
+            "intermediate": kept_neurons,
+        }.items():
             weight = names[group][i]
             for name in (weight, weight.removesuffix("weight") + "bias"):
                 tensors[name] = tensors[name][kept]
         for group, kept in {"attn_output": rows, "output": kept_neurons}.items():
             weight = names[group][i]
             tensors[weight] = tensors[weight][:, kept].contiguous()
-    counts = {"heads_per_layer": tuple(map(len, heads)), "neurons_per_layer": tuple(map(len, neurons))}
+    counts = {
+        "heads_per_layer": tuple(map(len, heads)),
+        "neurons_per_layer": tuple(map(len, neurons)),
+    }
     return model.resized(replace(model.config, **counts), tensors)
 
 
@@ -291,14 +331,21 @@ def facts_of(smaller, model, tokens):
     """What stays of a model; multiply-accumulates are those of heads and neurons alone."""
     costs = multiply_accumulates(model.config, tokens)
     after, before = (np.array(m.config.layers).sum(0) @ costs for m in (smaller, model))
-    kept, weights = (sum(w.numel() for ws in m.prunable().values() for w in ws.values()) for m in (smaller, model))
+    kept, weights = (
+        sum(w.numel() for ws in m.prunable().values() for w in ws.values())
+        for m in (smaller, model)
+    )
     facts = {"layers": smaller.config.layers, "whole": model.config.layers, "tokens": tokens}
     return facts | {"multiply_accumulates": float(after / before), "density": kept / weights}
 
 
 # ffn_share: multiply-accumulates that neurons lose for each that heads lose, see budget().
 RECIPE = {"sparsity": 0.5, "weight_lr": None, "ffn_share": 5.0}
-for name, units in (("p-pruning", "clusters"), ("p-activation", "activation"), ("p-random", "random")):
+for name, units in (
+    ("p-pruning", "clusters"),
+    ("p-activation", "activation"),
+    ("p-random", "random"),
+):
     METHODS[name] = Method(
         None, trains=("weights",), recipe=RECIPE, before=partial(prune, units=units)
     )

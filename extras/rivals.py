@@ -101,7 +101,10 @@ class Gates(Masks):
         gated = {}
         for group, weight in self.weights.items():
             gated[group] = weight * hard_concrete(self.scores[group], noise=False)
-        return {n: weight.to(dtype or self.dtype) * masks[n] for n, weight in self.by_name(gated).items()}
+        return {
+            n: weight.to(dtype or self.dtype) * masks[n]
+            for n, weight in self.by_name(gated).items()
+        }
 
 
 WEIGHTS = ("weights",)

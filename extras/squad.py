@@ -23,7 +23,10 @@ from plumbing.files import read_json
 from plumbing.progress import progress
 
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
-MD5 = {"train-v1.1.json": "981b29407e0affa3b1b156f72073b945", "dev-v1.1.json": "3e85deb501d4e538b6bc56f786231552"}
+MD5 = {
+    "train-v1.1.json": "981b29407e0affa3b1b156f72073b945",
+    "dev-v1.1.json": "3e85deb501d4e538b6bc56f786231552",
+}
 STRIDE = 128  # tokens that neighbouring windows share, at most a third of a window
 LONGEST_QUESTION = 64  # tokens, at most a third of a window; longer ones are cut
 SHORTEST_WINDOW = 16  # tokens: thirds of fewer leave no room for the special tokens
@@ -95,13 +98,20 @@ def read_squad(path):
                     questions.append(question)
                     elsewhere += sum(misplaced(question, answer) for answer in found)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path} is not a SQuAD v1.1 file ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{path} is not a SQuAD v1.1 file ({type(error).__name__}: {error})"
+        ) from None
     if not questions:
         raise ValueError(f"{path} holds no questions")
     for question in questions:
         if not question["answers"]:
-            raise ValueError(f"{path}: question {question['id']} has no answer; SQuAD 2.0 is not supported")
-    notes = {"answers that are not where the file says": elsewhere, "articles without paragraphs": empty}
+            raise ValueError(
+                f"{path}: question {question['id']} has no answer; SQuAD 2.0 is not supported"
+            )
+    notes = {
+        "answers that are not where the file says": elsewhere,
+        "articles without paragraphs": empty,
+    }
     return questions, [f"{path}: {what}: {count}" for what, count in notes.items() if count]
 
 
@@ -119,7 +129,11 @@ def trimmed(answer):
 
 def dropped(character):
     """Spaces, controls, signs of no meaning, and the accent that follows its letter as a character of its own."""
-    return character.isspace() or character == "\ufffd" or unicodedata.category(character) in ("Mn", "Cc", "Cf", "Co")
+    return (
+        character.isspace()
+        or character == "\ufffd"
+        or unicodedata.category(character) in ("Mn", "Cc", "Cf", "Co")
+    )
 
 
 def label(spans, answer):
@@ -142,16 +156,22 @@ def make_windows(questions, tokenizer, length, training=False):
     In training, a question whose answer is in none of its windows is left out. Raises ValueError for too short windows.
     """
     if length < SHORTEST_WINDOW:
-        raise ValueError(f"--length {length}: question and paragraph need {SHORTEST_WINDOW} tokens or more")
+        raise ValueError(
+            f"--length {length}: question and paragraph need {SHORTEST_WINDOW} tokens or more"
+        )
     special = tokenizer.num_special_tokens_to_add(False)
     tokenizer.enable_truncation(min(LONGEST_QUESTION, length // 3) + special)
     texts = [(cut(q["question"], tokenizer), q["context"]) for q in questions]
     tokenizer.enable_truncation(length, stride=min(STRIDE, length // 3), strategy="only_second")
 
     windows = Windows([], [], [], length, [], [], [])
-    for start in progress(range(0, len(questions), 256), "cutting windows"):  # in parts: encodings are large
+    for start in progress(
+        range(0, len(questions), 256), "cutting windows"
+    ):  # in parts: encodings are large
         part = slice(start, start + 256)
-        for question, encoding in zip(questions[part], encode_texts(tokenizer, texts[part]), strict=True):
+        for question, encoding in zip(
+            questions[part], encode_texts(tokenizer, texts[part]), strict=True
+        ):
             add_windows(windows, question, [encoding, *encoding.overflowing], training)
     return windows
 
@@ -164,7 +184,9 @@ def add_windows(windows, question, encodings, training):
         inside = np.array([text == 1 for text in encoding.sequence_ids])
         spans.append(np.where(inside[:, None], np.array(encoding.offsets), -1))
         labels.append(label(spans[-1], answer))
-    if training and (misplaced(question, answer) or set(labels) == {(0, 0)}):  # it would teach nonsense
+    if training and (
+        misplaced(question, answer) or set(labels) == {(0, 0)}
+    ):  # it would teach nonsense
         return
 
     windows.ids.extend(encoding.ids for encoding in encodings)
@@ -187,7 +209,9 @@ def read_windows(task, path, tokenizer):
         why = "their answers are not where it says, or longer than a window (--length)"
         notes.append(f"{path}: left out {lost} of {len(questions)} questions; {why}")
     if not len(windows):
-        raise ValueError(f"{path}: no answer is where the file says, or all are longer than a window (--length)")
+        raise ValueError(
+            f"{path}: no answer is where the file says, or all are longer than a window (--length)"
+        )
     for note in notes:
         print(note)
     return windows
@@ -218,7 +242,10 @@ def answers(logits, windows):
     best = [(-np.inf, 0, 0)] * len(windows.questions)
     for window, owner, spans in zip(logits.numpy(), windows.owner, windows.spans, strict=True):
         best[owner] = max(best[owner], best_spans(window, spans), key=lambda found: found[0])
-    return [q["context"][first:last] for q, (_, first, last) in zip(windows.questions, best, strict=True)]
+    return [
+        q["context"][first:last]
+        for q, (_, first, last) in zip(windows.questions, best, strict=True)
+    ]
 
 
 def normalise(text):

@@ -7,4 +7,6 @@ can double a step's time when other programs need the processor. Here it is a th
 import os
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # of GNU OpenMP, torch's on Linux; its default is 300,000
+    os.environ.setdefault(
+        "GOMP_SPINCOUNT", "10000"
+    )  # of GNU OpenMP, torch's on Linux; its default is 300,000

@@ -269,9 +269,9 @@ def read_number(stored, field):
 def read_counts(stored, name, layers, most):
     """heads_per_layer or neurons_per_layer: for each layer a number from 0 to `most`, or nothing."""
     counts = stored.get(name, [])
-    if isinstance(counts, list) and len(counts) in (0, layers):
-        if all(type(count) is int and 0 <= count <= most for count in counts):
-            return tuple(counts)
+    valid = isinstance(counts, list) and len(counts) in (0, layers)
+    if valid and all(type(count) is int and 0 <= count <= most for count in counts):
+        return tuple(counts)
     raise ValueError(f"{name} is {counts!r}, not a list of one number from 0 to {most} per layer")
 
 

@@ -1,8 +1,8 @@
 """What all commands share: errors in one line, checked flags, the choice of device and dtype, the code's version.
 
-    @one_line_errors()
-    def main(argv=None):
-        device, dtype, why = choose_device(args.device, args.dtype)
+@one_line_errors()
+def main(argv=None):
+    device, dtype, why = choose_device(args.device, args.dtype)
 """
 
 import argparse
@@ -24,8 +24,19 @@ from plumbing.files import DISK_FULL
 # --- errors --------------------------------------------------------------------------------------------------
 
 # What people or machines can get wrong. Anything else is a mistake in the code, and keeps its traceback.
-ERRORS = (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-MEMORY_FULL = ("allocate memory", "bad_alloc", "can't start new thread")  # a plain RuntimeError says so
+ERRORS = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    MemoryError,
+    torch.OutOfMemoryError,
+    torch.AcceleratorError,
+)
+MEMORY_FULL = (
+    "allocate memory",
+    "bad_alloc",
+    "can't start new thread",
+)  # a plain RuntimeError says so
 PANIC = "PanicException"  # of the tokenizers library: no Exception, and nowhere to be imported from
 NO_COMPILER = ("InductorError", "BackendCompilerFailed")  # of torch.compile
 SMALLER = "memory is full; make it smaller (train.py: --accumulate 2, --batch, --length), or use another --device"
@@ -56,7 +67,9 @@ def open_streams():
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # in a log, lines in their order
+            stream.reconfigure(
+                errors="backslashreplace", line_buffering=True
+            )  # in a log, lines in their order
 
 
 def end(line, status):
@@ -93,7 +106,9 @@ def describe(error):
         reason = str(error).splitlines()[0]
         return f"the device failed ({reason}); python train.py --resume RUN_DIR continues from the last evaluation"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return f"{error}: make room, or choose another place (train.py: --out; downloads: SMP_CACHE)"
+        return (
+            f"{error}: make room, or choose another place (train.py: --out; downloads: SMP_CACHE)"
+        )
     return printable(str(error))
 
 
@@ -221,7 +236,9 @@ def shaded_table(title, columns):
     names = [name.replace("_", " ").replace("intermediate", "intermed.") for name in columns]
     lines = [table_row(title, names)]
     for i, row in enumerate(table):
-        lines.append(table_row(f"layer {i}", [f"{shade(v, table, WIDTH - 7)} {v:.3f}" for v in row]))
+        lines.append(
+            table_row(f"layer {i}", [f"{shade(v, table, WIDTH - 7)} {v:.3f}" for v in row])
+        )
     return [*lines, table_row("all", [f"{v:.4f}" for v in table.mean(0)])]
 
 
@@ -251,11 +268,19 @@ def choose_device(device=None, dtype=None, trained=None):
     the machine lacks the device.
     """
     trained = trained or {"device": None, "dtype": None}
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     why = "as asked"
     if device is None:
         device = next(name for name, there in present.items() if there)
-        why = {"cuda": "a CUDA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[device]
+        why = {
+            "cuda": "a CUDA GPU is there",
+            "mps": "an Apple GPU is there",
+            "cpu": "no GPU is there",
+        }[device]
     elif not present[device]:
         raise ValueError(f"--device {device}: torch {torch.__version__} finds no such device here")
     if dtype is None and device == trained["device"]:
@@ -302,7 +327,9 @@ def code_version():
     git = ["git", "-C", str(here.parent)]
     ask = partial(subprocess.run, capture_output=True, text=True, check=True)
     try:
-        ask([*git, "ls-files", "--error-unmatch", here.name])  # or it lies inside another repository
+        ask(
+            [*git, "ls-files", "--error-unmatch", here.name]
+        )  # or it lies inside another repository
         commit = ask([*git, "rev-parse", "--short", "HEAD"]).stdout.strip()
         changed = ask([*git, "status", "--porcelain", "--untracked-files=no"]).stdout
     except (OSError, subprocess.CalledProcessError):

@@ -23,7 +23,8 @@ class LogProgress(tqdm):
     """
 
     def display(self, msg=None, pos=None):
-        if msg is None:  # tqdm passes "" to clear the bar
+        # tqdm passes "" to clear the bar, and shows a bar that is reset at once.
+        if msg is None and self.format_dict["elapsed"] >= self.delay:
             print(self, file=self.fp, flush=True)
 
     def clear(self, *_, **__):
@@ -45,5 +46,6 @@ def progress(items=None, name="", leave=False, **settings):
     settings |= {"desc": name, "disable": parallel.rank() > 0}
     if sys.stderr.isatty():
         return tqdm(items, leave=leave, dynamic_ncols=True, **settings)
-    settings |= {"delay": LOG_SECONDS, "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS}
+    # miniters 1: look at the clock in every step, and keep tqdm's monitor thread from printing.
+    settings |= {"delay": LOG_SECONDS, "mininterval": LOG_SECONDS, "miniters": 1}
     return LogProgress(items, leave=False, bar_format=LINE, **settings)

@@ -30,13 +30,41 @@ from plumbing.cli import code_version, flag
 
 LOG, CHECKPOINT, RESULT = "log.jsonl", "checkpoint.safetensors", "result.json"
 # What else a run writes into its folder.
-WRITTEN = {"mask.safetensors", "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
+WRITTEN = {
+    "mask.safetensors",
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 FORMAT = "smp-checkpoint-2"
 # What a checkpoint says beside its tensors. identity: what the run depends on; seconds: spent; log: bytes of the log.
-STATE = {"step": int, "evaluations": list, "argv": list, "identity": dict, "seconds": float, "log": int}
+STATE = {
+    "step": int,
+    "evaluations": list,
+    "argv": list,
+    "identity": dict,
+    "seconds": float,
+    "log": int,
+}
 # What result.json, or the description of a mask file, must say, beside much else.
-DESCRIBED = {"task": str, "method": str, "model": str, "words": dict, "length": int, "head": str, "final": dict}
-DESCRIBED |= {"fingerprint": str, "tokenizer": str, "config": str, "sha256": dict, "density": float, "device": str}
+DESCRIBED = {
+    "task": str,
+    "method": str,
+    "model": str,
+    "words": dict,
+    "length": int,
+    "head": str,
+    "final": dict,
+}
+DESCRIBED |= {
+    "fingerprint": str,
+    "tokenizer": str,
+    "config": str,
+    "sha256": dict,
+    "density": float,
+    "device": str,
+}
 DESCRIBED |= {"dtype": str, "data_dir": (str, type(None))}
 CHOICES = {"head": ("words", "classifier"), "dtype": ("float32", "bfloat16")}
 
@@ -60,7 +88,9 @@ class Run:
         self.evaluations = state["evaluations"]  # dicts with step, density and dev metrics
         self.identity = state["identity"]
         self.began = time.time() - state["seconds"]
-        self.log_size = state["log"]  # what lies beyond came after the checkpoint, and will come again
+        self.log_size = state[
+            "log"
+        ]  # what lies beyond came after the checkpoint, and will come again
 
     @property
     def seconds(self):
@@ -73,25 +103,33 @@ class Run:
             raise ValueError(f"--out: {self.folder} is not a folder")
         found = {path.name for path in self.folder.iterdir()}
         if RESULT in found:
-            raise ValueError(f"--out: {self.folder} holds a finished run; name another folder or seed, or delete it")
+            raise ValueError(
+                f"--out: {self.folder} holds a finished run; name another folder or seed, or delete it"
+            )
         if CHECKPOINT in found:
             how = f"--resume {self.folder} continues it"
             raise ValueError(f"--out: {self.folder} holds an interrupted run; {how}, or delete it")
         others = {name for name in found - {LOG} if not files.PART.fullmatch(name)}
         if others - WRITTEN or found and not is_log(self.folder / LOG, empty=not others):
-            raise ValueError(f"--out: {self.folder} holds files that are not of a run; name another folder")
+            raise ValueError(
+                f"--out: {self.folder} holds files that are not of a run; name another folder"
+            )
 
     def check_identity(self, flags, description):
         """Raise ValueError when a resumed run has other defaults, model, data or device than it began with.
 
         flags: {name: value}; description: of the rest, {what: value}.
         """
-        identity = {flag(name): str(value) for name, value in flags.items() if name not in ("out", "resume")}
+        identity = {
+            flag(name): str(value) for name, value in flags.items() if name not in ("out", "resume")
+        }
         identity |= description
         for what, value in identity.items() if self.resumed else ():
             before = self.identity.get(what)
             if before != value:
-                raise ValueError(f"--resume: {what} is {value} now, and was {before} when the run began")
+                raise ValueError(
+                    f"--resume: {what} is {value} now, and was {before} when the run began"
+                )
         self.identity = identity
 
     # --- holding the folder ---
@@ -100,7 +138,9 @@ class Run:
         self.file = self.hold() if parallel.rank() == 0 else None
         self.pool = ThreadPoolExecutor(1)
         self.saving = None
-        self.signals = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.signals = {
+            number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def hold(self):
@@ -135,11 +175,15 @@ class Run:
     def stop(self, *_):
         """Let the loop finish its step and save; the second time, stop at once."""
         if self.stopped:
-            raise KeyboardInterrupt("what an evaluation saved is kept: --resume RUN_DIR continues from there")
+            raise KeyboardInterrupt(
+                "what an evaluation saved is kept: --resume RUN_DIR continues from there"
+            )
         self.stopped = True
         if parallel.rank() == 0:
             with suppress(OSError):  # not print, which may be at work just now
-                os.write(2, b"\nstopping once this step, or evaluation, is done; again to stop at once\n")
+                os.write(
+                    2, b"\nstopping once this step, or evaluation, is done; again to stop at once\n"
+                )
 
     # --- writing ---
 
@@ -156,8 +200,12 @@ class Run:
         losses, regularizers = sums.T.tolist()
         loss = sum(losses) / len(losses)
         if not math.isfinite(loss + penalty * regularizers[-1]):
-            raise FloatingPointError(f"the loss is {loss} at step {step}: try a smaller --lr, or float32")
-        self.log(step=step, loss=loss, density=density, penalty=penalty, regularizer=regularizers[-1])
+            raise FloatingPointError(
+                f"the loss is {loss} at step {step}: try a smaller --lr, or float32"
+            )
+        self.log(
+            step=step, loss=loss, density=density, penalty=penalty, regularizer=regularizers[-1]
+        )
         return {"loss": f"{loss:.3f}", "density": f"{density:.3f}"}
 
     def evaluated(self, **line):
@@ -174,11 +222,18 @@ class Run:
             how = f"python train.py --resume {self.folder} continues"
             tensors = random_states() | training_state(learner, optimizer)
             tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-            state = {"step": step, "evaluations": list(self.evaluations), "argv": self.argv, "identity": self.identity}
+            state = {
+                "step": step,
+                "evaluations": list(self.evaluations),
+                "argv": self.argv,
+                "identity": self.identity,
+            }
             state |= {"seconds": self.seconds, "log": os.fstat(self.file.fileno()).st_size}
             self.wait()
             path = self.folder / CHECKPOINT
-            self.saving = self.pool.submit(lambda: files.write_whole(path, files.seal(FORMAT, tensors, state)))
+            self.saving = self.pool.submit(
+                lambda: files.write_whole(path, files.seal(FORMAT, tensors, state))
+            )
         if self.stopped:
             raise KeyboardInterrupt(how)
 
@@ -199,10 +254,14 @@ class Run:
         stored, state = read_checkpoint(path)
         ours = random_states() | training_state(learner, optimizer)
         # The optimizer trusts its state: a tensor of another shape would have it write beyond its end.
-        found, wanted = ({name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (stored, ours))
+        found, wanted = (
+            {name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (stored, ours)
+        )
         measured = all(line["dev"].keys() >= set(metrics) for line in state["evaluations"])
         if found != wanted or not measured or not 0 < state["step"] == self.step <= total:
-            raise ValueError(f"{path} is the checkpoint of another run, or of another kind of device")
+            raise ValueError(
+                f"{path} is the checkpoint of another run, or of another kind of device"
+            )
         try:
             torch.set_rng_state(stored["random.cpu"])
             if "random.cuda" in stored:
@@ -217,7 +276,12 @@ class Run:
         final = self.evaluations[-1]
         seconds = round(self.seconds, 1)
         command = shlex.join(["python", "train.py", *self.argv])
-        facts = {"steps": final["step"], "final": final["dev"], "seconds": seconds, "command": command}
+        facts = {
+            "steps": final["step"],
+            "final": final["dev"],
+            "seconds": seconds,
+            "command": command,
+        }
         return facts | code_version()
 
     def finish(self, contents, result):
@@ -248,7 +312,9 @@ def training_state(learner, optimizer):
         if not state:  # before the first step
             state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
             state["exp_avg_sq"] = torch.zeros_like(p)
-        tensors |= {f"parameter.{i}": p.detach()} | {f"{key}.{i}": tensor.detach() for key, tensor in state.items()}
+        tensors |= {f"parameter.{i}": p.detach()} | {
+            f"{key}.{i}": tensor.detach() for key, tensor in state.items()
+        }
     return tensors
 
 
@@ -257,7 +323,9 @@ def read_checkpoint(path):
     tensors, state = files.unseal(path, FORMAT)
     what = f"{path} is not a valid checkpoint"
     files.check_types(state, STATE, what)
-    if min(state["step"], state["log"]) < 0 or not all(isinstance(word, str) for word in state["argv"]):
+    if min(state["step"], state["log"]) < 0 or not all(
+        isinstance(word, str) for word in state["argv"]
+    ):
         raise ValueError(f"{what}: its step, log or argv")
     for evaluation in state["evaluations"]:
         files.check_types(evaluation, {"step": int, "density": float, "dev": dict}, what)
@@ -275,15 +343,23 @@ def interrupted_run(folder):
 def check_interrupted(folder, step=None):
     """-> the state of the checkpoint in a folder. Raises ValueError if there is none, or none of the given step."""
     if (folder / RESULT).exists():
-        with suppress(ValueError, OSError):  # one that a run left behind that was killed before it could remove it
+        with suppress(
+            ValueError, OSError
+        ):  # one that a run left behind that was killed before it could remove it
             read_checkpoint(folder / CHECKPOINT)
             (folder / CHECKPOINT).unlink()
-        raise ValueError(f"--resume: {folder} is finished; look at it with: python eval.py {folder}")
+        raise ValueError(
+            f"--resume: {folder} is finished; look at it with: python eval.py {folder}"
+        )
     if not (folder / CHECKPOINT).exists():
-        raise ValueError(f"--resume: there is no {folder / CHECKPOINT}; a run has one once it has evaluated")
+        raise ValueError(
+            f"--resume: there is no {folder / CHECKPOINT}; a run has one once it has evaluated"
+        )
     _, state = read_checkpoint(folder / CHECKPOINT)
     if step not in (None, state["step"]):
-        raise ValueError(f"--resume: another process has taken {folder} on to step {state['step']}; resume it again")
+        raise ValueError(
+            f"--resume: another process has taken {folder} on to step {state['step']}; resume it again"
+        )
     return state
 
 
@@ -312,9 +388,15 @@ def is_log(path, empty):
 
 def identity(folder, model):
     """What ties a mask to its model: {"fingerprint": digest of all pretrained weights, "config", "tokenizer"}."""
-    pretrained = {name: t for name, t in model.state_dict().items() if not name.startswith("classifier.")}
+    pretrained = {
+        name: t for name, t in model.state_dict().items() if not name.startswith("classifier.")
+    }
     tokenizer = files.sha256(tokenizer_bytes(folder))
-    return {"fingerprint": files.digest(pretrained), "config": str(model.config), "tokenizer": tokenizer}
+    return {
+        "fingerprint": files.digest(pretrained),
+        "config": str(model.config),
+        "tokenizer": tokenizer,
+    }
 
 
 def read_description(run):
@@ -329,7 +411,11 @@ def read_description(run):
         raise ValueError(f"{run} is not the folder of a run: there is no {path}")
     if not path.exists():
         saved = (run / CHECKPOINT).exists()
-        remedy = f"python train.py --resume {run} continues it" if saved else "run its train.py command to the end"
+        remedy = (
+            f"python train.py --resume {run} continues it"
+            if saved
+            else "run its train.py command to the end"
+        )
         raise ValueError(f"{run} holds an interrupted or still running run; {remedy}")
     result = files.read_masks(path)[1]["run"] if run.is_file() else files.read_json(path)
     what = f"{path} is not the result of a run of this train.py"

@@ -1,7 +1,7 @@
 """What a command says: how a run begins, what came of it, whether it only guesses.
 
-    for line in summary(result, folder, {"dev": examples}, texts=1): print(line)
-    print("\n".join(guessing({"accuracy": 0.514}, labels, pruned=True)))
+for line in summary(result, folder, {"dev": examples}, texts=1): print(line)
+print("\n".join(guessing({"accuracy": 0.514}, labels, pruned=True)))
 """
 
 import math
@@ -43,7 +43,9 @@ def summary(result, folder, dev, texts):
         yield from shaded_table("density", result["densities"])
         yield f"kept   {result['kept']:,} of {result['prunable']:,} weights: density {result['density']:.6f}"
         asked = 1 - result["sparsity"]
-        rounding = sum(map(len, result["densities"].values())) / result["prunable"]  # one weight a matrix
+        rounding = (
+            sum(map(len, result["densities"].values())) / result["prunable"]
+        )  # one weight a matrix
         if abs(result["reached"] - asked) > 1e-3 + rounding:
             what = "cut to" if result["reached"] > asked else "less than"
             yield f"training by itself keeps a share of {result['reached']:.4f}, {what} the {asked:.4g} asked for"
@@ -57,7 +59,17 @@ def summary(result, folder, dev, texts):
     yield f"next   {look}"
     yield f'       {look} --text "..."' + (' --pair "..."' if texts == 2 else "")
     if result["method"] != "finetune":  # the dense model, trained as long and as fast
-        given = ["task", "model", "data_dir", "head", "seed", "steps", "batch", "length", "weight_lr"]
+        given = [
+            "task",
+            "model",
+            "data_dir",
+            "head",
+            "seed",
+            "steps",
+            "batch",
+            "length",
+            "weight_lr",
+        ]
         words = [f"{flag(name)}={result[name]}" for name in given if result[name] is not None]
         words.append("--dropout" if result["dropout"] else "--no-dropout")
         yield f"       {shlex.join(['python', 'train.py', '--method=finetune', *words])}"
@@ -90,7 +102,11 @@ def write_predictions(path, names, decided):
 
     names: labels in the order of the classes; decided [N]: class numbers, or scores if there is one name.
     """
-    answers = [names[c] for c in decided] if len(names) > 1 else [f"{score:.3f}" for score in decided.clip(0, 5)]
+    answers = (
+        [names[c] for c in decided]
+        if len(names) > 1
+        else [f"{score:.3f}" for score in decided.clip(0, 5)]
+    )
     rows = "".join(f"{n}\t{answer}\n" for n, answer in enumerate(answers))
     write_whole(path, f"index\tprediction\n{rows}".encode())
     print(f"{path}: {len(answers)} predictions")

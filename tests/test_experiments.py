@@ -205,7 +205,7 @@ def test_tasks_with_settings_of_their_own_share_a_row():
         lines[3]
     )  # another method's flags, though they are the same
     spelt = [row_label(made) for made in lines[:2]]
-    assert spelt == [" ".join([soft, *lists.words(own[task]), rate]) for task in ("movies", "mrpc")]
+    assert spelt == [" ".join([soft, *lists.as_flags(own[task]), rate]) for task in ("movies", "mrpc")]
     assert sum(row.startswith("| soft") for row in table(lines, merge=True).splitlines()) == 2
     assert all(
         row.count("80.0 (1)") == 1 for row in table(lines[:3]).splitlines()[2:]

@@ -22,10 +22,9 @@ from extras import gpt2
 from mask import METHODS, mean_sigmoid
 from model import Bert, Config, load_model
 from plumbing import cli, fetch, parallel
-from plumbing.adam import set_rates
 from plumbing.checkpoints import read_model
 from plumbing.graphs import Recorded, compile_step
-from train import Learner, make_forward_backward, train_step
+from train import Learner, make_forward_backward, make_optimizer, set_rates, train_step
 
 DENSITY = 0.5
 BERT_WORDS = 30522  # vocabulary sizes
@@ -36,18 +35,16 @@ def parse_args(argv=None):
     parser = cli.Parser(
         prog="python -m tools.bench", description="Time one training step and its parts."
     )
-    learning = [name for name, method in METHODS.items() if "lr" in method.flags]
-    width = cli.up_to(16384)
+    learning = [name for name, method in METHODS.items() if "scores" in method.trains]
     add = parser.add_argument
     add("--layers", type=cli.up_to(1000), default=6, help="(6)")
-    add("--hidden", type=width, default=384, help="width (384); heads of 32, or of 64 from 768 on")
+    add("--hidden", type=cli.up_to(16384), default=384, help="width (384); heads of 32 or 64")
     add("--gpt2", action="store_true", help="time a language model with GPT-2's vocabulary")
-    batch_help = "examples per step, over all processes (32)"
-    add("--batch", type=cli.up_to(65536), default=32, help=batch_help)
+    add("--batch", type=cli.up_to(65536), default=32, help="examples per step, in all (32)")
     add("--length", type=cli.count, default=64, help="tokens per example (64)")
     add("--steps", type=cli.up_to(10000), default=20, help="timed steps of each kind (20)")
     add("--method", choices=learning, default="smp-s", help="compared with finetune (smp-s)")
-    cli.add_machine(parser)
+    cli.add_flags(parser, "machine", cli.MACHINE_FLAGS)
     add("--compile", action="store_true", help="as in train.py")
     add("--eager", action="store_true", help="as in train.py; also times the parts of a step")
     add("--inference", action="store_true", help="time evaluation of --model instead")
@@ -108,7 +105,7 @@ def matrix_peak(device, dtype):
     """Measure the FLOP/s of a large square matrix product on this device."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    seconds = min(timed(lambda: a @ b, device, 10)) / 1000
+    seconds = min(time_calls(lambda: a @ b, device, 10)) / 1000
     return 2 * n**3 / seconds
 
 
@@ -116,7 +113,7 @@ def copy_bandwidth(device):
     """Measure the bytes per second that copying a large tensor reads and writes."""
     a = torch.randn(1 << (28 if device.type == "cuda" else 24), device=device)
     b = torch.empty_like(a)
-    seconds = min(timed(lambda: b.copy_(a), device, 10)) / 1000
+    seconds = min(time_calls(lambda: b.copy_(a), device, 10)) / 1000
     return 2 * a.nbytes / seconds
 
 
@@ -133,7 +130,7 @@ def lower_bound_ms(args, learner, peak, bandwidth):
     return 1000 * (flops(args) / parallel.processes() / peak + moved / bandwidth)
 
 
-def timed(work, device, steps, warmup=3):
+def time_calls(work, device, steps, warmup=3):
     """Time `steps` calls -> a list of milliseconds.
 
     On a GPU each entry is the mean of five calls, since in training too the host runs ahead.
@@ -161,7 +158,7 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def show(name, times, note=""):
+def print_median(name, times, note=""):
     """Print a median and the spread -> the median."""
     median = statistics.median(times)
     print(f"{name:28}{median:10.2f} ms  ({min(times):.2f} to {max(times):.2f}){note}")
@@ -171,7 +168,7 @@ def show(name, times, note=""):
 def time_step(args, method, device, dtype, peak, bandwidth):
     """Time whole training steps of a method, and the parts of masking -> {what: number}."""
     model = make_model(args).to(device).train()
-    learner = Learner(model, METHODS[method], DENSITY, dtype)
+    learner = Learner(model, METHODS[method], dtype)
     for scores in learner.masks.scores.values() if learner.masks else ():
         scores.data.normal_(0, 0.1)
     forward_backward = make_forward_backward(model, learner)
@@ -181,15 +178,16 @@ def time_step(args, method, device, dtype, peak, bandwidth):
         torch.cuda.reset_peak_memory_stats()
         if not args.eager:
             forward_backward = Recorded(forward_backward, learner.parameters())
-    adam = learner.optimizer(1e-5, 1e-5)
+    adam = make_optimizer(learner, 1e-5, 1e-5)
     set_rates(adam, 5, 10)
     parts = [make_batch(args, model.config.vocab_size, device)]
-    density, penalty = torch.tensor([DENSITY, 10.0], device=device)
+    density = torch.tensor(DENSITY, dtype=torch.float64, device=device)
+    penalty = torch.tensor(10.0, device=device)
 
     def step():
         train_step(forward_backward, adam, parts, density, penalty)
 
-    times = timed(step, device, args.steps)
+    times = time_calls(step, device, args.steps)
     lowest = lower_bound_ms(args, learner, peak, bandwidth)
     results = describe_step(args, method, times, peak, lowest, round(peak_memory(device), 2))
     if learner.masks and not args.compile and (args.eager or device.type == "cpu"):
@@ -205,7 +203,7 @@ def describe_step(args, method, times, peak, lowest, memory):
     over = round(1000 * seconds / lowest, 2)
     note = f"  {tokens:,} tokens/s, {share:.1%} of peak, {over} times its floor, {memory} GiB"
     return {
-        method: show(f"{method} step", times, note),
+        method: print_median(f"{method} step", times, note),
         f"{method} over its floor": over,
         f"{method} tokens/s": tokens,
         f"{method} share of peak": share,
@@ -219,8 +217,7 @@ def time_parts(args, masks, density):
 
     @torch.no_grad()
     def select():
-        ranked = masks.method.rank(masks.weights, masks.scores)
-        masks.method.masking(ranked, importance, density, exact=False)
+        masks.choose_stacked(importance, density, exact=False)
 
     def mask():
         masked = list(masks(density)[0].values())
@@ -236,7 +233,7 @@ def time_parts(args, masks, density):
     }
     results = {}
     for name, work in parts.items():
-        results[name] = show(f"  {name}", timed(work, density.device, args.steps))
+        results[name] = print_median(f"  {name}", time_calls(work, density.device, args.steps))
     return results
 
 
@@ -254,9 +251,9 @@ def time_inference(args, device, dtype):
         raise ValueError(f"--length: {args.model} takes {longest} tokens, not {args.length}")
 
     inputs = make_batch(args, model.config.vocab_size, device).inputs
-    times = timed(lambda: model(*inputs), device, args.steps)
+    times = time_calls(lambda: model(*inputs), device, args.steps)
     speed = args.batch / statistics.median(times) * 1000
-    median = show("evaluation", times, f"  {speed:,.0f} examples/s")
+    median = print_median("evaluation", times, f"  {speed:,.0f} examples/s")
     return {"evaluation": median, "examples/s": round(speed, 1)}
 
 
@@ -280,10 +277,9 @@ def main(argv=None):
     device, dtype, why = cli.choose_device(args.device, args.dtype)
     parallel.start(device)
     cli.set_up(deterministic=False, steps=0 if args.eager else cli.LONG)
+    name = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-    else:
-        name = f"{torch.get_num_threads()} CPU threads"
     dtype_name = cli.dtype_name(dtype)
     processes = parallel.processes()
     print(f"{name}, {dtype_name} ({why}), torch {torch.__version__}, {processes} process(es)")

@@ -161,7 +161,7 @@ def mask_card(result, kept, total):
     """Write the README.md of a folder with a run's mask, which keeps `kept` of `total` weights."""
     name, base = backbone(result)
     trained = "none of its weights was trained"
-    if METHODS[result["method"]].vectors:
+    if "vectors" in METHODS[result["method"]].trains:
         trained = "its biases and LayerNorms trained too, and are in the mask's file"
     head = ""
     if result["head"] == "classifier":

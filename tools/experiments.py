@@ -28,7 +28,16 @@ from data import TASKS
 from plumbing.cli import Parser, count, one_line_errors
 from plumbing.files import check_types, read_json, require_regular_file
 from plumbing.progress import progress
-from tools.lists import BY_TASK, EQUAL_STEPS, LISTS, STEPS, TOGETHER, earlier, main_rows, words
+from tools.lists import (
+    BY_TASK,
+    EQUAL_STEPS,
+    LISTS,
+    STEPS,
+    TOGETHER,
+    as_flags,
+    earlier_recipe,
+    main_rows,
+)
 from tools.picture import plot_curves
 
 ROOT = Path(__file__).parent.parent
@@ -241,21 +250,21 @@ def row_label(line, merge=False):
     "python train.py --task=rte --model=minilm --method=smp-s --steps=3120 --seed=0 --lr=0.04"
     -> "smp-s --lr=0.04"
 
-    Flags that come from STEPS and earlier() are left out; a row of `main` has its own name. merge:
-    write BY_TASK for flags that come from BY_TASK, so that the tasks share a row.
+    The label leaves out flags that come from STEPS and earlier_recipe(). A row of `main` has its
+    own name. merge: write BY_TASK for flags that come from BY_TASK, so that tasks share a row.
     """
     command = line["command"].removeprefix("python train.py ")
     if command in MAIN_ROWS:
         return MAIN_ROWS[command]
 
     key = line["task"], line["method"], line["sparsity"]
-    usual = words({"steps": STEPS[line["task"]]} | earlier(*key))
+    usual = as_flags({"steps": STEPS[line["task"]]} | earlier_recipe(*key))
     label = []
     for word in shlex.split(command):
         if not word.startswith(("--task=", "--model=", "--seed=")) and word not in usual:
             label.append(word.removeprefix("--method="))
 
-    own = words(BY_TASK.get(key, {}))
+    own = as_flags(BY_TASK.get(key, {}))
     if merge and own and set(own) <= set(label):
         label = [word for word in label if word not in own] + ["BY_TASK"]
     return " ".join(label)
@@ -359,8 +368,6 @@ def table(lines, merge=False, averages=False):
     if averages:
         names.append("average")
     rows = [["method", *names, "stored a task", "density reached", "minutes"]]
-    rows.append(["---"] * len(rows[0]))
-
     labels = {(line["sparsity"], row_label(line, merge)) for line in lines}
     for _, label in sorted(labels):
         mine = [line for line in lines if row_label(line, merge) == label]
@@ -370,6 +377,12 @@ def table(lines, merge=False, averages=False):
             cells.append(average(by_task))
         minutes = statistics.mean(line["seconds"] for line in mine) / 60
         rows.append([label, *cells, stored(mine), reached(mine), f"{minutes:.1f}"])
+    return markdown(rows)
+
+
+def markdown(rows):
+    """Write rows of strings as a Markdown table. The first row is the heading."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -380,21 +393,19 @@ def main(argv=None):
         description="Make the missing runs of a list, or show a list.",
     )
     add = parser.add_argument
-    do_help = "plot: draw the metric over sparsity into LIST.png"
-    add("do", choices=("run", "table", "plot"), help=do_help)
+    add("do", choices=("run", "table", "plot"), help="plot: the metric over sparsity, LIST.png")
     add("list", choices=(*LISTS, *RECORDED))
     results = ROOT / "results"
     add("--results", type=Path, default=results, metavar="FOLDER", help=f"has {RUNS} (results)")
     add("--at-once", type=count, default=1, help="runs at a time, on all GPUs (1)")
-    seconds_help = "stop after this long; finished runs are kept"
-    add("--seconds", type=float, default=1e6, help=seconds_help)
+    add("--seconds", type=float, default=1e6, help="time limit; finished runs are kept")
     add("--data-dir", metavar="FOLDER", help="run: as in train.py")
     add("--model", metavar="FOLDER", help="run: where the list's model is here")
     args = parser.parse_args(argv)
 
     wanted = commands(args.list)
     if args.do == "run":
-        machine = words({"data_dir": args.data_dir, "model": args.model})
+        machine = as_flags({"data_dir": args.data_dir, "model": args.model})
         make_missing(args.list, wanted, args.results, args.at_once, args.seconds, machine)
         return
     wanted = set(wanted)

@@ -18,16 +18,17 @@ from data import TASKS
 from eval import load_run
 from extras.pprune import modules, shrink
 from mask import METHODS
-from model import PER_LAYER
 from plumbing.checkpoints import (
+    PER_LAYER,
     WEIGHTS,
+    model_files,
     pack_weights,
     read_model,
     tokenizer_bytes,
     tokenizer_config,
 )
 from plumbing.cli import Parser, one_line_errors, show
-from plumbing.files import file_digest, json_bytes, partial_folder, read_json, sha256, write_whole
+from plumbing.files import file_digest, json_bytes, partial_folder, sha256, write_whole
 from tools import card
 
 HEADING = """# {task}, pruned to a density of {density:.4f}
@@ -79,10 +80,12 @@ def export(folder, run):
 
     text = card.front_matter(run.result, "transformers")
     text += describe(run.result, run.model, has_pooler)
-    write_whole(folder / "README.md", text.encode())
-    write_whole(folder / "config.json", (run.folder / "config.json").read_bytes())
-    write_tokenizer(folder, run.folder, run.model.config.longest_input)
-    write_whole(folder / "model.safetensors", pack_weights(tensors))
+    files = {
+        "README.md": text.encode(),
+        "config.json": (run.folder / "config.json").read_bytes(),
+        "model.safetensors": pack_weights(tensors),
+    }
+    write_files(folder, files | tokenizer_files(run))
     return "an ordinary model folder; its README.md says how to use it"
 
 
@@ -90,7 +93,7 @@ def apply_run(tensors, run):
     """Multiply weights {name: tensor} by the run's masks, and take over its trained vectors."""
     model = run.model
     trained = dict(run.masks)
-    if METHODS[run.result["method"]].vectors:
+    if "vectors" in METHODS[run.result["method"]].trains:
         for name, weight in model.named_parameters():
             if weight.ndim == 1:
                 trained[name] = weight.detach()
@@ -103,18 +106,26 @@ def apply_run(tensors, run):
             tensors[name] = tensor * found if found.ndim > 1 else found
 
 
-def write_tokenizer(folder, source, longest_input):
-    """Write tokenizer.json from a source folder, and a tokenizer_config.json for it."""
-    write_whole(folder / "tokenizer.json", tokenizer_bytes(source))
-    write_whole(folder / "tokenizer_config.json", tokenizer_config(folder, longest_input))
+def tokenizer_files(run):
+    """Return the files of a run's tokenizer as {name: bytes}."""
+    length = run.model.config.longest_input
+    return {
+        "tokenizer.json": tokenizer_bytes(run.folder),
+        "tokenizer_config.json": tokenizer_config(run.folder, length),
+    }
+
+
+def write_files(folder, files):
+    for name, content in files.items():
+        write_whole(folder / name, content)
 
 
 def describe(result, model, has_pooler):
     """Write the exported folder's README, below its metadata."""
     method = METHODS[result["method"]]
-    changes = f", its weights trained ({result['method']})" if method.trains_weights else ""
-    changes += "; biases and LayerNorms trained" if method.vectors else ""
-    changes += f"; the weights that {result['method']} removed are zero" if method.masking else ""
+    changes = f", its weights trained ({result['method']})" if "weights" in method.trains else ""
+    changes += "; biases and LayerNorms trained" if "vectors" in method.trains else ""
+    changes += f"; the weights that {result['method']} removed are zero" if method.how_many else ""
     if result["words"]:
         note, use = describe_classes(result, model, has_pooler)
         changes += note
@@ -247,24 +258,19 @@ def describe_dead(model, heads, neurons):
 
 def write_compact(folder, run, model, description):
     """Write the files of a finished run that has its own weights and no mask."""
-    content = pack_weights(model.published(model.state_dict()))
+    files = model_files(run.folder, model.published(model.state_dict()), model.config)
     result = dict(run.result)
     for key in ("kept", "prunable", "densities"):
         result.pop(key, None)
     result |= {"pruned_with": result["method"], "method": "finetune", "config": str(model.config)}
-    result["sha256"] = {"model.safetensors": sha256(content)}
-    config = read_json(run.folder / "config.json")
-    for name in PER_LAYER:
-        config[name] = getattr(model.config, name)
+    result["sha256"] = {"model.safetensors": sha256(files["model.safetensors"])}
 
     text = card.front_matter(run.result, card.OURS) + description
     text += "\n\nLayers may differ in size, so only the code that wrote this folder can load it: "
     text += "it is a RUN for eval.py.\n"
-    write_whole(folder / "README.md", text.encode())
-    write_whole(folder / "config.json", json_bytes(config))
-    write_tokenizer(folder, run.folder, model.config.longest_input)
-    write_whole(folder / "model.safetensors", content)
-    write_whole(folder / "result.json", json_bytes(result))
+    files["README.md"] = text.encode()
+    files["result.json"] = json_bytes(result)
+    write_files(folder, files)
 
 
 # --- the mask alone ---------------------------------------------------------------------------
@@ -275,7 +281,7 @@ def export_mask(folder, run, mask_file):
 
     Returns a description. Raises ValueError if the run trained more than a mask.
     """
-    if METHODS[run.result["method"]].trains_weights:
+    if "weights" in METHODS[run.result["method"]].trains:
         raise ValueError(
             "--mask: this run trained weights too, which a mask does not hold; leave it out"
         )
@@ -284,9 +290,12 @@ def export_mask(folder, run, mask_file):
     weights = run.folder / WEIGHTS
     backbone = file_digest(weights) if weights.exists() else None  # None: in several files
     config = card.adapter_config(run.result, backbone, kept / total)
-    write_whole(folder / "mask.safetensors", mask_file.read_bytes())
-    write_whole(folder / "README.md", card.mask_card(run.result, kept, total).encode())
-    write_whole(folder / "adapter_config.json", json_bytes(config))
+    files = {
+        "mask.safetensors": mask_file.read_bytes(),
+        "README.md": card.mask_card(run.result, kept, total).encode(),
+        "adapter_config.json": json_bytes(config),
+    }
+    write_files(folder, files)
     return (
         "a mask to share; its README.md says how to use it. "
         "The mask's file also names the run's command and folders"
@@ -299,15 +308,13 @@ def main(argv=None):
         prog="python -m tools.export",
         description="Write a finished run as a folder to use elsewhere.",
     )
-    run_help = "a run folder, or the mask file from one"
-    parser.add_argument("run", type=Path, metavar="RUN", help=run_help)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new folder")
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="a run folder, or the mask file from one")
+    add("folder", type=Path, metavar="FOLDER", help="a new folder")
+    add("--model", metavar="FOLDER", help="where the backbone is now")
     add = parser.add_mutually_exclusive_group().add_argument
-    compact_help = "without dead heads and neurons; needs this code"
-    add("--compact", action="store_true", help=compact_help)
-    mask_help = "the mask alone, to share; needs this code and the backbone"
-    add("--mask", action="store_true", help=mask_help)
-    parser.add_argument("--model", metavar="FOLDER", help="where the backbone is now")
+    add("--compact", action="store_true", help="no dead heads and neurons; needs this code")
+    add("--mask", action="store_true", help="the mask alone; needs this code and the backbone")
     args = parser.parse_args(argv)
 
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):

@@ -106,8 +106,7 @@ def write_weights(folder, seed):
 def make_parser():
     parser = cli.Parser(prog="python -m tools.fresh", description="Make a GPT-2 of random weights.")
     add = parser.add_argument
-    folder_help = "a new folder, or one where only the weights are missing"
-    add("folder", type=Path, metavar="FOLDER", help=folder_help)
+    add("folder", type=Path, metavar="FOLDER", help="new, or missing only the weights")
     add("--text", type=Path, metavar="FILE", help="train the tokenizer on this text")
     entries = cli.number(
         int,

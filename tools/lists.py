@@ -149,7 +149,7 @@ def tuned(task, method, sparsity=None):
     return TUNED.get((method, sparsity), {}) | BY_TASK.get((task, method, sparsity), {})
 
 
-def earlier(task, method, sparsity):
+def earlier_recipe(task, method, sparsity):
     """Return the flags that restore the recipe `movies` had until commit 7643b46.
 
     All lists but `main` were run with it.
@@ -166,7 +166,7 @@ def earlier(task, method, sparsity):
     return flags
 
 
-def words(flags):
+def as_flags(flags):
     """Write flags as train.py takes them.
 
     {"weight_lr": 1e-4, "dropout": False, "lr": None} -> ["--weight-lr=0.0001", "--no-dropout"]
@@ -183,7 +183,7 @@ def words(flags):
     return found
 
 
-def equal(task, row, seed, flags):
+def main_run(task, row, seed, flags):
     """Write the arguments of a run of `main`.
 
     row: a method with its sparsity. flags: its tuned flags on one line.
@@ -202,15 +202,15 @@ def run(task, method, sparsity=None, seed=0, **flags):
         "steps": STEPS[task],
         "seed": seed,
     }
-    flags = earlier(task, method, sparsity) | flags
-    return shlex.join(words(given | dict(sorted(flags.items()))))
+    flags = earlier_recipe(task, method, sparsity) | flags
+    return shlex.join(as_flags(given | dict(sorted(flags.items()))))
 
 
 def main_rows():
     """Map the arguments of each run of `main` to its row: all methods, tasks and fresh seeds."""
     rows = {}
     for (row, flags), task, seed in itertools.product(CHOSEN.items(), EQUAL_STEPS, FRESH):
-        rows[equal(task, row, seed, flags)] = row
+        rows[main_run(task, row, seed, flags)] = row
     return rows
 
 

@@ -41,7 +41,7 @@ ORANGE_TO_BLUE = np.array(
 )
 
 
-def safe(value):
+def escape_html(value):
     """Turn any value into HTML text on one line."""
     return html.escape(printable(str(value)))
 
@@ -126,8 +126,9 @@ def curve(name, points, dots=False):
         for a, b, step, value in zip(x, y, steps, values, strict=True):
             tip = f"<title>step {step:.0f}: {value:.4g}</title>"
             parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3">{tip}</circle>')
-    svg = f'<svg viewBox="0 0 310 152" role="img" aria-label="{safe(name)}">{"".join(parts)}</svg>'
-    return f"<figure>{svg}<figcaption>{safe(name)}</figcaption></figure>"
+    name = escape_html(name)
+    svg = f'<svg viewBox="0 0 310 152" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+    return f"<figure>{svg}<figcaption>{name}</figcaption></figure>"
 
 
 def curves(log):
@@ -206,13 +207,13 @@ def sentence(loaded, texts):
     """Show the answer to a text, and a table of how it changes without each head."""
     name = loaded.result["task"]
     task = TASKS[name]
-    if task.say:  # the task answers with a span, or continues the text
-        return f"<p>{safe(name)} has no classes, so the page does not ask for one.</p>"
+    if task.format_answer:  # the task answers with a span, or continues the text
+        return f"<p>{escape_html(name)} has no classes, so the page does not ask for one.</p>"
     before, after = without_heads(loaded, texts)
     chosen = int(before.argmax())
     if len(before) > 1:
         label, word = list(task.words.items())[chosen]
-        answer = f"<strong>{safe(word)}</strong> ({safe(label)}), "
+        answer = f"<strong>{escape_html(word)}</strong> ({escape_html(label)}), "
         answer += f"with a probability of {before[chosen]:.4f}"
         what = "that probability changes, in percentage points,"
         flips = " A frame marks heads without which it gives another answer."
@@ -222,7 +223,7 @@ def sentence(loaded, texts):
     shown = ""
     for text in texts:
         dots = " …" if len(text) > SHOWN else ""
-        shown += f"<p>{safe(text[:SHOWN])}{dots}</p>"
+        shown += f"<p>{escape_html(text[:SHOWN])}{dots}</p>"
     table = coloured_table(range(after.shape[1]), change_rows(before, after, chosen))
     return (
         f"<blockquote>{shown}</blockquote>\n"
@@ -333,7 +334,7 @@ def heading(loaded):
     facts += [result["device"], result["dtype"]]
     found = f"Dev {show(result['final'])} ({', '.join(facts)})."
     title = f"{result['task']}: a mask for {model}"
-    return {"title": safe(title), "what": safe(what), "found": safe(found)}
+    return {"title": escape_html(title), "what": escape_html(what), "found": escape_html(found)}
 
 
 def make_page(loaded, log, texts):
@@ -342,7 +343,7 @@ def make_page(loaded, log, texts):
     groups = {group: list(weights) for group, weights in model.prunable().items()}
     table = np.array(list(densities(groups, masks).values())).T  # [layers, groups]
     heads = head_densities(groups, masks, model.config.layers[0][0])  # [layers, heads]
-    digits = 0 if heads.max() > 0.1 else 1  # of percentages
+    digits = 0 if heads.max() > 0.1 else 1  # decimal digits of the percentages
     names = []
     for group in groups:
         name = group.replace("attn_", "attention ")
@@ -401,7 +402,7 @@ def read_texts(task, args):
         raise ValueError("--pair needs --text")
     if args.text is None:
         return EXAMPLES[len(task.text)]
-    if task.say:
+    if task.format_answer:
         raise ValueError(
             "--text: heads are shown for an answer of one class or score, which this task has not"
         )

@@ -16,7 +16,7 @@ from eval import densities, load_run
 from plumbing.cli import Parser, one_line_errors, shade, shaded_table, table_row
 from plumbing.files import require_regular_file
 
-LARGEST = 1e9  # number that is drawn; matplotlib would take for ever over the ticks of larger ones
+LARGEST = 1e9  # matplotlib would take for ever to place the ticks of larger numbers
 
 
 def head_densities(groups, masks, heads):
@@ -179,8 +179,7 @@ def main(argv=None):
     )
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="one or two run folders or mask files")
-    out_help = "draw the mask and the training curves instead"
-    add("--out", type=Path, metavar="FILE.png", help=out_help)
+    add("--out", type=Path, metavar="FILE.png", help="draw the mask and the training curves")
     add("--model", metavar="FOLDER", help="where the backbone is now")
     args = parser.parse_args(argv)
     if len(args.runs) > (1 if args.out else 2):

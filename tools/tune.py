@@ -21,8 +21,8 @@ from pathlib import Path
 
 from data import split_path
 from plumbing.cli import Parser, count, one_line_errors
-from tools.experiments import ROOT, RUNS, make_missing, read_lines
-from tools.lists import equal, words
+from tools.experiments import ROOT, RUNS, make_missing, markdown, read_lines
+from tools.lists import as_flags, main_run
 
 SETTINGS = 10  # per row
 FINALISTS = 3  # settings that get more seeds
@@ -73,7 +73,7 @@ GRIDS = {
 
 def name_of(method, sparsity):
     """Name a row as tools.lists does: "smp-s --sparsity=0.5"."""
-    return " ".join([method, *words({"sparsity": sparsity})])
+    return " ".join([method, *as_flags({"sparsity": sparsity})])
 
 
 def settings(method, sparsity):
@@ -81,14 +81,14 @@ def settings(method, sparsity):
     grid = GRIDS[method, sparsity]
     every = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     drawn = random.Random(f"{method} {sparsity}").sample(every, SETTINGS)
-    return [" ".join(words(dict(sorted(flags.items())))) for flags in drawn]
+    return [" ".join(as_flags(dict(sorted(flags.items())))) for flags in drawn]
 
 
 def runs(row, flags, seeds):
     """List the commands that try a setting on the held-out rows."""
     commands = []
     for task, seed in itertools.product(TASKS, seeds):
-        arguments = equal(task, name_of(*row), seed, flags)
+        arguments = main_run(task, name_of(*row), seed, flags)
         commands.append(f"python train.py {arguments} --data-dir={HELD}")
     return commands
 
@@ -152,7 +152,6 @@ def read_done(folder):
 def table(done):
     """Write a Markdown table: each row's choices, its runs, its chosen setting and the result."""
     rows = [["method", "settings in its grid", "tried", "runs", "chosen", "held-out accuracy"]]
-    rows.append(["---"] * len(rows[0]))
     for row, grid in GRIDS.items():
         size = math.prod(len(values) for values in grid.values())
         made = 0
@@ -161,7 +160,7 @@ def table(done):
         accuracy, flags = chosen(done, row)
         cells = [name_of(*row), size, SETTINGS, made, f"`{flags}`", f"{100 * accuracy:.1f}"]
         rows.append([str(cell) for cell in cells])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)
 
 
 @one_line_errors()
@@ -174,8 +173,7 @@ def main(argv=None):
     results = ROOT / "results"
     add("--results", type=Path, default=results, metavar="FOLDER", help=f"has {RUNS} (results)")
     add("--at-once", type=count, default=1, help="runs at a time, on all GPUs (1)")
-    seconds_help = "stop after this long; finished runs are kept"
-    add("--seconds", type=float, default=1e6, help=seconds_help)
+    add("--seconds", type=float, default=1e6, help="time limit; finished runs are kept")
     add("--model", metavar="FOLDER", help="run: where MiniLM is here")
     args = parser.parse_args(argv)
     if args.do == "table":
@@ -184,7 +182,7 @@ def main(argv=None):
 
     for task in TASKS:
         split_path(task, "train", HELD)  # raises ValueError if the file is missing
-    machine = args.results, args.at_once, args.seconds, words({"model": args.model})
+    machine = args.results, args.at_once, args.seconds, as_flags({"model": args.model})
     make_missing("the first round", first_round(), *machine)
     done = read_done(args.results)
     if not done.keys() >= set(first_round()):
