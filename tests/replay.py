@@ -85,7 +85,7 @@ def prepare(folder, recorded, method, nudge):
             p.mul_(1 + NUDGE * torch.randn_like(p))
     # All tokens of the last layer, as recorded. Its gradients of 1e-8 depend on the order of summation, and Adam's
     # first step makes whole steps of them; so another order leads to another path within 20 steps.
-    model.bert.forward = lambda *batch, tokens: Encoder.forward(model.bert, *batch)
+    model.bert.forward = lambda *batch: Encoder.forward(model.bert, *batch[:3])  # no `tokens`
     learner = Learner(model, METHODS[method], torch.float32)
     start = load_file(folder / "scores_start.safetensors")
     for group, scores in learner.masks.scores.items():

@@ -43,7 +43,7 @@ def plain_mask(score, density):
 def plain_training(folder, batches, labels, method, start):
     """-> trajectory dict and final masks. HF's old AdamW: lr sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)."""
     model = load_model(folder, WORDS).eval().requires_grad_(False)
-    model.bert.forward = lambda *batch, tokens: Encoder.forward(model.bert, *batch)
+    model.bert.forward = lambda *batch: Encoder.forward(model.bert, *batch[:3])  # no `tokens`
     frozen, scores = model.state_dict(), {n: s.clone().requires_grad_() for n, s in start.items()}
     m, v = ({n: torch.zeros_like(s) for n, s in start.items()} for _ in range(2))
     steps = []
