@@ -1,4 +1,7 @@
-"""Tiny models, tokenizers and data, made here: no test needs a network, a GPU or a file from elsewhere."""
+"""Tiny models, tokenizers and data, made here.
+
+No test needs a network, a GPU or a file from elsewhere.
+"""
 
 import http.server
 import json
@@ -24,15 +27,16 @@ import train
 from plumbing.checkpoints import read_config, read_model
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
-WORDS = "no yes terrible great incorrect correct the a film is was good bad and very it fun dull un ##happ ##y".split()
+WORDS = "no yes terrible great incorrect correct the a film is was good bad and very it".split()
+WORDS += "fun dull un ##happ ##y".split()
 CONFIG = {
-    "model_type": "bert", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "intermediate_size": 24, "max_position_embeddings": 32, "type_vocab_size": 2,
+    "model_type": "bert", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "intermediate_size": 24, "max_position_embeddings": 32, "type_vocab_size": 2,
 }  # fmt: skip
 
 GPT2_CONFIG = {
-    "model_type": "gpt2", "vocab_size": 300, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 24,
-    "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+    "model_type": "gpt2", "vocab_size": 300, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 4,
+    "n_inner": 24, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
 }  # fmt: skip
 
 WIDE = {
@@ -158,7 +162,10 @@ def make_model(tmp_path):
 
 @pytest.fixture
 def make_gpt2(tmp_path):
-    """make_gpt2(name, tensors=None, **config) -> a model folder; its tokenizer knows all bytes and a few pairs."""
+    """make_gpt2(name, tensors=None, **config) -> a model folder.
+
+    Its tokenizer knows all bytes and a few pairs.
+    """
 
     def make(name="gpt2", tensors=None, **changes):
         folder = tmp_path / name
@@ -239,7 +246,10 @@ def trained_once(tmp_path_factory):
 
 @pytest.fixture
 def finished(trained_once):
-    """The folder of one finished run, beside model/ and glue/. All tests share it; what they change is undone."""
+    """The folder of one finished run, beside model/ and glue/.
+
+    All tests share it. What a test changes is undone.
+    """
     home, files = trained_once
     yield home / "run"
     put_back(home, files)
@@ -258,7 +268,7 @@ def put_back(home, files):
 
 @pytest.fixture
 def fails(capsys):
-    """fails(main, argv) -> stderr of a command that must end with status 2 and one line of error, no traceback."""
+    """fails(main, argv) -> stderr of a command, which must be one line of error, with status 2."""
 
     def run(main, argv):
         with pytest.raises(SystemExit) as ended:

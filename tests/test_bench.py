@@ -53,7 +53,8 @@ def test_a_model_of_ones_own(capsys, make_model, fails):
 
 def test_operations_by_hand():
     args = bench.parse_args(SMALL)
-    # Per token and layer: 12 weights matrices of 64 x 64, and products with 8 keys and 8 values; 2 operations each.
+    # Per token and layer: 12 weight matrices of 64 x 64, and products with 8 keys and 8 values.
+    # Each product and its sum are 2 operations.
     layer = 16 * 2 * (12 * 64 * 64 + 2 * 8 * 64)
     last = 16 * 2 * 2 * 64 * 64 + 2 * 2 * (
         10 * 64 * 64 + 2 * 8 * 64
@@ -62,7 +63,10 @@ def test_operations_by_hand():
 
 
 def test_the_floor_by_hand():
-    """With one operation and one byte a second: 7 passes of Adam over scores of 4 bytes, one over them and weights."""
+    """With one operation and one byte per second.
+
+    Adam passes 7 times over scores of 4 bytes, and one pass is over them and the weights.
+    """
     args = bench.parse_args(SMALL)
     learner = train.Learner(bench.make_model(args), METHODS["smp-s"], torch.bfloat16)
     scores = 3 * (4 * 64 * 64 + 2 * 64 * 256)
@@ -79,7 +83,8 @@ def test_a_language_model_is_timed_too(capsys, make_gpt2, monkeypatch):
     assert (
         line["gpt2"] and line["smp-s"] > 0 < line["finetune"] and line["smp-s over its floor"] > 1
     )
-    # All layers see all tokens; the head is a product forward and one for the gradients of its inputs.
+    # All layers see all tokens. The head is a product forward and one for the gradients of its
+    # inputs.
     layer = 16 * 2 * (12 * 64 * 64 + 2 * 8 * 64)
     assert bench.flops(bench.parse_args([*SMALL, "--gpt2"])) == 3 * 3 * layer + 2 * 2 * 16 * 64 * 50
     bench.main([*SMALL[4:], "--inference", "--model", str(make_gpt2())])

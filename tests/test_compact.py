@@ -1,4 +1,4 @@
-"""tools.export --compact: what is dead goes without changing the logits; what is cut is what was named."""
+"""tools.export --compact removes what is dead and what was named, and the logits stay."""
 
 import dataclasses
 import json

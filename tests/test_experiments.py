@@ -1,4 +1,4 @@
-"""tools.experiments and tools.lists: missing runs are made once, failures are tried again, tables are right."""
+"""tools.experiments and tools.lists make missing runs once, and their tables are right."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def test_missing_runs_are_made_once(tiny, capsys):
 
 @pytest.fixture
 def pretend(monkeypatch, tmp_path):
-    """pretend(make_run, *flags) makes six runs with a make_run of one's own -> the lines of the file."""
+    """pretend(make_run, *flags) makes six runs with another make_run -> the lines of the file."""
     monkeypatch.setattr(experiments, "LISTS", {"six": lambda: (f"--seed={n}" for n in range(6))})
 
     def go(make_run, *flags):
@@ -205,7 +205,9 @@ def test_tasks_with_settings_of_their_own_share_a_row():
         lines[3]
     )  # another method's flags, though they are the same
     spelt = [row_label(made) for made in lines[:2]]
-    assert spelt == [" ".join([soft, *lists.as_flags(own[task]), rate]) for task in ("movies", "mrpc")]
+    assert spelt == [
+        " ".join([soft, *lists.as_flags(own[task]), rate]) for task in ("movies", "mrpc")
+    ]
     assert sum(row.startswith("| soft") for row in table(lines, merge=True).splitlines()) == 2
     assert all(
         row.count("80.0 (1)") == 1 for row in table(lines[:3]).splitlines()[2:]

@@ -1,4 +1,4 @@
-"""tools.export: an exported folder is the backbone with zeros in it, under the names that it had."""
+"""tools.export writes the backbone with zeros in it, under the names that it had."""
 
 import errno
 import json
@@ -73,7 +73,10 @@ def test_the_exported_model_is_the_pruned_one(make_model, trained, tmp_path, nam
 def test_other_libraries_take_the_tokenizer_as_it_is(
     make_model, trained, tmp_path, method, way, lowercase
 ):
-    """Their class for BERT lowers the case, whatever tokenizer.json says; and old ones want a format in the header."""
+    """Their class for BERT lowers the case, whatever tokenizer.json says.
+
+    Old versions want a format in the header.
+    """
     model, out = make_model("m"), tmp_path / "out"
     stored = json.loads((model / "tokenizer.json").read_text())
     stored["normalizer"]["lowercase"] = lowercase
@@ -173,11 +176,14 @@ def test_weights_of_a_run_are_checked_wherever_they_are_read(
     assert "model.safetensors: sha256 is" in fails(main, argv[main])
 
 
-# --- cards ---------------------------------------------------------------------------------------------------
+# --- cards ----------------------------------------------------------------------------------------
 
 
 def metadata(readme):
-    """A card -> {key: value} of its metadata: values are JSON, and so are those of the one list of mappings."""
+    """A card -> {key: value} of its metadata.
+
+    Values are JSON, and so are those of the one list of mappings.
+    """
     assert readme.startswith("---\n")
     lines = readme.split("---\n")[1].splitlines()
     pairs = [

@@ -35,9 +35,12 @@ def argv(make_model, glue, tmp_path):
 
 @pytest.fixture
 def unreliable():
-    """start(content, sends, ranges): a server that closes each connection after the next number of bytes -> URL.
+    """start(content, sends, ranges) -> the URL of a server that cuts each connection.
 
-    ranges: whether it can begin where it is asked to; off: how far it is off. start.replies counts its replies.
+    It closes each one after the next number of bytes in `sends`.
+
+    ranges: whether it can begin where it is asked to. off: how far it is off. start.replies counts
+    its replies.
     """
     servers = []
 
@@ -314,7 +317,7 @@ train.main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_output_that_goes_nowhere_is_no_traceback(argv, tmp_path):
-    """Run train.py in a shell, its output redirected: exit status, and stderr without progress bars."""
+    """Run train.py in a shell with its output redirected -> status, stderr without progress."""
     expected = {"| true": (141, 0), ">&- 2>&-": (0, 0)}
     expected |= {"> /dev/full": (2, 1)} if Path("/dev/full").exists() else {}  # Linux
     started = {}

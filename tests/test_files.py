@@ -1,4 +1,4 @@
-"""plumbing.files: masks in sealed files: round trips, sizes, and files that were cut, altered or made to harm."""
+"""plumbing.files: masks in sealed files come back, and altered or harmful files do not."""
 
 import lzma
 

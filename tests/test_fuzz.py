@@ -1,4 +1,7 @@
-"""Every file that people may hand over, altered at random: it works, or it is one line of error; never a traceback."""
+"""Every file that people may hand over, altered at random.
+
+It works, or it ends in one line of error. It never ends in a traceback.
+"""
 
 import hashlib
 import json
@@ -84,7 +87,10 @@ def altered(content, rng):
 
 @pytest.fixture
 def survives(capsys, tmp_path, trained_once):
-    """survives(command): a call that works or ends with status 2 and one line; within 10 seconds, writing nothing."""
+    """survives(command): it works or ends with status 2 and one line, within 10 seconds.
+
+    It writes nothing.
+    """
     home, _ = trained_once
 
     def there():
@@ -238,7 +244,7 @@ def archive(path, method=zipfile.ZIP_DEFLATED):
 
 
 def test_archives(survives, server, tmp_path, monkeypatch):
-    """As they come from a server; what they hold may land in their own folder of the cache, and nowhere else."""
+    """As they come from a server. Their files may land in their own folder of the cache, only there."""
     files, _ = server
     whole, digest = (
         archive(tmp_path / "RTE.zip"),
@@ -350,7 +356,7 @@ def fuzz_lines(path, survives, command):
 
 
 def test_logs(finished, survives):
-    """What read_log lets through is drawn: numbers of a size that matplotlib can count ticks for."""
+    """What read_log lets through is drawn: matplotlib can count ticks for numbers of that size."""
 
     def read():
         with cli.one_line_errors():

@@ -23,7 +23,10 @@ def plain_norm(x, t, at):
 
 
 def plain_gpt2(t, row, heads):
-    """Published tensors, ids [S] -> logits [S, V], {name: input of each c_proj}; token by token, head by head."""
+    """Published tensors, ids [S] -> logits [S, V], {name: input of each c_proj}.
+
+    Computed token by token and head by head.
+    """
     x = t["wte.weight"][row] + t["wpe.weight"][: len(row)]
     inputs = {}
     for i in range(GPT2_CONFIG["n_layer"]):
@@ -101,7 +104,7 @@ def test_the_replay_takes_a_recorded_gpt2(make_gpt2, ids, capsys):
 
 
 def test_published_tensors_go_in_and_come_out(make_gpt2):
-    """With the prefix, with a stored head and with buffers of the causal mask, or without: the same model."""
+    """With or without the prefix, a stored head and buffers of the causal mask: the same model."""
     tensors = gpt2_tensors()
     plain = load_gpt2(*read_model(make_gpt2()))
     more = {f"transformer.{name}": tensor for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""The notebooks of the labs: small and clean, each section explained, and in step with the code that they import."""
+"""The notebooks of the labs are small, clean, explained, and in step with the code."""
 
 import ast
 import json
@@ -98,7 +98,7 @@ def test_nothing_of_ours_is_written_again(lab):
 
 @every_lab
 def test_sections_explain_and_ask(lab):
-    """Each begins with some sentences and ends with questions; the exercises that headings name exist."""
+    """Each begins with sentences and ends with questions. The exercises in its headings exist."""
     text = "\n".join(text for _, text in read(lab, "markdown"))
     first, *sections = re.split(r"^## ", text, flags=re.M)
     assert "pip install -r requirements.txt matplotlib" in first and "minutes" in first

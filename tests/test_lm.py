@@ -1,4 +1,4 @@
-"""Language modelling: blocks and perplexities by hand, runs of every kind with GPT-2, texts that go on, faults."""
+"""Language modelling: blocks and perplexities by hand, runs with GPT-2, texts that go on, faults."""
 
 import argparse
 import io
@@ -45,14 +45,15 @@ def run(make_gpt2, texts, tmp_path, *flags, name="run", model=None):
     return json.loads((tmp_path / name / "result.json").read_text())
 
 
-# --- texts -----------------------------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------
 
 
 def test_blocks_by_hand(make_gpt2, tmp_path, capsys):
     """Lines keep their ends, nothing is added, the remainder goes; labels are the tokens behind."""
     _, tokenizer = load(make_gpt2)
     path = tmp_path / "t.txt"
-    # A byte-order mark and Windows' line ends do not count; the separator is no end of a line; the last line has none.
+    # A byte-order mark and Windows' line ends do not count. The separator ends no line, and the last
+    # line has no end.
     path.write_bytes("\ufeff the film\r\n\nzx\u2028y it's 7".encode())
     blocks = lm.read_blocks(TASKS["ptb"], path, tokenizer)
     tokenizer.no_truncation()
@@ -114,12 +115,12 @@ def test_perplexity_by_hand(make_gpt2):
     assert far["perplexity"] == math.exp(700)  # finite: JSON has no infinity
 
 
-# --- runs ------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["smp-s", "smp-l"])
 def test_a_mask_learns_and_the_rest_stays(make_gpt2, texts, tmp_path, capsys, method):
-    """Frozen weights are checked by the run itself; each mask keeps k; the mask alone is evaluated to the same.
+    """Each mask keeps k, and the mask alone is evaluated to the same. The run checks frozen weights.
 
     Of the first perplexity, seeds 0 to 9 leave 0.117 to 0.162; without learning it stays near 1.
     """
@@ -226,7 +227,7 @@ def test_an_interrupted_run_ends_the_same(make_gpt2, texts, tmp_path, monkeypatc
 
 
 def test_a_batch_in_parts_teaches_the_same(make_gpt2, texts, tmp_path):
-    """Without a mask: of scores that are almost equal, rounding decides which go. Ten seeds agree to 1e-7."""
+    """Dense, because rounding decides between scores that are almost equal. Ten seeds agree to 1e-7."""
     flags = ["--method", "finetune", "--weight-lr", 0.01]
     whole, parts = (
         run(make_gpt2, texts, tmp_path, *flags, "--accumulate", n, name=f"parts{n}") for n in (1, 2)
@@ -241,7 +242,7 @@ def test_a_teacher_teaches_tokens(make_gpt2, texts, tmp_path):
     assert result["final"]["perplexity"] != alone["final"]["perplexity"]
 
 
-# --- texts that go on --------------------------------------------------------------------------------------------
+# --- texts that go on -----------------------------------------------------------------------------
 
 
 def test_a_text_goes_on(make_gpt2, texts, tmp_path, capsys, monkeypatch, fails):
@@ -286,7 +287,7 @@ def test_a_text_goes_on(make_gpt2, texts, tmp_path, capsys, monkeypatch, fails):
 
 
 def test_tokens_are_drawn_by_their_probabilities(make_gpt2, monkeypatch):
-    """Three tokens of probabilities 0.6, 0.3 and 0.1; at temperature 1/2 they are drawn by the squares of these."""
+    """Three tokens have 0.6, 0.3 and 0.1. Temperature 1/2 draws them by the squares of these."""
     monkeypatch.setattr(lm, "CONTINUED", 3000)
     monkeypatch.setattr(lm, "printable", lambda text: text)
     _, tokenizer = load(make_gpt2)
@@ -308,7 +309,7 @@ def test_tokens_are_drawn_by_their_probabilities(make_gpt2, monkeypatch):
     assert shares(None) == [1, 0, 0]
 
 
-# --- elsewhere ---------------------------------------------------------------------------------------------------
+# --- elsewhere ------------------------------------------------------------------------------------
 
 
 def test_export_has_zeros_in_published_places(make_gpt2, texts, tmp_path):
@@ -369,7 +370,7 @@ def test_compact_export_takes_out_what_is_dead(make_gpt2, texts, tmp_path, capsy
 
 
 def test_a_fresh_folder(tmp_path, texts, fails):
-    """Tokenizer, configuration and weights; what is there stays; the same seed gives the same weights."""
+    """Tokenizer, configuration and weights. Files that exist stay. A seed gives the same weights."""
     (tmp_path / "t.txt").write_text(" the film is good\n" * 50)
     flags = ["--text", tmp_path / "t.txt", "--vocabulary", 270, "--layers", 2, "--hidden", 16]
     flags += ["--heads", 2]
@@ -427,7 +428,7 @@ def test_a_fresh_folder(tmp_path, texts, fails):
     assert "--text: name a text to learn the tokenizer from" in fails(fresh.main, [tmp_path / "c"])
 
 
-# --- downloads -----------------------------------------------------------------------------------------------------
+# --- downloads ------------------------------------------------------------------------------------
 
 
 def test_texts_are_fetched_and_checked(server, make_gpt2, monkeypatch, tmp_path):
@@ -461,7 +462,7 @@ def test_texts_are_fetched_and_checked(server, make_gpt2, monkeypatch, tmp_path)
         data.load_split("ptb", "train", None, tokenizer)
 
 
-# --- what people get wrong -------------------------------------------------------------------------------------------
+# --- what people get wrong ------------------------------------------------------------------------
 
 
 def test_what_is_refused(make_gpt2, make_model, glue, texts, tmp_path, fails):
@@ -478,8 +479,9 @@ def test_what_is_refused(make_gpt2, make_model, glue, texts, tmp_path, fails):
     )
     assert "--length 33: the model takes 4 to 32 tokens" in error("--length", 33)
     assert "--head classifier: a language model has no classes" in error("--head", "classifier")
-    train.main([str(a) for a in ("--task", "movies", "--model", bert, "--data-dir", glue, "--method", "finetune",
-                                 "--out", tmp_path / "bert", "--steps", 2, "--length", 16)])  # fmt: skip
+    argv = ["--task", "movies", "--model", bert, "--data-dir", glue, "--method", "finetune"]
+    argv += ["--out", tmp_path / "bert", "--steps", 2, "--length", 16]
+    train.main([str(a) for a in argv])
     assert "was trained on movies, not on ptb" in error("--teacher", tmp_path / "bert")
     config = (gpt2 / "config.json").read_text()
     (gpt2 / "config.json").write_text(json.dumps(json.loads(config) | {"vocab_size": 100}))

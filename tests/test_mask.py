@@ -28,7 +28,8 @@ def with_scores(masks, seed=1, spread=1.0):
 
 
 @pytest.mark.parametrize(
-    ("step", "density", "penalty"),  # recorded from the reference code: v = 0.3, N = 40, lambda = 400, T = 60
+    # Recorded from the reference code: v = 0.3, N = 40, lambda = 400, T = 60.
+    ("step", "density", "penalty"),
     [
         (0, 1.0, 0.0), (1, 0.9488015625, 19.668518518518585), (5, 0.7689453125, 91.89814814814815),
         (20, 0.3875, 281.4814814814814), (39, 0.3000109375, 382.85), (40, 0.3, 385.18518518518516),
@@ -68,7 +69,8 @@ def test_proportional_densities_hand_computed():
     # 0.5 * 3 * share, nothing overflows
     assert proportional_densities(share, 0.5).tolist() == [
         pytest.approx([0.45, 0.15, 0.9]), pytest.approx([0.5, 0.5, 0.5])]  # fmt: skip
-    # 2.4 * share = .72 .24 1.44; full, the others share 1.4 as 3:1 = 1.05 .35; full again, the last takes .4
+    # 2.4 * share = .72 .24 1.44. The third is full, and the others share 1.4 as 3:1 = 1.05 .35. Now
+    # the first is full, too, and the second takes .4.
     assert proportional_densities(share, 0.8)[0].tolist() == pytest.approx([1.0, 0.4, 1.0])
     assert proportional_densities(share, 1.0).tolist() == [pytest.approx([1.0] * 3)] * 2
 
@@ -93,7 +95,7 @@ def test_whole_counts_give_the_remainder_to_the_largest_fractions():
 
 @pytest.mark.parametrize("n", [3_266, 147_456, 589_824, 2_359_296, 10_616_832, 84_934_656])
 def test_counts_are_those_of_the_decimal_that_was_asked_for(n, monkeypatch):
-    """Masks.choose asks for exactly as many. The reference code's int(v * n) is one less at times."""
+    """Masks.choose keeps exactly as many. The reference code's int(v * n) is one less at times."""
     masks, found = Masks(groups(1), METHODS["smp-l"]), []
     masks.sizes.fill_(n)  # as if the matrices were that large
     monkeypatch.setattr(mask, "highest", lambda scores, k, exact: found.append(k) or scores)
@@ -211,7 +213,7 @@ def test_temperature_follows_the_target_density():
 
 
 def test_straight_through_gradient():
-    """dL/dS is dL/dW' * W for kept and removed entries, with dL/dW' from finite differences of the loss."""
+    """dL/dS is dL/dW' * W for kept and removed entries. dL/dW' comes from finite differences."""
     masks = with_scores(Masks(groups(), METHODS["smp-l"]))
     x = torch.randn(6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     loss = lambda weights: sum((x @ w.double().T).tanh().sum() for w in weights.values())  # noqa: E731

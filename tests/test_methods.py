@@ -1,4 +1,4 @@
-"""The methods that SMP is compared with: masks and gradients by hand, and each from end to end on a tiny model."""
+"""The methods that SMP is compared with: by hand, and from end to end on a tiny model."""
 
 import json
 import math
@@ -31,7 +31,10 @@ def one(method, scores=None, weights=WEIGHTS):
 
 
 def step(masks, density=0.5):
-    """Loss: the sum of 10 w', 20 w', 30 w', 40 w' -> (masked weights, gradients of scores and weights or None)."""
+    """Backpropagate the sum of 10 w', 20 w', 30 w', 40 w'.
+
+    -> masked weights, gradients of scores and of weights, or None.
+    """
     weights, _ = masks(density)
     (weights["w"] * torch.tensor([[10.0, 20.0], [30.0, 40.0]])).sum().backward()
     grads = [getattr(p["g"], "grad", None) for p in (masks.scores, masks.weights)]
@@ -101,7 +104,10 @@ def test_global_ranking_puts_all_matrices_together():
 
 
 def test_hard_concrete_gates_by_formula(monkeypatch):
-    """Louizos et al. 2018: s = sigmoid((log u - log(1 - u) + log alpha) / beta), stretched to (-0.1, 1.1) and cut."""
+    """s = sigmoid((log u - log(1 - u) + log alpha) / beta), stretched to (-0.1, 1.1) and cut.
+
+    Louizos et al. 2018.
+    """
     alpha, u = [-2.0, 0.3, 4.0], [0.5, 0.2, 0.9]
     monkeypatch.setattr(torch, "rand_like", lambda _: torch.tensor(u))
     noisy = hard_concrete(torch.tensor(alpha), noise=True).tolist()
@@ -161,7 +167,7 @@ def test_what_scores_are_and_what_trains():
 
 
 def test_what_is_compared_may_depend_on_the_weights():
-    """smp-w by hand: |W| sigmoid(S) of 1 * 0.5, 3 * 0.5, 2 * 0.881 and 0.1 * 0.999; two of four stay."""
+    """smp-w ranks |W| sigmoid(S): 1 * 0.5, 3 * 0.5, 2 * 0.881 and 0.1 * 0.999. Two of four stay."""
     masks = Masks({"g": {"w": torch.tensor([[1.0, -3.0], [2.0, 0.1]])}}, METHODS["smp-w"])
     masks.scores["g"].data = torch.tensor([[[0.0, 0.0], [2.0, 7.0]]])
     assert masks.choose(0.5)["w"].tolist() == [[False, True], [True, False]]
@@ -173,7 +179,7 @@ def test_what_is_compared_may_depend_on_the_weights():
 
 @pytest.mark.parametrize("exact", (True, False))
 def test_two_of_each_four_by_hand(exact):
-    """On the way to half, the two highest of each four stay, whatever others have; further down, only some of these."""
+    """Down to half, the two highest of each four stay. Below, only some of these do."""
     scores = torch.tensor([[[1.0, 4, 3, 2, 9, 8, 7, 6], [0, -5, -6, 1, -1, -2, -4, -3]]])
 
     def kept(density):
@@ -348,7 +354,10 @@ ONE_OF_A_KIND = (
     ],
 )
 def test_torch_compile_sees_masks_as_one_piece(method, monkeypatch):
-    """As on a GPU, where no threshold is looked for by numpy; without a compiler: traced, and then run as it is."""
+    """As on a GPU, where numpy finds no thresholds.
+
+    Without a compiler: traced, and then run as it is.
+    """
     monkeypatch.setattr(
         mask, "kth_largest", lambda scores, k: mask.about_kth_largest([scores], k[None])[0]
     )

@@ -23,7 +23,7 @@ MASK = (IDS != 0).long()
 
 
 def oracle(t, ids=IDS, types=TYPES, mask=MASK):
-    """(last hidden states, masked-LM logits) of the same weights through nn.TransformerEncoderLayer."""
+    """The same weights in nn.TransformerEncoderLayer -> last hidden states, masked-LM logits."""
     size = ids.shape[1]
     h = (
         t["bert.embeddings.word_embeddings.weight"][ids]
@@ -42,7 +42,8 @@ def oracle(t, ids=IDS, types=TYPES, mask=MASK):
             for x in ("weight", "bias")
         }
         for ours, theirs in {
-            "attention.output.dense": "self_attn.out_proj", "intermediate.dense": "linear1", "output.dense": "linear2",
+            "attention.output.dense": "self_attn.out_proj",
+            "intermediate.dense": "linear1", "output.dense": "linear2",
             "attention.output.LayerNorm": "norm1", "output.LayerNorm": "norm2",
         }.items():  # fmt: skip
             state |= {f"{theirs}.{x}": t[f"{at}{ours}.{x}"] for x in ("weight", "bias")}
@@ -68,7 +69,7 @@ def test_encoder_and_masked_lm_head_agree_with_torch(make_model):
 
 
 def test_loading_draws_no_numbers_that_the_file_replaces(make_model, make_gpt2, monkeypatch):
-    """For nn.Embedding's, on the meta device, torch imports its compiler: eval.py would answer two seconds later."""
+    """nn.Embedding would draw on the meta device. Then torch imports its compiler, which takes 2 s."""
     monkeypatch.setattr(nn.init, "normal_", None)
     load_model(make_model(), words=[5, 6])
     load_gpt2(*read_model(make_gpt2()))
@@ -89,12 +90,16 @@ def test_padding_does_not_matter(make_model):
 
 def test_names_of_published_checkpoints_are_understood(make_model):
     t = bert_tensors(CONFIG)
-    old = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
-           for n, v in t.items()}  # fmt: skip
-    old |= {"cls.predictions.decoder.weight": t["bert.embeddings.word_embeddings.weight"].clone(),
-            "cls.predictions.decoder.bias": t["cls.predictions.bias"].clone(),
-            "cls.seq_relationship.weight": torch.ones(2, 16), "bert.pooler.dense.weight": torch.ones(16, 16),
-            "bert.embeddings.position_ids": torch.arange(32)}  # fmt: skip
+    old = {
+        "cls.predictions.decoder.weight": t["bert.embeddings.word_embeddings.weight"].clone(),
+        "cls.predictions.decoder.bias": t["cls.predictions.bias"].clone(),
+        "cls.seq_relationship.weight": torch.ones(2, 16),
+        "bert.pooler.dense.weight": torch.ones(16, 16),
+        "bert.embeddings.position_ids": torch.arange(32),
+    }
+    for n, v in t.items():
+        n = n.replace("LayerNorm.weight", "LayerNorm.gamma")
+        old[n.replace("LayerNorm.bias", "LayerNorm.beta")] = v
     half = {n: v.half() for n, v in t.items()}
     bare = bert_tensors(CONFIG, head=False, prefix="")
     for name, tensors, expected in (
@@ -231,7 +236,7 @@ def test_config_is_checked(make_model, changes, message):
 
 @pytest.mark.parametrize("counts", [{"heads_per_layer": (4,)}, {"neurons_per_layer": (24, 24, 24)}])
 def test_a_config_has_a_number_for_each_layer(make_model, counts):
-    """read_config refuses such a file; what is built from a Config elsewhere does not get less of a model either."""
+    """read_config refuses other files. A Config that was built otherwise is no smaller model either."""
     names = {field.name for field in dataclasses.fields(model.Config)}
     values = {name: value for name, value in CONFIG.items() if name in names}
     assert model.Config(**values).layers == [(4, 24)] * 2
@@ -334,7 +339,10 @@ CLASSIFIER |= {
     ],
 )
 def test_logits_recorded_from_transformers(make_model, config, prefix, head, logits):
-    """transformers 5.24 on the same folders: MaskedLM's logits, or the last state times the embeddings of the words."""
+    """transformers 5.24 on the same folders.
+
+    MaskedLM's logits, or the last state times the embeddings of the words.
+    """
     tensors = bert_tensors(config, head=head is None)
     segments = "bert.embeddings.token_type_embeddings.weight"
     tensors[segments] = tensors[segments][: config["type_vocab_size"]].clone()
@@ -373,7 +381,7 @@ def test_heads_of_other_tasks_are_left_out(make_model, head):
 
 
 def test_a_tied_decoder_may_be_stored_in_place_of_what_it_is_tied_to(make_model):
-    """As safetensors' save_model does, which drops all but one of the names that share their memory."""
+    """safetensors' save_model does so: it keeps one of the names that share their memory."""
     t = bert_tensors(CONFIG)
     stored = dict(t)
     stored["cls.predictions.decoder.weight"] = stored.pop(WORDS)

@@ -1,4 +1,4 @@
-"""tools.page: the pictures are the mask to the bit, removed heads are removed, nothing typed becomes HTML."""
+"""tools.page: its pictures are the mask to the bit, and nothing typed becomes HTML."""
 
 import base64
 import html.parser
@@ -50,7 +50,7 @@ def made(finished, tmp_path):
 
 
 class Balanced(html.parser.HTMLParser):
-    """Checks that tags are closed in order, and keeps tags with their attributes, and the text of a page."""
+    """Checks that tags are closed in order. Keeps tags with their attributes, and the text."""
 
     def __init__(self, text):
         super().__init__()
@@ -199,7 +199,7 @@ def test_long_logs_are_thinned():
     assert "NaN" not in page.curve("one", [(1, 2.0)]) and "nan" not in page.curve("one", [(1, 2.0)])
 
 
-# --- heads ---------------------------------------------------------------------------------------------------
+# --- heads ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", ["movies", "stsb"])
@@ -293,7 +293,7 @@ def test_errors(run, finished, fails, tmp_path):
     assert "has no mask to look at" in fails(page.main, [dense, "--out", out])
 
 
-# --- in a browser --------------------------------------------------------------------------------------------
+# --- in a browser ---------------------------------------------------------------------------------
 
 
 CHROMIUM = shutil.which("chromium")

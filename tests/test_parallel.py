@@ -35,9 +35,10 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def learn(folder, glue, parts):
-    """12 steps of 10 of 96 examples, no dropout -> (masks, last losses). The last batch of an epoch has 6.
+    """12 steps of 10 of 96 examples, no dropout -> (masks, last losses).
 
-    Scores start apart: where they are almost equal, rounding decides which weight goes, and no two sums agree.
+    The last batch of an epoch has 6. Scores start apart: where they are almost equal, rounding
+    decides which weight goes, and no two sums agree.
     """
     model = load_model(folder, [7, 8]).requires_grad_(False).eval()
     learner = Learner(model, METHODS["smp-s"], torch.float32)

@@ -1,4 +1,4 @@
-"""extras.pprune: distances by hand, clusters as brute force finds them, budgets that add up, and a whole run."""
+"""extras.pprune: distances by hand, clusters by brute force, budgets, and a whole run."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def partition(groups):
 
 
 def brute_force(distances, threshold):
-    """Complete linkage by its definition: merge the two nearest clusters as long as they are near enough."""
+    """Complete linkage by definition: merge the two nearest clusters while they are near enough."""
     profiles = distances.numpy()
     groups = [[i] for i in range(len(profiles))]
     apart = lambda a, b: max(np.abs(profiles[i] - profiles[j]).max() for i in a for j in b)  # noqa: E731
@@ -166,7 +166,7 @@ EIGHT_TOKENS = data.Examples([[0] * 8], [[0] * 8], [0], 8)
 
 @pytest.mark.parametrize("units", ["clusters", "activation", "random"])
 def test_what_stays(examples, tmp_path, monkeypatch, units):
-    """Neurons 0 to 11 are copies of 12 to 23, half as strong: of each two, clustering keeps the strong one."""
+    """Neurons 0 to 11 are copies of 12 to 23, half as strong. Clustering keeps the strong ones."""
     model = load_model(tmp_path / "model", [3, 4])
     for layer in model.bert.encoder["layer"]:
         inner, outer = layer.intermediate["dense"], layer.output.dense

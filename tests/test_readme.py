@@ -144,7 +144,7 @@ def run(make_model, folder, tmp_path, *flags):
 
 @pytest.fixture
 def added():
-    """Run a block of code as a file of extras would be; its rows go away again, and a reader's own come back."""
+    """Run a block of code as a file of extras would be. Afterwards the tables are as before."""
     before = [(table, dict(table)) for table in (mask.METHODS, data.TASKS)]
     yield lambda code: exec(code, {})
     for table, rows in before:

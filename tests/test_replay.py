@@ -1,4 +1,4 @@
-"""The replay, against a recording made by a second, plain implementation: one matrix at a time, Adam by hand."""
+"""The replay against a recording by a second implementation: matrix by matrix, Adam by hand."""
 
 import json
 import math
@@ -41,7 +41,10 @@ def plain_mask(score, density):
 
 
 def plain_training(folder, batches, labels, method, start):
-    """-> trajectory dict and final masks. HF's old AdamW: lr sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)."""
+    """-> trajectory dict and final masks.
+
+    HF's old AdamW: lr sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).
+    """
     model = load_model(folder, WORDS).eval().requires_grad_(False)
     model.bert.forward = lambda *batch: Encoder.forward(model.bert, *batch[:3])  # no `tokens`
     frozen, scores = model.state_dict(), {n: s.clone().requires_grad_() for n, s in start.items()}
@@ -146,7 +149,7 @@ def test_stacked_training_equals_the_plain_one(recording, capsys):
 
 
 def test_what_rounding_leads_to_is_no_fault(recording, capsys, monkeypatch):
-    """A recording that leaves ours late: allowed once our own runs, nudged by little, leave each other as well."""
+    """A recording may leave ours once our own runs, nudged by little, leave each other."""
     (recording / "trajectory_smp-s.json").unlink()
     path = recording / "trajectory_smp-l.json"
     trajectory = json.loads(path.read_text())

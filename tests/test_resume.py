@@ -24,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 ONE_THREAD = os.environ | {
     "OMP_NUM_THREADS": "1"
 }  # as here: other numbers of threads may round differently
-# train.py, which kills itself when it syncs a file to disk for the n-th time, the file being half written.
+# train.py, which kills itself when it syncs a file to disk for the n-th time. That file is half
+# written then.
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
@@ -166,7 +167,10 @@ def interrupted_once(tmp_path_factory):
 
 @pytest.fixture
 def interrupted(interrupted_once):
-    """A run that ended after 6 of its 16 steps, beside model/ and glue/. What a test changes is undone."""
+    """A run that ended after 6 of its 16 steps, beside model/ and glue/.
+
+    What a test changes is undone.
+    """
     home, files = interrupted_once
     yield home / "run"
     put_back(home, files)

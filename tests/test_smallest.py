@@ -1,4 +1,4 @@
-"""exercises/smallest.py learns digits by a mask alone, and what its docstring says of mask.py and of changes is so."""
+"""exercises/smallest.py learns digits by a mask alone, and its docstring is true."""
 
 import ast
 import re
@@ -30,7 +30,10 @@ def run(capsys, *changes, steps=600):
     ("steps", "reached"), [(200, 0.8), pytest.param(600, 0.9, marks=pytest.mark.slow)]
 )
 def test_it_learns_and_only_the_mask_did(capsys, steps, reached):
-    """Guessing is 0.1. Seeds 0 to 9 begin below 0.13; they reach 0.905 to 0.943 in 200 steps, about 0.975 in 600."""
+    """Guessing is 0.1. Seeds 0 to 9 begin below 0.13.
+
+    They reach 0.905 to 0.943 in 200 steps, about 0.975 in 600.
+    """
     names, said = run(capsys, steps=steps)
     accuracies = [float(x) for x in re.findall(r"accuracy ([\d.]+)", said)]
     assert accuracies[0] < 0.3 and accuracies[-1] > reached and len(accuracies) == steps // 100 + 1

@@ -1,4 +1,4 @@
-"""extras.squad: reading, windows, decoding and metrics on hand-made cases, and one run from end to end."""
+"""extras.squad: reading, windows, decoding and metrics by hand, and a run from end to end."""
 
 import hashlib
 import json

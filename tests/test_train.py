@@ -110,7 +110,10 @@ def load_masks(folder, result):
 
 
 def test_finetune_learns_and_stands_on_its_own(run, capsys, tmp_path):
-    """Seeds 0 to 9 reach 0.975 to 1, and are sure of the text below by 0.98 to 0.997; guessing is 0.5."""
+    """Seeds 0 to 9 reach 0.975 to 1, and are sure of the text below by 0.98 to 0.997.
+
+    Guessing is 0.5.
+    """
     folder, result = run("--method", "finetune", "--weight-lr", 5e-3, "--seed", 1, steps=120)
     assert result["final"]["accuracy"] > 0.8 and result["density"] == 1.0
     files = [
@@ -305,7 +308,7 @@ def test_finetuned_classifier_and_roberta_names(make_model, glue, tmp_path, caps
 
 @pytest.mark.parametrize("method", ["smp-s", "finetune", "movement"])
 def test_bits_of_a_mask_are_stored_where_there_is_one(run, method):
-    """One for each prunable weight; beside it, the numbers of the weights that trained and were kept."""
+    """One bit per prunable weight, and beside it one number per weight that trained and was kept."""
     _, result = run(
         "--method", method, *(["--sparsity", 0.75] if method != "finetune" else []), steps=2
     )
@@ -319,7 +322,7 @@ def test_bits_of_a_mask_are_stored_where_there_is_one(run, method):
 
 
 def test_evaluation_is_the_same_every_time(run, make_model, capsys):
-    """Without dropout, whatever numbers were drawn before; and without asking for slower kernels."""
+    """Without dropout, whatever numbers were drawn before. It asks for no slower kernels."""
     high = make_model("dropping", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     folder, result = run(
         "--model", high, "--dropout", "--method", "finetune", "--weight-lr", 1e-2, steps=4
@@ -456,7 +459,10 @@ class OneWeight(torch.nn.Module):
 
 
 def test_adam_of_the_reference_code_by_hand():
-    """Its eps stands outside the bias correction: lr sqrt(1 - b2) / (1 - b1) * m / (sqrt(v) + eps), with g = 3e-8."""
+    """Its eps stands outside the bias correction.
+
+    lr sqrt(1 - b2) / (1 - b1) * m / (sqrt(v) + eps), with g = 3e-8.
+    """
     model = OneWeight()
     learner = train.Learner(model, mask.METHODS["smp-l"], torch.float32)
     adam = train.make_optimizer(learner, 0.02, None)
@@ -604,7 +610,7 @@ def test_predictions_come_in_the_order_of_the_examples(run, glue):
 
 @pytest.mark.parametrize("method", ["smp-s", "movement"])
 def test_no_altered_result_makes_the_mask_optional(run, fails, method):
-    """Whatever is renamed or changed in result.json: nothing is evaluated, with the mask or without."""
+    """Nothing is evaluated where result.json was renamed or changed, with the mask or without."""
     folder, result = run("--method", method, steps=2)
     for key in result:
         renamed = {name if name != key else f"{name}x": value for name, value in result.items()}
@@ -945,7 +951,8 @@ def test_device_and_dtype_choose_themselves(monkeypatch):
 
 def test_the_dense_reference_is_named(run, capsys):
     run("--method", "smp-l", "--seed", 3, steps=2)
-    named = f"python train.py --method=finetune --task=movies --model={run.model} --data-dir={run.model.parent}/glue"
+    named = f"python train.py --method=finetune --task=movies --model={run.model}"
+    named += f" --data-dir={run.model.parent}/glue"
     named += " --head=words --seed=3 --steps=2 --batch=8 --length=16 --no-dropout"
     assert f"       {named}\n" in capsys.readouterr().out
     run("--method", "movement", "--weight-lr", 1e-4, "--seed", 3, steps=2, out="movement")
@@ -971,7 +978,7 @@ def test_what_a_method_keeps_by_itself_is_said(run, capsys, monkeypatch):
 def test_a_mistake_in_ones_own_code_shows_its_place_when_asked(
     fails, monkeypatch, make_model, glue, tmp_path
 ):
-    """A ValueError ends in one line, for it may be the user's; SMP_TRACEBACK tells where it arose."""
+    """A ValueError ends in one line, for it may be the user's. SMP_TRACEBACK says where it arose."""
 
     def wrong(importance, sizes, density, scores, exact):
         raise ValueError("mine")
@@ -1015,7 +1022,7 @@ def test_guessing_by_hand():
 
 
 def test_a_result_that_is_a_guess_is_called_one(finished, tmp_path, capsys):
-    """The result is handed in: whether a short run does more than guess is up to the processor's rounding."""
+    """The result is handed in, because rounding decides whether a short run only guesses."""
     result = json.loads((finished / "result.json").read_text())
     dev = {"dev": data.Examples([], [], [0, 1] * 20, 16)}
     for value in (0.5, 1.0):
@@ -1043,7 +1050,10 @@ def test_a_result_that_is_a_guess_is_called_one(finished, tmp_path, capsys):
 
 
 def test_little_data_gets_steps_enough_unless_fewer_are_asked_for(run, capsys, make_model):
-    """96 examples in batches of 8: two epochs would be 24 steps. Seeds 0 to 9 reach 0.9 to 1; guessing is 0.5."""
+    """96 examples in batches of 8: two epochs would be 24 steps.
+
+    Seeds 0 to 9 reach 0.9 to 1. Guessing is 0.5.
+    """
     learns = ["--model", make_model("wide", **WIDE), "--lr", 0.05, "--penalty", 50]
     assert run(*learns, "--evals", 1, steps=None)[1]["final"]["accuracy"] > 0.7
     said = capsys.readouterr().out
@@ -1187,9 +1197,10 @@ def test_steps_that_are_few_are_called_so(run, capsys, sparsity, needed):
 
 
 def test_evaluations_are_as_many_as_fit(run):
-    """Four on movies; of a short run, one for each ten steps begun; never more than there are steps."""
+    """Four on movies. A short run has one for each ten steps begun, and never more than steps."""
     for number, (steps, flags, at) in enumerate((
-        (11, [], [6, 11]), (31, [], [8, 16, 24, 31]), (50, [], [13, 25, 38, 50]), (2, ["--evals", 3], [1, 2]),
+        (11, [], [6, 11]), (31, [], [8, 16, 24, 31]),
+        (50, [], [13, 25, 38, 50]), (2, ["--evals", 3], [1, 2]),
     )):  # fmt: skip
         folder, _ = run(*flags, steps=steps, out=f"run{number}")
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
