@@ -31,12 +31,13 @@ WORDS = "no yes terrible great incorrect correct the a film is was good bad and 
 WORDS += "fun dull un ##happ ##y".split()
 CONFIG = {
     "model_type": "bert", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "intermediate_size": 24, "max_position_embeddings": 32, "type_vocab_size": 2,
+    "num_attention_heads": 4, "intermediate_size": 24, "max_position_embeddings": 32,
+    "type_vocab_size": 2,
 }  # fmt: skip
 
 GPT2_CONFIG = {
-    "model_type": "gpt2", "vocab_size": 300, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 4,
-    "n_inner": 24, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+    "model_type": "gpt2", "vocab_size": 300, "n_positions": 32, "n_embd": 16, "n_layer": 2,
+    "n_head": 4, "n_inner": 24, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
 }  # fmt: skip
 
 WIDE = {

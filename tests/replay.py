@@ -1,21 +1,31 @@
-"""Replay recorded reference numbers: a dense model, every step of smp-l and smp-s; or the choices of P-pruning.
+"""Replay recorded numbers of the reference code, and print how far ours are from them.
 
     python tests/replay.py FOLDER
 
-FOLDER holds a tiny BERT or RoBERTa (config.json, model.safetensors) and dense_first_batch.safetensors; for training
-batches.safetensors, scores_start.safetensors and, a method, trajectory_METHOD.json and mask_end_METHOD.safetensors.
-Or it holds activations.safetensors (head_activations.LAYER [tokens, heads * D], neuron_activations.LAYER, and the
-distances between them) and expected.json (budget, thresholds, clusters, kept units).
-Or it holds a tiny GPT-2 (config.json, model.safetensors), expected.json (loss, loss_of_rows) and its own
-dense_first_batch.safetensors (input_ids, logits, and the inputs of every c_proj, heads.LAYER and neurons.LAYER).
-Prints one flat JSON line, the largest deviation of each quantity, and names what is beyond its bound; exit status 1 if
-anything is. A trajectory may leave the recorded one by rounding alone: a score just above or just below the cut sends
-all that follows another way. So each method is replayed again with weights nudged by a few roundings. At each step, ten
-times of what our own runs have differed by until then is allowed; a fault differs from the recording before they do.
+FOLDER holds one of three recordings:
 
-The recording cuts layer densities above 1 (it keeps 0.9999 of a layer at step 0, where the target is 1), this project
-hands the excess on. So smp-s is replayed twice: with the cut put in place of our rule, where everything must agree,
-and as it is, where a few weights more in the first step lead to another, equally good mask.
+1. A tiny BERT or RoBERTa (config.json, model.safetensors), dense_first_batch.safetensors, and for
+   training batches.safetensors and scores_start.safetensors. Each method has its
+   trajectory_METHOD.json and mask_end_METHOD.safetensors.
+2. Choices of P-pruning: activations.safetensors (head_activations.LAYER [tokens, heads * D],
+   neuron_activations.LAYER, and the distances between them) and expected.json (budget, thresholds,
+   clusters, kept units).
+3. A tiny GPT-2 (config.json, model.safetensors), expected.json (loss, loss_of_rows) and
+   dense_first_batch.safetensors (input_ids, logits, and the inputs of every c_proj, heads.LAYER and
+   neurons.LAYER).
+
+It prints one flat JSON line, the largest deviation of each quantity, and names what is beyond its
+bound. The exit status is 1 if anything is.
+
+A trajectory may leave the recorded one by rounding alone: a score just above or just below the cut
+sends all that follows another way. So each method is replayed again with weights nudged by a few
+roundings. At each step, ten times of what our own runs have differed by until then is allowed. A
+fault differs from the recording before they do.
+
+The recording cuts layer densities above 1 (it keeps 0.9999 of a layer at step 0, where the target
+is 1). This project hands the excess on. So smp-s is replayed twice. With the cut in place of our
+rule, everything must agree. Without it, a few more weights in the first step lead to another,
+equally good mask.
 """
 
 import json
@@ -47,7 +57,8 @@ BOUNDS = {
     "logits": 1e-4, "inputs": 1e-4, "loss": 1e-5,
     "density": 1e-6, "penalty": 1e-6, "ce": 1e-3, "regularizer": 1e-3, "layer_density": 1e-3,
     "mask_end": 1e-3, "logits_end": 1e-3,
-    "distance": 1e-4, "budget": 0, "threshold": 1e-3, "layers_clustered_otherwise": 0, "layers_kept_otherwise": 0,
+    "distance": 1e-4, "budget": 0, "threshold": 1e-3,
+    "layers_clustered_otherwise": 0, "layers_kept_otherwise": 0,
 }  # fmt: skip
 HANDED_ON = "smp-s, excess handed on"
 NUDGE = 1e-6  # relative
@@ -83,8 +94,9 @@ def prepare(folder, recorded, method, nudge):
         torch.manual_seed(nudge)
         for p in model.parameters():
             p.mul_(1 + NUDGE * torch.randn_like(p))
-    # All tokens of the last layer, as recorded. Its gradients of 1e-8 depend on the order of summation, and Adam's
-    # first step makes whole steps of them; so another order leads to another path within 20 steps.
+    # All tokens of the last layer, as recorded. Its gradients of 1e-8 depend on the order of
+    # summation, and Adam's first step makes whole steps of them. So another order leads to another
+    # path within 20 steps.
     model.bert.forward = lambda *batch: Encoder.forward(model.bert, *batch[:3])  # no `tokens`
     learner = Learner(model, METHODS[method], torch.float32)
     start = load_file(folder / "scores_start.safetensors")
@@ -94,7 +106,9 @@ def prepare(folder, recorded, method, nudge):
 
 
 def replay_method(folder, batches, labels, method, nudge=None):
-    """Train as the recording did (no dropout, batches in order) -> ours and theirs {quantity: [values of each step]}.
+    """Train as the recording did, without dropout and with batches in order.
+
+    -> ours and theirs {quantity: [values of each step]}.
 
     nudge: the seed of noise of a few roundings on all weights.
     """
@@ -152,7 +166,7 @@ def replay_method(folder, batches, labels, method, nudge=None):
 
 
 def gaps(quantity, a, b):
-    """Of values of each step -> [steps]: the largest difference; of masks the share that differs."""
+    """Values of each step -> [steps]: largest differences, or the share of a mask that differs."""
     differences = [(x - y).abs() for x, y in zip(a[quantity], b[quantity], strict=True)]
     return torch.stack([d.mean() if quantity == "mask_end" else d.max() for d in differences])
 
@@ -203,10 +217,11 @@ def replay_choice(tensors, expected, kind, costs):
         x.abs().mean(0).view(len(n), -1).mean(1) for x, n in zip(activations, labels, strict=True)
     ]
     kept = [units.tolist() for units in pprune.representatives(distances, strengths, keep)]
+    otherwise = sum(a != b for a, b in zip(kept, expected[f"kept_{kind}s"], strict=True))
     return {
         "distance": max(gaps), "budget": abs(cost - expected[f"macs_per_{kind}"]),
-        "threshold": abs(threshold - expected[f"{kind}_threshold"]), "layers_clustered_otherwise": differing,
-        "layers_kept_otherwise": sum(a != b for a, b in zip(kept, expected[f"kept_{kind}s"], strict=True)),
+        "threshold": abs(threshold - expected[f"{kind}_threshold"]),
+        "layers_clustered_otherwise": differing, "layers_kept_otherwise": otherwise,
     }  # fmt: skip
 
 
@@ -231,7 +246,10 @@ def replay_pprune(folder):
 
 
 def replay_gpt2(folder):
-    """-> {quantity: largest deviation}; the losses are those of eval.py's perplexities, of each row and of all."""
+    """-> {quantity: largest deviation}.
+
+    The losses are those of eval.py's perplexities, of each row and of all.
+    """
     model = load_gpt2(*read_model(folder)).eval()
     recorded = load_file(folder / "dense_first_batch.safetensors")
     expected = json.loads((folder / "expected.json").read_text())

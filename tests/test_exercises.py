@@ -20,7 +20,8 @@ import cases  # noqa: E402
 import check  # noqa: E402
 import process  # noqa: E402
 
-CUBIC = "def density_at(step, ramp, final):\n    return final + (1 - final) * max(0, 1 - step / ramp) ** 3"
+CUBIC = """def density_at(step, ramp, final):
+    return final + (1 - final) * max(0, 1 - step / ramp) ** 3"""
 BISECTION = """
 import torch
 def top_v(scores, k):
@@ -35,11 +36,10 @@ def top_v(scores, k):
 GRADIENT = "def score_gradient(weight, mask, grad):\n    return grad * weight"
 ROWS = """
 import torch
-def masking(scores, importance, density, exact):
+def rank(weights, scores):
     made = {}
     for group, s in scores.items():
-        k = int(density * s.shape[2] + 1e-3)
-        made[group] = torch.zeros_like(s, dtype=torch.bool).scatter(2, s.topk(k, dim=2).indices, True)
+        made[group] = s.argsort(dim=2).argsort(dim=2)  # places within the rows
     return made
 """
 FOURS = """
@@ -89,20 +89,10 @@ WRONG = [
     (4, GRADIENT.replace("return", "return -"), "wrong sign"),
     (4, GRADIENT.replace("grad * weight", "grad + weight"), "off by up to"),
     (4, GRADIENT.replace("grad * weight", "(grad * weight).sum()"), r"has shape \[\], not"),
-    (
-        6,
-        ROWS.replace("dim=2", "dim=1").replace("scatter(2", "scatter(1"),
-        "of 6|kept at density|out of range|index",
-    ),
-    (
-        6,
-        ROWS.replace("shape[2]", "shape[1]")
-        .replace("dim=2", "dim=1")
-        .replace("scatter(2", "scatter(1"),
-        "columns",
-    ),
+    (6, ROWS.replace("dim=2", "dim=1"), "all columns of query keep equally many; the rows, s"),
+    (6, ROWS.replace("return made", "return scores"), "a row of query keeps"),
     (6, ROWS.replace("return made", "return list(made)"), "return a dict"),
-    (6, ROWS.replace("s.topk", "(-s).topk"), "a lower score than one that it removes"),
+    (6, ROWS.replace("= s.arg", "= (-s).arg"), "a lower score than one that it removes"),
     (7, FOURS.replace("topk(2", "topk(1"), "are kept, not 2"),
     (7, FOURS.replace("fours.topk", "(-fours).topk"), "the two highest should stay"),
     (9, DEAD.replace(" or ", " and "), "one side without weights is enough"),
@@ -159,12 +149,8 @@ WRONG = [
     ),
     (4, GRADIENT.replace("grad * weight", "(grad * weight).T"), "has shape|off by up to"),
     (4, GRADIENT.replace("grad * weight", "grad * weight * grad.sign()"), "off by up to"),
-    (
-        6,
-        ROWS.replace("dtype=torch.bool", "dtype=torch.float32").replace("True)", "1.0)"),
-        "is of torch.float32, not",
-    ),
-    (6, ROWS.replace("int(density * s.shape[2] + 1e-3)", "s.shape[2] // 2"), "kept at density"),
+    (6, ROWS.replace("return made", "return {g: m[:1] for g, m in made.items()}"), "has shape"),
+    (6, ROWS.replace("= s.arg", "= weights[group].arg"), "a lower score than one"),
     (7, FOURS.replace("kept.flatten(1)", "kept"), "what two_of_four returns has shape"),
     (
         7,
@@ -350,7 +336,7 @@ def test_a_folder_is_graded_whatever_is_in_it(tmp_path, soon, capfd):
     outputs = [test["output"] for test in found["tests"]]
     assert "crashed" in outputs[0] and outputs[1] == "right" and "no answer" in outputs[2]
     assert outputs[3] == "right\n\nThe file printed:\nlook\n"
-    assert "there is no file two_of_four.py; there are dead_neurons.py, masking.py" in outputs[4]
+    assert "there is no file two_of_four.py; there are dead_neurons.py, rank.py" in outputs[4]
     assert [test["status"] for test in found["tests"]] == ["failed", "passed"] * 3
     assert all({"name", "score", "max_score", "output"} <= test.keys() for test in found["tests"])
     assert [p.name for p in tmp_path.iterdir() if "results" in p.name] == ["results.json"]
@@ -404,13 +390,10 @@ def test_the_teachers_script_in_the_layout_of_gradescope(tmp_path):
     submission = tmp_path / "submission"
     for name in ("torch", "json", "numpy", "string", "cases", "answer"):
         (submission / f"{name}.py").write_text("raise SystemExit('trapped')")
-    by_highest = (
-        "import torch\nfrom mask import highest\ndef masking(scores, importance, density, exact):\n"
-        "    rows = {g: s.flatten(0, 1)[:, None] for g, s in scores.items()}\n"
-        "    return {g: highest({g: r}, torch.full((1, len(r)), int(float(density) * r.shape[2] + 1e-3)), exact)[g]"
-        ".view_as(scores[g]) for g, r in rows.items()}\n"
+    by_the_core = "from mask import by_scores\n" + ROWS.replace(
+        "scores.items()", "by_scores(weights, scores).items()"
     )
-    for number, code in {**RIGHT, 4: "import socket", 6: by_highest}.items():
+    for number, code in {**RIGHT, 4: "import socket", 6: by_the_core}.items():
         (submission / check.EXERCISES[number].file).write_text(code)
     environment = os.environ | {"AUTOGRADER": str(tmp_path)}
     ended = subprocess.run(

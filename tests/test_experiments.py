@@ -153,7 +153,8 @@ def test_time_over_is_no_failure(pretend, capsys):
 
 def line(task, method, seed, value, **more):
     steps = lists.STEPS[task]
-    command = f"python train.py --task={task} --model=minilm --method={method} --steps={steps} --seed={seed}"
+    command = f"python train.py --task={task} --model=minilm --method={method}"
+    command += f" --steps={steps} --seed={seed}"
     sparsity, final = 0.5 if method == "l0" else 0.2, {"accuracy": value, "f1": 0.1}
     result = {
         "command": command,

@@ -14,7 +14,7 @@ from test_model import roberta_name
 import eval as eval_
 import train
 from eval import load_run
-from plumbing import fetch
+from plumbing import checkpoints, fetch
 from tools import card, export
 
 
@@ -153,7 +153,8 @@ def test_a_failed_export_leaves_nothing_and_can_be_made_again(
 
     for flags in ([], ["--compact"]):
         with monkeypatch.context() as patched:
-            patched.setattr(export, "pack_weights", full)
+            for place in (export, checkpoints):  # --compact packs there
+                patched.setattr(place, "pack_weights", full)
             assert "No space left" in fails(export.main, [folder, out, *flags])
         assert sorted(path.name for path in tmp_path.iterdir()) == before
     out.mkdir()  # empty: may be filled

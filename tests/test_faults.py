@@ -399,8 +399,9 @@ def test_a_file_system_without_locks(argv, fails, monkeypatch, tmp_path, capsys,
 
 
 def test_pipes_and_devices_are_not_read(argv, fails, tmp_path):
-    for path in (tmp_path / "glue" / "movies" / "dev.tsv", tmp_path / "model" / "tokenizer.json",
-                 tmp_path / "model" / "config.json", tmp_path / "model" / "model.safetensors"):  # fmt: skip
+    names = ("tokenizer.json", "config.json", "model.safetensors")
+    paths = [tmp_path / "glue" / "movies" / "dev.tsv", *(tmp_path / "model" / n for n in names)]
+    for path in paths:
         kept = path.rename(tmp_path / "kept")
         os.mkfifo(path)
         assert f"{path} is not a regular file" in fails(train.main, argv)

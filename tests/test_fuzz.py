@@ -37,8 +37,9 @@ from tools import experiments, picture
 ROOT = Path(__file__).parent.parent
 TIMES = int(os.environ.get("FUZZ", 25))  # alterations of each file; .ci/run asks for 150
 HOSTILE = [
-    None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 1e308, -0.5, float("nan"), "", "x", "../../x", "/etc/passwd", "\0",
-    "y" * 5000, [], {}, [[]], {"a": {}}, [1e9] * 3, "bfloat16", "movies", "\ud800",
+    None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 1e308, -0.5, float("nan"), "", "x",
+    "../../x", "/etc/passwd", "\0", "y" * 5000,
+    [], {}, [[]], {"a": {}}, [1e9] * 3, "bfloat16", "movies", "\ud800",
 ]  # fmt: skip
 
 
@@ -244,7 +245,7 @@ def archive(path, method=zipfile.ZIP_DEFLATED):
 
 
 def test_archives(survives, server, tmp_path, monkeypatch):
-    """As they come from a server. Their files may land in their own folder of the cache, only there."""
+    """Archives from a server. Their files land in their own folder of the cache, and only there."""
     files, _ = server
     whole, digest = (
         archive(tmp_path / "RTE.zip"),

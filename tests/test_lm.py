@@ -1,4 +1,4 @@
-"""Language modelling: blocks and perplexities by hand, runs with GPT-2, texts that go on, faults."""
+"""Language modelling: perplexities by hand, runs with GPT-2, texts that go on, faults."""
 
 import argparse
 import io
@@ -52,7 +52,7 @@ def test_blocks_by_hand(make_gpt2, tmp_path, capsys):
     """Lines keep their ends, nothing is added, the remainder goes; labels are the tokens behind."""
     _, tokenizer = load(make_gpt2)
     path = tmp_path / "t.txt"
-    # A byte-order mark and Windows' line ends do not count. The separator ends no line, and the last
+    # A byte-order mark and Windows' line ends do not count. The separator ends no line. The last
     # line has no end.
     path.write_bytes("\ufeff the film\r\n\nzx\u2028y it's 7".encode())
     blocks = lm.read_blocks(TASKS["ptb"], path, tokenizer)
@@ -120,7 +120,7 @@ def test_perplexity_by_hand(make_gpt2):
 
 @pytest.mark.parametrize("method", ["smp-s", "smp-l"])
 def test_a_mask_learns_and_the_rest_stays(make_gpt2, texts, tmp_path, capsys, method):
-    """Each mask keeps k, and the mask alone is evaluated to the same. The run checks frozen weights.
+    """Each mask keeps k, and the mask alone evaluates to the same. The run checks frozen weights.
 
     Of the first perplexity, seeds 0 to 9 leave 0.117 to 0.162; without learning it stays near 1.
     """
@@ -227,7 +227,7 @@ def test_an_interrupted_run_ends_the_same(make_gpt2, texts, tmp_path, monkeypatc
 
 
 def test_a_batch_in_parts_teaches_the_same(make_gpt2, texts, tmp_path):
-    """Dense, because rounding decides between scores that are almost equal. Ten seeds agree to 1e-7."""
+    """Dense: rounding decides between scores that are almost equal. Ten seeds agree to 1e-7."""
     flags = ["--method", "finetune", "--weight-lr", 0.01]
     whole, parts = (
         run(make_gpt2, texts, tmp_path, *flags, "--accumulate", n, name=f"parts{n}") for n in (1, 2)
@@ -370,7 +370,7 @@ def test_compact_export_takes_out_what_is_dead(make_gpt2, texts, tmp_path, capsy
 
 
 def test_a_fresh_folder(tmp_path, texts, fails):
-    """Tokenizer, configuration and weights. Files that exist stay. A seed gives the same weights."""
+    """Tokenizer, configuration, weights. Files that exist stay. A seed gives the same weights."""
     (tmp_path / "t.txt").write_text(" the film is good\n" * 50)
     flags = ["--text", tmp_path / "t.txt", "--vocabulary", 270, "--layers", 2, "--hidden", 16]
     flags += ["--heads", 2]

@@ -69,7 +69,7 @@ def test_encoder_and_masked_lm_head_agree_with_torch(make_model):
 
 
 def test_loading_draws_no_numbers_that_the_file_replaces(make_model, make_gpt2, monkeypatch):
-    """nn.Embedding would draw on the meta device. Then torch imports its compiler, which takes 2 s."""
+    """To draw on the meta device, torch imports its compiler, which takes 2 s."""
     monkeypatch.setattr(nn.init, "normal_", None)
     load_model(make_model(), words=[5, 6])
     load_gpt2(*read_model(make_gpt2()))
@@ -236,7 +236,7 @@ def test_config_is_checked(make_model, changes, message):
 
 @pytest.mark.parametrize("counts", [{"heads_per_layer": (4,)}, {"neurons_per_layer": (24, 24, 24)}])
 def test_a_config_has_a_number_for_each_layer(make_model, counts):
-    """read_config refuses other files. A Config that was built otherwise is no smaller model either."""
+    """read_config refuses other files, and a Config that was built otherwise raises."""
     names = {field.name for field in dataclasses.fields(model.Config)}
     values = {name: value for name, value in CONFIG.items() if name in names}
     assert model.Config(**values).layers == [(4, 24)] * 2

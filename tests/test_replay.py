@@ -196,9 +196,11 @@ RECORDED = ("density", "penalty", "ce", "regularizer", "layer_density")
     ("quantity", "nudge"),
     [(f"smp-s {q}", lambda folder, q=q: nudge_step(folder, q)) for q in RECORDED]
     + [("smp-s ce", lambda folder: nudge_step(folder, "ce", math.nan))]
-    + [("dense logits", lambda folder: nudge_file(folder, "dense_first_batch.safetensors", "mlm_logits")),
-       ("smp-s mask_end", lambda folder: nudge_file(folder, "mask_end_smp-s.safetensors", None))],
-)  # fmt: skip
+    + [
+        ("dense logits", lambda f: nudge_file(f, "dense_first_batch.safetensors", "mlm_logits")),
+        ("smp-s mask_end", lambda f: nudge_file(f, "mask_end_smp-s.safetensors", None)),
+    ],
+)
 def test_replay_notices_a_deviation(recording, capsys, quantity, nudge):
     (recording / "trajectory_smp-l.json").unlink()
     nudge(recording)

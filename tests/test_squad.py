@@ -147,10 +147,13 @@ def test_misplaced_answers_are_counted_not_fatal(tokenizer, tmp_path, capsys):
         ("[]", "not a SQuAD v1.1 file"),
         ('{"data": [{"paragraphs": [{"context": "x"}]}]}', "KeyError: 'qas'"),
         ('{"data": []}', "holds no questions"),
-        (json.dumps({"data": [{"paragraphs": [{"context": "x", "qas": [{"id": 7, "question": "", "answers": []}]}]}]}),
-         "question 7 has no answer"),
+        (
+            '{"data": [{"paragraphs": [{"context": "x", '
+            '"qas": [{"id": 7, "question": "", "answers": []}]}]}]}',
+            "question 7 has no answer",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_files_are_named(tmp_path, content, message):
     (tmp_path / "f.json").write_text(content)
     with pytest.raises(ValueError, match=f"f.json.*{message}"):

@@ -308,7 +308,7 @@ def test_finetuned_classifier_and_roberta_names(make_model, glue, tmp_path, caps
 
 @pytest.mark.parametrize("method", ["smp-s", "finetune", "movement"])
 def test_bits_of_a_mask_are_stored_where_there_is_one(run, method):
-    """One bit per prunable weight, and beside it one number per weight that trained and was kept."""
+    """One bit per prunable weight, and one number per weight that trained and was kept."""
     _, result = run(
         "--method", method, *(["--sparsity", 0.75] if method != "finetune" else []), steps=2
     )
@@ -978,7 +978,7 @@ def test_what_a_method_keeps_by_itself_is_said(run, capsys, monkeypatch):
 def test_a_mistake_in_ones_own_code_shows_its_place_when_asked(
     fails, monkeypatch, make_model, glue, tmp_path
 ):
-    """A ValueError ends in one line, for it may be the user's. SMP_TRACEBACK says where it arose."""
+    """A ValueError ends in one line: it may be the user's. SMP_TRACEBACK says where it arose."""
 
     def wrong(importance, sizes, density, scores, exact):
         raise ValueError("mine")
