@@ -249,7 +249,7 @@ def test_a_run_is_smaller_and_can_be_looked_at_and_teach(
     make_model, glue, tmp_path, capsys, fails, method
 ):
     model, run = make_model(), tmp_path / "run"
-    given = ["--data-dir", glue, "--steps", 40, "--length", 16, "--evals", 2, "--device", "cpu"]
+    given = ["--data-dir", glue, "--steps", 20, "--length", 16, "--evals", 2, "--device", "cpu"]
     given += ["--weight-lr", 1e-3]
     flags = ["--method", method, "--sparsity", 0.4, "--ffn-share", 2]
     train.main([str(a) for a in ["--model", model, "--out", run, *given, *flags]])
