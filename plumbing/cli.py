@@ -24,14 +24,7 @@ from plumbing.files import DISK_FULL
 # --- errors ---------------------------------------------------------------------------------------
 
 # Users and machines cause these. Any other error is a mistake in the code and keeps its traceback.
-ERRORS = (
-    ValueError,
-    OSError,
-    FloatingPointError,
-    MemoryError,
-    torch.OutOfMemoryError,
-    torch.AcceleratorError,
-)
+ERRORS = (ValueError, OSError, FloatingPointError, torch.AcceleratorError)
 # Torch raises a plain RuntimeError with one of these texts.
 MEMORY_FULL = ("allocate memory", "bad_alloc", "can't start new thread")
 PANIC = "PanicException"  # from tokenizers: not an Exception subclass, and not importable
@@ -62,8 +55,7 @@ def one_line_errors():
     except BrokenPipeError:  # the reader of the output has left, as in `| head -1`
         end("", 128 + 13)
     except BaseException as error:
-        fixable = isinstance(error, ERRORS) or known(error)
-        if os.environ.get("SMP_TRACEBACK") or not fixable:
+        if os.environ.get("SMP_TRACEBACK") or not fixable(error):
             raise
         end(f"error: {describe(error)}", 2)
 
@@ -91,9 +83,11 @@ def end(line, status):
     raise SystemExit(status) from None
 
 
-def known(error):
-    """Whether it is one of the errors without a class of their own that a user can fix."""
-    return memory_full(error) or type(error).__name__ in (PANIC, *NO_COMPILER)
+def fixable(error):
+    """Whether a user can fix it. Some of these errors have no class of their own."""
+    if isinstance(error, ERRORS) or memory_full(error):
+        return True
+    return type(error).__name__ in (PANIC, *NO_COMPILER)
 
 
 def memory_full(error):
@@ -150,9 +144,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         message = printable(message.removeprefix("argument "))
-        if parallel.rank() > 0:  # process 0 says it
-            self.exit(2)
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        line = f"error: {message} (see {self.prog} --help)\n"
+        self.exit(2, None if parallel.rank() else line)  # process 0 speaks for all
 
 
 YES_OR_NO = argparse.BooleanOptionalAction  # --dropout and --no-dropout
@@ -291,8 +284,6 @@ def shade(value, table, width):
 
 # --- the machine ----------------------------------------------------------------------------------
 
-FOUND = {"cuda": "found a CUDA GPU", "mps": "found an Apple GPU", "cpu": "found no GPU"}
-
 
 def choose_device(device=None, dtype=None, trained=None):
     """-> (torch.device, torch.dtype, why) from --device and --dtype, or from what the machine has.
@@ -308,19 +299,20 @@ def choose_device(device=None, dtype=None, trained=None):
     why = "as asked"
     if device is None:  # the first that is present
         device = next(name for name, here in present.items() if here)
-        why = FOUND[device]
+        why = "found no GPU" if device == "cpu" else "found a GPU"
     elif not present[device]:
         raise ValueError(f"--device {device}: torch {torch.__version__} finds no such device here")
 
-    if dtype is None and trained and device == trained["device"]:
-        dtype = trained["dtype"]
-        why = "as in training"
-    elif dtype is None and computes_bf16(device):
-        dtype = "bfloat16"
-        why += f"; the {device.upper()} computes bfloat16 natively"
-    elif dtype is None:
-        dtype = "float32"
-        why += f"; the {device.upper()} has no native bfloat16"
+    if dtype is None:
+        if trained and device == trained["device"]:
+            dtype = trained["dtype"]
+            why = "as in training"
+        elif computes_bf16(device):
+            dtype = "bfloat16"
+            why += f"; the {device.upper()} computes bfloat16 natively"
+        else:
+            dtype = "float32"
+            why += f"; the {device.upper()} has no native bfloat16"
     return torch.device(device), getattr(torch, dtype), why
 
 
