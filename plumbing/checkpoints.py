@@ -106,7 +106,7 @@ def read_tensors(path):
             continue
         if tensor.dtype not in FLOATS:
             raise ValueError(
-                f"{path}: {name} is {tensor.dtype}; weights must be floats of 16 bits or more"
+                f"{path}: {name} is of {tensor.dtype}; weights must be floats of 16 bits or more"
             )
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds numbers that are not finite")

@@ -30,7 +30,7 @@ MEMORY_FULL = ("allocate memory", "bad_alloc", "can't start new thread")
 PANIC = "PanicException"  # from tokenizers: not an Exception subclass, and not importable
 NO_COMPILER = ("InductorError", "BackendCompilerFailed")  # from torch.compile
 SMALLER = (
-    "memory is full; use less (train.py: --accumulate 2, or a smaller --batch or --length), "
+    "memory is full; use less of it (train.py: --accumulate 2, --batch, --length), "
     "or another --device"
 )
 
