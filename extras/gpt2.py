@@ -78,10 +78,11 @@ class Attention(nn.Module):
         self.heads = heads
         self.size = c.head_size
         self.attn_pdrop = c.attn_pdrop
-        self.query = nn.Linear(c.n_embd, heads * c.head_size)
-        self.key = nn.Linear(c.n_embd, heads * c.head_size)
-        self.value = nn.Linear(c.n_embd, heads * c.head_size)
-        self.c_proj = nn.Linear(heads * c.head_size, c.n_embd)
+        width = heads * c.head_size
+        self.query = nn.Linear(c.n_embd, width)
+        self.key = nn.Linear(c.n_embd, width)
+        self.value = nn.Linear(c.n_embd, width)
+        self.c_proj = nn.Linear(width, c.n_embd)
         self.dropout = nn.Dropout(c.resid_pdrop)
 
     def forward(self, x):

@@ -135,7 +135,7 @@ def read_blocks(task, path, tokenizer):
         lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
     # Line ends stay, so that blocks decode to the text.
     lines = [line.removesuffix("\r") + "\n" for line in lines]
-    words = len(lines) + sum(len(line.split()) for line in lines)
+    words = sum(len(line.split()) + 1 for line in lines)  # a line end counts as a word
 
     # Tokenise each line on its own, without special tokens, as the authors' code does.
     size = tokenizer.truncation["max_length"]
@@ -211,7 +211,6 @@ def format_answer(texts, tokenizer, logits_of, args):
 
 def add_task(name, folder, file, epochs, weight_lr):
     """Add a text to TASKS, with the authors' recipe."""
-    metrics = ("perplexity", "word_perplexity", "accuracy")
     recipe = {
         "model": "gpt2",
         "epochs": epochs,
@@ -221,8 +220,9 @@ def add_task(name, folder, file, epochs, weight_lr):
         "decay": 0.0,
     }
     TASKS[name] = Task(
-        folder, ("text",), "", {}, metrics, recipe, dev=("valid", "test"), test=(), file=file,
-        fetch=fetch_text, best=min, load=load, read=read_blocks, format_answer=format_answer,
+        folder, ("text",), "", {}, ("perplexity", "word_perplexity", "accuracy"), recipe,
+        dev=("valid", "test"), test=(), file=file, fetch=fetch_text, best=min, load=load,
+        read=read_blocks, format_answer=format_answer,
     )  # fmt: skip
 
 
