@@ -227,7 +227,7 @@ def multiply_accumulates(config, tokens):
     """-> the multiply-accumulates of one head and of one neuron, for an input of so many tokens."""
     width = config.hidden_size
     size = config.head_size
-    # A head has four projections, then scores, then a mixture of values. A neuron has two vectors.
+    # A head has four projections, scores and a mixture of values. A neuron has two vectors.
     return 4 * tokens * width * size + 2 * tokens**2 * size, 2 * tokens * width
 
 
@@ -265,7 +265,7 @@ def budget(config, tokens, sparsity, ffn_share):
 
 
 def possible_shares(removed, most_heads, most_neurons):
-    """Say which --ffn-share would do. removed: in all; the others: what either can lose."""
+    """Say which --ffn-share would do, to remove so much when heads and neurons can lose so much."""
     lowest = 2000.0  # more than the highest, because without a head to lose no share will do
     if most_heads:
         lowest = max(removed / most_heads - 1, 0.01)
@@ -373,7 +373,7 @@ def prune(model, train, dev, args, device, units):
 
 
 def facts_of(smaller, model, tokens):
-    """What result.json says about the units that stay. Only heads and neurons count."""
+    """Describe the units that stay, for result.json. Only heads and neurons count."""
     costs = multiply_accumulates(model.config, tokens)
     after = np.array(smaller.config.layers).sum(0) @ costs
     before = np.array(model.config.layers).sum(0) @ costs

@@ -44,7 +44,7 @@ class Windows(Examples):
     """
 
     owner: list  # per window the index of its question
-    # Per window [S, 2]: each token's first and last character in the paragraph, or -1 outside it.
+    # Per window [S, 2]: where each token begins and ends in the paragraph, or -1 outside it.
     spans: list
     questions: list  # dicts: id, question, context, answers [(first character, text)]
 
@@ -141,7 +141,7 @@ def misplaced(question, answer):
 
 
 def trimmed(answer):
-    """An answer (first character, text) -> the (first, last) character that BERT reads of it."""
+    """An answer (first character, text) -> where the part that BERT reads begins and ends."""
     start, text = answer
     read = [i for i, character in enumerate(text) if not dropped(character)]
     if not read:
@@ -150,7 +150,7 @@ def trimmed(answer):
 
 
 def dropped(character):
-    """Whether BERT's tokenizer drops it: a space, a control character, or an accent of its own."""
+    """Whether BERT drops a character: space, control, format, or an accent after its letter."""
     return (
         character.isspace()
         or character == "\ufffd"
@@ -246,7 +246,7 @@ def read_windows(task, path, tokenizer):
 
 
 def best_spans(logits, spans):
-    """Find the best answer in a window -> (score, first character, last character).
+    """Find the best answer in a window -> (score, where it begins, where it ends in the paragraph).
 
     logits [2, S'], where S' may reach over padding. spans [S, 2]. The answer has at most 30 tokens,
     all inside the paragraph. If there is none, the score is -inf and the span is empty.

@@ -53,9 +53,9 @@ def by_size(weights, scores):
 def two_of_four(weights, scores):
     """smp-2:4: rank the two highest of each four weights in a row before all other weights.
 
-    So at density 0.5 exactly two of four stay. Some GPUs compute faster with this pattern. In
-    training on a GPU, where thresholds are estimated, 0.1 % may break it. Raises ValueError if rows
-    cannot be divided into fours.
+    So at density 0.5 exactly two of four stay, a pattern that some GPUs support. In training on a
+    GPU, where thresholds are estimated, 0.1 % may break it. Raises ValueError if rows cannot be
+    divided into fours.
     """
     lifted = {}
     for group, s in scores.items():

@@ -1,4 +1,4 @@
-"""What training stands on: checkpoints, downloads, the command line, CUDA graphs, processes.
+"""The machinery under training: checkpoints, downloads, the command line, graphs, processes.
 
 Import it before torch. While torch's threads wait for each other, they spin: by default for about a
 millisecond, which can double the time of a step when other programs need the processor. Here they

@@ -173,7 +173,7 @@ def add_flags(parser, title, flags, defaults=None, exclusive=False):
             settings["type"] = kind
         else:
             settings["choices"] = kind
-            # Few choices show in the usage line, {float32,bfloat16}. Many would fill it.
+            # The help shows a few choices, {float32,bfloat16}. Many would fill it.
             settings["metavar"] = name.upper() if len(kind) > 4 else None
         group.add_argument(flag(name), **settings)
 

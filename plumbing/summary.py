@@ -79,7 +79,7 @@ def mask_lines(result):
         yield (
             f"the training mask keeps a share of {reached:.4f}, {what} the {target:.4g} asked for"
         )
-    if not result["sha256"]:  # no weights were saved, so none have changed
+    if not result["sha256"]:  # without a file of weights, all are frozen, and train.py checked them
         yield (
             f"frozen weights are bit-identical to those of {result['model']} "
             f"({result['fingerprint'][:12]})"
