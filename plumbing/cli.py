@@ -162,6 +162,8 @@ def add_flags(parser, title, flags, defaults=None, exclusive=False):
         group = group.add_mutually_exclusive_group()
     for name, (kind, text) in flags.items():
         default = (defaults or {}).get(name)
+        if isinstance(default, bool):  # not "in (True, False)", as 1 == True
+            default = {True: "yes", False: "no"}[default]
         if default is not None:
             text = f"{text} ({default})"
         settings = {"help": text.replace("%", "%%")}
@@ -175,7 +177,8 @@ def add_flags(parser, title, flags, defaults=None, exclusive=False):
             settings["choices"] = kind
             # The help shows a few choices, {float32,bfloat16}. Many would fill it.
             settings["metavar"] = name.upper() if len(kind) > 4 else None
-        group.add_argument(flag(name), **settings)
+        short = ["-h"] if name == "help" else []
+        group.add_argument(*short, flag(name), **settings)
 
 
 def number(kind, allowed, fits):

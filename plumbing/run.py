@@ -38,7 +38,7 @@ WRITTEN = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-FORMAT = "smp-checkpoint-2"
+FORMAT = "smp-checkpoint-3"  # 2 had other settings in its identity
 # A checkpoint holds these beside its tensors.
 STATE = {
     "step": int,  # how many steps are done
