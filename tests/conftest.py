@@ -1,4 +1,7 @@
-"""Tiny models, tokenizers and data, made here: no test needs a network, a GPU or a file from elsewhere."""
+"""Tiny models, tokenizers and data, made here.
+
+No test needs a network, a GPU or a file from elsewhere.
+"""
 
 import http.server
 import json
@@ -9,48 +12,73 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 import model
 import train
-from plumbing.checkpoints import read_model
+from plumbing.checkpoints import read_config, read_model
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
-WORDS = "no yes terrible great incorrect correct the a film is was good bad and very it fun dull un ##happ ##y".split()
+WORDS = "no yes terrible great incorrect correct the a film is was good bad and very it".split()
+WORDS += "fun dull un ##happ ##y".split()
 CONFIG = {
-    "model_type": "bert", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "intermediate_size": 24, "max_position_embeddings": 32, "type_vocab_size": 2,
+    "model_type": "bert", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "intermediate_size": 24, "max_position_embeddings": 32,
+    "type_vocab_size": 2,
 }  # fmt: skip
 
 GPT2_CONFIG = {
-    "model_type": "gpt2", "vocab_size": 300, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 24,
-    "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+    "model_type": "gpt2", "vocab_size": 300, "n_positions": 32, "n_embd": 16, "n_layer": 2,
+    "n_head": 4, "n_inner": 24, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
 }  # fmt: skip
 
-WIDE = {"hidden_size": 64, "intermediate_size": 128}  # wide enough for a mask of random weights to learn
+WIDE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+}  # wide enough for a mask of random weights to learn
 
 
 def bert_tensors(config, head=True, prefix="bert.", seed=0):
     """Random weights under the names of a BertForMaskedLM checkpoint."""
     generator = torch.Generator().manual_seed(seed)
     h, i, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    shapes = {"embeddings.word_embeddings.weight": (v, h), "embeddings.token_type_embeddings.weight": (2, h)}
+    shapes = {
+        "embeddings.word_embeddings.weight": (v, h),
+        "embeddings.token_type_embeddings.weight": (2, h),
+    }
     shapes |= {"embeddings.position_embeddings.weight": (config["max_position_embeddings"], h)}
     norms = ["embeddings.LayerNorm"]
     for n in range(config["num_hidden_layers"]):
         at = f"encoder.layer.{n}."
         linears = {f"attention.self.{x}": (h, h) for x in ("query", "key", "value")}
-        linears |= {"attention.output.dense": (h, h), "intermediate.dense": (i, h), "output.dense": (h, i)}
+        linears |= {
+            "attention.output.dense": (h, h),
+            "intermediate.dense": (i, h),
+            "output.dense": (h, i),
+        }
         for name, shape in linears.items():
             shapes |= {f"{at}{name}.weight": shape, f"{at}{name}.bias": shape[:1]}
         norms += [f"{at}attention.output.LayerNorm", f"{at}output.LayerNorm"]
     shapes = {prefix + name: shape for name, shape in shapes.items()}
     norms = [prefix + name for name in norms]
     if head:
-        shapes |= {"cls.predictions.transform.dense.weight": (h, h), "cls.predictions.transform.dense.bias": (h,)}
+        shapes |= {
+            "cls.predictions.transform.dense.weight": (h, h),
+            "cls.predictions.transform.dense.bias": (h,),
+        }
         shapes |= {"cls.predictions.bias": (v,)}
         norms.append("cls.predictions.transform.LayerNorm")
-    tensors = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors = {
+        name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()
+    }
     for name in norms:
         tensors[f"{name}.weight"] = 1 + 0.1 * torch.randn(h, generator=generator)
         tensors[f"{name}.bias"] = 0.1 * torch.randn(h, generator=generator)
@@ -64,11 +92,18 @@ def gpt2_tensors(config=GPT2_CONFIG, seed=0):
     shapes = {"wte.weight": (config["vocab_size"], h), "wpe.weight": (config["n_positions"], h)}
     norms = ["ln_f"]
     for n in range(config["n_layer"]):
-        linears = {"attn.c_attn": (h, 3 * h), "attn.c_proj": (h, h), "mlp.c_fc": (h, inner), "mlp.c_proj": (inner, h)}
+        linears = {
+            "attn.c_attn": (h, 3 * h),
+            "attn.c_proj": (h, h),
+            "mlp.c_fc": (h, inner),
+            "mlp.c_proj": (inner, h),
+        }
         for name, shape in linears.items():
             shapes |= {f"h.{n}.{name}.weight": shape, f"h.{n}.{name}.bias": shape[1:]}
         norms += [f"h.{n}.ln_1", f"h.{n}.ln_2"]
-    tensors = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors = {
+        name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()
+    }
     for name in norms:
         tensors[f"{name}.weight"] = 1 + 0.1 * torch.randn(h, generator=generator)
         tensors[f"{name}.bias"] = 0.1 * torch.randn(h, generator=generator)
@@ -81,7 +116,8 @@ def load_model(folder, words, head="words", **more):
 
 
 def load_config(folder):
-    return model.read_config(json.loads((folder / "config.json").read_text()))
+    stored = json.loads((folder / "config.json").read_text())
+    return read_config(stored, model.Config, model.FAMILIES, model.ONLY)
 
 
 def write_tokenizer(path):
@@ -90,7 +126,9 @@ def write_tokenizer(path):
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     tokenizer.enable_padding(length=20)  # published files carry settings that the loader must undo
     tokenizer.enable_truncation(8)
@@ -118,19 +156,26 @@ def write_model(folder, tensors=None, **changes):
 @pytest.fixture
 def make_model(tmp_path):
     """make_model(name, tensors=None, **config) -> a model folder."""
-    return lambda name="model", tensors=None, **changes: write_model(tmp_path / name, tensors, **changes)
+    return lambda name="model", tensors=None, **changes: write_model(
+        tmp_path / name, tensors, **changes
+    )
 
 
 @pytest.fixture
 def make_gpt2(tmp_path):
-    """make_gpt2(name, tensors=None, **config) -> a model folder; its tokenizer knows all bytes and a few pairs."""
+    """make_gpt2(name, tensors=None, **config) -> a model folder.
+
+    Its tokenizer knows all bytes and a few pairs.
+    """
 
     def make(name="gpt2", tensors=None, **changes):
         folder = tmp_path / name
         folder.mkdir()
         config = GPT2_CONFIG | changes
         (folder / "config.json").write_text(json.dumps(config))
-        save_file(gpt2_tensors(config) if tensors is None else tensors, folder / "model.safetensors")
+        save_file(
+            gpt2_tensors(config) if tensors is None else tensors, folder / "model.safetensors"
+        )
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -170,13 +215,20 @@ def write_glue(folder):
     for split, size in (("train", 96), ("dev", 40)):
         rows = []
         for n in range(size):
-            filler = [rng.choice("the a film is was and very it".split()) for _ in range(rng.randint(1, 6))]
-            rows.append((" ".join([*filler, rng.choice([["bad", "dull"], ["good", "fun"]][n % 2])]), n % 2))
+            filler = [
+                rng.choice("the a film is was and very it".split())
+                for _ in range(rng.randint(1, 6))
+            ]
+            rows.append(
+                (" ".join([*filler, rng.choice([["bad", "dull"], ["good", "fun"]][n % 2])]), n % 2)
+            )
         lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in rows)]
         (folder / "movies" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
         names = ("not_entailment", "entailment")
         lines = ["index\tsentence1\tsentence2\tlabel"]
-        lines += [f'{n}\t{text}\tit "is good\t{names[label]}' for n, (text, label) in enumerate(rows)]
+        lines += [
+            f'{n}\t{text}\tit "is good\t{names[label]}' for n, (text, label) in enumerate(rows)
+        ]
         (folder / "RTE" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -185,15 +237,20 @@ def write_glue(folder):
 def trained_once(tmp_path_factory):
     """A folder with model/, glue/ and run/, and the files in it as {path: bytes}."""
     home = tmp_path_factory.mktemp("once")
-    flags = ["--model", write_model(home / "model"), "--data-dir", write_glue(home / "glue"), "--out", home / "run"]
-    flags += ["--steps", 20, "--evals", 2, "--batch", 8, "--length", 16, "--device", "cpu", "--dtype", "float32"]
+    flags = ["--model", write_model(home / "model"), "--data-dir", write_glue(home / "glue")]
+    flags += ["--out", home / "run"]
+    flags += ["--steps", 20, "--evals", 2, "--batch", 8, "--length", 16, "--device", "cpu"]
+    flags += ["--dtype", "float32"]
     train.main([str(flag) for flag in flags])
     return home, {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
 def finished(trained_once):
-    """The folder of one finished run, beside model/ and glue/. All tests share it; what they change is undone."""
+    """The folder of one finished run, beside model/ and glue/.
+
+    All tests share it. What a test changes is undone.
+    """
     home, files = trained_once
     yield home / "run"
     put_back(home, files)
@@ -212,13 +269,17 @@ def put_back(home, files):
 
 @pytest.fixture
 def fails(capsys):
-    """fails(main, argv) -> stderr of a command that must end with status 2 and one line of error, no traceback."""
+    """fails(main, argv) -> stderr of a command, which must be one line of error, with status 2."""
 
     def run(main, argv):
         with pytest.raises(SystemExit) as ended:
             main([str(a) for a in argv])
         assert ended.value.code == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line and "?B/s" not in line]
+        lines = [
+            line
+            for line in capsys.readouterr().err.splitlines()
+            if "it/s" not in line and "?B/s" not in line
+        ]
         lines = [line for line in lines if line.strip()]  # what is left beside progress bars
         assert len(lines) == 1 and lines[0].startswith("error: ")
         return lines[0]

@@ -1,21 +1,31 @@
-"""Replay recorded reference numbers: a dense model, every step of smp-l and smp-s; or the choices of P-pruning.
+"""Replay recorded numbers of the reference code, and print how far ours are from them.
 
     python tests/replay.py FOLDER
 
-FOLDER holds a tiny BERT or RoBERTa (config.json, model.safetensors) and dense_first_batch.safetensors; for training
-batches.safetensors, scores_start.safetensors and, a method, trajectory_METHOD.json and mask_end_METHOD.safetensors.
-Or it holds activations.safetensors (head_activations.LAYER [tokens, heads * D], neuron_activations.LAYER, and the
-distances between them) and expected.json (budget, thresholds, clusters, kept units).
-Or it holds a tiny GPT-2 (config.json, model.safetensors), expected.json (loss, loss_of_rows) and its own
-dense_first_batch.safetensors (input_ids, logits, and the inputs of every c_proj, heads.LAYER and neurons.LAYER).
-Prints one flat JSON line, the largest deviation of each quantity, and names what is beyond its bound; exit status 1 if
-anything is. A trajectory may leave the recorded one by rounding alone: a score just above or just below the cut sends
-all that follows another way. So each method is replayed again with weights nudged by a few roundings. At each step, ten
-times of what our own runs have differed by until then is allowed; a fault differs from the recording before they do.
+FOLDER holds one of three recordings:
 
-The recording cuts layer densities above 1 (it keeps 0.9999 of a layer at step 0, where the target is 1), this project
-hands the excess on. So smp-s is replayed twice: with the cut put in place of our rule, where everything must agree,
-and as it is, where a few weights more in the first step lead to another, equally good mask.
+1. A tiny BERT or RoBERTa (config.json, model.safetensors), dense_first_batch.safetensors, and for
+   training batches.safetensors and scores_start.safetensors. Each method has its
+   trajectory_METHOD.json and mask_end_METHOD.safetensors.
+2. Choices of P-pruning: activations.safetensors (head_activations.LAYER [tokens, heads * D],
+   neuron_activations.LAYER, and the distances between them) and expected.json (budget, thresholds,
+   clusters, kept units).
+3. A tiny GPT-2 (config.json, model.safetensors), expected.json (loss, loss_of_rows) and
+   dense_first_batch.safetensors (input_ids, logits, and the inputs of every c_proj, heads.LAYER and
+   neurons.LAYER).
+
+It prints one flat JSON line, the largest deviation of each quantity, and names what is beyond its
+bound. The exit status is 1 if anything is.
+
+A trajectory may leave the recorded one by rounding alone: a score just above or just below the cut
+sends all that follows another way. So each method is replayed again with weights nudged by a few
+roundings. At each step, ten times of what our own runs have differed by until then is allowed. A
+fault differs from the recording before they do.
+
+The recording cuts layer densities above 1 (it keeps 0.9999 of a layer at step 0, where the target
+is 1). This project hands the excess on. So smp-s is replayed twice. With the cut in place of our
+rule, everything must agree. Without it, a few more weights in the first step lead to another,
+equally good mask.
 """
 
 import json
@@ -38,17 +48,17 @@ from extras.gpt2 import load_gpt2
 from extras.lm import Blocks
 from mask import METHODS, density_at, penalty_at
 from model import Config, Encoder, load_model
-from plumbing.adam import set_rates
 from plumbing.checkpoints import read_model
 from plumbing.cli import one_line_errors
 from plumbing.files import read_json
-from train import Learner, make_forward_backward, train_step
+from train import Learner, make_forward_backward, make_optimizer, set_rates, train_step
 
 BOUNDS = {
     "logits": 1e-4, "inputs": 1e-4, "loss": 1e-5,
     "density": 1e-6, "penalty": 1e-6, "ce": 1e-3, "regularizer": 1e-3, "layer_density": 1e-3,
     "mask_end": 1e-3, "logits_end": 1e-3,
-    "distance": 1e-4, "budget": 0, "threshold": 1e-3, "layers_clustered_otherwise": 0, "layers_kept_otherwise": 0,
+    "distance": 1e-4, "budget": 0, "threshold": 1e-3,
+    "layers_clustered_otherwise": 0, "layers_kept_otherwise": 0,
 }  # fmt: skip
 HANDED_ON = "smp-s, excess handed on"
 NUDGE = 1e-6  # relative
@@ -58,7 +68,9 @@ LARGEST_SHARE = 0.05  # of a mask that rounding explains
 
 def cut_densities(importance, density):
     """The recording's rule in place of mask.proportional_densities."""
-    return (density * importance.shape[1] * importance / importance.sum(1, keepdim=True)).clamp(max=1.0)
+    return (density * importance.shape[1] * importance / importance.sum(1, keepdim=True)).clamp(
+        max=1.0
+    )
 
 
 def replay_dense(folder, batches):
@@ -73,15 +85,20 @@ def replay_dense(folder, batches):
 
 def prepare(folder, recorded, method, nudge):
     """-> the model and its Learner as the recording began, but for the nudge, see replay_method."""
-    model = load_model(*read_model(folder), words=recorded["label_word_ids"]).eval().requires_grad_(False)
+    model = (
+        load_model(*read_model(folder), words=recorded["label_word_ids"])
+        .eval()
+        .requires_grad_(False)
+    )
     if nudge is not None:
         torch.manual_seed(nudge)
         for p in model.parameters():
             p.mul_(1 + NUDGE * torch.randn_like(p))
-    # All tokens of the last layer, as recorded. Its gradients of 1e-8 depend on the order of summation, and Adam's
-    # first step makes whole steps of them; so another order leads to another path within 20 steps.
-    model.bert.forward = lambda *batch, tokens: Encoder.forward(model.bert, *batch)
-    learner = Learner(model, METHODS[method], recorded["final_density"], torch.float32)
+    # All tokens of the last layer, as recorded. Its gradients of 1e-8 depend on the order of
+    # summation, and Adam's first step makes whole steps of them. So another order leads to another
+    # path within 20 steps.
+    model.bert.forward = lambda *batch: Encoder.forward(model.bert, *batch[:3])  # no `tokens`
+    learner = Learner(model, METHODS[method], torch.float32)
     start = load_file(folder / "scores_start.safetensors")
     for group, scores in learner.masks.scores.items():
         scores.data.copy_(torch.stack([start[name] for name in learner.masks.names[group]]))
@@ -89,7 +106,9 @@ def prepare(folder, recorded, method, nudge):
 
 
 def replay_method(folder, batches, labels, method, nudge=None):
-    """Train as the recording did (no dropout, batches in order) -> ours and theirs {quantity: [values of each step]}.
+    """Train as the recording did, without dropout and with batches in order.
+
+    -> ours and theirs {quantity: [values of each step]}.
 
     nudge: the seed of noise of a few roundings on all weights.
     """
@@ -97,7 +116,7 @@ def replay_method(folder, batches, labels, method, nudge=None):
     total, ramp, final = recorded["total_steps"], recorded["prune_steps"], recorded["final_density"]
     model, learner = prepare(folder, recorded, method, nudge)
     masks = learner.masks
-    adam = learner.optimizer(recorded["lr"], None)
+    adam = make_optimizer(learner, recorded["lr"], None)
     forward_backward = make_forward_backward(model, learner)
     ours, theirs = defaultdict(list), defaultdict(list)
 
@@ -106,24 +125,40 @@ def replay_method(folder, batches, labels, method, nudge=None):
         theirs[quantity].append(torch.as_tensor(expected, dtype=torch.float64))
 
     for t, expected in enumerate(recorded["steps"]):
-        density, penalty = density_at(t, ramp, final), penalty_at(t, total, recorded["final_penalty"])
+        density, penalty = (
+            density_at(t, ramp, final),
+            penalty_at(t, total, recorded["final_penalty"]),
+        )
         note("density", density, expected["density"])
         note("penalty", penalty, expected["penalty"])
         if "layer_density" in expected:  # recorded before the cut at 1, as [layer][group]
-            layers = mask.proportional_densities(mask.mean_sigmoid(masks.scores), density).T  # [G, L] -> [L, G]
-            note("layer_density", layers.detach(), torch.tensor(expected["layer_density"]).clamp(max=1.0))
+            layers = mask.proportional_densities(
+                mask.mean_sigmoid(masks.scores), density
+            ).T  # [G, L] -> [L, G]
+            note(
+                "layer_density",
+                layers.detach(),
+                torch.tensor(expected["layer_density"]).clamp(max=1.0),
+            )
         set_rates(adam, t, total)
         rows = slice(t * recorded["batch"], (t + 1) * recorded["batch"])
         parts = [Part(torch.stack([b[rows] for b in batches]), labels[rows])]
         ce, regularizer = train_step(
-            forward_backward, adam, parts, torch.tensor(density, dtype=torch.float64), torch.tensor(penalty)
+            forward_backward,
+            adam,
+            parts,
+            torch.tensor(density, dtype=torch.float64),
+            torch.tensor(penalty),
         )
         note("ce", ce, expected["ce"])
         note("regularizer", regularizer, expected["regularizer"])
 
     # The recording rounds each count down; our exact masks hand out the remainder as well.
     chosen, expected = masks.choose(final), load_file(folder / f"mask_end_{method}.safetensors")
-    note("mask_end", *(torch.cat([m[name].flatten().bool() for name in expected]) for m in (chosen, expected)))
+    note(
+        "mask_end",
+        *(torch.cat([m[name].flatten().bool() for name in expected]) for m in (chosen, expected)),
+    )
     with torch.inference_mode():
         logits = functional_call(model, masks(final)[0], tuple(b[:8] for b in batches))
     note("logits_end", logits, recorded["logits_end_first_batch"])
@@ -131,7 +166,7 @@ def replay_method(folder, batches, labels, method, nudge=None):
 
 
 def gaps(quantity, a, b):
-    """Of values of each step -> [steps]: the largest difference; of masks the share that differs."""
+    """Values of each step -> [steps]: largest differences, or the share of a mask that differs."""
     differences = [(x - y).abs() for x, y in zip(a[quantity], b[quantity], strict=True)]
     return torch.stack([d.mean() if quantity == "mask_end" else d.max() for d in differences])
 
@@ -143,7 +178,9 @@ def judge_method(folder, batches, labels, method):
     found = {quantity: gaps(quantity, ours, theirs) for quantity in ours}
     beyond = []
     for quantity, gap in found.items():
-        by_rounding = torch.stack([gaps(quantity, ours, other) for other in nudged]).amax(0)  # [steps]
+        by_rounding = torch.stack([gaps(quantity, ours, other) for other in nudged]).amax(
+            0
+        )  # [steps]
         allowed = (MARGIN * by_rounding.cummax(0).values).clamp(min=BOUNDS[quantity])
         if quantity == "mask_end":
             allowed = allowed.clamp(max=LARGEST_SHARE)
@@ -157,21 +194,34 @@ def replay_choice(tensors, expected, kind, costs):
     labels, distances = expected[f"{kind}_clusters"], []
     activations = [tensors[f"{kind}_activations.{layer}"] for layer in range(len(labels))]
     for x, of_units in zip(activations, labels, strict=True):
-        distances.append(pprune.head_distances(x, len(of_units)) if kind == "head" else pprune.neuron_distances(x))
-    gaps = [(d - tensors[f"{kind}_distance.{layer}"]).abs().max().item() for layer, d in enumerate(distances)]
-    target, cost = expected["target_attention_macs" if kind == "head" else "target_ffn_macs"], costs[kind == "neuron"]
+        distances.append(
+            pprune.head_distances(x, len(of_units))
+            if kind == "head"
+            else pprune.neuron_distances(x)
+        )
+    gaps = [
+        (d - tensors[f"{kind}_distance.{layer}"]).abs().max().item()
+        for layer, d in enumerate(distances)
+    ]
+    target, cost = (
+        expected["target_attention_macs" if kind == "head" else "target_ffn_macs"],
+        costs[kind == "neuron"],
+    )
     keep, merges = int(target / cost), [pprune.merges(d) for d in distances]
     threshold = pprune.lowest_threshold(merges, keep)
     differing = 0
     for found, numbers in zip(merges, labels, strict=True):
         groups = sorted([i for i, n in enumerate(numbers) if n == label] for label in set(numbers))
         differing += groups != sorted(pprune.clusters(len(numbers), found, threshold))
-    strengths = [x.abs().mean(0).view(len(n), -1).mean(1) for x, n in zip(activations, labels, strict=True)]
+    strengths = [
+        x.abs().mean(0).view(len(n), -1).mean(1) for x, n in zip(activations, labels, strict=True)
+    ]
     kept = [units.tolist() for units in pprune.representatives(distances, strengths, keep)]
+    otherwise = sum(a != b for a, b in zip(kept, expected[f"kept_{kind}s"], strict=True))
     return {
         "distance": max(gaps), "budget": abs(cost - expected[f"macs_per_{kind}"]),
-        "threshold": abs(threshold - expected[f"{kind}_threshold"]), "layers_clustered_otherwise": differing,
-        "layers_kept_otherwise": sum(a != b for a, b in zip(kept, expected[f"kept_{kind}s"], strict=True)),
+        "threshold": abs(threshold - expected[f"{kind}_threshold"]),
+        "layers_clustered_otherwise": differing, "layers_kept_otherwise": otherwise,
     }  # fmt: skip
 
 
@@ -185,7 +235,9 @@ def replay_pprune(folder):
     tokens = expected["seq_len"]
     costs = pprune.multiply_accumulates(config, tokens)
     worst = {kind: replay_choice(tensors, expected, kind, costs) for kind in ("head", "neuron")}
-    keep = pprune.budget(config, tokens, 1 - expected["retained_ratio"], expected["ffn_to_attention"])
+    keep = pprune.budget(
+        config, tokens, 1 - expected["retained_ratio"], expected["ffn_to_attention"]
+    )
     wanted = [
         int(expected[f"target_{part}_macs"] / expected[f"macs_per_{kind}"])
         for part, kind in (("attention", "head"), ("ffn", "neuron"))
@@ -194,7 +246,10 @@ def replay_pprune(folder):
 
 
 def replay_gpt2(folder):
-    """-> {quantity: largest deviation}; the losses are those of eval.py's perplexities, of each row and of all."""
+    """-> {quantity: largest deviation}.
+
+    The losses are those of eval.py's perplexities, of each row and of all.
+    """
     model = load_gpt2(*read_model(folder)).eval()
     recorded = load_file(folder / "dense_first_batch.safetensors")
     expected = json.loads((folder / "expected.json").read_text())
@@ -212,8 +267,12 @@ def replay_gpt2(folder):
     found["inputs"] = max((seen[name] - recorded[name]).abs().max().item() for name in seen)
 
     rows = [ids[i : i + 1] for i in range(len(ids))]
-    losses = dict(zip(("all", *range(len(rows))), (expected["loss"], *expected["loss_of_rows"]), strict=True))
-    perplexities = {name: perplexity(model, ids if name == "all" else rows[name]) for name in losses}
+    losses = dict(
+        zip(("all", *range(len(rows))), (expected["loss"], *expected["loss_of_rows"]), strict=True)
+    )
+    perplexities = {
+        name: perplexity(model, ids if name == "all" else rows[name]) for name in losses
+    }
     found["loss"] = max(abs(math.log(perplexities[name]) - losses[name]) for name in losses)
     return found
 
@@ -225,7 +284,9 @@ def perplexity(model, ids):
 
 def replay_all(folder):
     """-> ({quantity: largest deviation}, names of those out of bounds)."""
-    if (folder / "config.json").exists() and read_json(folder / "config.json").get("model_type") == "gpt2":
+    if (folder / "config.json").exists() and read_json(folder / "config.json").get(
+        "model_type"
+    ) == "gpt2":
         found = replay_gpt2(folder)
         return found, [name for name, gap in found.items() if not gap <= BOUNDS[name]]
 
@@ -249,7 +310,9 @@ def replay_all(folder):
         beyond += [f"{method} {name}" for name in out]
         if method == "smp-s":
             ours, theirs = replay_method(folder, batches, stored["labels"], method)
-            deviations = {f"{HANDED_ON} {name}": gaps(name, ours, theirs).max().item() for name in ours}
+            deviations = {
+                f"{HANDED_ON} {name}": gaps(name, ours, theirs).max().item() for name in ours
+            }
             found |= deviations  # to be looked at: another rule leads to another mask
     return found, beyond
 

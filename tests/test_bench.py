@@ -9,7 +9,8 @@ import train
 from mask import METHODS
 from tools import bench
 
-SMALL = ["--layers", "3", "--hidden", "64", "--batch", "2", "--length", "8", "--steps", "1", "--device", "cpu"]
+SMALL = ["--layers", "3", "--hidden", "64", "--batch", "2", "--length", "8", "--steps", "1"]
+SMALL += ["--device", "cpu"]
 
 
 @pytest.mark.parametrize("method", ["smp-s", "movement"])
@@ -18,7 +19,11 @@ def test_a_line_of_json_comes_last(capsys, monkeypatch, method):
     monkeypatch.setattr(bench, "copy_bandwidth", lambda *_: 1e12)
     bench.main([*SMALL, "--dtype", "float32", "--method", method])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert line["layers"] == 3 and line["device"].endswith("CPU threads") and line["dtype"] == "float32"
+    assert (
+        line["layers"] == 3
+        and line["device"].endswith("CPU threads")
+        and line["dtype"] == "float32"
+    )
     assert line[method] > 0 < line["finetune"] and line["select"] > 0
 
 
@@ -26,25 +31,44 @@ def test_a_model_of_ones_own(capsys, make_model, fails):
     folder = str(make_model())
     bench.main([*SMALL[4:], "--inference", "--model", folder])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert line["model"] == folder and line["evaluation"] > 0 and "layers" not in line and "method" not in line
-    for wrong in (["--model", folder], ["--inference"], ["--inference", "--model", folder, "--compile"]):
+    assert (
+        line["model"] == folder
+        and line["evaluation"] > 0
+        and "layers" not in line
+        and "method" not in line
+    )
+    for wrong in (
+        ["--model", folder],
+        ["--inference"],
+        ["--inference", "--model", folder, "--compile"],
+    ):
         assert "--inference needs --model" in fails(bench.main, wrong)
-    assert "there is no folder" in fails(bench.main, ["--inference", "--model", f"{folder}/x", "--device", "cpu"])
-    assert "--length: " in fails(bench.main, ["--inference", "--model", folder, "--length", 64, "--device", "cpu"])
+    assert "there is no folder" in fails(
+        bench.main, ["--inference", "--model", f"{folder}/x", "--device", "cpu"]
+    )
+    assert "--length: " in fails(
+        bench.main, ["--inference", "--model", folder, "--length", 64, "--device", "cpu"]
+    )
 
 
 def test_operations_by_hand():
     args = bench.parse_args(SMALL)
-    # Per token and layer: 12 weights matrices of 64 x 64, and products with 8 keys and 8 values; 2 operations each.
+    # Per token and layer: 12 weight matrices of 64 x 64, and products with 8 keys and 8 values.
+    # Each product and its sum are 2 operations.
     layer = 16 * 2 * (12 * 64 * 64 + 2 * 8 * 64)
-    last = 16 * 2 * 2 * 64 * 64 + 2 * 2 * (10 * 64 * 64 + 2 * 8 * 64)  # keys and values of all, the rest of two [CLS]
+    last = 16 * 2 * 2 * 64 * 64 + 2 * 2 * (
+        10 * 64 * 64 + 2 * 8 * 64
+    )  # keys and values of all, the rest of two [CLS]
     assert bench.flops(args) == pytest.approx(3 * (2 * layer + last), rel=1e-2)
 
 
 def test_the_floor_by_hand():
-    """With one operation and one byte a second: 7 passes of Adam over scores of 4 bytes, one over them and weights."""
+    """With one operation and one byte per second.
+
+    Adam passes 7 times over scores of 4 bytes, and one pass is over them and the weights.
+    """
     args = bench.parse_args(SMALL)
-    learner = train.Learner(bench.make_model(args), METHODS["smp-s"], 0.5, torch.bfloat16)
+    learner = train.Learner(bench.make_model(args), METHODS["smp-s"], torch.bfloat16)
     scores = 3 * (4 * 64 * 64 + 2 * 64 * 256)
     moved = 7 * 4 * scores + 4 * scores + 2 * scores
     assert bench.lower_bound_ms(args, learner, 1, 1) == 1000 * (bench.flops(args) + moved)
@@ -56,8 +80,11 @@ def test_a_language_model_is_timed_too(capsys, make_gpt2, monkeypatch):
     monkeypatch.setattr(bench, "GPT2_WORDS", 50)
     bench.main([*SMALL, "--dtype", "float32", "--gpt2"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert line["gpt2"] and line["smp-s"] > 0 < line["finetune"] and line["smp-s over its floor"] > 1
-    # All layers see all tokens; the head is a product forward and one for the gradients of its inputs.
+    assert (
+        line["gpt2"] and line["smp-s"] > 0 < line["finetune"] and line["smp-s over its floor"] > 1
+    )
+    # All layers see all tokens. The head is a product forward and one for the gradients of its
+    # inputs.
     layer = 16 * 2 * (12 * 64 * 64 + 2 * 8 * 64)
     assert bench.flops(bench.parse_args([*SMALL, "--gpt2"])) == 3 * 3 * layer + 2 * 2 * 16 * 64 * 50
     bench.main([*SMALL[4:], "--inference", "--model", str(make_gpt2())])
@@ -67,5 +94,9 @@ def test_a_language_model_is_timed_too(capsys, make_gpt2, monkeypatch):
 def test_shapes_that_cannot_be_are_refused(fails):
     assert "--hidden must be a multiple of 64" in fails(bench.main, ["--hidden", "100"])
     assert "--steps: must be a whole number from 1" in fails(bench.main, ["--steps", "0"])
-    assert "--steps: must be a whole number from 1 to 10,000" in fails(bench.main, ["--steps", "99999999999999999999"])
-    assert "--layers: must be a whole number from 1 to 1,000" in fails(bench.main, ["--layers", "10000000"])
+    assert "--steps: must be a whole number from 1 to 10,000" in fails(
+        bench.main, ["--steps", "99999999999999999999"]
+    )
+    assert "--layers: must be a whole number from 1 to 1,000" in fails(
+        bench.main, ["--layers", "10000000"]
+    )

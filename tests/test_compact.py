@@ -1,4 +1,4 @@
-"""tools.export --compact: what is dead goes without changing the logits; what is cut is what was named."""
+"""tools.export --compact removes what is dead and what was named, and the logits stay."""
 
 import dataclasses
 import json
@@ -15,7 +15,11 @@ from tools import export
 from tools.export import fold_dead
 
 CONFIG = Config(60, 32, 3, 4, 48, 32, 2)
-INPUTS = torch.arange(45).view(5, 9) + 5, torch.zeros(5, 9, dtype=torch.long), torch.ones(5, 9, dtype=torch.long)
+INPUTS = (
+    torch.arange(45).view(5, 9) + 5,
+    torch.zeros(5, 9, dtype=torch.long),
+    torch.ones(5, 9, dtype=torch.long),
+)
 
 
 @pytest.fixture
@@ -80,7 +84,10 @@ def test_cutting_a_head_is_zeroing_its_output(model):
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"heads_per_layer": [4]}, "heads_per_layer is .4., not a list of one number from 0 to 4 a layer"),
+        (
+            {"heads_per_layer": [4]},
+            "heads_per_layer is .4., not a list of one number from 0 to 4 per layer",
+        ),
         ({"neurons_per_layer": 4}, "neurons_per_layer is 4, not"),
         ({"heads_per_layer": [4, 5, 4]}, "heads_per_layer is .4, 5, 4., not"),
         ({"neurons_per_layer": [48, -1, 3.0]}, "neurons_per_layer is .48, -1, 3.0., not"),
@@ -96,9 +103,12 @@ def test_counts_are_checked(tmp_path, counts, message):
 
 
 @pytest.mark.parametrize("flags", [[], ["--head", "classifier"], ["--method", "movement"]])
-def test_a_compact_export_is_a_smaller_run_with_the_same_answers(make_model, glue, tmp_path, capsys, fails, flags):
+def test_a_compact_export_is_a_smaller_run_with_the_same_answers(
+    make_model, glue, tmp_path, capsys, fails, flags
+):
     run, out = tmp_path / "run", tmp_path / "out"
-    given = ["--model", make_model(), "--data-dir", glue, "--out", run, "--steps", 8, "--length", 16, "--evals", 1]
+    given = ["--model", make_model(), "--data-dir", glue, "--out", run, "--steps", 8]
+    given += ["--length", 16, "--evals", 1]
     train.main([str(a) for a in [*given, "--sparsity", 0.97, "--device", "cpu", *flags]])
     capsys.readouterr()
     eval_.main([str(run)])
@@ -106,19 +116,27 @@ def test_a_compact_export_is_a_smaller_run_with_the_same_answers(make_model, glu
     export.main([str(run), str(out), "--compact"])
     said = capsys.readouterr().out
     assert "of 8 attention heads and" in said and "nothing is gained" not in said
-    before, after = (int(n.replace(",", "")) for n in said.split("parameters ")[1].split(";")[0].split(" -> "))
+    before, after = (
+        int(n.replace(",", "")) for n in said.split("parameters ")[1].split(";")[0].split(" -> ")
+    )
     assert after < before and float(said.split("at most ")[1].split()[0]) < 1e-5
     eval_.main([str(out)])
     assert capsys.readouterr().out.splitlines()[-1] == reported
     assert "holds files already" in fails(export.main, [run, out, "--compact"])
-    assert "one size" in fails(train.main, ["--model", out, "--data-dir", glue, "--length", 16, "--steps", 2])
+    assert "one size" in fails(
+        train.main, ["--model", out, "--data-dir", glue, "--length", 16, "--steps", 2]
+    )
     flags = ["--model", out, "--method", "finetune", "--out", tmp_path / "tuned", "--steps", 2]
     train.main([str(a) for a in [*given[2:4], *flags, "--length", 16, "--device", "cpu"]])
     eval_.main([str(tmp_path / "tuned")])
 
 
 def test_a_mask_that_kills_nothing_is_said_to_gain_nothing(make_model, glue, tmp_path, capsys):
-    given = ["--model", make_model(), "--data-dir", glue, "--out", tmp_path / "run", "--steps", 2, "--length", 16]
+    given = ["--model", make_model(), "--data-dir", glue, "--out", tmp_path / "run"]
+    given += ["--steps", 2, "--length", 16]
     train.main([str(a) for a in [*given, "--sparsity", 0.1, "--device", "cpu"]])
     export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--compact"])
-    assert "0 of 8 attention heads and 0 of 48 neurons are dead; nothing is gained" in capsys.readouterr().out
+    assert (
+        "0 of 8 attention heads and 0 of 48 neurons are dead; nothing is gained"
+        in capsys.readouterr().out
+    )

@@ -1,4 +1,4 @@
-"""exercises/check.py: right answers pass, the commonest wrong ones are named, and nothing stops a grading."""
+"""exercises/check.py passes right answers, names the commonest wrong ones, and always ends."""
 
 import ast
 import json
@@ -20,7 +20,8 @@ import cases  # noqa: E402
 import check  # noqa: E402
 import process  # noqa: E402
 
-CUBIC = "def density_at(step, ramp, final):\n    return final + (1 - final) * max(0, 1 - step / ramp) ** 3"
+CUBIC = """def density_at(step, ramp, final):
+    return final + (1 - final) * max(0, 1 - step / ramp) ** 3"""
 BISECTION = """
 import torch
 def top_v(scores, k):
@@ -35,11 +36,10 @@ def top_v(scores, k):
 GRADIENT = "def score_gradient(weight, mask, grad):\n    return grad * weight"
 ROWS = """
 import torch
-def masking(scores, importance, density, exact):
+def rank(weights, scores):
     made = {}
     for group, s in scores.items():
-        k = int(density * s.shape[2] + 1e-3)
-        made[group] = torch.zeros_like(s, dtype=torch.bool).scatter(2, s.topk(k, dim=2).indices, True)
+        made[group] = s.argsort(dim=2).argsort(dim=2)  # places within the rows
     return made
 """
 FOURS = """
@@ -57,35 +57,63 @@ RIGHT = {2: CUBIC, 3: BISECTION, 4: GRADIENT, 6: ROWS, 7: FOURS, 9: DEAD}
 WRONG = [
     (2, CUBIC.replace("** 3", ""), "linear, not cubic"),
     (2, CUBIC.replace("max(0, 1 - step / ramp)", "(1 - step / ramp)"), "from step"),
-    (2, "def density_at(step, ramp, final):\n    return 1 - (1 - final) * min(1, step / ramp) ** 3", "upside down"),
+    (
+        2,
+        "def density_at(step, ramp, final):\n    return 1 - (1 - final) * min(1, step / ramp) ** 3",
+        "upside down",
+    ),
     (2, "def density_at(step, ramp, final):\n    return final", "at step 0 everything is kept"),
     (2, CUBIC.replace("** 3", "** 2"), r"\(1 - t/N\)\^3 is"),
-    (3, "def top_v(scores, k):\n    return scores >= scores.sort(descending=True).values[k - 1]", "that sorts"),
+    (
+        3,
+        "def top_v(scores, k):\n    return scores >= scores.sort(descending=True).values[k - 1]",
+        "that sorts",
+    ),
     (3, "def top_v(scores, k):\n    return scores.topk(k).indices", "that sorts"),
     (3, BISECTION.replace("ties.cumsum(0) <= k - kept.sum()", "ties"), "some scores are equal"),
     (3, BISECTION.replace("return kept", "return ~kept"), "keeps"),
-    (3, "def top_v(scores, k):\n    return scores.new_ones(len(scores))", "is of torch.float32, not torch.bool"),
+    (
+        3,
+        "def top_v(scores, k):\n    return scores.new_ones(len(scores))",
+        "is of torch.float32, not torch.bool",
+    ),
     (3, "def top_v(scores, k):\n    scores += 1\n    return scores > 99", "changed the scores"),
-    (3, "import torch\ndef top_v(scores, k):\n    return torch.arange(len(scores)) < k", "and removes one of"),
+    (
+        3,
+        "import torch\ndef top_v(scores, k):\n    return torch.arange(len(scores)) < k",
+        "and removes one of",
+    ),
     (4, GRADIENT + " * mask", "never come back"),
     (4, GRADIENT.replace("* weight", ""), "that of the weight, not of its score"),
     (4, GRADIENT.replace("* weight", "* mask"), "under the mask"),
     (4, GRADIENT.replace("return", "return -"), "wrong sign"),
     (4, GRADIENT.replace("grad * weight", "grad + weight"), "off by up to"),
     (4, GRADIENT.replace("grad * weight", "(grad * weight).sum()"), r"has shape \[\], not"),
-    (6, ROWS.replace("dim=2", "dim=1").replace("scatter(2", "scatter(1"), "of 6|kept at density|out of range|index"),
-    (6, ROWS.replace("shape[2]", "shape[1]").replace("dim=2", "dim=1").replace("scatter(2", "scatter(1"), "columns"),
+    (6, ROWS.replace("dim=2", "dim=1"), "all columns of query keep equally many; the rows, s"),
+    (6, ROWS.replace("return made", "return scores"), "a row of query keeps"),
     (6, ROWS.replace("return made", "return list(made)"), "return a dict"),
-    (6, ROWS.replace("s.topk", "(-s).topk"), "a lower score than one that it removes"),
+    (6, ROWS.replace("= s.arg", "= (-s).arg"), "a lower score than one that it removes"),
     (7, FOURS.replace("topk(2", "topk(1"), "are kept, not 2"),
     (7, FOURS.replace("fours.topk", "(-fours).topk"), "the two highest should stay"),
     (9, DEAD.replace(" or ", " and "), "one side without weights is enough"),
     (9, DEAD.replace(".any() or", ".sum() or"), "weights on both sides, which may cancel"),
     (9, DEAD.replace("[:, n].any()", "[:, n].sum()"), "weights on both sides, which may cancel"),
     (9, DEAD.replace(".any() or", ".all() or"), "is named, and has weights on both sides"),
-    (9, DEAD.replace("not incoming[n].any() or ", ""), "has no incoming weights|one side without weights"),
-    (9, DEAD.replace("[n for", "sum([1 for").replace("any()]", "any()])"), "must return a list of indices"),
-    (9, "def dead_neurons(incoming, outgoing):\n    return [True] * len(incoming)", "must return a list of indices"),
+    (
+        9,
+        DEAD.replace("not incoming[n].any() or ", ""),
+        "has no incoming weights|one side without weights",
+    ),
+    (
+        9,
+        DEAD.replace("[n for", "sum([1 for").replace("any()]", "any()])"),
+        "must return a list of indices",
+    ),
+    (
+        9,
+        "def dead_neurons(incoming, outgoing):\n    return [True] * len(incoming)",
+        "must return a list of indices",
+    ),
     (3, "from torch import topk\ndef top_v(scores, k):\n    return topk(scores, k)", "that sorts"),
     (3, "def top_v(scores, k):\n    return max(scores.tolist())", "tolist is not allowed here"),
     (3, "def top_v(scores, k):\n    return scores >= scores.unique()[-k]", "that sorts"),
@@ -97,28 +125,68 @@ WRONG = [
     (3, "def top_v(scores, k):\n    return scores > sum(scores.neg().sort().values)", "that sorts"),
     (3, BISECTION.replace("range(80)", "range(2)"), "keeps a score of .* and removes one of"),
     (3, "import heapq\ndef top_v(scores, k):\n    return heapq.nlargest(k, scores)", "that sorts"),
-    (3, "import numpy as np\ndef top_v(scores, k):\n    return np.partition(scores, -k)[-k]", "that sorts"),
-    (3, "import torch\ndef top_v(scores, k):\n    return torch.ones(len(scores)).bool()", "keeps 7 of 7, not 3"),
-    (2, CUBIC.replace("return ", "return str(").replace("** 3", "** 3)"), "must return a number, not str"),
+    (
+        3,
+        "import numpy as np\ndef top_v(scores, k):\n    return np.partition(scores, -k)[-k]",
+        "that sorts",
+    ),
+    (
+        3,
+        "import torch\ndef top_v(scores, k):\n    return torch.ones(len(scores)).bool()",
+        "keeps 7 of 7, not 3",
+    ),
+    (
+        2,
+        CUBIC.replace("return ", "return str(").replace("** 3", "** 3)"),
+        "must return a number, not str",
+    ),
     (2, CUBIC.replace("ramp) ** 3", "(ramp + 1)) ** 3"), "from step|is 0"),
     (2, CUBIC.replace("1 - step / ramp", "1 - step // ramp"), "linear|is 1.0000"),
-    (4, GRADIENT.replace("grad * weight", "(grad * weight).abs()"), "a score should fall as well as rise"),
+    (
+        4,
+        GRADIENT.replace("grad * weight", "(grad * weight).abs()"),
+        "a score should fall as well as rise",
+    ),
     (4, GRADIENT.replace("grad * weight", "(grad * weight).T"), "has shape|off by up to"),
     (4, GRADIENT.replace("grad * weight", "grad * weight * grad.sign()"), "off by up to"),
-    (6, ROWS.replace("dtype=torch.bool", "dtype=torch.float32").replace("True)", "1.0)"), "is of torch.float32, not"),
-    (6, ROWS.replace("int(density * s.shape[2] + 1e-3)", "s.shape[2] // 2"), "kept at density"),
+    (6, ROWS.replace("return made", "return {g: m[:1] for g, m in made.items()}"), "has shape"),
+    (6, ROWS.replace("= s.arg", "= weights[group].arg"), "a lower score than one"),
     (7, FOURS.replace("kept.flatten(1)", "kept"), "what two_of_four returns has shape"),
-    (7, FOURS.replace("unflatten(1, (-1, 4))", "unflatten(1, (4, -1)).mT"), "are kept, not 2|should stay"),
-    (9, "def dead_neurons(incoming, outgoing):\n    return []", "has no (in|out)|one side without weights"),
+    (
+        7,
+        FOURS.replace("unflatten(1, (-1, 4))", "unflatten(1, (4, -1)).mT"),
+        "are kept, not 2|should stay",
+    ),
+    (
+        9,
+        "def dead_neurons(incoming, outgoing):\n    return []",
+        "has no (in|out)|one side without weights",
+    ),
     (9, "def dead_neurons(incoming, outgoing):\n    return ['0']", "must return a list of indices"),
-    (2, "import torch\nimport os.path, socket\n" + CUBIC, "line 2 imports socket, which is not allowed"),
-    (2, "def density_at(*_):\n    from urllib.request import urlopen", "line 2 imports urllib.request"),
+    (
+        2,
+        "import torch\nimport os.path, socket\n" + CUBIC,
+        "line 2 imports socket, which is not allowed",
+    ),
+    (
+        2,
+        "def density_at(*_):\n    from urllib.request import urlopen",
+        "line 2 imports urllib.request",
+    ),
     (2, "import check\n" + CUBIC, "line 1 imports check"),
-    (2, "def density_at(*given):\n    return density_at(*given)", "calls itself without end, line 2 of"),
+    (
+        2,
+        "def density_at(*given):\n    return density_at(*given)",
+        "calls itself without end, line 2 of",
+    ),
     (2, "def density_at(*given):\n    exit()", "it ends the program"),
     (2, "import sys\nsys.exit(0)", "it ends the program.*, line 2 of answer.py"),
     (2, "def density_at(*given):\n    raise MemoryError", "more memory than it may"),
-    (2, "import torch\ndef density_at(*given):\n    return torch.zeros(10**15)", "more memory than it may"),
+    (
+        2,
+        "import torch\ndef density_at(*given):\n    return torch.zeros(10**15)",
+        "more memory than it may",
+    ),
     (2, "def density_at(*given):\n    raise KeyboardInterrupt", "KeyboardInterrupt"),
     (2, "def density_at(*given):\n    raise ValueError('a\\nb')", "ValueError: a b, line 2"),
     (2, "x = '\udcff'", "SyntaxError"),
@@ -129,14 +197,30 @@ WRONG = [
 # What happens only in a process of its own: (exercise, code, sentence)
 OUTSIDE = [
     (2, "def density_at(*_):\n    while True: pass", "after 1 seconds there is no answer"),
-    (2, "def density_at(*_):\n    return sum(iter(int, 1))", "after 1 seconds there is no answer"),  # a loop in C
-    (2, "while True:\n    try: 1 / 0\n    except BaseException: pass", "after 1 seconds there is no answer"),
+    (
+        2,
+        "def density_at(*_):\n    return sum(iter(int, 1))",
+        "after 1 seconds there is no answer",
+    ),  # a loop in C
+    (
+        2,
+        "while True:\n    try: 1 / 0\n    except BaseException: pass",
+        "after 1 seconds there is no answer",
+    ),
     (2, "import os\nos._exit(0)", r"its process left \(status 0\)"),
     (2, "import os\nos.abort()", "Python itself crashed.*SIGABRT"),
     (2, "import faulthandler\nfaulthandler._sigsegv()", "Python itself crashed.*SIGSEGV"),
-    (2, "def density_at(*_):\n    open('{here}/new', 'w')", "it writes a file, which is not allowed here, line 2 of"),
+    (
+        2,
+        "def density_at(*_):\n    open('{here}/new', 'w')",
+        "it writes a file, which is not allowed here, line 2 of",
+    ),
     (2, "import os\nos.open('{here}/new', os.O_CREAT)", "it writes a file"),
-    (2, "import torch\ntorch.save(1, '{here}/new')", "it writes a file"),  # in C++, where no hook of Python's is called
+    (
+        2,
+        "import torch\ntorch.save(1, '{here}/new')",
+        "it writes a file",
+    ),  # in C++, where no hook of Python's is called
     (2, "import os\nos.remove(__file__)", "it removes a file"),
     (2, "import os\nos.rename(__file__, __file__ + 'x')", "it renames a file"),
     (2, "import shutil\nshutil.rmtree('{here}')", "it removes a file|it removes a folder"),
@@ -196,7 +280,9 @@ def test_whatever_a_file_does_there_is_a_sentence(tmp_path, soon, number):
     before = path.read_text()
     said, _ = process.watch("density_at", path, 0)
     assert said and re.search(sentence, said) and len(said.splitlines()) == 1, said
-    assert path.read_text() == before and not [p for p in folder.iterdir() if p != path and p.stat().st_size]
+    assert path.read_text() == before and not [
+        p for p in folder.iterdir() if p != path and p.stat().st_size
+    ]
 
 
 def single(tmp_path, capsys, code, *flags):
@@ -209,11 +295,20 @@ def single(tmp_path, capsys, code, *flags):
 @pytest.mark.slow
 def test_one_answer(tmp_path, capsys):
     assert single(tmp_path, capsys, CUBIC) == (0, "right: exercise 2, density_at\n")
-    status, said = single(tmp_path, capsys, "print('right: exercise 2')\n" + CUBIC.replace("3", "1"), "--seed", "5")
+    status, said = single(
+        tmp_path, capsys, "print('right: exercise 2')\n" + CUBIC.replace("3", "1"), "--seed", "5"
+    )
     first, last = said.splitlines()
-    assert status == 1 and first == "right: exercise 2" and last.startswith("not yet: this schedule is linear")
+    assert (
+        status == 1
+        and first == "right: exercise 2"
+        and last.startswith("not yet: this schedule is linear")
+    )
     assert last.endswith("(--seed 5 repeats these cases)")
-    assert check.main(["3", str(tmp_path / "x.py")]) == 1 and "there is no file" in capsys.readouterr().out
+    assert (
+        check.main(["3", str(tmp_path / "x.py")]) == 1
+        and "there is no file" in capsys.readouterr().out
+    )
 
 
 def grade(folder, results, *numbers, seed=0):
@@ -226,7 +321,13 @@ def test_a_folder_is_graded_whatever_is_in_it(tmp_path, soon, capfd):
     """In Gradescope's layout; a crash, a loop and a missing file among right answers."""
     folder = tmp_path / "submission"
     folder.mkdir()
-    codes = {2: "import os\nos.abort()", 3: BISECTION, 4: "while True: pass", 6: "print('look')\n" + ROWS, 9: DEAD}
+    codes = {
+        2: "import os\nos.abort()",
+        3: BISECTION,
+        4: "while True: pass",
+        6: "print('look')\n" + ROWS,
+        9: DEAD,
+    }
     for number, code in codes.items():
         (folder / check.EXERCISES[number].file).write_text(code)
     found = grade(folder, tmp_path / "results.json", 2, 3, 4, 6, 7, 9)
@@ -235,7 +336,7 @@ def test_a_folder_is_graded_whatever_is_in_it(tmp_path, soon, capfd):
     outputs = [test["output"] for test in found["tests"]]
     assert "crashed" in outputs[0] and outputs[1] == "right" and "no answer" in outputs[2]
     assert outputs[3] == "right\n\nThe file printed:\nlook\n"
-    assert "there is no file two_of_four.py; there are dead_neurons.py, masking.py" in outputs[4]
+    assert "there is no file two_of_four.py; there are dead_neurons.py, rank.py" in outputs[4]
     assert [test["status"] for test in found["tests"]] == ["failed", "passed"] * 3
     assert all({"name", "score", "max_score", "output"} <= test.keys() for test in found["tests"])
     assert [p.name for p in tmp_path.iterdir() if "results" in p.name] == ["results.json"]
@@ -266,14 +367,16 @@ def test_what_a_command_line_lacks_is_said(tmp_path, capsys):
     ):
         with pytest.raises(SystemExit) as ended:
             check.main(argv)
-        last = capsys.readouterr().err.splitlines()[-1].replace("'5'", "5")  # newer Pythons quote it
+        last = (
+            capsys.readouterr().err.splitlines()[-1].replace("'5'", "5")
+        )  # newer Pythons quote it
         assert ended.value.code == 2 and said in last
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
 def test_the_teachers_script_in_the_layout_of_gradescope(tmp_path):
-    """From the submission, which is full of files named like modules: none of these may run outside of its process."""
+    """The submission is full of files named like modules. None may run outside of its process."""
     for folder in ("source", "submission", "results"):
         (tmp_path / folder).mkdir()
     (tmp_path / "env").symlink_to(sys.prefix)
@@ -287,25 +390,29 @@ def test_the_teachers_script_in_the_layout_of_gradescope(tmp_path):
     submission = tmp_path / "submission"
     for name in ("torch", "json", "numpy", "string", "cases", "answer"):
         (submission / f"{name}.py").write_text("raise SystemExit('trapped')")
-    by_highest = (
-        "import torch\nfrom mask import highest\ndef masking(scores, importance, density, exact):\n"
-        "    rows = {g: s.flatten(0, 1)[:, None] for g, s in scores.items()}\n"
-        "    return {g: highest({g: r}, torch.full((1, len(r)), int(float(density) * r.shape[2] + 1e-3)), exact)[g]"
-        ".view_as(scores[g]) for g, r in rows.items()}\n"
+    by_the_core = "from mask import by_scores\n" + ROWS.replace(
+        "scores.items()", "by_scores(weights, scores).items()"
     )
-    for number, code in {**RIGHT, 4: "import socket", 6: by_highest}.items():
+    for number, code in {**RIGHT, 4: "import socket", 6: by_the_core}.items():
         (submission / check.EXERCISES[number].file).write_text(code)
     environment = os.environ | {"AUTOGRADER": str(tmp_path)}
-    ended = subprocess.run(["bash", "-c", scripts[1]], cwd=submission, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        ["bash", "-c", scripts[1]], cwd=submission, env=environment, capture_output=True, text=True
+    )
     assert ended.returncode == 0 and ended.stderr == "", ended.stderr
     found = json.loads((tmp_path / "results" / "results.json").read_text())
     assert [test["score"] for test in found["tests"]] == [5, 15, 0, 20, 15, 25], found
-    assert found["output"] == "cases drawn with --seed 2026" and "imports socket" in found["tests"][2]["output"]
+    assert (
+        found["output"] == "cases drawn with --seed 2026"
+        and "imports socket" in found["tests"][2]["output"]
+    )
 
 
 @pytest.mark.slow
 def test_where_processes_cannot_fork(tmp_path, monkeypatch):
-    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])  # as on Windows
+    monkeypatch.setattr(
+        multiprocessing, "get_all_start_methods", lambda: ["spawn"]
+    )  # as on Windows
     path = tmp_path / "schedule.py"
     path.write_text(CUBIC.replace("3", "1"))
     assert "linear" in process.watch("density_at", path, 0)[0]
@@ -327,7 +434,9 @@ def test_the_text_and_the_checks_agree():
     for number, chapter in enumerate(chapters):
         assert all(word in chapter for word in ("*Goal.*", "*Hint.*", "*A right answer*"))
         checked = re.search(r"def (\w+)\(", chapter)
-        assert ("checked" in chapter.splitlines()[0]) == (number in check.EXERCISES) == bool(checked)
+        assert (
+            ("checked" in chapter.splitlines()[0]) == (number in check.EXERCISES) == bool(checked)
+        )
         if checked:
             exercise = check.EXERCISES[number]
             assert checked.group(1) == exercise.function and exercise.function in cases.CHECKS

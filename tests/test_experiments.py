@@ -1,4 +1,4 @@
-"""tools.experiments and tools.lists: missing runs are made once, failures are tried again, tables are right."""
+"""tools.experiments and tools.lists make missing runs once, and their tables are right."""
 
 import json
 import os
@@ -57,9 +57,20 @@ def test_missing_runs_are_made_once(tiny, capsys):
         go()
     (line,) = read(go.path)
     out = capsys.readouterr().out
-    assert "0 runs of tiny are in" in out and "2 are missing" in out and "--temperature: must be greater than 0" in out
-    assert line["command"].startswith("python train.py --task=movies --model=minilm --method=smp-s --sparsity=0.5")
-    assert line["seed"] == 0 and line["final"]["accuracy"] >= 0 and line["at_once"] == 2 and line["gpus"] == 0
+    assert (
+        "0 runs of tiny are in" in out
+        and "2 are missing" in out
+        and "--temperature: must be greater than 0" in out
+    )
+    assert line["command"].startswith(
+        "python train.py --task=movies --model=minilm --method=smp-s --sparsity=0.5"
+    )
+    assert (
+        line["seed"] == 0
+        and line["final"]["accuracy"] >= 0
+        and line["at_once"] == 2
+        and line["gpus"] == 0
+    )
     assert len(line["fingerprint"]) == 64 and cli.code_version().items() <= line.items()
     bad[0] = 2
     assert [line["seed"] for line in go()] == [0, 1]
@@ -69,7 +80,7 @@ def test_missing_runs_are_made_once(tiny, capsys):
 
 @pytest.fixture
 def pretend(monkeypatch, tmp_path):
-    """pretend(make_run, *flags) makes six runs with a make_run of one's own -> the lines of the file."""
+    """pretend(make_run, *flags) makes six runs with another make_run -> the lines of the file."""
     monkeypatch.setattr(experiments, "LISTS", {"six": lambda: (f"--seed={n}" for n in range(6))})
 
     def go(make_run, *flags):
@@ -106,7 +117,9 @@ experiments.LISTS = {{"two": lambda: ("--seed=0", "--seed=1")}}
 experiments.ROOT = Path({str(tmp_path)!r})  # its train.py only waits
 experiments.main(["run", "two", "--at-once", "2", "--results", {str(tmp_path)!r}])
 """
-    waits = "import os, sys, time; open(f'{sys.argv[0]}.{os.getpid()}', 'w').close(); time.sleep(60)"
+    waits = (
+        "import os, sys, time; open(f'{sys.argv[0]}.{os.getpid()}', 'w').close(); time.sleep(60)"
+    )
     (tmp_path / "train.py").write_text(waits)
     command = [sys.executable, "-c", script]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -114,7 +127,11 @@ experiments.main(["run", "two", "--at-once", "2", "--results", {str(tmp_path)!r}
         time.sleep(0.02)
     process.terminate()
     _, said = process.communicate(timeout=20)
-    assert process.returncode == 130 and "interrupted; finished runs are kept" in said and "Traceback" not in said
+    assert (
+        process.returncode == 130
+        and "interrupted; finished runs are kept" in said
+        and "Traceback" not in said
+    )
     for path in started:
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.suffix[1:]), 0)
@@ -136,23 +153,38 @@ def test_time_over_is_no_failure(pretend, capsys):
 
 def line(task, method, seed, value, **more):
     steps = lists.STEPS[task]
-    command = f"python train.py --task={task} --model=minilm --method={method} --steps={steps} --seed={seed}"
+    command = f"python train.py --task={task} --model=minilm --method={method}"
+    command += f" --steps={steps} --seed={seed}"
     sparsity, final = 0.5 if method == "l0" else 0.2, {"accuracy": value, "f1": 0.1}
-    result = {"command": command, "task": task, "method": method, "sparsity": sparsity, "final": final}
+    result = {
+        "command": command,
+        "task": task,
+        "method": method,
+        "sparsity": sparsity,
+        "final": final,
+    }
     result |= {"density": 0.5, "seconds": 90.0, "stored_numbers": 0, "stored_bits": 10_600_000}
     return result | {"best": {"dev": {"accuracy": value + 0.01}}} | more
 
 
 def test_a_table_by_hand():
-    lines = [line("movies", "smp-s", 0, 0.85), line("movies", "smp-s", 1, 0.87), line("mrpc", "smp-s", 0, 0.8)]
+    lines = [
+        line("movies", "smp-s", 0, 0.85),
+        line("movies", "smp-s", 1, 0.87),
+        line("mrpc", "smp-s", 0, 0.8),
+    ]
     lines.append(line("mrpc", "l0", 0, 0.7, reached=0.31, stored_numbers=2_500_000))
     lines.append(line("mrpc", "l0", 1, 0.7, reached=0.42, stored_numbers=2_500_000))
     lines.append(line("mrpc", "smp-s", 2, 0.5, stored_numbers=770))
-    lines[-1]["command"] = lines[-1]["command"].replace("--seed", "0 --seed").replace(" 0 ", "0 ")  # another row
+    lines[-1]["command"] = (
+        lines[-1]["command"].replace("--seed", "0 --seed").replace(" 0 ", "0 ")
+    )  # another row
     rows = table(lines).splitlines()
     tasks = "movies, accuracy (seeds) | mrpc, accuracy (seeds)"
     assert rows[0] == f"| method | {tasks} | stored a task | density reached | minutes |"
-    assert rows[2] == "| smp-s | 86.0 ± 1.4 (2) | 80.0 (1) | 10.6 Mbit | 0.50 | 1.5 |"  # less sparse comes first
+    assert (
+        rows[2] == "| smp-s | 86.0 ± 1.4 (2) | 80.0 (1) | 10.6 Mbit | 0.50 | 1.5 |"
+    )  # less sparse comes first
     assert rows[3] == "| smp-s --steps=34500 |  | 50.0 (1) | 770 numbers + 10.6 Mbit | 0.50 | 1.5 |"
     assert rows[4] == "| l0 |  | 70.0 ± 0.0 (2) | 2.5 M numbers + 10.6 Mbit | 0.31 to 0.42 | 1.5 |"
 
@@ -170,11 +202,17 @@ def test_tasks_with_settings_of_their_own_share_a_row():
     soft, rate = "soft-movement --sparsity=0.5", "--weight-lr=0.0001"
     named = [f"{soft} {rate} BY_TASK"] * 2 + [f"{soft} --penalty=9 {rate}"]
     assert [row_label(made, merge=True) for made in lines[:3]] == named
-    assert row_label(lines[3], merge=True) == row_label(lines[3])  # another method's flags, though they are the same
+    assert row_label(lines[3], merge=True) == row_label(
+        lines[3]
+    )  # another method's flags, though they are the same
     spelt = [row_label(made) for made in lines[:2]]
-    assert spelt == [" ".join([soft, *lists.as_flags(own[task]), rate]) for task in ("movies", "mrpc")]
+    assert spelt == [
+        " ".join([soft, *lists.as_flags(own[task]), rate]) for task in ("movies", "mrpc")
+    ]
     assert sum(row.startswith("| soft") for row in table(lines, merge=True).splitlines()) == 2
-    assert all(row.count("80.0 (1)") == 1 for row in table(lines[:3]).splitlines()[2:])  # each row has its results
+    assert all(
+        row.count("80.0 (1)") == 1 for row in table(lines[:3]).splitlines()[2:]
+    )  # each row has its results
 
 
 def test_a_table_of_equal_budgets_by_hand(monkeypatch):
@@ -183,12 +221,16 @@ def test_a_table_of_equal_budgets_by_hand(monkeypatch):
     monkeypatch.setattr(experiments, "MAIN_ROWS", lists.main_rows())
     commands = [f"python train.py {arguments}" for arguments in lists.main()]
     assert len(commands) == 5 * 5
-    assert commands[0].endswith("--method=smp-s --sparsity=0.5 --steps=1196 --seed=10 --no-dropout --lr=0.01")
+    assert commands[0].endswith(
+        "--method=smp-s --sparsity=0.5 --steps=1196 --seed=10 --no-dropout --lr=0.01"
+    )
     values = {"movies": 0.9, "sst2": 0.7, "mrpc": 0.5, "cola": 0.4, "stsb": 0.1}
     lines = []
     for command in commands:
         task = shlex.split(command)[2].removeprefix("--task=")
-        lines.append(line("movies", "smp-s", 0, 0.0) | {"command": command, "task": task, "sparsity": 0.5})
+        lines.append(
+            line("movies", "smp-s", 0, 0.0) | {"command": command, "task": task, "sparsity": 0.5}
+        )
         lines[-1]["final"] = {TASKS[task].metrics[0]: values[task]}
     head, _, row = table(lines, averages=True).splitlines()
     assert "sst2, accuracy (seeds) | average | stored" in head
@@ -199,8 +241,13 @@ def test_a_table_of_equal_budgets_by_hand(monkeypatch):
 
 
 def test_curves_by_hand():
-    lines = [line("movies", "l0", seed, value, sparsity=0.9) for seed, value in ((0, 0.8), (1, 0.84))]
-    lines += [line("movies", "l0", 0, 0.85, sparsity=0.5), line("movies", "finetune", 0, 0.86, sparsity=0.0)]
+    lines = [
+        line("movies", "l0", seed, value, sparsity=0.9) for seed, value in ((0, 0.8), (1, 0.84))
+    ]
+    lines += [
+        line("movies", "l0", 0, 0.85, sparsity=0.5),
+        line("movies", "finetune", 0, 0.86, sparsity=0.0),
+    ]
     for made in lines:
         made["command"] += f" --sparsity={made['sparsity']}"
     found = curves(lines)
@@ -224,7 +271,11 @@ def test_what_cannot_be_shown_is_refused(tmp_path, fails):
 
 def test_the_lists_are_what_is_reported():
     done = [line["command"] for line in read(RESULTS)]
-    wanted = {command for name in (*lists.LISTS, *experiments.RECORDED) for command in experiments.commands(name)}
+    wanted = {
+        command
+        for name in (*lists.LISTS, *experiments.RECORDED)
+        for command in experiments.commands(name)
+    }
     wanted |= {*tune.first_round(), *tune.second_round(tune.read_done(RESULTS.parent))}
     assert len(done) == len(set(done)) and set(done) == wanted
     for command in {re.sub(" --seed=[0-9]+", "", command) for command in wanted}:
@@ -243,14 +294,30 @@ def test_what_equal_budgets_chose_is_what_stands_in_the_lists():
 def test_what_was_chosen_came_out_best_of_what_was_tried():
     tried = set(experiments.commands("tuning"))
     done = read(RESULTS)
-    chosen = [("mrpc", "finetune", None), ("mrpc", "magnitude", 0.5), ("mrpc", "magnitude", 0.9), *lists.BY_TASK]
-    chosen += [("mrpc", "smp-w", 0.5), ("mrpc", "smp-w", 0.9), *(("ptb", *key) for key in lists.PTB)]
+    chosen = [
+        ("mrpc", "finetune", None),
+        ("mrpc", "magnitude", 0.5),
+        ("mrpc", "magnitude", 0.9),
+        *lists.BY_TASK,
+    ]
+    chosen += [
+        ("mrpc", "smp-w", 0.5),
+        ("mrpc", "smp-w", 0.9),
+        *(("ptb", *key) for key in lists.PTB),
+    ]
     flags = {run: lists.tuned(*run) for run in chosen}
     for (task, method, sparsity), own in flags.items():
         of = {"task": task, "method": method, "sparsity": sparsity or 0, "seed": 0}
         rivals = [made for made in done if made["command"] in tried and of.items() <= made.items()]
         reached = [made["final"][TASKS[task].metrics[0]] for made in rivals]
-        best = [made for made, value in zip(rivals, reached, strict=True) if value == TASKS[task].best(reached)]
+        best = [
+            made
+            for made, value in zip(rivals, reached, strict=True)
+            if value == TASKS[task].best(reached)
+        ]
         assert len(rivals) > 4 and any(own.items() <= made.items() for made in best), of
     for sparsity in lists.SPARSITIES:  # chosen by its mean over seeds, on another task
-        assert f"python train.py {lists.run('movies', 'movement', sparsity, **lists.MOVEMENT)}" in tried
+        assert (
+            f"python train.py {lists.run('movies', 'movement', sparsity, **lists.MOVEMENT)}"
+            in tried
+        )

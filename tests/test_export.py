@@ -1,4 +1,4 @@
-"""tools.export: an exported folder is the backbone with zeros in it, under the names that it had."""
+"""tools.export writes the backbone with zeros in it, under the names that it had."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from test_model import roberta_name
 import eval as eval_
 import train
 from eval import load_run
-from plumbing import fetch
+from plumbing import checkpoints, fetch
 from tools import card, export
 
 
@@ -23,7 +23,8 @@ def trained(make_model, glue, tmp_path):
     """trained(model folder, *flags) -> a run's folder."""
 
     def go(model, *flags):
-        argv = ["--model", model, "--data-dir", glue, "--out", tmp_path / "run", "--steps", 3, "--length", 16, *flags]
+        argv = ["--model", model, "--data-dir", glue, "--out", tmp_path / "run", "--steps", 3]
+        argv += ["--length", 16, *flags]
         train.main([str(a) for a in [*argv, "--device", "cpu", "--evals", 1]])
         return tmp_path / "run"
 
@@ -36,41 +37,61 @@ def test_the_exported_model_is_the_pruned_one(make_model, trained, tmp_path, nam
         tensors = {roberta_name(name): tensor for name, tensor in bert_tensors(CONFIG).items()}
         model = make_model("m", tensors, model_type="roberta", pad_token_id=0)
     else:
-        model = make_model("m", bert_tensors(CONFIG) if names == "bert" else bert_tensors(CONFIG, False, ""))
+        model = make_model(
+            "m", bert_tensors(CONFIG) if names == "bert" else bert_tensors(CONFIG, False, "")
+        )
     run, out = trained(model), tmp_path / "out"
     export.main([str(run), str(out)])
     before, after = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
     result = json.loads((run / "result.json").read_text())
     zeros = sum(int(((after[n] == 0) & (t != 0)).sum()) for n, t in before.items())
     assert before.keys() == after.keys() and zeros == result["prunable"] - result["kept"]
-    assert all(after[n].equal(t) or ((after[n] == t) | (after[n] == 0)).all() for n, t in before.items())
+    assert all(
+        after[n].equal(t) or ((after[n] == t) | (after[n] == 0)).all() for n, t in before.items()
+    )
     loaded = load_run(run)
     backbone = loaded.model
     masks = loaded.masks
     inputs = torch.tensor([[2, 9, 8, 3]]), torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4)
     weights = {name: backbone.state_dict()[name] * mask for name, mask in masks.items()}
     pruned = torch.func.functional_call(backbone.eval(), weights, inputs)
-    assert torch.allclose(load_model(out, backbone.words.tolist()).eval()(*inputs), pruned, atol=1e-6)
+    assert torch.allclose(
+        load_model(out, backbone.words.tolist()).eval()(*inputs), pruned, atol=1e-6
+    )
     readme = (out / "README.md").read_text()
-    assert ("AutoModel" if names == "encoder" else "AutoModelForMaskedLM") + ".from_pretrained" in readme
+    assert (
+        "AutoModel" if names == "encoder" else "AutoModelForMaskedLM"
+    ) + ".from_pretrained" in readme
     assert "'great' (id 8) for 1" in readme
     assert (out / "config.json").read_bytes() == (model / "config.json").read_bytes()
 
 
-@pytest.mark.parametrize(("method", "way"), [("smp-s", []), ("finetune", []), ("smp-s", ["--compact"])])
+@pytest.mark.parametrize(
+    ("method", "way"), [("smp-s", []), ("finetune", []), ("smp-s", ["--compact"])]
+)
 @pytest.mark.parametrize("lowercase", [True, False])
-def test_other_libraries_take_the_tokenizer_as_it_is(make_model, trained, tmp_path, method, way, lowercase):
-    """Their class for BERT lowers the case, whatever tokenizer.json says; and old ones want a format in the header."""
+def test_other_libraries_take_the_tokenizer_as_it_is(
+    make_model, trained, tmp_path, method, way, lowercase
+):
+    """Their class for BERT lowers the case, whatever tokenizer.json says.
+
+    Old versions want a format in the header.
+    """
     model, out = make_model("m"), tmp_path / "out"
     stored = json.loads((model / "tokenizer.json").read_text())
     stored["normalizer"]["lowercase"] = lowercase
     (model / "tokenizer.json").write_text(json.dumps(stored))
-    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    (model / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "BertTokenizer", "do_lower_case": true}'
+    )
     run = trained(model, "--method", method)
     export.main([str(run), str(out), *way])
     for folder in [out, run] if method == "finetune" else [out]:
         config = json.loads((folder / "tokenizer_config.json").read_text())
-        assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["cls_token"] == "[CLS]"
+        assert (
+            config["tokenizer_class"] == "PreTrainedTokenizerFast"
+            and config["cls_token"] == "[CLS]"
+        )
         assert config["model_max_length"] == 32 and "do_lower_case" not in config
         assert (folder / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
         with safe_open(folder / "model.safetensors", "pt") as file:
@@ -79,7 +100,10 @@ def test_other_libraries_take_the_tokenizer_as_it_is(make_model, trained, tmp_pa
 
 @pytest.mark.parametrize("method", ["movement", "finetune"])
 def test_what_was_trained_is_not_called_unchanged(make_model, trained, tmp_path, method):
-    run, out = trained(make_model("m", bert_tensors(CONFIG, False, "")), "--method", method), tmp_path / "out"
+    run, out = (
+        trained(make_model("m", bert_tensors(CONFIG, False, "")), "--method", method),
+        tmp_path / "out",
+    )
     export.main([str(run), str(out)])
     readme = (out / "README.md").read_text()
     assert f"its weights trained ({method})" in readme and "add_pooling_layer=False" in readme
@@ -87,7 +111,13 @@ def test_what_was_trained_is_not_called_unchanged(make_model, trained, tmp_path,
 
 
 def test_biases_that_trained_beside_a_mask_are_exported(make_model, trained, tmp_path):
-    run = trained(make_model("m", bert_tensors(CONFIG, True, "bert.")), "--method", "smp-bias", "--weight-lr", "0.1")
+    run = trained(
+        make_model("m", bert_tensors(CONFIG, True, "bert.")),
+        "--method",
+        "smp-bias",
+        "--weight-lr",
+        "0.1",
+    )
     export.main([str(run), str(tmp_path / "out")])
     loaded = load_run(run)
     found = load_file(tmp_path / "out" / "model.safetensors")
@@ -95,9 +125,13 @@ def test_biases_that_trained_beside_a_mask_are_exported(make_model, trained, tmp
     assert found.keys() == before.keys()
     for name, tensor in found.items():
         weight = loaded.model.state_dict()[loaded.model.canonical(name)]
-        assert torch.equal(tensor, weight * loaded.masks.get(loaded.model.canonical(name), torch.tensor(True)))
+        assert torch.equal(
+            tensor, weight * loaded.masks.get(loaded.model.canonical(name), torch.tensor(True))
+        )
     assert any((found[name] != before[name]).any() for name in found if "LayerNorm.bias" in name)
-    assert "biases and LayerNorms trained; the weights" in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "biases and LayerNorms trained; the weights" in (tmp_path / "out" / "README.md").read_text()
+    )
     export.main([str(run), str(tmp_path / "mask"), "--mask"])
     assert "its biases and LayerNorms trained too" in (tmp_path / "mask" / "README.md").read_text()
 
@@ -108,7 +142,9 @@ def test_what_cannot_be_exported_is_refused(make_model, trained, fails, tmp_path
     assert "holds files already" in fails(export.main, [run, run])
 
 
-def test_a_failed_export_leaves_nothing_and_can_be_made_again(finished, fails, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_nothing_and_can_be_made_again(
+    finished, fails, tmp_path, monkeypatch
+):
     folder, out = finished, tmp_path / "out"
     before = sorted(path.name for path in tmp_path.iterdir())
 
@@ -117,7 +153,8 @@ def test_a_failed_export_leaves_nothing_and_can_be_made_again(finished, fails, t
 
     for flags in ([], ["--compact"]):
         with monkeypatch.context() as patched:
-            patched.setattr(export, "pack_weights", full)
+            for place in (export, checkpoints):  # --compact packs there
+                patched.setattr(place, "pack_weights", full)
             assert "No space left" in fails(export.main, [folder, out, *flags])
         assert sorted(path.name for path in tmp_path.iterdir()) == before
     out.mkdir()  # empty: may be filled
@@ -126,34 +163,49 @@ def test_a_failed_export_leaves_nothing_and_can_be_made_again(finished, fails, t
 
 
 @pytest.mark.parametrize("main", [train.main, eval_.main, export.main])
-def test_weights_of_a_run_are_checked_wherever_they_are_read(make_model, trained, fails, glue, tmp_path, main):
+def test_weights_of_a_run_are_checked_wherever_they_are_read(
+    make_model, trained, fails, glue, tmp_path, main
+):
     folder = trained(make_model(), "--method", "finetune")
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-9] ^= 1
     (folder / "model.safetensors").write_bytes(content)
-    argv = {train.main: ["--model", folder, "--data-dir", glue, "--out", tmp_path / "x", "--length", 16]}
+    argv = {
+        train.main: ["--model", folder, "--data-dir", glue, "--out", tmp_path / "x", "--length", 16]
+    }
     argv |= {eval_.main: [folder], export.main: [folder, tmp_path / "x"]}
     assert "model.safetensors: sha256 is" in fails(main, argv[main])
 
 
-# --- cards ---------------------------------------------------------------------------------------------------
+# --- cards ----------------------------------------------------------------------------------------
 
 
 def metadata(readme):
-    """A card -> {key: value} of its metadata: values are JSON, and so are those of the one list of mappings."""
+    """A card -> {key: value} of its metadata.
+
+    Values are JSON, and so are those of the one list of mappings.
+    """
     assert readme.startswith("---\n")
     lines = readme.split("---\n")[1].splitlines()
-    pairs = [line.strip().removeprefix("- ").split(": ", 1) for line in lines if not line.endswith(":")]
+    pairs = [
+        line.strip().removeprefix("- ").split(": ", 1) for line in lines if not line.endswith(":")
+    ]
     assert [line for line in lines if line.endswith(":")] == ["model-index:", "  results:"]
     return {key: json.loads(value) for key, value in pairs}
 
 
 @pytest.mark.parametrize("head", ["words", "classifier"])
-def test_a_mask_that_was_exported_gives_the_same_result_elsewhere(make_model, trained, tmp_path, capsys, head):
+def test_a_mask_that_was_exported_gives_the_same_result_elsewhere(
+    make_model, trained, tmp_path, capsys, head
+):
     model = make_model("secret")
     run, out = trained(model, "--head", head, "--seed", 7), tmp_path / "shared"
     export.main([str(run), str(out), "--mask"])
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "adapter_config.json", "mask.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "mask.safetensors",
+    ]
     out = out.rename(tmp_path / "elsewhere")
     assert (out / "mask.safetensors").read_bytes() == (run / "mask.safetensors").read_bytes()
     (run / "result.json").unlink()
@@ -185,7 +237,10 @@ def test_a_mask_that_was_exported_gives_the_same_result_elsewhere(make_model, tr
 def test_a_card_names_what_the_hub_knows(finished):
     result = json.loads((finished / "result.json").read_text())
     assert "base_model" not in metadata(card.front_matter(result, "transformers", "adapter"))
-    for model, base in [("minilm", "sentence-transformers/all-MiniLM-L6-v2"), ("gpt2", "openai-community/gpt2")]:
+    for model, base in [
+        ("minilm", "sentence-transformers/all-MiniLM-L6-v2"),
+        ("gpt2", "openai-community/gpt2"),
+    ]:
         known = metadata(card.front_matter(result | {"model": model}, "transformers", "adapter"))
         assert known["base_model"] == base and known["base_model_relation"] == "adapter"
     assert "--model" not in card.mask_card(result | {"model": "minilm"}, 1, 2)
@@ -196,8 +251,12 @@ def test_a_card_names_what_the_hub_knows(finished):
     glue["final"] = {"accuracy": 0.5, "accuracy dev_mismatched": 0.25}
     text = card.front_matter(glue, "transformers")
     assert metadata(text)["datasets"] == ["nyu-mll/glue"] and text.count("- task") == 2
-    assert '"config": "mnli", "split": "dev_matched"' in text and '"split": "dev_mismatched"' in text
-    assert "datasets" not in metadata(card.front_matter(glue | {"data_dir": "mine"}, "transformers"))
+    assert (
+        '"config": "mnli", "split": "dev_matched"' in text and '"split": "dev_mismatched"' in text
+    )
+    assert "datasets" not in metadata(
+        card.front_matter(glue | {"data_dir": "mine"}, "transformers")
+    )
 
 
 def test_no_name_breaks_a_card(finished):
@@ -214,13 +273,19 @@ def test_no_name_breaks_a_card(finished):
 def test_every_exported_folder_has_a_card(finished, tmp_path, way):
     export.main([str(finished), str(tmp_path / "out"), *way])
     known = metadata((tmp_path / "out" / "README.md").read_text())
-    assert known["library_name"] == (card.OURS if way else "transformers") and "smp-s" in known["tags"]
+    assert (
+        known["library_name"] == (card.OURS if way else "transformers") and "smp-s" in known["tags"]
+    )
     assert known["metrics"][0]["name"].startswith("accuracy, seed 0, 20 steps")
 
 
 @pytest.mark.parametrize("method", ["finetune", "movement"])
-def test_a_mask_is_not_all_of_a_run_that_trained_weights(make_model, trained, fails, tmp_path, method):
+def test_a_mask_is_not_all_of_a_run_that_trained_weights(
+    make_model, trained, fails, tmp_path, method
+):
     run = trained(make_model(), "--method", method)
-    assert "error: --mask: this run trained weights" in fails(export.main, [run, tmp_path / "out", "--mask"])
+    assert "error: --mask: this run trained weights" in fails(
+        export.main, [run, tmp_path / "out", "--mask"]
+    )
     assert not (tmp_path / "out").exists()
     assert "not allowed with" in fails(export.main, [run, tmp_path / "out", "--mask", "--compact"])

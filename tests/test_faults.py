@@ -28,15 +28,19 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def argv(make_model, glue, tmp_path):
-    given = ["--model", make_model(), "--data-dir", glue, "--out", tmp_path / "run", "--steps", 20, "--batch", 8]
+    given = ["--model", make_model(), "--data-dir", glue, "--out", tmp_path / "run"]
+    given += ["--steps", 20, "--batch", 8]
     return [str(a) for a in [*given, "--length", 16, "--evals", 4, "--device", "cpu"]]
 
 
 @pytest.fixture
 def unreliable():
-    """start(content, sends, ranges): a server that closes each connection after the next number of bytes -> URL.
+    """start(content, sends, ranges) -> the URL of a server that cuts each connection.
 
-    ranges: whether it can begin where it is asked to; off: how far it is off. start.replies counts its replies.
+    It closes each one after the next number of bytes in `sends`.
+
+    ranges: whether it can begin where it is asked to. off: how far it is off. start.replies counts
+    its replies.
     """
     servers = []
 
@@ -48,7 +52,9 @@ def unreliable():
                 self.send_response(206 if asked else 200)
                 self.send_header("Content-Length", len(content) - asked)
                 if asked:
-                    self.send_header("Content-Range", f"bytes {asked + off}-{len(content) - 1}/{len(content)}")
+                    self.send_header(
+                        "Content-Range", f"bytes {asked + off}-{len(content) - 1}/{len(content)}"
+                    )
                 self.end_headers()
                 self.wfile.write(content[asked : asked + (sends.pop(0) if sends else len(content))])
 
@@ -78,7 +84,9 @@ def test_a_download_cut_anywhere_is_continued(unreliable, tmp_path):
 
 def test_a_server_that_always_begins_anew_is_given_up_when_it_gets_no_further(unreliable, tmp_path):
     content = os.urandom(3_000_000)
-    with download.fetched(unreliable(content, [100, 200], ranges=False), tmp_path / "x", "") as part:
+    with download.fetched(
+        unreliable(content, [100, 200], ranges=False), tmp_path / "x", ""
+    ) as part:
         assert part.read_bytes() == content
     unreliable.replies = 0
     url = unreliable(content, [200, 100], ranges=False)
@@ -89,14 +97,20 @@ def test_a_server_that_always_begins_anew_is_given_up_when_it_gets_no_further(un
 
 def test_an_answer_of_another_part_is_not_appended(unreliable, tmp_path):
     url = unreliable(os.urandom(3000), [1000], off=1)
-    with pytest.raises(OSError, match="another part than it was asked"), download.fetched(url, tmp_path / "x", ""):
+    with (
+        pytest.raises(OSError, match="another part than it was asked"),
+        download.fetched(url, tmp_path / "x", ""),
+    ):
         pass
     assert unreliable.replies == 2 and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("bounds", "message"),
-    [({"LARGEST_OF_OTHERS": 5000}, "larger than 5,000 bytes"), ({"PATIENCE": 0.2}, "less than a mebibyte came in 0.2")],
+    [
+        ({"LARGEST_OF_OTHERS": 5000}, "larger than 5,000 bytes"),
+        ({"PATIENCE": 0.2}, "less than a mebibyte came in 0.2"),
+    ],
 )
 def test_downloads_have_bounds(tmp_path, monkeypatch, bounds, message):
     class Endless(http.server.BaseHTTPRequestHandler):
@@ -116,7 +130,10 @@ def test_downloads_have_bounds(tmp_path, monkeypatch, bounds, message):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/x"
-        with pytest.raises(OSError, match=f"{message}.*; try this"), download.fetched(url, tmp_path / "x", "try this"):
+        with (
+            pytest.raises(OSError, match=f"{message}.*; try this"),
+            download.fetched(url, tmp_path / "x", "try this"),
+        ):
             pass
         server.shutdown()
     assert list(tmp_path.iterdir()) == []
@@ -138,7 +155,9 @@ def test_a_login_is_not_sent_to_another_host(tmp_path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        with download.fetched(f"http://me:secret@127.0.0.1:{server.server_port}/a", tmp_path / "x", ""):
+        with download.fetched(
+            f"http://me:secret@127.0.0.1:{server.server_port}/a", tmp_path / "x", ""
+        ):
             pass
         server.shutdown()
     assert seen["/a"].startswith("Basic ") and seen["/b"] is None
@@ -151,7 +170,11 @@ def test_partial_files_of_killed_processes_go_after_a_day(tmp_path):
         if "new" not in name:
             os.utime(tmp_path / name, (yesterday, yesterday))
     files.write_whole(tmp_path / "file", b"x")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".part-0123abcd-new", ".part-notours", "file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".part-0123abcd-new",
+        ".part-notours",
+        "file",
+    ]
 
 
 @pytest.mark.slow
@@ -166,7 +189,9 @@ fetch.MODELS["bert"] = {{"model.safetensors": {digest!r}}}
 fetch.fetch_hub_model("bert", fetch.cache() / "models" / "bert")
 """
     environment = os.environ | {"SMP_CACHE": str(tmp_path), "HF_ENDPOINT": url}
-    processes = [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(2)
+    ]
     assert [process.wait(60) for process in processes] == [0, 0]
     (file,) = (tmp_path / "models" / "bert").iterdir()
     assert file.read_bytes() == content
@@ -179,7 +204,10 @@ def test_a_full_disk_during_a_download(unreliable, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(download, "download_rest", full)
-    with pytest.raises(OSError, match="No space left") as said, download.fetched(url, tmp_path / "x", "remedy"):
+    with (
+        pytest.raises(OSError, match="No space left") as said,
+        download.fetched(url, tmp_path / "x", "remedy"),
+    ):
         pass
     assert said.value.errno == errno.ENOSPC and "SMP_CACHE" in cli.describe(said.value)
 
@@ -196,7 +224,9 @@ def test_a_full_disk(argv, fails, monkeypatch, tmp_path, nth):
     with monkeypatch.context() as patched:
         patched.setattr(files.os, "fsync", fsync)
         assert "No space left on device" in (said := fails(train.main, argv)) and "--out" in said
-    assert not (tmp_path / "run" / "result.json").exists() and not list((tmp_path / "run").glob(".part*"))
+    assert not (tmp_path / "run" / "result.json").exists() and not list(
+        (tmp_path / "run").glob(".part*")
+    )
     train.main(["--resume", str(tmp_path / "run")] if nth > 1 else argv)
     assert (tmp_path / "run" / "result.json").exists()
 
@@ -222,7 +252,10 @@ def test_a_folder_that_cannot_be_written(argv, fails):
         ),
         (torch.OutOfMemoryError("CUDA out of memory"), "--accumulate 2, --batch, --length"),
         (MemoryError(), "--accumulate 2, --batch, --length"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "--accumulate 2, --batch, --length"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "--accumulate 2, --batch, --length",
+        ),
     ],
 )
 def test_a_gpu_that_fails(argv, fails, monkeypatch, tmp_path, error, remedy):
@@ -284,17 +317,26 @@ train.main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_output_that_goes_nowhere_is_no_traceback(argv, tmp_path):
-    """Run train.py in a shell, its output redirected: exit status, and stderr without progress bars."""
+    """Run train.py in a shell with its output redirected -> status, stderr without progress."""
     expected = {"| true": (141, 0), ">&- 2>&-": (0, 0)}
     expected |= {"> /dev/full": (2, 1)} if Path("/dev/full").exists() else {}  # Linux
     started = {}
-    for number, after in enumerate(expected):  # side by side: each spends its time on importing torch
-        words = [sys.executable, "-c", COMMAND.format(root=str(ROOT)), *argv, "--out", str(tmp_path / str(number))]
+    for number, after in enumerate(
+        expected
+    ):  # side by side: each spends its time on importing torch
+        words = [sys.executable, "-c", COMMAND.format(root=str(ROOT)), *argv]
+        words += ["--out", str(tmp_path / str(number))]
         script = f"{shlex.join(words)} {after}"
-        started[after] = subprocess.Popen(["bash", "-o", "pipefail", "-c", script], stderr=subprocess.PIPE, text=True)
+        started[after] = subprocess.Popen(
+            ["bash", "-o", "pipefail", "-c", script], stderr=subprocess.PIPE, text=True
+        )
     for after, process in started.items():
         _, errors = process.communicate(timeout=60)
-        said = [line for line in errors.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line]
+        said = [
+            line
+            for line in errors.replace("\r", "\n").splitlines()
+            if line.strip() and "it/s" not in line
+        ]
         assert (process.returncode, len(said)) == expected[after], said
         assert all("No space left" in line for line in said)
 
@@ -316,7 +358,9 @@ def test_names_that_the_terminal_cannot_show(argv, tmp_path, monkeypatch):
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
     ],
 )
-def test_what_torchrun_sets_and_others_may(argv, fails, tmp_path, monkeypatch, environment, message):
+def test_what_torchrun_sets_and_others_may(
+    argv, fails, tmp_path, monkeypatch, environment, message
+):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if message:
@@ -327,7 +371,9 @@ def test_what_torchrun_sets_and_others_may(argv, fails, tmp_path, monkeypatch, e
 
 
 def test_names_are_printed_without_their_controls(fails):
-    assert fails(train.main, ["--model", "a\x1b[31mb\nc\u202ed"]).count("a\\x1b[31mb\\nc\\u202ed") == 1
+    assert (
+        fails(train.main, ["--model", "a\x1b[31mb\nc\u202ed"]).count("a\\x1b[31mb\\nc\\u202ed") == 1
+    )
     assert cli.show({"a\x1b]0;x": 1.0}) == "a\\x1b]0;x 1.0000"
     assert "\\x1b" in fails(train.main, ["--task", "\x1b[31m"])
 
@@ -347,12 +393,15 @@ def test_a_file_system_without_locks(argv, fails, monkeypatch, tmp_path, capsys,
         assert os.strerror(number) in fails(train.main, argv)
         return
     train.main(argv)
-    assert (tmp_path / "run" / "result.json").exists() and "this file system has no locks" in capsys.readouterr().out
+    assert (
+        tmp_path / "run" / "result.json"
+    ).exists() and "this file system has no locks" in capsys.readouterr().out
 
 
 def test_pipes_and_devices_are_not_read(argv, fails, tmp_path):
-    for path in (tmp_path / "glue" / "movies" / "dev.tsv", tmp_path / "model" / "tokenizer.json",
-                 tmp_path / "model" / "config.json", tmp_path / "model" / "model.safetensors"):  # fmt: skip
+    names = ("tokenizer.json", "config.json", "model.safetensors")
+    paths = [tmp_path / "glue" / "movies" / "dev.tsv", *(tmp_path / "model" / n for n in names)]
+    for path in paths:
         kept = path.rename(tmp_path / "kept")
         os.mkfifo(path)
         assert f"{path} is not a regular file" in fails(train.main, argv)

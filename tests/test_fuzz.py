@@ -1,4 +1,7 @@
-"""Every file that people may hand over, altered at random: it works, or it is one line of error; never a traceback."""
+"""Every file that people may hand over, altered at random.
+
+It works, or it ends in one line of error. It never ends in a traceback.
+"""
 
 import hashlib
 import json
@@ -27,14 +30,16 @@ import train
 from extras import squad
 from plumbing import cli, fetch
 from plumbing import run as plumbing_run
+from plumbing.checkpoints import cutting_tokenizer
 from plumbing.files import MASKS, seal, unseal
 from tools import experiments, picture
 
 ROOT = Path(__file__).parent.parent
 TIMES = int(os.environ.get("FUZZ", 25))  # alterations of each file; .ci/run asks for 150
 HOSTILE = [
-    None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 1e308, -0.5, float("nan"), "", "x", "../../x", "/etc/passwd", "\0",
-    "y" * 5000, [], {}, [[]], {"a": {}}, [1e9] * 3, "bfloat16", "movies", "\ud800",
+    None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 1e308, -0.5, float("nan"), "", "x",
+    "../../x", "/etc/passwd", "\0", "y" * 5000,
+    [], {}, [[]], {"a": {}}, [1e9] * 3, "bfloat16", "movies", "\ud800",
 ]  # fmt: skip
 
 
@@ -49,7 +54,9 @@ def altered_bytes(content, rng):
         elif kind == "cut":
             del content[at:]
         elif kind == "insert":
-            content[at:at] = rng.choice([rng.randbytes(length), b"\n" * length, b"\t" * length, b"[" * 5000])
+            content[at:at] = rng.choice(
+                [rng.randbytes(length), b"\n" * length, b"\t" * length, b"[" * 5000]
+            )
         elif kind == "repeat":
             content[at:at] = content[at : at + length]
         else:
@@ -81,14 +88,19 @@ def altered(content, rng):
 
 @pytest.fixture
 def survives(capsys, tmp_path, trained_once):
-    """survives(command): a call that works or ends with status 2 and one line; within 10 seconds, writing nothing."""
+    """survives(command): it works or ends with status 2 and one line, within 10 seconds.
+
+    It writes nothing.
+    """
     home, _ = trained_once
 
     def there():
         return sorted([*tmp_path.rglob("*"), *home.rglob("*")])
 
     def too_slow(*_):
-        raise KeyboardInterrupt("longer than 10 seconds")  # which nothing turns into an error of a file
+        raise KeyboardInterrupt(
+            "longer than 10 seconds"
+        )  # which nothing turns into an error of a file
 
     def run(command):
         files = there()
@@ -101,7 +113,11 @@ def survives(capsys, tmp_path, trained_once):
         except SystemExit as ended:
             assert ended.code == 2
             lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-            lines = [line for line in lines if line.strip() and not re.match("evaluating|movies smp-s|RTE.zip", line)]
+            lines = [
+                line
+                for line in lines
+                if line.strip() and not re.match("evaluating|movies smp-s|RTE.zip", line)
+            ]
             assert len(lines) == 1 and lines[0].startswith("error: "), lines
             said = lines[0]
         finally:
@@ -125,7 +141,11 @@ def fuzz(path, survives, command, seed=0):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_model_folders(finished, survives, name):
-    fuzz(finished.parent / "model" / name, survives, lambda: eval_.main([str(finished), "--text", "a good film"]))
+    fuzz(
+        finished.parent / "model" / name,
+        survives,
+        lambda: eval_.main([str(finished), "--text", "a good film"]),
+    )
 
 
 @pytest.mark.parametrize("name", ["result.json", "mask.safetensors"])
@@ -152,7 +172,11 @@ def test_descriptions_of_mask_files_whose_sum_is_right(finished, survives):
 
 def test_tables(finished, survives):
     glue = finished.parent / "glue"
-    argv = [str(finished), "--data-dir", str(glue)]  # or nothing but the run's own table would be read
+    argv = [
+        str(finished),
+        "--data-dir",
+        str(glue),
+    ]  # or nothing but the run's own table would be read
     assert None in fuzz(glue / "movies" / "dev.tsv", survives, lambda: eval_.main(argv))
 
 
@@ -160,11 +184,15 @@ def test_squad_files(finished, survives, tmp_path, monkeypatch):
     monkeypatch.setattr(squad, "STRIDE", 3)
     (tmp_path / "squad").mkdir()
     path = tmp_path / "squad" / "dev-v1.1.json"
-    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": CONTEXT, "qas": [question("is it", "fun")]}]}]}))
+    path.write_text(
+        json.dumps(
+            {"data": [{"paragraphs": [{"context": CONTEXT, "qas": [question("is it", "fun")]}]}]}
+        )
+    )
 
     def read():
         with cli.one_line_errors():
-            tokenizer = data.load_tokenizer(finished.parent / "model", 32)
+            tokenizer = cutting_tokenizer(finished.parent / "model", 32)
             data.load_split("squad", "dev", str(tmp_path), tokenizer)
 
     fuzz(path, survives, read)
@@ -172,7 +200,10 @@ def test_squad_files(finished, survives, tmp_path, monkeypatch):
 
 def test_checkpoints(finished, survives, monkeypatch):
     """A run that is interrupted before its last step, and resumed to be interrupted again."""
-    flags, path = json.loads((finished / "result.json").read_text())["command"], finished / plumbing_run.CHECKPOINT
+    flags, path = (
+        json.loads((finished / "result.json").read_text())["command"],
+        finished / plumbing_run.CHECKPOINT,
+    )
     set_rates = train.set_rates
 
     def interrupted(optimizer, step, *more):
@@ -190,21 +221,36 @@ def test_checkpoints(finished, survives, monkeypatch):
         path.write_bytes(altered_bytes(whole, rng))
         outcomes.append(survives(lambda: train.main(["--resume", str(finished)])))
     path.write_bytes(whole)
-    assert any("was altered" in said for said in outcomes) and any("is not a whole" in said for said in outcomes)
+    assert any("was altered" in said for said in outcomes) and any(
+        "is not a whole" in said for said in outcomes
+    )
     assert "far enough" in survives(lambda: train.main(["--resume", str(finished)]))
 
 
 def archive(path, method=zipfile.ZIP_DEFLATED):
     with zipfile.ZipFile(path, "w", method) as made:
-        for name in ("train.tsv", "dev.tsv", "test.tsv", "../outside.tsv", "../../outside.tsv", "/tmp/smp-outside.tsv"):
-            made.writestr(f"RTE/{name}" if name[0] != "/" else name, "index\tsentence1\tsentence2\tlabel\n" * 50)
+        for name in (
+            "train.tsv",
+            "dev.tsv",
+            "test.tsv",
+            "../outside.tsv",
+            "../../outside.tsv",
+            "/tmp/smp-outside.tsv",
+        ):
+            made.writestr(
+                f"RTE/{name}" if name[0] != "/" else name,
+                "index\tsentence1\tsentence2\tlabel\n" * 50,
+            )
     return path.read_bytes()
 
 
 def test_archives(survives, server, tmp_path, monkeypatch):
-    """As they come from a server; what they hold may land in their own folder of the cache, and nowhere else."""
+    """Archives from a server. Their files land in their own folder of the cache, and only there."""
     files, _ = server
-    whole, digest = archive(tmp_path / "RTE.zip"), hashlib.md5(b"index\tsentence1\tsentence2\tlabel\n" * 50).hexdigest()
+    whole, digest = (
+        archive(tmp_path / "RTE.zip"),
+        hashlib.md5(b"index\tsentence1\tsentence2\tlabel\n" * 50).hexdigest(),
+    )
     monkeypatch.setitem(fetch.GLUE, "RTE", ("RTE.zip", {"train.tsv": digest, "dev.tsv": digest}))
     rng, outcomes = random.Random(0), []
 
@@ -214,7 +260,11 @@ def test_archives(survives, server, tmp_path, monkeypatch):
                 fetch.fetch_glue(data.TASKS["rte"])
         finally:
             landed = {str(p.relative_to(fetch.cache())) for p in fetch.cache().rglob("*")}
-            assert landed <= {"glue", "glue/RTE", *(f"glue/RTE/{name}.tsv" for name in ("train", "dev", "test"))}
+            assert landed <= {
+                "glue",
+                "glue/RTE",
+                *(f"glue/RTE/{name}.tsv" for name in ("train", "dev", "test")),
+            }
             shutil.rmtree(fetch.cache())
 
     for number in range(TIMES):
@@ -229,7 +279,9 @@ def test_archives_without_bounds(survives, tmp_path):
 
     def read():
         with cli.one_line_errors(), ExitStack() as unfinished:
-            fetch.unzip_splits(path, tmp_path / "RTE", ["train.tsv", "dev.tsv"], ["test.tsv"], unfinished)
+            fetch.unzip_splits(
+                path, tmp_path / "RTE", ["train.tsv", "dev.tsv"], ["test.tsv"], unfinished
+            )
 
     for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         archive(path, method)
@@ -241,7 +293,9 @@ def test_mask_files_of_other_numbers(finished, survives):
     packed, description = unsealed(path)
     names = list(packed)
     for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64):
-        path.write_bytes(seal(MASKS, {name: torch.zeros(8).to(dtype) for name in names}, description))
+        path.write_bytes(
+            seal(MASKS, {name: torch.zeros(8).to(dtype) for name in names}, description)
+        )
         assert survives(lambda: eval_.main([str(path), "--text", "a good film"]))
     bomb = torch.tensor(np.frombuffer(lzma.compress(bytes(10**8), preset=0), np.uint8))
     for shapes in ({"b": [1, 8 * 10**8], "a": [-1, 8 * 10**8]}, {"b": [1, 8 * 10**8]}):
@@ -256,7 +310,9 @@ def test_weights_of_other_numbers(finished, survives):
     for dtype in (torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64):
         name = "bert.encoder.layer.0.output.dense.weight"
         save_torch(tensors | {name: tensors[name].to(dtype)}, path)
-        assert f"{name} is of {dtype}" in survives(lambda: eval_.main([str(finished), "--text", "a good film"]))
+        assert f"{name} is of {dtype}" in survives(
+            lambda: eval_.main([str(finished), "--text", "a good film"])
+        )
 
 
 def test_texts_and_tokenizers_that_do_not_fit(finished, survives, tmp_path):
@@ -301,7 +357,7 @@ def fuzz_lines(path, survives, command):
 
 
 def test_logs(finished, survives):
-    """What read_log lets through is drawn: numbers of a size that matplotlib can count ticks for."""
+    """What read_log lets through is drawn: matplotlib can count ticks for numbers of that size."""
 
     def read():
         with cli.one_line_errors():
@@ -327,6 +383,10 @@ def test_a_tokenizer_that_grows_its_texts(finished, survives, nested):
     path = finished.parent / "model" / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
     doubling = [normalizers.Replace("a", "aa") for _ in range(40)]
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Sequence(doubling)] if nested else doubling)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Sequence(doubling)] if nested else doubling
+    )
     tokenizer.save(str(path))
-    assert "a hundred times longer" in survives(lambda: eval_.main([str(finished), "--text", "a good film"]))
+    assert "a hundred times longer" in survives(
+        lambda: eval_.main([str(finished), "--text", "a good film"])
+    )

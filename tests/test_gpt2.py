@@ -23,12 +23,18 @@ def plain_norm(x, t, at):
 
 
 def plain_gpt2(t, row, heads):
-    """Published tensors, ids [S] -> logits [S, V], {name: input of each c_proj}; token by token, head by head."""
+    """Published tensors, ids [S] -> logits [S, V], {name: input of each c_proj}.
+
+    Computed token by token and head by head.
+    """
     x = t["wte.weight"][row] + t["wpe.weight"][: len(row)]
     inputs = {}
     for i in range(GPT2_CONFIG["n_layer"]):
         at = f"h.{i}"
-        joined = plain_norm(x, t, f"{at}.ln_1") @ t[f"{at}.attn.c_attn.weight"] + t[f"{at}.attn.c_attn.bias"]
+        joined = (
+            plain_norm(x, t, f"{at}.ln_1") @ t[f"{at}.attn.c_attn.weight"]
+            + t[f"{at}.attn.c_attn.bias"]
+        )
         q, k, v = joined.chunk(3, 1)
         size = x.shape[1] // heads
         mixed = torch.zeros_like(x)
@@ -38,8 +44,12 @@ def plain_gpt2(t, row, heads):
                 scores = k[: s + 1, of_head] @ q[s, of_head] / math.sqrt(size)
                 mixed[s, of_head] = scores.softmax(0) @ v[: s + 1, of_head]
         x = x + mixed @ t[f"{at}.attn.c_proj.weight"] + t[f"{at}.attn.c_proj.bias"]
-        inner = plain_norm(x, t, f"{at}.ln_2") @ t[f"{at}.mlp.c_fc.weight"] + t[f"{at}.mlp.c_fc.bias"]
-        inner = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+        inner = (
+            plain_norm(x, t, f"{at}.ln_2") @ t[f"{at}.mlp.c_fc.weight"] + t[f"{at}.mlp.c_fc.bias"]
+        )
+        inner = (
+            0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+        )
         x = x + inner @ t[f"{at}.mlp.c_proj.weight"] + t[f"{at}.mlp.c_proj.bias"]
         inputs |= {f"heads.{i}": mixed, f"neurons.{i}": inner}
     return plain_norm(x, t, "ln_f") @ t["wte.weight"].T, inputs
@@ -47,7 +57,9 @@ def plain_gpt2(t, row, heads):
 
 @pytest.fixture
 def ids():
-    return torch.randint(GPT2_CONFIG["vocab_size"], (3, 9), generator=torch.Generator().manual_seed(2))
+    return torch.randint(
+        GPT2_CONFIG["vocab_size"], (3, 9), generator=torch.Generator().manual_seed(2)
+    )
 
 
 def test_logits_are_those_of_a_plain_implementation(make_gpt2, ids):
@@ -65,7 +77,9 @@ def test_a_later_token_changes_nothing_before_it(make_gpt2, ids):
     other[:, 5] = (other[:, 5] + 1) % GPT2_CONFIG["vocab_size"]
     with torch.inference_mode():
         a, b = model(ids), model(other)
-    assert torch.allclose(a[:, :5], b[:, :5], atol=1e-6) and not torch.allclose(a[:, 5], b[:, 5], atol=1e-3)
+    assert torch.allclose(a[:, :5], b[:, :5], atol=1e-6) and not torch.allclose(
+        a[:, 5], b[:, 5], atol=1e-3
+    )
 
 
 def test_the_replay_takes_a_recorded_gpt2(make_gpt2, ids, capsys):
@@ -76,7 +90,9 @@ def test_the_replay_takes_a_recorded_gpt2(make_gpt2, ids, capsys):
     save_file(recorded, folder / "dense_first_batch.safetensors")
     losses = []
     for (logits, _), row in zip(rows, ids, strict=True):
-        losses.append(-logits.log_softmax(1)[range(8), row[1:]].mean().item())  # of the last there is no target
+        losses.append(
+            -logits.log_softmax(1)[range(8), row[1:]].mean().item()
+        )  # of the last there is no target
     expected = {"loss": sum(losses) / 3, "loss_of_rows": losses}
     (folder / "expected.json").write_text(json.dumps(expected))
     status, found, beyond = replayed(folder, capsys)
@@ -88,11 +104,14 @@ def test_the_replay_takes_a_recorded_gpt2(make_gpt2, ids, capsys):
 
 
 def test_published_tensors_go_in_and_come_out(make_gpt2):
-    """With the prefix, with a stored head and with buffers of the causal mask, or without: the same model."""
+    """With or without the prefix, a stored head and buffers of the causal mask: the same model."""
     tensors = gpt2_tensors()
     plain = load_gpt2(*read_model(make_gpt2()))
     more = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
-    more |= {"lm_head.weight": tensors["wte.weight"].clone(), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+    more |= {
+        "lm_head.weight": tensors["wte.weight"].clone(),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+    }
     more |= {"transformer.h.1.attn.bias": torch.ones(1, 1, 32, 32, dtype=torch.uint8)}
     full = load_gpt2(*read_model(make_gpt2("full", more)))
     for model in (plain, full):
@@ -107,10 +126,16 @@ def test_the_six_groups(make_gpt2):
     assert [len(weights) for weights in groups.values()] == [2] * 6
     joined = gpt2_tensors()["h.1.attn.c_attn.weight"]  # [in, 3 * out]
     for third, group in enumerate(("query", "key", "value")):
-        assert torch.equal(groups[group][f"h.1.attn.{group}.weight"].T, joined[:, 16 * third : 16 * third + 16])
+        assert torch.equal(
+            groups[group][f"h.1.attn.{group}.weight"].T, joined[:, 16 * third : 16 * third + 16]
+        )
     shapes = {group: tuple(next(iter(weights.values())).shape) for group, weights in groups.items()}
-    assert shapes["attn_output"] == (16, 16) and shapes["intermediate"] == (24, 16) and shapes["output"] == (16, 24)
-    masks = Masks(groups, METHODS["smp-s"], 0.5).choose(0.5)
+    assert (
+        shapes["attn_output"] == (16, 16)
+        and shapes["intermediate"] == (24, 16)
+        and shapes["output"] == (16, 24)
+    )
+    masks = Masks(groups, METHODS["smp-s"]).choose(0.5)
     assert sum(mask.sum().item() for mask in masks.values()) == 2 * (4 * 16 * 16 + 2 * 16 * 24) // 2
 
 
@@ -126,7 +151,9 @@ def test_a_smaller_model_computes_what_zeros_compute(make_gpt2, ids):
     with torch.inference_mode():
         assert torch.allclose(smaller(ids), model(ids), atol=1e-5)
     again = load_gpt2(
-        json.loads(json.dumps(GPT2_CONFIG | {"heads_per_layer": [3, 3], "neurons_per_layer": [5, 5]})),
+        json.loads(
+            json.dumps(GPT2_CONFIG | {"heads_per_layer": [3, 3], "neurons_per_layer": [5, 5]})
+        ),
         smaller.published(smaller.state_dict()),
     )
     with torch.inference_mode():
@@ -155,7 +182,10 @@ def test_a_layer_may_have_no_heads(make_gpt2, ids):
         ({"n_embd": "16"}, "n_embd is '16'"),
         ({"n_inner": 0}, "n_inner is 0"),
         ({"n_head": 3}, "not divisible"),
-        ({"neurons_per_layer": [25, 1]}, "neurons_per_layer is .25, 1., not a list of one number from 0 to 24"),
+        (
+            {"neurons_per_layer": [25, 1]},
+            "neurons_per_layer is .25, 1., not a list of one number from 0 to 24",
+        ),
     ],
 )
 def test_config_is_checked(changes, message):
@@ -172,8 +202,14 @@ def test_what_does_not_fit_is_named():
         (without("h.0.attn.c_attn.weight"), "h.0.attn.query.weight"),
         (without(**{"h.0.attn.c_attn.bias": torch.zeros(())}), "h.0.attn.query.bias"),
         (without(**{"h.0.attn.c_attn.weight": torch.zeros(16, 47)}), "size mismatch for h.0.attn"),
-        (without(**{"h.0.mlp.c_fc.weight": torch.zeros(24, 16)}), "size mismatch for h.0.mlp.c_fc.weight"),
-        (without(**{"lm_head.weight": torch.zeros(40, 16)}), "lm_head.weight differs from wte.weight"),
+        (
+            without(**{"h.0.mlp.c_fc.weight": torch.zeros(24, 16)}),
+            "size mismatch for h.0.mlp.c_fc.weight",
+        ),
+        (
+            without(**{"lm_head.weight": torch.zeros(40, 16)}),
+            "lm_head.weight differs from wte.weight",
+        ),
         (without(**{"transformer.wte.weight": torch.zeros(40, 16)}), "tensors twice"),
         (without(**{"h.2.ln_1.bias": torch.zeros(16)}), "h.2.ln_1.bias"),
     ]:
@@ -183,4 +219,6 @@ def test_what_does_not_fit_is_named():
 
 def test_a_file_of_the_fixture_is_in_published_layout(make_gpt2):
     stored = load_file(make_gpt2() / "model.safetensors")
-    assert stored["h.0.attn.c_attn.weight"].shape == (16, 48) and stored["h.0.mlp.c_proj.weight"].shape == (24, 16)
+    assert stored["h.0.attn.c_attn.weight"].shape == (16, 48) and stored[
+        "h.0.mlp.c_proj.weight"
+    ].shape == (24, 16)

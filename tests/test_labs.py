@@ -1,4 +1,4 @@
-"""The notebooks of the labs: small and clean, each section explained, and in step with the code that they import."""
+"""The notebooks of the labs are small, clean, explained, and in step with the code."""
 
 import ast
 import json
@@ -11,7 +11,9 @@ import torch
 from test_house import ARROWS, CORE, ROOT, WINGS
 
 LABS = sorted((ROOT / "exercises").glob("*.ipynb"))
-MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|usr|work|Users|content)/|[A-Z]:\\")  # where paths of a machine begin
+MACHINE = re.compile(
+    r"(?<![\w.])/(home|root|tmp|usr|work|Users|content)/|[A-Z]:\\"
+)  # where paths of a machine begin
 
 every_lab = pytest.mark.parametrize("lab", LABS, ids=lambda path: path.stem)
 
@@ -25,7 +27,11 @@ def read(lab, kind):
 def defined(tree):
     """Names of the functions and classes of a syntax tree, methods among them."""
     kinds = (ast.FunctionDef, ast.ClassDef)
-    return {node.name for node in ast.walk(tree) if isinstance(node, kinds) and not node.name.startswith("__")}
+    return {
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, kinds) and not node.name.startswith("__")
+    }
 
 
 def test_there_are_two():
@@ -40,7 +46,10 @@ def test_a_notebook_runs_anywhere_and_is_small(lab):
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     ids = [cell["id"] for cell in notebook["cells"]]
-    assert len(set(ids)) == len(ids) and {cell["cell_type"] for cell in notebook["cells"]} == {"code", "markdown"}
+    assert len(set(ids)) == len(ids) and {cell["cell_type"] for cell in notebook["cells"]} == {
+        "code",
+        "markdown",
+    }
     assert not MACHINE.search(text)
 
 
@@ -53,13 +62,20 @@ def test_outputs_are_those_of_one_whole_run(lab):
     for cell in cells:
         assert cell["metadata"].keys() <= {"tags"}
         for output in cell["outputs"]:
-            assert output["output_type"] in ("stream", "display_data") and output.get("name") != "stderr", output
-    assert any("image/png" in output.get("data", ()) for cell in cells for output in cell["outputs"])
+            assert (
+                output["output_type"] in ("stream", "display_data")
+                and output.get("name") != "stderr"
+            ), output
+    assert any(
+        "image/png" in output.get("data", ()) for cell in cells for output in cell["outputs"]
+    )
 
 
 @every_lab
 def test_cells_are_short_and_import_what_there_is(lab):
-    required = {line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    required = {
+        line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()
+    }
     known = required | {"matplotlib", "IPython"} | ARROWS.keys() | set(sys.stdlib_module_names)
     for _, text in read(lab, "code"):
         assert len(text.splitlines()) <= 30, text
@@ -71,7 +87,9 @@ def test_cells_are_short_and_import_what_there_is(lab):
 
 @every_lab
 def test_nothing_of_ours_is_written_again(lab):
-    files = [ROOT / name for name in CORE] + [path for wing in WINGS for path in (ROOT / wing).glob("*.py")]
+    files = [ROOT / name for name in CORE] + [
+        path for wing in WINGS for path in (ROOT / wing).glob("*.py")
+    ]
     ours = set().union(*(defined(ast.parse(path.read_text("utf-8"))) for path in files))
     assert {"highest", "Masks", "stacked", "learn", "evaluate"} <= ours
     theirs = set().union(*(defined(ast.parse(text)) for _, text in read(lab, "code")))
@@ -80,11 +98,13 @@ def test_nothing_of_ours_is_written_again(lab):
 
 @every_lab
 def test_sections_explain_and_ask(lab):
-    """Each begins with some sentences and ends with questions; the exercises that headings name exist."""
+    """Each begins with sentences and ends with questions. The exercises in its headings exist."""
     text = "\n".join(text for _, text in read(lab, "markdown"))
     first, *sections = re.split(r"^## ", text, flags=re.M)
     assert "pip install -r requirements.txt matplotlib" in first and "minutes" in first
-    assert [section[:3] for section in sections] == [f"{chr(ord('A') + n)}. " for n in range(len(sections))]
+    assert [section[:3] for section in sections] == [
+        f"{chr(ord('A') + n)}. " for n in range(len(sections))
+    ]
     numbers = re.findall(r"^## (\d+)\.", (ROOT / "EXERCISES.md").read_text("utf-8"), flags=re.M)
     for section in sections:
         heading, _, body = section.partition("\n")
@@ -116,8 +136,14 @@ def notebook(monkeypatch):
 def test_every_cell_runs_on_a_tiny_model(lab, notebook, make_model, glue, tmp_path):
     torch.manual_seed(0)
     model = make_model(hidden_size=32, intermediate_size=128)
-    flags = ["--data-dir", glue, "--model", model, "--length", 16, "--steps", 6, "--evals", 1, "--device", "cpu"]
-    ours = {"FLAGS": [str(word) for word in flags], "RUNS": tmp_path / "runs", "STEPS": "6", "EXAMPLES": 8}
+    flags = ["--data-dir", glue, "--model", model, "--length", 16, "--steps", 6, "--evals", 1]
+    flags += ["--device", "cpu"]
+    ours = {
+        "FLAGS": [str(word) for word in flags],
+        "RUNS": tmp_path / "runs",
+        "STEPS": "6",
+        "EXAMPLES": 8,
+    }
     scope = {}
     for number, (cell, text) in enumerate(read(lab, "code"), 1):
         exec(compile(text, f"{lab.name}, code cell {number}", "exec"), scope)

@@ -1,4 +1,4 @@
-"""Language modelling: blocks and perplexities by hand, runs of every kind with GPT-2, texts that go on, faults."""
+"""Language modelling: perplexities by hand, runs with GPT-2, texts that go on, faults."""
 
 import argparse
 import io
@@ -29,20 +29,31 @@ def load(make_gpt2, length=8):
 
 
 def run(make_gpt2, texts, tmp_path, *flags, name="run", model=None):
-    given = ["--task", "ptb", "--model", model or make_gpt2(f"{name}-model"), "--data-dir", texts, "--length", 16]
-    given += ["--out", tmp_path / name, "--steps", 12, "--evals", 2, "--batch", 8, "--device", "cpu", *flags]
+    given = [
+        "--task",
+        "ptb",
+        "--model",
+        model or make_gpt2(f"{name}-model"),
+        "--data-dir",
+        texts,
+        "--length",
+        16,
+    ]
+    given += ["--out", tmp_path / name, "--steps", 12, "--evals", 2, "--batch", 8]
+    given += ["--device", "cpu", *flags]
     train.main([str(a) for a in given])
     return json.loads((tmp_path / name / "result.json").read_text())
 
 
-# --- texts -----------------------------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------
 
 
 def test_blocks_by_hand(make_gpt2, tmp_path, capsys):
     """Lines keep their ends, nothing is added, the remainder goes; labels are the tokens behind."""
     _, tokenizer = load(make_gpt2)
     path = tmp_path / "t.txt"
-    # A byte-order mark and Windows' line ends do not count; the separator is no end of a line; the last line has none.
+    # A byte-order mark and Windows' line ends do not count. The separator ends no line. The last
+    # line has no end.
     path.write_bytes("\ufeff the film\r\n\nzx\u2028y it's 7".encode())
     blocks = lm.read_blocks(TASKS["ptb"], path, tokenizer)
     tokenizer.no_truncation()
@@ -50,14 +61,23 @@ def test_blocks_by_hand(make_gpt2, tmp_path, capsys):
     ids = [i for line in lines for i in tokenizer.encode(line).ids]
     assert tokenizer.decode(ids) == "".join(lines) and len(ids) % 8
     count = len(ids) // 8
-    assert blocks.ids.tolist() == [ids[8 * n : 8 * n + 8] for n in range(count)] and len(blocks) == count
+    assert (
+        blocks.ids.tolist() == [ids[8 * n : 8 * n + 8] for n in range(count)]
+        and len(blocks) == count
+    )
     assert blocks.labels.tolist() == [row[1:] + [-100] for row in blocks.ids.tolist()]
-    assert blocks.tokens_per_word == len(ids) / (2 + 0 + 3 + 1 + 3)  # words of the lines (\u2028 parts two), line ends
+    assert blocks.tokens_per_word == len(ids) / (
+        2 + 0 + 3 + 1 + 3
+    )  # words of the lines (\u2028 parts two), line ends
     said = capsys.readouterr().out
     assert f"9 words and line ends, {len(ids)} tokens; {count} blocks of 8" in said
     assert f"the last {len(ids) % 8} tokens are left out" in said
     inputs, labels = data.collate(blocks, [1, 0])
-    assert inputs[0].tolist() == blocks.ids[[1, 0]].tolist() and inputs[2].all() and not inputs[1].any()
+    assert (
+        inputs[0].tolist() == blocks.ids[[1, 0]].tolist()
+        and inputs[2].all()
+        and not inputs[1].any()
+    )
     assert labels.dtype == torch.int64 and labels.tolist() == blocks.labels[[1, 0]].tolist()
 
 
@@ -79,24 +99,28 @@ def test_perplexity_by_hand(make_gpt2):
     logits = torch.randn(2, 4, 10, generator=torch.Generator().manual_seed(0))
     logits[0, 1, 4] = 9.0  # a hit
     blocks = lm.Blocks.of(ids.numpy(), tokens_per_word=1.5)
-    found = blocks.score(blocks.keep(logits, torch.from_numpy(blocks.labels)), (), {})
-    losses = [-logits[n, s].log_softmax(0)[ids[n, s + 1]].item() for n in range(2) for s in range(3)]
+    found = blocks.score(blocks.reduce_logits(logits, torch.from_numpy(blocks.labels)), (), {})
+    losses = [
+        -logits[n, s].log_softmax(0)[ids[n, s + 1]].item() for n in range(2) for s in range(3)
+    ]
     hits = [logits[n, s].argmax() == ids[n, s + 1] for n in range(2) for s in range(3)]
     mean = sum(losses) / 6
     assert found["perplexity"] == pytest.approx(math.exp(mean)) and sum(hits) > 0
     assert found["word_perplexity"] == pytest.approx(math.exp(1.5 * mean))
     assert found["accuracy"] == pytest.approx(sum(hits).item() / 6)
-    assert train.task_loss(logits, torch.from_numpy(blocks.labels)).item() == pytest.approx(mean, rel=1e-5)
+    assert train.task_loss(logits, torch.from_numpy(blocks.labels)).item() == pytest.approx(
+        mean, rel=1e-5
+    )
     far = blocks.score(torch.full((2, 4, 2), 1e4), (), {})
     assert far["perplexity"] == math.exp(700)  # finite: JSON has no infinity
 
 
-# --- runs ------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["smp-s", "smp-l"])
 def test_a_mask_learns_and_the_rest_stays(make_gpt2, texts, tmp_path, capsys, method):
-    """Frozen weights are checked by the run itself; each mask keeps k; the mask alone is evaluated to the same.
+    """Each mask keeps k, and the mask alone evaluates to the same. The run checks frozen weights.
 
     Of the first perplexity, seeds 0 to 9 leave 0.117 to 0.162; without learning it stays near 1.
     """
@@ -106,7 +130,9 @@ def test_a_mask_learns_and_the_rest_stays(make_gpt2, texts, tmp_path, capsys, me
     assert result["kept"] == 2 * (4 * 16 * 16 + 2 * 16 * 24) // 2 and result["stored_numbers"] == 0
     assert "frozen weights are bit-identical" in capsys.readouterr().out
     assert result["final"]["perplexity"] < 0.3 * math.exp(log[0]["loss"])
-    assert result["final"].keys() == {f"{m}{s}" for m in TASKS["ptb"].metrics for s in ("", " test")}
+    assert result["final"].keys() == {
+        f"{m}{s}" for m in TASKS["ptb"].metrics for s in ("", " test")
+    }
     square = dict.fromkeys(("attn.query", "attn.key", "attn.value", "attn.c_proj"), (16, 16))
     shapes = square | {"mlp.c_fc": (24, 16), "mlp.c_proj": (16, 24)}
     shapes = {f"h.{i}.{path}.weight": shape for path, shape in shapes.items() for i in range(2)}
@@ -124,10 +150,13 @@ def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_fine_tuning_is_without_decay_and_the_best_is_the_lowest(make_gpt2, texts, tmp_path, monkeypatch):
+def test_fine_tuning_is_without_decay_and_the_best_is_the_lowest(
+    make_gpt2, texts, tmp_path, monkeypatch
+):
     made = []
-    optimizer = train.Learner.optimizer
-    monkeypatch.setattr(train.Learner, "optimizer", lambda *given: made.append(optimizer(*given)) or made[-1])
+    make = train.make_optimizer
+    spy = lambda *given: made.append(make(*given)) or made[-1]  # noqa: E731
+    monkeypatch.setattr(train, "make_optimizer", spy)
     result = run(make_gpt2, texts, tmp_path, "--method", "finetune", "--evals", 4, "--weight-lr", 1)
     assert [group["weight_decay"] for group in made[0].param_groups] == [0, 0]
     values = [line["dev"]["perplexity"] for line in read_log(tmp_path / "run") if "dev" in line]
@@ -135,24 +164,33 @@ def test_fine_tuning_is_without_decay_and_the_best_is_the_lowest(make_gpt2, text
 
 
 def test_defaults_are_the_papers():
-    for task, rate, epochs in (("ptb", 1e-4, 10), ("wikitext2", 5e-4, 8), ("wikitext103", 1e-4, 10)):
+    for task, rate, epochs in (
+        ("ptb", 1e-4, 10),
+        ("wikitext2", 5e-4, 8),
+        ("wikitext103", 1e-4, 10),
+    ):
         args = train.parse_args(["--task", task, "--method", "finetune"])
-        assert (args.weight_lr, TASKS[task].epochs, args.batch, args.length) == (rate, epochs, 32, 512)
+        assert (args.weight_lr, args.epochs, args.batch, args.length) == (rate, epochs, 32, 512)
         assert args.model == "gpt2"
     assert train.parse_args(["--method", "finetune"]).weight_lr == 1e-4
     assert train.parse_args(["--task", "rte", "--method", "finetune"]).weight_lr == 3e-5
-    assert train.parse_args(["--task", "ptb", "--method", "p-pruning", "--weight-lr", "1"]).weight_lr == 1
+    assert (
+        train.parse_args(["--task", "ptb", "--method", "p-pruning", "--weight-lr", "1"]).weight_lr
+        == 1
+    )
     assert train.parse_args(["--task", "ptb"]).weight_lr is None
 
 
 def test_a_rows_own_default_comes_before_the_tasks(monkeypatch):
-    monkeypatch.setitem(METHODS, "mine", Method(None, flags={"weight_lr": 7e-4}))
+    monkeypatch.setitem(METHODS, "mine", Method(None, recipe={"weight_lr": 7e-4}))
     assert train.parse_args(["--method", "mine"]).weight_lr == 7e-4
     assert train.parse_args(["--method", "mine", "--task", "ptb"]).weight_lr == 7e-4
 
 
 def test_p_pruning_takes_units_and_its_folder_is_a_model(make_gpt2, texts, tmp_path, capsys):
-    result = run(make_gpt2, texts, tmp_path, "--method", "p-pruning", "--sparsity", 0.4, "--ffn-share", 2)
+    result = run(
+        make_gpt2, texts, tmp_path, "--method", "p-pruning", "--sparsity", 0.4, "--ffn-share", 2
+    )
     heads, neurons = (sum(kind) for kind in zip(*result["layers"], strict=True))
     assert (heads, neurons) != (8, 48) and result["tokens"] == 16
     # At length 16 a head costs 4 * 16 * 16 * 4 + 2 * 16^2 * 4, a neuron 2 * 16 * 16.
@@ -164,7 +202,9 @@ def test_p_pruning_takes_units_and_its_folder_is_a_model(make_gpt2, texts, tmp_p
     said = capsys.readouterr().out
     for i, (of_heads, of_neurons) in enumerate(result["layers"]):
         assert f"layer {i}  {of_heads:3} heads {of_neurons:5} neurons" in said
-    again = run(make_gpt2, texts, tmp_path, "--method", "finetune", name="again", model=tmp_path / "run")
+    again = run(
+        make_gpt2, texts, tmp_path, "--method", "finetune", name="again", model=tmp_path / "run"
+    )
     assert again["config"] == result["config"]
 
 
@@ -187,9 +227,11 @@ def test_an_interrupted_run_ends_the_same(make_gpt2, texts, tmp_path, monkeypatc
 
 
 def test_a_batch_in_parts_teaches_the_same(make_gpt2, texts, tmp_path):
-    """Without a mask: of scores that are almost equal, rounding decides which go. Ten seeds agree to 1e-7."""
+    """Dense: rounding decides between scores that are almost equal. Ten seeds agree to 1e-7."""
     flags = ["--method", "finetune", "--weight-lr", 0.01]
-    whole, parts = (run(make_gpt2, texts, tmp_path, *flags, "--accumulate", n, name=f"parts{n}") for n in (1, 2))
+    whole, parts = (
+        run(make_gpt2, texts, tmp_path, *flags, "--accumulate", n, name=f"parts{n}") for n in (1, 2)
+    )
     assert parts["final"]["perplexity"] == pytest.approx(whole["final"]["perplexity"], rel=1e-3)
 
 
@@ -200,7 +242,7 @@ def test_a_teacher_teaches_tokens(make_gpt2, texts, tmp_path):
     assert result["final"]["perplexity"] != alone["final"]["perplexity"]
 
 
-# --- texts that go on --------------------------------------------------------------------------------------------
+# --- texts that go on -----------------------------------------------------------------------------
 
 
 def test_a_text_goes_on(make_gpt2, texts, tmp_path, capsys, monkeypatch, fails):
@@ -223,7 +265,11 @@ def test_a_text_goes_on(make_gpt2, texts, tmp_path, capsys, monkeypatch, fails):
     with torch.inference_mode():
         for _ in range(6):
             ids.append(int(loaded.model(torch.tensor([ids[-16:]]))[0, -1].argmax()))
-    assert said() == "\n".join(" ".join(line.split()) for line in loaded.tokenizer.decode(ids).split("\n")) + "\n"
+    assert (
+        said()
+        == "\n".join(" ".join(line.split()) for line in loaded.tokenizer.decode(ids).split("\n"))
+        + "\n"
+    )
     assert said().startswith("the film is good")
     drawn = {seed: said("--temperature", 3, "--seed", seed) for seed in range(3)}
     assert len(set(drawn.values())) == 3 and drawn[1] == said("--temperature", 3, "--seed", 1)
@@ -232,12 +278,16 @@ def test_a_text_goes_on(make_gpt2, texts, tmp_path, capsys, monkeypatch, fails):
     (tmp_path / "two.txt").write_text(" the film\n the show\n")
     eval_.main([str(tmp_path / "run"), "--text-file", str(tmp_path / "two.txt")])
     assert [line[:8] for line in capsys.readouterr().out.splitlines()] == ["the film", "the show"]
-    assert "--temperature needs --text" in fails(eval_.main, [tmp_path / "run", "--temperature", 1])
-    assert "--temperature: must be a number from 0.01" in fails(eval_.main, [tmp_path / "run", "--temperature", 0])
+    assert "--pair and --temperature need --text" in fails(
+        eval_.main, [tmp_path / "run", "--temperature", 1]
+    )
+    assert "--temperature: must be a number from 0.01" in fails(
+        eval_.main, [tmp_path / "run", "--temperature", 0]
+    )
 
 
 def test_tokens_are_drawn_by_their_probabilities(make_gpt2, monkeypatch):
-    """Three tokens of probabilities 0.6, 0.3 and 0.1; at temperature 1/2 they are drawn by the squares of these."""
+    """Three tokens have 0.6, 0.3 and 0.1. Temperature 1/2 draws them by the squares of these."""
     monkeypatch.setattr(lm, "CONTINUED", 3000)
     monkeypatch.setattr(lm, "printable", lambda text: text)
     _, tokenizer = load(make_gpt2)
@@ -246,7 +296,12 @@ def test_tokens_are_drawn_by_their_probabilities(make_gpt2, monkeypatch):
     logits[0, [a, b, c]] = torch.tensor([0.6, 0.3, 0.1]).log() + 5
 
     def shares(temperature):
-        (line,) = lm.say(("x",), tokenizer, lambda prompt: logits, argparse.Namespace(temperature=temperature, seed=0))
+        (line,) = lm.format_answer(
+            ("x",),
+            tokenizer,
+            lambda prompt: logits,
+            argparse.Namespace(temperature=temperature, seed=0),
+        )
         return [line[1:].count(letter) / 3000 for letter in "abc"]
 
     assert shares(1.0) == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
@@ -254,71 +309,126 @@ def test_tokens_are_drawn_by_their_probabilities(make_gpt2, monkeypatch):
     assert shares(None) == [1, 0, 0]
 
 
-# --- elsewhere ---------------------------------------------------------------------------------------------------
+# --- elsewhere ------------------------------------------------------------------------------------
 
 
 def test_export_has_zeros_in_published_places(make_gpt2, texts, tmp_path):
-    model = make_gpt2("prefixed", {f"transformer.{name}": tensor for name, tensor in gpt2_tensors().items()})
+    model = make_gpt2(
+        "prefixed", {f"transformer.{name}": tensor for name, tensor in gpt2_tensors().items()}
+    )
     result = run(make_gpt2, texts, tmp_path, "--lr", 0.1, model=model)
     export.main([str(tmp_path / "run"), str(tmp_path / "out")])
-    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out")
+    )
     assert before.keys() == after.keys()
     pruned = [n for n in before if any(part in n for part in ("c_attn.w", "c_proj.w", "c_fc.w"))]
     assert sum(int((after[n] != 0).sum()) for n in pruned) == result["kept"]
     assert all(torch.equal(after[n], before[n]) or n in pruned for n in before)
     assert all(torch.equal(after[n][after[n] != 0], before[n][after[n] != 0]) for n in before)
     assert "GPT2LMHeadModel" in (tmp_path / "out" / "README.md").read_text()
-    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
-    again = lm.load(tmp_path / "out", 16, "words")[0]  # the exported folder is a model, and gives the same
-    sets = eval_.load_sets(result, TASKS["ptb"].dev, None, eval_.load_run(tmp_path / "run").tokenizer)
+    assert (
+        json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"]
+        == "<|endoftext|>"
+    )
+    again = lm.load(tmp_path / "out", 16, "words")[
+        0
+    ]  # the exported folder is a model, and gives the same
+    sets = eval_.load_sets(
+        result, TASKS["ptb"].dev, None, eval_.load_run(tmp_path / "run").tokenizer
+    )
     assert eval_.evaluate(again, {}, sets, (), "cpu") == pytest.approx(result["final"], rel=1e-5)
 
 
 def test_compact_export_takes_out_what_is_dead(make_gpt2, texts, tmp_path, capsys):
     tensors = gpt2_tensors()
     tensors["h.0.mlp.c_proj.weight"][:7] = 0  # neurons that nobody reads, [in, out]
-    tensors["h.1.attn.c_attn.weight"][:, 2 * 16 + 4 : 2 * 16 + 8] = 0  # head 1 has no values but its bias
-    run(make_gpt2, texts, tmp_path, "--sparsity", 0.01, "--method", "smp-l", model=make_gpt2("dying", tensors))
+    tensors["h.1.attn.c_attn.weight"][:, 2 * 16 + 4 : 2 * 16 + 8] = (
+        0  # head 1 has no values but its bias
+    )
+    run(
+        make_gpt2,
+        texts,
+        tmp_path,
+        "--sparsity",
+        0.01,
+        "--method",
+        "smp-l",
+        model=make_gpt2("dying", tensors),
+    )
     capsys.readouterr()
     export.main([str(tmp_path / "run"), str(tmp_path / "small"), "--compact"])
     assert "1 of 8 attention heads and 7 of 48 neurons are dead" in capsys.readouterr().out
     eval_.main([str(tmp_path / "small")])
     said = capsys.readouterr().out
     assert "layer 0    4 heads    17 neurons" in said and "layer 1    3 heads    24 neurons" in said
-    found, reported = (float(said.split(words)[1].split()[0]) for words in (": perplexity ", "reported perplexity "))
+    found, reported = (
+        float(said.split(words)[1].split()[0])
+        for words in (": perplexity ", "reported perplexity ")
+    )
     assert found == pytest.approx(reported, rel=1e-4)
 
 
 def test_a_fresh_folder(tmp_path, texts, fails):
-    """Tokenizer, configuration and weights; what is there stays; the same seed gives the same weights."""
+    """Tokenizer, configuration, weights. Files that exist stay. A seed gives the same weights."""
     (tmp_path / "t.txt").write_text(" the film is good\n" * 50)
-    flags = ["--text", tmp_path / "t.txt", "--vocabulary", 270, "--layers", 2, "--hidden", 16, "--heads", 2]
-    assert "--hidden must be a multiple of --heads; got 16 and 3" in fails(fresh.main, [tmp_path / "a", *flags[:-1], 3])
-    assert "--vocabulary: must be a whole number, at least" in fails(fresh.main, [tmp_path / "a", "--vocabulary", 9])
+    flags = ["--text", tmp_path / "t.txt", "--vocabulary", 270, "--layers", 2, "--hidden", 16]
+    flags += ["--heads", 2]
+    assert "--hidden must be a multiple of --heads; got 16 and 3" in fails(
+        fresh.main, [tmp_path / "a", *flags[:-1], 3]
+    )
+    assert "--vocabulary: must be a whole number, at least" in fails(
+        fresh.main, [tmp_path / "a", "--vocabulary", 9]
+    )
     assert not (tmp_path / "a").exists()  # nothing half-made is left
     for name in ("a", "b"):
         fresh.main([str(a) for a in (tmp_path / name, *flags, "--positions", 32, "--dropout", 0.2)])
     model, tokenizer = lm.load(tmp_path / "a", 32, "words")
     assert tokenizer.decode(tokenizer.encode(" it's ünheard\n").ids) == " it's ünheard\n"
-    assert (model.config.resid_pdrop, model.config.n_positions, model.config.vocab_size) == (0.2, 32, 270)
+    assert (model.config.resid_pdrop, model.config.n_positions, model.config.vocab_size) == (
+        0.2,
+        32,
+        270,
+    )
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
-    assert "is neither new nor a model's folder that lacks weights alone" in fails(fresh.main, [tmp_path / "a", *flags])
+    assert "is neither new nor a model's folder that lacks weights alone" in fails(
+        fresh.main, [tmp_path / "a", *flags]
+    )
     (tmp_path / "b" / "model.safetensors").unlink()
     assert f"has no model.safetensors (python -m tools.fresh {tmp_path / 'b'} makes" in fails(
-        train.main, ["--task", "ptb", "--model", tmp_path / "b", "--data-dir", texts, "--out", tmp_path / "out"]
+        train.main,
+        [
+            "--task",
+            "ptb",
+            "--model",
+            tmp_path / "b",
+            "--data-dir",
+            texts,
+            "--out",
+            tmp_path / "out",
+        ],
     )
     assert "--layers: the files of" in fails(fresh.main, [tmp_path / "b", "--layers", 2])
     before = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
     fresh.main([str(tmp_path / "b"), "--seed", "1"])
-    assert before.items() <= {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}.items()
+    assert (
+        before.items()
+        <= {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}.items()
+    )
     assert (tmp_path / "b" / "model.safetensors").read_bytes() != weights[0]
-    spread = model.h[0].mlp["c_fc"].weight.std().item(), model.h[0].mlp["c_proj"].weight.std().item()
-    assert spread == (pytest.approx(0.02, rel=0.1), pytest.approx(0.02 / 2, rel=0.1))  # 2 = sqrt(2 * layers)
+    spread = (
+        model.h[0].mlp["c_fc"].weight.std().item(),
+        model.h[0].mlp["c_proj"].weight.std().item(),
+    )
+    assert spread == (
+        pytest.approx(0.02, rel=0.1),
+        pytest.approx(0.02 / 2, rel=0.1),
+    )  # 2 = sqrt(2 * layers)
     assert "--text: name a text to learn the tokenizer from" in fails(fresh.main, [tmp_path / "c"])
 
 
-# --- downloads -----------------------------------------------------------------------------------------------------
+# --- downloads ------------------------------------------------------------------------------------
 
 
 def test_texts_are_fetched_and_checked(server, make_gpt2, monkeypatch, tmp_path):
@@ -334,32 +444,44 @@ def test_texts_are_fetched_and_checked(server, make_gpt2, monkeypatch, tmp_path)
     files["/lm/wikitext-103-v1.zip"] = files["/lm/wikitext-2-v1.zip"] = archive.getvalue()
     files["/lm/ptb.valid.txt"] = text
     blocks = data.load_split("wikitext103", "train", None, tokenizer)
-    assert len(blocks) > 2 and (tmp_path / "cache/glue/wikitext-103/wiki.test.tokens").read_bytes() == text
+    assert (
+        len(blocks) > 2
+        and (tmp_path / "cache/glue/wikitext-103/wiki.test.tokens").read_bytes() == text
+    )
     with pytest.raises(ValueError, match="wikitext-2/wiki.valid.tokens: md5 is"):
         data.load_split("wikitext2", "train", None, tokenizer)
     with pytest.raises(ValueError, match="ptb.valid.txt: md5 is"):
         data.load_split("ptb", "valid", None, tokenizer)
-    assert not [*(tmp_path / "cache/glue/ptb").iterdir(), *(tmp_path / "cache/glue/wikitext-2").iterdir()]
-    with pytest.raises(OSError, match="put ptb.train.txt, ptb.valid.txt, ptb.test.txt into .*LM_URL names a mirror"):
+    assert not [
+        *(tmp_path / "cache/glue/ptb").iterdir(),
+        *(tmp_path / "cache/glue/wikitext-2").iterdir(),
+    ]
+    with pytest.raises(
+        OSError, match="put ptb.train.txt, ptb.valid.txt, ptb.test.txt into .*LM_URL names a mirror"
+    ):
         data.load_split("ptb", "train", None, tokenizer)
 
 
-# --- what people get wrong -------------------------------------------------------------------------------------------
+# --- what people get wrong ------------------------------------------------------------------------
 
 
 def test_what_is_refused(make_gpt2, make_model, glue, texts, tmp_path, fails):
     gpt2, bert = make_gpt2(), make_model()
 
     def error(*flags, task="ptb", model=gpt2, folder=texts):
-        given = ["--task", task, "--model", model, "--data-dir", folder, "--out", tmp_path / "out", "--length", 16]
+        given = ["--task", task, "--model", model, "--data-dir", folder]
+        given += ["--out", tmp_path / "out", "--length", 16]
         return fails(train.main, [*given, "--steps", 4, *flags])
 
     assert "model_type is 'bert'; the models for this task are gpt2" in error(model=bert)
-    assert "model_type is 'gpt2'; the models for this task are bert," in error(task="rte", folder=glue)
+    assert "model_type is 'gpt2'; the models for this task are bert," in error(
+        task="rte", folder=glue
+    )
     assert "--length 33: the model takes 4 to 32 tokens" in error("--length", 33)
     assert "--head classifier: a language model has no classes" in error("--head", "classifier")
-    train.main([str(a) for a in ("--task", "movies", "--model", bert, "--data-dir", glue, "--method", "finetune",
-                                 "--out", tmp_path / "bert", "--steps", 2, "--length", 16)])  # fmt: skip
+    argv = ["--task", "movies", "--model", bert, "--data-dir", glue, "--method", "finetune"]
+    argv += ["--out", tmp_path / "bert", "--steps", 2, "--length", 16]
+    train.main([str(a) for a in argv])
     assert "was trained on movies, not on ptb" in error("--teacher", tmp_path / "bert")
     config = (gpt2 / "config.json").read_text()
     (gpt2 / "config.json").write_text(json.dumps(json.loads(config) | {"vocab_size": 100}))
@@ -383,6 +505,10 @@ def test_a_tokenizer_that_knows_more_than_the_model(make_gpt2):
 
 def test_questions_a_language_model_cannot_answer(make_gpt2, texts, tmp_path, fails):
     run(make_gpt2, texts, tmp_path)
-    assert "needs something to continue, and this text is empty" in fails(eval_.main, [tmp_path / "run", "--text", ""])
-    assert "--text without --pair" in fails(eval_.main, [tmp_path / "run", "--text", "a", "--pair", "b"])
+    assert "needs something to continue, and this text is empty" in fails(
+        eval_.main, [tmp_path / "run", "--text", ""]
+    )
+    assert "--text without --pair" in fails(
+        eval_.main, [tmp_path / "run", "--text", "a", "--pair", "b"]
+    )
     assert "--predict: ptb has no test split" in fails(eval_.main, [tmp_path / "run", "--predict"])

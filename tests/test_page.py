@@ -1,4 +1,4 @@
-"""tools.page: the pictures are the mask to the bit, removed heads are removed, nothing typed becomes HTML."""
+"""tools.page: its pictures are the mask to the bit, and nothing typed becomes HTML."""
 
 import base64
 import html.parser
@@ -30,7 +30,8 @@ def run(make_model, glue, tmp_path):
 
     def go(*flags, model=None):
         model = model or make_model()
-        given = ["--model", model, "--data-dir", glue, "--out", tmp_path / "run", "--steps", 20, "--length", 16, *flags]
+        given = ["--model", model, "--data-dir", glue, "--out", tmp_path / "run", "--steps", 20]
+        given += ["--length", 16, *flags]
         train.main([str(a) for a in [*given, "--device", "cpu", "--evals", 2]])
         return tmp_path / "run"
 
@@ -49,7 +50,7 @@ def made(finished, tmp_path):
 
 
 class Balanced(html.parser.HTMLParser):
-    """Checks that tags are closed in order, and keeps tags with their attributes, and the text of a page."""
+    """Checks that tags are closed in order. Keeps tags with their attributes, and the text."""
 
     def __init__(self, text):
         super().__init__()
@@ -84,7 +85,9 @@ def unpng(content):
     while at < len(content):
         (size,) = struct.unpack(">I", content[at : at + 4])
         kind, body = content[at + 4 : at + 8], content[at + 8 : at + 8 + size]
-        assert struct.unpack(">I", content[at + 8 + size : at + 12 + size])[0] == zlib.crc32(kind + body)
+        assert struct.unpack(">I", content[at + 8 + size : at + 12 + size])[0] == zlib.crc32(
+            kind + body
+        )
         chunks[kind] = body
         at += 12 + size
     width, height, depth, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
@@ -96,11 +99,15 @@ def unpng(content):
 
 def pictures(parsed):
     """{id of a button: uint8 [rows, columns]} of a page."""
-    buttons = [attributes for attributes in parsed.all("button") if "matrix" in attributes.get("class", "")]
+    buttons = [
+        attributes for attributes in parsed.all("button") if "matrix" in attributes.get("class", "")
+    ]
     images = [attributes for attributes in parsed.all("img") if attributes["alt"]]
     found = {}
     for button, image in zip(buttons, images, strict=True):
-        found[button["id"]] = unpng(base64.b64decode(image["src"].removeprefix("data:image/png;base64,")))
+        found[button["id"]] = unpng(
+            base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
+        )
     return found
 
 
@@ -115,13 +122,19 @@ def test_a_png_holds_what_was_put_in(shape):
 def test_blocks_by_hand():
     mask = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
     found, highest = page.pictures({"m": mask}, 2)
-    assert highest == 1 and unpng(found["m"]).tolist() == [[0, 255], [128, 0]]  # of 4 weights, 2, 2 and 1
+    assert highest == 1 and unpng(found["m"]).tolist() == [
+        [0, 255],
+        [128, 0],
+    ]  # of 4 weights, 2, 2 and 1
     found, highest = page.pictures({"m": torch.zeros(4, 4, dtype=torch.bool)}, 4)
     assert unpng(found["m"]).tolist() == [[255]]
     sparse = torch.zeros(4, 4, dtype=torch.bool)
     sparse[0, 0] = True
     found, highest = page.pictures({"m": sparse}, 2)
-    assert highest == 0.25 and unpng(found["m"]).tolist() == [[0, 255], [255, 255]]  # the densest is black
+    assert highest == 0.25 and unpng(found["m"]).tolist() == [
+        [0, 255],
+        [255, 255],
+    ]  # the densest is black
 
 
 def test_the_page_holds_the_run_and_nothing_from_elsewhere(made):
@@ -132,12 +145,17 @@ def test_the_page_holds_the_run_and_nothing_from_elsewhere(made):
     assert not re.search(r"https?:|//\w|@import|url\(", written) and "default-src 'none'" in written
     for _, attributes in parsed.tags:
         assert not any(name.startswith("on") for name in attributes)
-        assert attributes.get("src", "data:").startswith("data:") and attributes.get("href", "data:,") == "data:,"
+        assert (
+            attributes.get("src", "data:").startswith("data:")
+            and attributes.get("href", "data:,") == "data:,"
+        )
 
     found, groups = pictures(parsed), loaded.model.prunable()
     for group, names in groups.items():
         for layer, name in enumerate(names):
-            assert np.array_equal(found.pop(f"{group}-{layer}"), ~loaded.masks[name].numpy())  # 0 is black is kept
+            assert np.array_equal(
+                found.pop(f"{group}-{layer}"), ~loaded.masks[name].numpy()
+            )  # 0 is black is kept
     assert not found
     assert "1,792 of 3,584 weights are kept" in parsed.words and "seed 0, 20 steps" in parsed.words
     assert len(parsed.all("polyline")) == 3 and len(parsed.all("circle")) == 2
@@ -155,7 +173,10 @@ def test_a_page_is_small_whatever_the_model(run, make_model, tmp_path, monkeypat
     side = int(re.search(r"block of (\d+) × \1 weights", text)[1])
     assert side > 1 and len(text.encode()) < page.LARGEST
     found = pictures(Balanced(text))
-    assert found["query-0"].shape == (64 // side, 64 // side) and found["intermediate-1"].shape[0] == 128 // side
+    assert (
+        found["query-0"].shape == (64 // side, 64 // side)
+        and found["intermediate-1"].shape[0] == 128 // side
+    )
 
 
 def test_a_lone_mask_has_a_page(finished, tmp_path):
@@ -169,12 +190,16 @@ def test_a_lone_mask_has_a_page(finished, tmp_path):
 def test_long_logs_are_thinned():
     points = [(step, step % 2) for step in range(10 * page.POINTS)]
     found = page.thinned(points)
-    assert len(found) == page.POINTS and found[0] == (4.5, 0.5) and page.thinned(points[:3]) == points[:3]
+    assert (
+        len(found) == page.POINTS
+        and found[0] == (4.5, 0.5)
+        and page.thinned(points[:3]) == points[:3]
+    )
     assert page.curve("flat", [(1, 2.0), (2, 2.0)]).count("<text") == 4  # no axis from 2 to 2
     assert "NaN" not in page.curve("one", [(1, 2.0)]) and "nan" not in page.curve("one", [(1, 2.0)])
 
 
-# --- heads ---------------------------------------------------------------------------------------------------
+# --- heads ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", ["movies", "stsb"])
@@ -182,14 +207,21 @@ def test_removed_heads_are_removed(run, finished, glue, task):
     """The same as if the attention's output projection read zeros in their place."""
     (glue / "STS-B").mkdir()
     for split in ("train", "dev"):
-        rows = [f"the film is good\tit was {word}\t{score}" for word, score in (("dull", 0.5), ("fun", 4.5))] * 20
-        (glue / "STS-B" / f"{split}.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *rows]) + "\n")
+        rows = [
+            f"the film is good\tit was {word}\t{score}"
+            for word, score in (("dull", 0.5), ("fun", 4.5))
+        ] * 20
+        (glue / "STS-B" / f"{split}.tsv").write_text(
+            "\n".join(["sentence1\tsentence2\tscore", *rows]) + "\n"
+        )
     loaded = load_run(finished if task == "movies" else run("--task", task))
     texts = ("the film was good",) if task == "movies" else ("the film was good", "a dull film")
     before, after = page.without_heads(loaded, texts)
 
     model, size = loaded.model, loaded.model.config.head_size
-    model.load_state_dict({name: model.state_dict()[name] * mask for name, mask in loaded.masks.items()}, strict=False)
+    model.load_state_dict(
+        {name: model.state_dict()[name] * mask for name, mask in loaded.masks.items()}, strict=False
+    )
     examples = encode([texts], [0], loaded.tokenizer)
 
     def answer():
@@ -231,18 +263,24 @@ def test_a_folder_is_named_without_its_path(run, make_model, tmp_path):
 
 
 def test_language_models_have_a_page_without_heads(make_gpt2, texts, fails, tmp_path):
-    argv = ["--task", "ptb", "--model", make_gpt2(), "--data-dir", texts, "--method", "smp-s", "--penalty", 0]
-    argv += ["--out", tmp_path / "run", "--steps", 3, "--length", 16, "--device", "cpu", "--evals", 1]
+    argv = ["--task", "ptb", "--model", make_gpt2(), "--data-dir", texts, "--method", "smp-s"]
+    argv += ["--penalty", 0]
+    argv += ["--out", tmp_path / "run", "--steps", 3, "--length", 16, "--device", "cpu"]
+    argv += ["--evals", 1]
     train.main([str(a) for a in argv])
     page.main([str(tmp_path / "run"), "--out", str(tmp_path / "page.html")])
     parsed = Balanced((tmp_path / "page.html").read_text("utf-8"))
     assert "ptb has no classes" in parsed.words and len(pictures(parsed)) == 12
-    assert "--text: " in fails(page.main, [tmp_path / "run", "--out", tmp_path / "page.html", "--text", "a"])
+    assert "--text: " in fails(
+        page.main, [tmp_path / "run", "--out", tmp_path / "page.html", "--text", "a"]
+    )
 
 
 def test_errors(run, finished, fails, tmp_path):
     folder, out = finished, tmp_path / "page.html"
-    assert "takes --text without --pair" in fails(page.main, [folder, "--out", out, "--text", "a", "--pair", "b"])
+    assert "takes --text without --pair" in fails(
+        page.main, [folder, "--out", out, "--text", "a", "--pair", "b"]
+    )
     assert "--pair needs --text" in fails(page.main, [folder, "--out", out, "--pair", "b"])
     assert "--out" in fails(page.main, [folder])
     assert f"--out: {tmp_path} cannot be written" in fails(page.main, [folder, "--out", tmp_path])
@@ -255,7 +293,7 @@ def test_errors(run, finished, fails, tmp_path):
     assert "has no mask to look at" in fails(page.main, [dense, "--out", out])
 
 
-# --- in a browser --------------------------------------------------------------------------------------------
+# --- in a browser ---------------------------------------------------------------------------------
 
 
 CHROMIUM = shutil.which("chromium")
@@ -263,7 +301,9 @@ CONFINED = bool(CHROMIUM) and Path(CHROMIUM).resolve().name == "snap"  # it read
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM or CONFINED, reason="there is no chromium here that reads any file")
+@pytest.mark.skipif(
+    not CHROMIUM or CONFINED, reason="there is no chromium here that reads any file"
+)
 @pytest.mark.parametrize("side", [1, 2])
 def test_the_page_opens_in_a_browser(run, make_model, tmp_path, monkeypatch, side):
     """Its script reads a picture, and finds what the mask has; the console stays empty."""
@@ -276,9 +316,18 @@ def test_the_page_opens_in_a_browser(run, make_model, tmp_path, monkeypatch, sid
     assert text.count(b"describe(0, 0)") == 1
     (tmp_path / "page.html").write_bytes(text.replace(b"describe(0, 0)", b"describe(9, 21)"))
 
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
-    command += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom"]
-    command += ["--enable-logging=stderr", "--virtual-time-budget=5000", f"file://{tmp_path}/page.html#attn_output-1"]
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command += ["--disable-sync"]
+    command += [
+        "--disable-background-networking",
+        f"--user-data-dir={tmp_path / 'browser'}",
+        "--dump-dom",
+    ]
+    command += [
+        "--enable-logging=stderr",
+        "--virtual-time-budget=5000",
+        f"file://{tmp_path}/page.html#attn_output-1",
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in ended.stderr, ended.stderr
     (viewer,) = Balanced(ended.stdout).all("dialog")
@@ -288,11 +337,17 @@ def test_the_page_opens_in_a_browser(run, make_model, tmp_path, monkeypatch, sid
     rows, columns = slice(9 * side, 10 * side), slice(21 * side, 22 * side)
     (said,) = re.findall("<output>(.*)</output>", ended.stdout)
     numbers = [float(number) for number in re.findall(r"keeps? (\d\S+)", said)]
-    assert numbers[0] == pytest.approx(mask[rows].mean().item(), abs=2e-3)  # it shows three digits of what was grey
+    assert numbers[0] == pytest.approx(
+        mask[rows].mean().item(), abs=2e-3
+    )  # it shows three digits of what was grey
     assert numbers[1] == pytest.approx(mask[:, columns].mean().item(), abs=2e-3)
     if side == 1:
-        assert said.startswith("row 9 keeps ") and " · column 21 (head 1) keeps " in said  # heads of 16
+        assert (
+            said.startswith("row 9 keeps ") and " · column 21 (head 1) keeps " in said
+        )  # heads of 16
         assert said.endswith("kept" if mask[9, 21] else "removed") and len(numbers) == 2
     else:
-        assert said.startswith("rows 18 to 19 keep ") and " · columns 42 to 43 (head 2) keep " in said
+        assert (
+            said.startswith("rows 18 to 19 keep ") and " · columns 42 to 43 (head 2) keep " in said
+        )
         assert numbers[2] == pytest.approx(mask[rows, columns].mean().item(), abs=1e-2)

@@ -21,25 +21,32 @@ import data  # noqa: E402
 import eval as eval_  # noqa: E402
 from mask import METHODS, density_at, penalty_at  # noqa: E402
 from plumbing import parallel  # noqa: E402
-from plumbing.adam import set_rates  # noqa: E402
-from train import Learner, make_forward_backward, train_step  # noqa: E402
+from plumbing.checkpoints import cutting_tokenizer  # noqa: E402
+from train import (  # noqa: E402
+    Learner,
+    make_forward_backward,
+    make_optimizer,
+    set_rates,
+    train_step,
+)
 
 TOTAL = 12
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def learn(folder, glue, parts):
-    """12 steps of 10 of 96 examples, no dropout -> (masks, last losses). The last batch of an epoch has 6.
+    """12 steps of 10 of 96 examples, no dropout -> (masks, last losses).
 
-    Scores start apart: where they are almost equal, rounding decides which weight goes, and no two sums agree.
+    The last batch of an epoch has 6. Scores start apart: where they are almost equal, rounding
+    decides which weight goes, and no two sums agree.
     """
     model = load_model(folder, [7, 8]).requires_grad_(False).eval()
-    learner = Learner(model, METHODS["smp-s"], 0.5, torch.float32)
+    learner = Learner(model, METHODS["smp-s"], torch.float32)
     for scores in learner.masks.scores.values():
         scores.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    adam = learner.optimizer(2e-2, 3e-5)
+    adam = make_optimizer(learner, 2e-2, 3e-5)
     forward_backward = make_forward_backward(model, learner)
-    examples = data.load_split("movies", "train", glue, data.load_tokenizer(folder, 16))
+    examples = data.load_split("movies", "train", glue, cutting_tokenizer(folder, 16))
     batches = data.training_batches(examples, 10, TOTAL, 0, parts=parts)
     for t, batch in enumerate(batches):
         set_rates(adam, t, TOTAL)
@@ -58,7 +65,9 @@ def test_the_same_masks_as_with_the_whole_batch(make_model, glue, tmp_path, way)
     if way == "parts":
         others, other_losses = learn(model, glue, 3)
     else:
-        ended = subprocess.run([*TORCHRUN, __file__, model, glue, tmp_path], capture_output=True, text=True)
+        ended = subprocess.run(
+            [*TORCHRUN, __file__, model, glue, tmp_path], capture_output=True, text=True
+        )
         assert ended.returncode == 0, ended.stderr
         others = load_file(tmp_path / "masks.safetensors")
         other_losses = others.pop("losses")
@@ -68,7 +77,8 @@ def test_the_same_masks_as_with_the_whole_batch(make_model, glue, tmp_path, way)
 
 @pytest.mark.slow
 def test_two_processes_from_end_to_end(make_model, glue, tmp_path, capsys):
-    flags = ["--model", make_model(), "--data-dir", glue, "--steps", 12, "--batch", 10, "--length", 16]
+    flags = ["--model", make_model(), "--data-dir", glue, "--steps", 12, "--batch", 10]
+    flags += ["--length", 16]
     flags += ["--out", tmp_path / "run", "--device", "cpu", "--dtype", "float32", "--evals", 4]
     flags = [str(f) for f in flags]
     ended = subprocess.run([*TORCHRUN, ROOT / "train.py", *flags], capture_output=True, text=True)
@@ -77,8 +87,12 @@ def test_two_processes_from_end_to_end(make_model, glue, tmp_path, capsys):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "dev" in line] == [3, 6, 9, 12]
-    eval_.main([str(tmp_path / "run")])  # alone, all of the dev set: the answers were gathered in order
-    assert f"accuracy {result['final']['accuracy']:.4f}\ntraining reported" in capsys.readouterr().out
+    eval_.main(
+        [str(tmp_path / "run")]
+    )  # alone, all of the dev set: the answers were gathered in order
+    assert (
+        f"accuracy {result['final']['accuracy']:.4f}\ntraining reported" in capsys.readouterr().out
+    )
 
 
 def test_processes_compare_names_and_numbers(monkeypatch):
@@ -86,7 +100,13 @@ def test_processes_compare_names_and_numbers(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(parallel, "gather", lambda items: told.extend(items) or items)
     one = torch.ones(3)
-    for tensors in ({"a": one}, {"b": one}, {"a": one[:2]}, {"a": one.nextafter(2 * one)}, {"a": one.clone()}):
+    for tensors in (
+        {"a": one},
+        {"b": one},
+        {"a": one[:2]},
+        {"a": one.nextafter(2 * one)},
+        {"a": one.clone()},
+    ):
         parallel.check_equal(tensors)
     assert told[0] == told[-1] and len(set(told)) == 4
 
@@ -94,7 +114,9 @@ def test_processes_compare_names_and_numbers(monkeypatch):
 def test_processes_that_disagree_are_noticed(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for other, fine in ((0, True), (1, False)):
-        monkeypatch.setattr(parallel, "gather", lambda items, other=other: [*items, items[0] if not other else b""])
+        monkeypatch.setattr(
+            parallel, "gather", lambda items, other=other: [*items, items[0] if not other else b""]
+        )
         if fine:
             parallel.check_equal({"a": torch.ones(3)})
         else:
@@ -109,7 +131,9 @@ def test_gather_undoes_share(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "3")
         shares.append(parallel.shard(list(range(8))))
     assert sorted(sum(shares, [])) == list(range(8))
-    monkeypatch.setattr(parallel.dist, "all_gather_object", lambda parts, _: parts.__setitem__(slice(None), shares))
+    monkeypatch.setattr(
+        parallel.dist, "all_gather_object", lambda parts, _: parts.__setitem__(slice(None), shares)
+    )
     assert parallel.gather(shares[2]) == list(range(8))
 
 

@@ -20,7 +20,9 @@ GROUPS = {
 
 @pytest.fixture
 def masks():
-    made = {name: torch.zeros(4, 4, dtype=torch.bool) for names in GROUPS.values() for name in names}
+    made = {
+        name: torch.zeros(4, 4, dtype=torch.bool) for names in GROUPS.values() for name in names
+    }
     made["query.0"][:2] = True  # half: all of head 0, nothing of head 1
     made["attn_output.0"][:, 2:] = True  # all of head 1
     made["key.1"][0, 0] = True
@@ -29,14 +31,22 @@ def masks():
 
 def test_density_of_matrices_and_heads(masks):
     found = eval_.densities(GROUPS, masks)
-    assert found["query"] == [0.5, 0.0] and found["key"] == [0.0, 1 / 16] and found["output"] == [0.0, 0.0]
+    assert (
+        found["query"] == [0.5, 0.0]
+        and found["key"] == [0.0, 1 / 16]
+        and found["output"] == [0.0, 0.0]
+    )
     heads = picture.head_densities(GROUPS, masks, heads=2)
     assert np.allclose(heads, [[0.25, 0.25], [1 / 32, 0]])
 
 
 def test_maps_fit_the_terminal(masks, monkeypatch):
     lines = shaded_table("density", eval_.densities(GROUPS, masks))
-    assert all(len(line) <= 80 for line in lines) and lines[0].split()[:3] == ["density", "query", "key"]
+    assert all(len(line) <= 80 for line in lines) and lines[0].split()[:3] == [
+        "density",
+        "query",
+        "key",
+    ]
     assert [line.split()[-1] for line in lines[1:]] == ["0.000", "0.000", "0.0000"]
     assert "█████ 0.500" in lines[1] and "░░░░░ 0.062" in lines[2] and "0.2500" in lines[3]
     (row,) = picture.head_map(np.full((1, 16), 0.5))[1:]
@@ -56,7 +66,11 @@ def test_comparison_by_hand(masks):
     other["query.0"][1:3] = True  # shares one of two rows
     lines = picture.comparison(GROUPS, masks, other)
     assert all(len(line) <= 80 for line in lines[:-1])
-    assert lines[2].split()[2:4] == ["0.50", "(0.50)"] and "1.00 (0.50)" in lines[2] and "1.00 (0.06)" in lines[3]
+    assert (
+        lines[2].split()[2:4] == ["0.50", "(0.50)"]
+        and "1.00 (0.50)" in lines[2]
+        and "1.00 (0.06)" in lines[3]
+    )
     shared, chance = (4 + 8 + 1) / 17, (8 * 0.5 + 8 * 0.5 + 1 / 16) / 17
     assert lines[-1].startswith(f"{shared:.3f} of what") and lines[-1].endswith(f"{chance:.3f}")
     nothing = {name: torch.zeros_like(mask) for name, mask in masks.items()}
@@ -74,10 +88,15 @@ def both(finished):
 def test_what_people_see(capsys, both):
     eval_.main(both[:1])
     lines = capsys.readouterr().out.splitlines()
-    found = [line.split()[0] for line in lines[1:7]]  # whether it guesses comes behind, see test_train.py
+    found = [
+        line.split()[0] for line in lines[1:7]
+    ]  # whether it guesses comes behind, see test_train.py
     assert found == ["density", "layer", "layer", "all", "dev", "training"] and len(lines) <= 8
     picture.main(both[:1])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[4:]] == ["heads,", *["layer"] * 2]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[4:]] == [
+        "heads,",
+        *["layer"] * 2,
+    ]
     picture.main(both)
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith("1.000 of what") and "chance would share 0.5" in said
@@ -93,7 +112,9 @@ def test_a_mask_that_was_handed_on_finds_the_cache(both, monkeypatch, tmp_path, 
 
 def test_plot_without_matplotlib(both, fails, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "drawn with matplotlib: pip install" in fails(picture.main, [both[0], "--out", tmp_path / "x.png"])
+    assert "drawn with matplotlib: pip install" in fails(
+        picture.main, [both[0], "--out", tmp_path / "x.png"]
+    )
 
 
 def test_plot(both, fails, tmp_path, capsys):

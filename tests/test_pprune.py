@@ -1,4 +1,4 @@
-"""extras.pprune: distances by hand, clusters as brute force finds them, budgets that add up, and a whole run."""
+"""extras.pprune: distances by hand, clusters by brute force, budgets, and a whole run."""
 
 import dataclasses
 import json
@@ -15,6 +15,7 @@ import eval as eval_
 import train
 from extras import pprune
 from model import Config
+from plumbing.checkpoints import cutting_tokenizer
 from tools import export
 
 BASE = Config(30522, 768, 12, 12, 3072, 512, 2)
@@ -25,12 +26,14 @@ def partition(groups):
 
 
 def brute_force(distances, threshold):
-    """Complete linkage by its definition: merge the two nearest clusters as long as they are near enough."""
+    """Complete linkage by definition: merge the two nearest clusters while they are near enough."""
     profiles = distances.numpy()
     groups = [[i] for i in range(len(profiles))]
     apart = lambda a, b: max(np.abs(profiles[i] - profiles[j]).max() for i in a for j in b)  # noqa: E731
     while len(groups) > 1:
-        height, a, b = min((apart(groups[a], groups[b]), a, b) for b in range(len(groups)) for a in range(b))
+        height, a, b = min(
+            (apart(groups[a], groups[b]), a, b) for b in range(len(groups)) for a in range(b)
+        )
         if height > threshold:
             break
         groups[a] += groups.pop(b)
@@ -58,12 +61,16 @@ def test_units_that_do_the_same_are_together_from_the_start():
         [3],
     ]
     one = torch.ones(3, 1)
-    assert pprune.merges(pprune.neuron_distances(one)) == [] and pprune.clusters(1, [], 0.5) == [[0]]
+    assert pprune.merges(pprune.neuron_distances(one)) == [] and pprune.clusters(1, [], 0.5) == [
+        [0]
+    ]
     assert not pprune.neuron_distances(torch.zeros(5, 3)).isnan().any()  # a neuron that never fires
 
 
 def test_heads_are_matched_dimension_by_dimension():
-    assert pprune.matched(torch.tensor([[0.9, 0.8], [0.85, 0.1]])) == pytest.approx((0.9 + 0.1) / 2)  # not 0.8 + 0.85
+    assert pprune.matched(torch.tensor([[0.9, 0.8], [0.85, 0.1]])) == pytest.approx(
+        (0.9 + 0.1) / 2
+    )  # not 0.8 + 0.85
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     shuffled = x[:, [2, 0, 1]] * torch.tensor([-1.0, 3.0, 0.5])
     other = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
@@ -100,9 +107,13 @@ def test_budgets_add_up():
 def test_impossible_budgets_name_possible_ones():
     with pytest.raises(ValueError, match=r"--sparsity 0.999: no more than 0.97\d can go"):
         pprune.budget(BASE, 100, 0.999, 5.0)
-    with pytest.raises(ValueError, match="--ffn-share 0.1 is not possible at --sparsity 0.7, .* to .* is") as said:
+    with pytest.raises(
+        ValueError, match="--ffn-share 0.1 is not possible at --sparsity 0.7, .* to .* is"
+    ) as said:
         pprune.budget(BASE, 100, 0.7, 0.1)
-    lowest, highest = (float(word) for word in re.search(r"(\S+) to (\S+) is", str(said.value)).groups())
+    lowest, highest = (
+        float(word) for word in re.search(r"(\S+) to (\S+) is", str(said.value)).groups()
+    )
     for share in (lowest, highest):
         pprune.budget(BASE, 100, 0.7, share)
     with pytest.raises(ValueError, match="--ffn-share"):
@@ -113,9 +124,16 @@ def test_every_budget_is_kept_or_refused_with_a_range_that_is_possible():
     rng = np.random.default_rng(0)
     for _ in range(2000):
         layers = int(rng.integers(1, 6))
-        heads, neurons = tuple(rng.integers(1, 5, layers).tolist()), tuple(rng.integers(1, 30, layers).tolist())
+        heads, neurons = (
+            tuple(rng.integers(1, 5, layers).tolist()),
+            tuple(rng.integers(1, 30, layers).tolist()),
+        )
         config = dataclasses.replace(
-            BASE, num_hidden_layers=layers, heads_per_layer=heads, neurons_per_layer=neurons, num_attention_heads=4
+            BASE,
+            num_hidden_layers=layers,
+            heads_per_layer=heads,
+            neurons_per_layer=neurons,
+            num_attention_heads=4,
         )
         sparsity, share = rng.uniform(0, 1), float(10 ** rng.uniform(-2, 2))
         try:
@@ -134,7 +152,9 @@ def test_even_shares_add_up_in_layers_of_any_size():
         scores = [torch.rand(int(n)) for n in rng.integers(1, 30, int(rng.integers(1, 6)))]
         keep = int(rng.integers(len(scores), sum(map(len, scores)) + 1))
         kept = pprune.evenly(scores, keep)
-        assert sum(map(len, kept)) == keep and all(1 <= len(k) <= len(s) for k, s in zip(kept, scores, strict=True))
+        assert sum(map(len, kept)) == keep and all(
+            1 <= len(k) <= len(s) for k, s in zip(kept, scores, strict=True)
+        )
         for k, s in zip(kept, scores, strict=True):
             assert s[k].min() >= s.sort(descending=True).values[len(k) - 1]
     shares = [len(k) / 30 for k in pprune.evenly([torch.rand(30), torch.rand(30)], 31)]
@@ -146,16 +166,20 @@ EIGHT_TOKENS = data.Examples([[0] * 8], [[0] * 8], [0], 8)
 
 @pytest.mark.parametrize("units", ["clusters", "activation", "random"])
 def test_what_stays(examples, tmp_path, monkeypatch, units):
-    """Neurons 0 to 11 are copies of 12 to 23, half as strong: of each two, clustering keeps the strong one."""
+    """Neurons 0 to 11 are copies of 12 to 23, half as strong. Clustering keeps the strong ones."""
     model = load_model(tmp_path / "model", [3, 4])
     for layer in model.bert.encoder["layer"]:
         inner, outer = layer.intermediate["dense"], layer.output.dense
         inner.weight.data[12:], inner.bias.data[12:] = inner.weight.data[:12], inner.bias.data[:12]
-        outer.register_forward_pre_hook(lambda m, x: (x[0] * torch.cat([torch.full((12,), 0.5), torch.ones(12)]),))
+        outer.register_forward_pre_hook(
+            lambda m, x: (x[0] * torch.cat([torch.full((12,), 0.5), torch.ones(12)]),)
+        )
     costs = pprune.multiply_accumulates(model.config, 8.0)
     sparsity = 24.5 * costs[1] / (8 * costs[0] + 48 * costs[1])
     args = SimpleNamespace(method="p-...", sparsity=sparsity, ffn_share=1000.0, seed=0)
-    before = [layer.intermediate["dense"].weight.detach().clone() for layer in model.bert.encoder["layer"]]
+    before = [
+        layer.intermediate["dense"].weight.detach().clone() for layer in model.bert.encoder["layer"]
+    ]
     neurons, shrink = [], pprune.shrink
     monkeypatch.setattr(pprune, "shrink", lambda m, h, n: neurons.extend(n) or shrink(m, h, n))
     smaller, facts = pprune.prune(model, examples, {"dev": EIGHT_TOKENS}, args, "cpu", units)
@@ -164,7 +188,9 @@ def test_what_stays(examples, tmp_path, monkeypatch, units):
     strong = sum(int((k >= 12).sum()) for k in neurons)
     assert (strong == kept) == (units == "clusters")
     strengths = [x.abs().mean(0) for x in pprune.activations(model, examples, "cpu", 0)[1]]
-    strongest = [sorted(s.topk(len(k)).indices.tolist()) for s, k in zip(strengths, neurons, strict=True)]
+    strongest = [
+        sorted(s.topk(len(k)).indices.tolist()) for s, k in zip(strengths, neurons, strict=True)
+    ]
     assert ([k.tolist() for k in neurons] == strongest) == (units == "activation")
     for layer, weights, k in zip(smaller.bert.encoder["layer"], before, neurons, strict=True):
         assert layer.intermediate["dense"].weight.equal(weights[k])
@@ -184,7 +210,7 @@ def test_what_has_lost_a_block_is_not_shrunk_again():
 
 @pytest.fixture
 def examples(make_model, glue):
-    tokenizer = data.load_tokenizer(make_model(), 16)
+    tokenizer = cutting_tokenizer(make_model(), 16)
     return data.load_split("movies", "train", glue, tokenizer)
 
 
@@ -194,11 +220,15 @@ def test_activations_are_what_goes_into_the_projections(examples, tmp_path, monk
     lengths = sorted(len(ids) for ids in examples.ids)
     monkeypatch.setattr(pprune, "TOKENS", sum(lengths))
     heads, neurons = pprune.activations(model, examples, "cpu", seed=0)
-    assert [x.shape for x in (*heads, *neurons)] == [(sum(lengths), 16)] * 2 + [(sum(lengths), 24)] * 2
+    assert [x.shape for x in (*heads, *neurons)] == [(sum(lengths), 16)] * 2 + [
+        (sum(lengths), 24)
+    ] * 2
     model.eval()
     layer, sums = model.bert.encoder["layer"][1], [0.0, 0.0]
     for n, linear in enumerate((layer.attention["output"].dense, layer.output.dense)):
-        linear.register_forward_pre_hook(lambda m, x, n=n: sums.__setitem__(n, sums[n] + x[0].double().sum(0)))
+        linear.register_forward_pre_hook(
+            lambda m, x, n=n: sums.__setitem__(n, sums[n] + x[0].double().sum(0))
+        )
     with torch.no_grad():
         for row in range(len(examples)):
             inputs, _ = data.collate(examples, [row], width=len(examples.ids[row]))
@@ -207,13 +237,20 @@ def test_activations_are_what_goes_into_the_projections(examples, tmp_path, monk
     assert torch.allclose(neurons[1].double().sum(0), sums[1], rtol=1e-3, atol=1e-3)
     monkeypatch.setattr(pprune, "TOKENS", 7)
     few = [pprune.activations(model, examples, "cpu", seed) for seed in (1, 1, 2)]
-    assert few[0][0][0].shape == (7, 16) and few[0][0][0].equal(few[1][0][0]) and not few[0][0][0].equal(few[2][0][0])
+    assert (
+        few[0][0][0].shape == (7, 16)
+        and few[0][0][0].equal(few[1][0][0])
+        and not few[0][0][0].equal(few[2][0][0])
+    )
 
 
 @pytest.mark.parametrize("method", ["p-pruning", "p-activation", "p-random"])
-def test_a_run_is_smaller_and_can_be_looked_at_and_teach(make_model, glue, tmp_path, capsys, fails, method):
+def test_a_run_is_smaller_and_can_be_looked_at_and_teach(
+    make_model, glue, tmp_path, capsys, fails, method
+):
     model, run = make_model(), tmp_path / "run"
-    given = ["--data-dir", glue, "--steps", 40, "--length", 16, "--evals", 2, "--device", "cpu", "--weight-lr", 1e-3]
+    given = ["--data-dir", glue, "--steps", 40, "--length", 16, "--evals", 2, "--device", "cpu"]
+    given += ["--weight-lr", 1e-3]
     flags = ["--method", method, "--sparsity", 0.4, "--ffn-share", 2]
     train.main([str(a) for a in ["--model", model, "--out", run, *given, *flags]])
     said, result = capsys.readouterr().out, json.loads((run / "result.json").read_text())
@@ -227,11 +264,20 @@ def test_a_run_is_smaller_and_can_be_looked_at_and_teach(make_model, glue, tmp_p
     said = capsys.readouterr().out
     assert f"accuracy {result['final']['accuracy']:.4f}\ntraining reported" in said
     assert f"layer 0  {result['layers'][0][0]:3} heads" in said
-    train.main([str(a) for a in ["--model", model, "--out", tmp_path / "taught", *given[:-2], "--teacher", run]])
+    train.main(
+        [
+            str(a)
+            for a in ["--model", model, "--out", tmp_path / "taught", *given[:-2], "--teacher", run]
+        ]
+    )
     assert "lost heads or neurons" in fails(export.main, [run, tmp_path / "out"])
     config = run / "config.json"
-    config.write_text(config.read_text().replace('"vocab_size"', '"layer_norm_eps": 0.5, "vocab_size"'))
+    config.write_text(
+        config.read_text().replace('"vocab_size"', '"layer_norm_eps": 0.5, "vocab_size"')
+    )
     assert "the config of" in fails(eval_.main, [run, "--text", "good"])
     if len(set(map(tuple, result["layers"]))) > 1:
-        assert "one size" in fails(train.main, ["--model", run, *given[:2], "--length", 16, "--out", tmp_path / "x"])
+        assert "one size" in fails(
+            train.main, ["--model", run, *given[:2], "--length", 16, "--out", tmp_path / "x"]
+        )
     assert method != "p-pruning" or len(set(map(tuple, result["layers"]))) > 1

@@ -1,4 +1,4 @@
-"""The replay, against a recording made by a second, plain implementation: one matrix at a time, Adam by hand."""
+"""The replay against a recording by a second implementation: matrix by matrix, Adam by hand."""
 
 import json
 import math
@@ -23,7 +23,9 @@ def plain_densities(method, scores, v):
     if method == "smp-l":
         return dict.fromkeys(scores, v)
     densities = {}
-    kind = {name: name.split(".layer.")[1].split(".", 1)[1] for name in scores}  # behind the layer's number
+    kind = {
+        name: name.split(".layer.")[1].split(".", 1)[1] for name in scores
+    }  # behind the layer's number
     for group in set(kind.values()):
         names = [name for name in scores if kind[name] == group]
         share = torch.stack([torch.sigmoid(scores[name]).mean() for name in names]).detach()
@@ -39,9 +41,12 @@ def plain_mask(score, density):
 
 
 def plain_training(folder, batches, labels, method, start):
-    """-> trajectory dict and final masks. HF's old AdamW: lr sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)."""
+    """-> trajectory dict and final masks.
+
+    HF's old AdamW: lr sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).
+    """
     model = load_model(folder, WORDS).eval().requires_grad_(False)
-    model.bert.forward = lambda *batch, tokens: Encoder.forward(model.bert, *batch)
+    model.bert.forward = lambda *batch: Encoder.forward(model.bert, *batch[:3])  # no `tokens`
     frozen, scores = model.state_dict(), {n: s.clone().requires_grad_() for n, s in start.items()}
     m, v = ({n: torch.zeros_like(s) for n, s in start.items()} for _ in range(2))
     steps = []
@@ -50,8 +55,13 @@ def plain_training(folder, batches, labels, method, start):
         density = FINAL + (1 - FINAL) * max(0.0, 1 - t / RAMP) ** 3
         penalty = 400 * (1 - (1 - t / TOTAL) ** 3)
         densities = plain_densities(method, scores, density)
-        weights = {n: frozen[n] * (plain_mask(s.detach(), densities[n]) + s - s.detach()) for n, s in scores.items()}
-        ce = F.cross_entropy(functional_call(model, weights, tuple(b[rows] for b in batches)), labels[rows])
+        weights = {
+            n: frozen[n] * (plain_mask(s.detach(), densities[n]) + s - s.detach())
+            for n, s in scores.items()
+        }
+        ce = F.cross_entropy(
+            functional_call(model, weights, tuple(b[rows] for b in batches)), labels[rows]
+        )
         r = torch.stack([torch.sigmoid(s).mean() for s in scores.values()]).mean()
         grads = torch.autograd.grad(ce + penalty * r, list(scores.values()))
         norm = math.sqrt(sum(float((g**2).sum()) for g in grads))
@@ -60,14 +70,24 @@ def plain_training(folder, batches, labels, method, start):
             m[name], v[name] = 0.9 * m[name] + 0.1 * g, 0.999 * v[name] + 0.001 * g * g
             step = LR * (1 - t / TOTAL) * math.sqrt(1 - 0.999 ** (t + 1)) / (1 - 0.9 ** (t + 1))
             s.data -= step * m[name] / (v[name].sqrt() + 1e-8)
-        steps.append({"density": density, "penalty": penalty, "ce": ce.item(), "regularizer": r.item()})
+        steps.append(
+            {"density": density, "penalty": penalty, "ce": ce.item(), "regularizer": r.item()}
+        )
         if method == "smp-s":  # [layer][group], as the reference code's recording
             per_layer = [[d for n, d in densities.items() if f".layer.{i}." in n] for i in range(2)]
             steps[-1]["layer_density"] = [[float(d) for d in row] for row in per_layer]
     densities = plain_densities(method, scores, FINAL)
     masks = {n: plain_mask(s.detach(), densities[n]) for n, s in scores.items()}
-    logits = functional_call(model, {n: frozen[n] * k for n, k in masks.items()}, tuple(b[:8] for b in batches))
-    recorded = {"total_steps": TOTAL, "prune_steps": RAMP, "final_density": FINAL, "final_penalty": 400.0, "lr": LR}
+    logits = functional_call(
+        model, {n: frozen[n] * k for n, k in masks.items()}, tuple(b[:8] for b in batches)
+    )
+    recorded = {
+        "total_steps": TOTAL,
+        "prune_steps": RAMP,
+        "final_density": FINAL,
+        "final_penalty": 400.0,
+        "lr": LR,
+    }
     recorded |= {"clip_norm": 1.0, "batch": 8, "label_word_ids": WORDS, "steps": steps}
     return recorded | {"logits_end_first_batch": logits.tolist()}, masks
 
@@ -91,7 +111,9 @@ def recorded_once(tmp_path_factory):
     for method in ("smp-l", "smp-s"):
         trajectory, masks = plain_training(folder, batches, labels, method, start)
         (folder / f"trajectory_{method}.json").write_text(json.dumps(trajectory))
-        save_file({n: k.byte() for n, k in masks.items()}, folder / f"mask_end_{method}.safetensors")
+        save_file(
+            {n: k.byte() for n, k in masks.items()}, folder / f"mask_end_{method}.safetensors"
+        )
     return folder
 
 
@@ -106,7 +128,11 @@ def replayed(folder, capsys):
     with pytest.raises(SystemExit) as ended:
         replay.main([str(folder)])
     said = capsys.readouterr()
-    return ended.value.code, json.loads(said.out), {line.split(": ")[1] for line in said.err.splitlines()}
+    return (
+        ended.value.code,
+        json.loads(said.out),
+        {line.split(": ")[1] for line in said.err.splitlines()},
+    )
 
 
 def test_stacked_training_equals_the_plain_one(recording, capsys):
@@ -114,11 +140,16 @@ def test_stacked_training_equals_the_plain_one(recording, capsys):
     assert status == 0 and not beyond
     assert found["smp-l ce"] < 1e-4 and found["smp-l mask_end"] == 0
     assert all(isinstance(value, float) for value in found.values())
-    assert {name.rsplit(" ", 1)[0] for name in found} == {"dense", "smp-l", "smp-s", replay.HANDED_ON}
+    assert {name.rsplit(" ", 1)[0] for name in found} == {
+        "dense",
+        "smp-l",
+        "smp-s",
+        replay.HANDED_ON,
+    }
 
 
 def test_what_rounding_leads_to_is_no_fault(recording, capsys, monkeypatch):
-    """A recording that leaves ours late: allowed once our own runs, nudged by little, leave each other as well."""
+    """A recording may leave ours once our own runs, nudged by little, leave each other."""
     (recording / "trajectory_smp-s.json").unlink()
     path = recording / "trajectory_smp-l.json"
     trajectory = json.loads(path.read_text())
@@ -165,9 +196,11 @@ RECORDED = ("density", "penalty", "ce", "regularizer", "layer_density")
     ("quantity", "nudge"),
     [(f"smp-s {q}", lambda folder, q=q: nudge_step(folder, q)) for q in RECORDED]
     + [("smp-s ce", lambda folder: nudge_step(folder, "ce", math.nan))]
-    + [("dense logits", lambda folder: nudge_file(folder, "dense_first_batch.safetensors", "mlm_logits")),
-       ("smp-s mask_end", lambda folder: nudge_file(folder, "mask_end_smp-s.safetensors", None))],
-)  # fmt: skip
+    + [
+        ("dense logits", lambda f: nudge_file(f, "dense_first_batch.safetensors", "mlm_logits")),
+        ("smp-s mask_end", lambda f: nudge_file(f, "mask_end_smp-s.safetensors", None)),
+    ],
+)
 def test_replay_notices_a_deviation(recording, capsys, quantity, nudge):
     (recording / "trajectory_smp-l.json").unlink()
     nudge(recording)

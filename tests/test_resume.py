@@ -21,8 +21,11 @@ from plumbing.files import lock, read_masks, seal, unseal
 from plumbing.run import FORMAT, open_log, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: other numbers of threads may round differently
-# train.py, which kills itself when it syncs a file to disk for the n-th time, the file being half written.
+ONE_THREAD = os.environ | {
+    "OMP_NUM_THREADS": "1"
+}  # as here: other numbers of threads may round differently
+# train.py, which kills itself when it syncs a file to disk for the n-th time. That file is half
+# written then.
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
@@ -47,7 +50,8 @@ def flags(make_model, glue):
 
 
 def flags_of(model, glue):
-    given = ["--model", model, "--data-dir", glue, "--steps", 16, "--batch", 8, "--length", 16, "--evals", 8]
+    given = ["--model", model, "--data-dir", glue, "--steps", 16, "--batch", 8, "--length", 16]
+    given += ["--evals", 8]
     return [str(f) for f in [*given, "--device", "cpu", "--dtype", "float32"]]
 
 
@@ -76,7 +80,9 @@ def resumed(folder, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["between evaluations", "while a checkpoint is written", "at the end"])
+@pytest.mark.parametrize(
+    "moment", ["between evaluations", "while a checkpoint is written", "at the end"]
+)
 def test_killed_and_resumed(flags, tmp_path, moment):
     steps = 160 if moment == "between evaluations" else 16  # so many that the signal comes in time
     flags = [*flags, "--steps", str(steps)]
@@ -90,11 +96,14 @@ def test_killed_and_resumed(flags, tmp_path, moment):
         code, _ = kill_when(command, ready, signal.SIGKILL)
     else:
         nth = 3 if "written" in moment else 8  # seven checkpoints, then the mask file
-        command = [sys.executable, "-c", KILLED.format(root=str(ROOT), nth=nth), *flags, "--out", folder]
+        command = [sys.executable, "-c", KILLED.format(root=str(ROOT), nth=nth), *flags]
+        command += ["--out", folder]
         code = subprocess.run(command, capture_output=True, env=ONE_THREAD).returncode
     assert code == -signal.SIGKILL and checkpoint.exists() and not (folder / "result.json").exists()
     found, described = resumed(folder, steps)
-    assert found == masks and described["final"] == run["final"] and described["best"] == run["best"]
+    assert (
+        found == masks and described["final"] == run["final"] and described["best"] == run["best"]
+    )
 
 
 @pytest.mark.slow
@@ -103,7 +112,11 @@ def test_interrupted_finishes_the_step_and_says_how_to_go_on(flags, tmp_path):
     command = [sys.executable, ROOT / "train.py", *flags, "--out", folder]
     ready = lambda: (folder / "log.jsonl").exists() and (folder / "log.jsonl").read_text()  # noqa: E731
     code, said = kill_when(command, ready, signal.SIGTERM)
-    assert code == 130 and f"python train.py --resume {folder} continues" in said and "Traceback" not in said
+    assert (
+        code == 130
+        and f"python train.py --resume {folder} continues" in said
+        and "Traceback" not in said
+    )
     train.main([*flags, "--out", str(tmp_path / "whole")])
     assert resumed(folder, 160)[0] == masks_of(tmp_path / "whole")[0]
 
@@ -118,12 +131,16 @@ def test_what_cannot_be_resumed(flags, tmp_path, fails):
     tensors = {"parameter.0": torch.zeros(3)}
     (tmp_path / "log.jsonl").touch()
     form = plumbing_run.FORMAT
-    save_file(tensors, checkpoint, {"format": form, "description": json.dumps(state), "sha256": "0"})
+    save_file(
+        tensors, checkpoint, {"format": form, "description": json.dumps(state), "sha256": "0"}
+    )
     assert "was altered" in fails(train.main, ["--resume", tmp_path])
     checkpoint.write_bytes(seal(form, tensors, state))
     assert "when the run began" in fails(train.main, ["--resume", tmp_path])
     assert "no other flags" in fails(train.main, [f"--resume={tmp_path}", "--steps=20"])
-    assert "holds an interrupted run; --resume" in fails(train.main, [*flags, "--out", tmp_path])  # nothing is lost
+    assert "holds an interrupted run; --resume" in fails(
+        train.main, [*flags, "--out", tmp_path]
+    )  # nothing is lost
 
 
 def stopping_at(step):
@@ -150,7 +167,10 @@ def interrupted_once(tmp_path_factory):
 
 @pytest.fixture
 def interrupted(interrupted_once):
-    """A run that ended after 6 of its 16 steps, beside model/ and glue/. What a test changes is undone."""
+    """A run that ended after 6 of its 16 steps, beside model/ and glue/.
+
+    What a test changes is undone.
+    """
     home, files = interrupted_once
     yield home / "run"
     put_back(home, files)
@@ -180,7 +200,15 @@ def test_another_backbone_or_other_data_are_not_gone_on_with(interrupted, fails)
 @pytest.mark.parametrize(
     "change",
     [
-        *({"argv": 5}, {"argv": [1]}, {"seconds": "x"}, {"log": -1}, {"identity": 1}, {"step": []}, {"step": -1}),
+        *(
+            {"argv": 5},
+            {"argv": [1]},
+            {"seconds": "x"},
+            {"log": -1},
+            {"identity": 1},
+            {"step": []},
+            {"step": -1},
+        ),
         *({"step": True}, {"evaluations": [1]}, {"evaluations": [{}]}),
         {"evaluations": [{"step": 1, "density": "2", "dev": {}}]},
         {"evaluations": [{"step": 1, "density": 1.0, "dev": {"accuracy": "high"}}]},
@@ -202,7 +230,10 @@ def sealed(path, change, tensors=None):
     [
         ({"step": 0}, {}),
         ({"step": 17}, {}),
-        ({"evaluations": [{"step": 1, "density": 1.0, "dev": {"f1": 0.5}}]}, {}),  # found too late, after all steps
+        (
+            {"evaluations": [{"step": 1, "density": 1.0, "dev": {"f1": 0.5}}]},
+            {},
+        ),  # found too late, after all steps
         ({"step": 10**9}, {}),
         ({}, {"exp_avg.0": torch.zeros(3)}),  # the optimizer would write beyond its end
         ({}, {"exp_avg_sq.1": torch.zeros(2, 16, 16, dtype=torch.float64)}),
@@ -219,7 +250,9 @@ def test_states_that_would_do_harm(interrupted, fails, change, tensors):
 
 
 def test_other_defaults_are_not_gone_on_with(interrupted, fails, monkeypatch):
-    monkeypatch.setitem(data.TASKS, "movies", dataclasses.replace(data.TASKS["movies"], penalty=5.0))
+    movies = data.TASKS["movies"]
+    other = dataclasses.replace(movies, recipe=movies.recipe | {"penalty": 5.0})
+    monkeypatch.setitem(data.TASKS, "movies", other)
     said = fails(train.main, ["--resume", interrupted])
     assert "--resume: --penalty is 5.0 now, and was 800.0 when the run began" in said
 
@@ -256,7 +289,13 @@ def test_a_layer_without_heads_goes_on_too(flags, tmp_path, fails, monkeypatch, 
             tensors[at] = tensors[at][:0]
     at = "bert.encoder.layer.1.attention.output.dense.weight"
     tensors[at] = tensors[at][:, :0].contiguous()
-    argv = ["--model", str(make_model("headless", tensors, heads_per_layer=[4, 0])), *flags[2:], "--method", "finetune"]
+    argv = [
+        "--model",
+        str(make_model("headless", tensors, heads_per_layer=[4, 0])),
+        *flags[2:],
+        "--method",
+        "finetune",
+    ]
     with monkeypatch.context() as patched:
         patched.setattr(train, "set_rates", stopping_at(6))
         fails(train.main, [*argv, "--out", tmp_path / "run"])
@@ -279,7 +318,10 @@ def test_a_folder_is_held_until_the_run_is_finished(flags, tmp_path, monkeypatch
     finish, refused = train.finish, []
 
     def held(args, *given):
-        with open(args.out / "log.jsonl", "a") as file, pytest.raises(ValueError, match="another process is writing"):
+        with (
+            open(args.out / "log.jsonl", "a") as file,
+            pytest.raises(ValueError, match="another process is writing"),
+        ):
             lock(file)
         refused.append(True)
         return finish(args, *given)
@@ -290,7 +332,7 @@ def test_a_folder_is_held_until_the_run_is_finished(flags, tmp_path, monkeypatch
 
 
 def test_a_run_that_was_finished_meanwhile_stays(flags, tmp_path, fails, monkeypatch):
-    load = train.load_everything
+    load = train.load_inputs
 
     def late(args):
         loaded = load(args)
@@ -298,31 +340,31 @@ def test_a_run_that_was_finished_meanwhile_stays(flags, tmp_path, fails, monkeyp
         (args.out / "result.json").write_text("{}")  # of another process
         return loaded
 
-    monkeypatch.setattr(train, "load_everything", late)
+    monkeypatch.setattr(train, "load_inputs", late)
     assert "holds a finished run" in fails(train.main, [*flags, "--out", tmp_path / "run"])
     assert (tmp_path / "run" / "result.json").read_text() == "{}"
 
 
 def test_two_that_resume_one_run_do_not_harm_it(interrupted, fails, monkeypatch):
     """The second read the checkpoint before the first went on, or finished."""
-    load = train.load_everything
+    load = train.load_inputs
     files = {}
 
     def while_another_finishes(args):
         loaded = load(args)
-        monkeypatch.setattr(train, "load_everything", load)
+        monkeypatch.setattr(train, "load_inputs", load)
         train.main(["--resume", str(interrupted)])
         files.update({path: path.read_bytes() for path in interrupted.iterdir()})
         return loaded
 
-    monkeypatch.setattr(train, "load_everything", while_another_finishes)
+    monkeypatch.setattr(train, "load_inputs", while_another_finishes)
     assert "is finished; look at it" in fails(train.main, ["--resume", interrupted])
     assert {path: path.read_bytes() for path in interrupted.iterdir()} == files and len(files) == 3
 
 
 def test_a_run_that_another_took_further_is_not_taken_back(interrupted, fails, monkeypatch):
     path = interrupted / "checkpoint.safetensors"
-    load = train.load_everything
+    load = train.load_inputs
 
     def while_another_goes_on(args):
         tensors, state = read_checkpoint(path)
@@ -330,7 +372,7 @@ def test_a_run_that_another_took_further_is_not_taken_back(interrupted, fails, m
         return load(args)
 
     log = (interrupted / "log.jsonl").read_bytes()
-    monkeypatch.setattr(train, "load_everything", while_another_goes_on)
+    monkeypatch.setattr(train, "load_inputs", while_another_goes_on)
     assert "another process has taken" in fails(train.main, ["--resume", interrupted])
     assert (interrupted / "log.jsonl").read_bytes() == log
 
@@ -340,7 +382,10 @@ def test_a_checkpoint_that_a_killed_run_left_behind_goes(interrupted, fails):
     whole = path.read_bytes()
     train.main(["--resume", str(interrupted)])
     path.write_bytes(b"precious")  # of somebody else
-    assert "is finished" in fails(train.main, ["--resume", interrupted]) and path.read_bytes() == b"precious"
+    assert (
+        "is finished" in fails(train.main, ["--resume", interrupted])
+        and path.read_bytes() == b"precious"
+    )
     path.write_bytes(whole)
     assert "is finished" in fails(train.main, ["--resume", interrupted]) and not path.exists()
 
@@ -368,7 +413,9 @@ def test_an_empty_log_makes_no_folder_a_runs(flags, tmp_path, fails, name):
     (out / "log.jsonl").touch()
     (out / name).write_text("mine")
     assert "holds files that are not of a run" in fails(train.main, [*flags, "--out", out])
-    (out / "log.jsonl").write_text('{"step": 1, "density": 1.0}\n')  # of a run that was killed while it finished
+    (out / "log.jsonl").write_text(
+        '{"step": 1, "density": 1.0}\n'
+    )  # of a run that was killed while it finished
     if name == "thesis.tex":
         assert "holds files that are not of a run" in fails(train.main, [*flags, "--out", out])
     assert (out / name).read_text() == "mine"

@@ -1,4 +1,4 @@
-"""exercises/smallest.py learns digits by a mask alone, and what its docstring says of mask.py and of changes is so."""
+"""exercises/smallest.py learns digits by a mask alone, and its docstring is true."""
 
 import ast
 import re
@@ -26,9 +26,14 @@ def run(capsys, *changes, steps=600):
     return names, capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("steps", "reached"), [(200, 0.8), pytest.param(600, 0.9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("steps", "reached"), [(200, 0.8), pytest.param(600, 0.9, marks=pytest.mark.slow)]
+)
 def test_it_learns_and_only_the_mask_did(capsys, steps, reached):
-    """Guessing is 0.1. Seeds 0 to 9 begin below 0.13; they reach 0.905 to 0.943 in 200 steps, about 0.975 in 600."""
+    """Guessing is 0.1. Seeds 0 to 9 begin below 0.13.
+
+    They reach 0.905 to 0.943 in 200 steps, about 0.975 in 600.
+    """
     names, said = run(capsys, steps=steps)
     accuracies = [float(x) for x in re.findall(r"accuracy ([\d.]+)", said)]
     assert accuracies[0] < 0.3 and accuracies[-1] > reached and len(accuracies) == steps // 100 + 1
@@ -44,7 +49,9 @@ def test_it_learns_and_only_the_mask_did(capsys, steps, reached):
     assert not picture[0][21:].strip() and not picture[-1][21:].strip()
     frame = names["kept"].view(11, 9).clone()
     frame[1:-1, 1:-1] = 0
-    assert frame.sum() / 36 < 0.05 and names["kept"].mean() > 0.099  # of ten seeds, at most 0.017 after 200 steps
+    assert (
+        frame.sum() / 36 < 0.05 and names["kept"].mean() > 0.099
+    )  # of ten seeds, at most 0.017 after 200 steps
 
 
 def test_a_seed_decides_everything(capsys):
@@ -56,7 +63,11 @@ def test_a_seed_decides_everything(capsys):
 
 def test_the_changes_that_it_proposes_make_it_worse(capsys):
     """By at least 0.055 and 0.088 for each of seeds 0 to 9."""
-    changes = [], [("grad * weight,", "grad * weight * mask,")], [("PENALTY = 30.0", "PENALTY = 0.0")]
+    changes = (
+        [],
+        [("grad * weight,", "grad * weight * mask,")],
+        [("PENALTY = 30.0", "PENALTY = 0.0")],
+    )
     whole, forgetful, loose = (run(capsys, *change, steps=100)[0]["accuracy"] for change in changes)
     assert 0.3 < forgetful < loose < whole
 
@@ -66,10 +77,16 @@ def test_the_names_are_those_of_mask(capsys):
     generator = torch.Generator().manual_seed(0)
     scores, weight, grad = (torch.randn(5, 8, generator=generator) for _ in range(3))
     for step in (0, 1, 50, 299, 300, 301, 600):
-        assert names["density_at"](step, 300, 0.1) == pytest.approx(mask.density_at(step, 300, 0.1), abs=1e-12)
+        assert names["density_at"](step, 300, 0.1) == pytest.approx(
+            mask.density_at(step, 300, 0.1), abs=1e-12
+        )
     kept = names["highest"](scores, 7)
-    assert torch.equal(kept, mask.highest({"one": scores[None]}, torch.tensor([[7]]), exact=True)["one"][0])
-    assert torch.equal(names["mean_sigmoid"]([scores]), mask.mean_sigmoid({"one": scores[None]})[:, 0])
+    assert torch.equal(
+        kept, mask.highest({"one": scores[None]}, torch.tensor([[7]]), exact=True)["one"][0]
+    )
+    assert torch.equal(
+        names["mean_sigmoid"]([scores]), mask.mean_sigmoid({"one": scores[None]})[:, 0]
+    )
 
     found = []
     for rule in (names["StraightThrough"], mask.StraightThrough):
@@ -79,8 +96,19 @@ def test_the_names_are_those_of_mask(capsys):
         found += [product, learnt.grad]
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
 
-    in_mask = {node.id for node in ast.walk(ast.parse(Path(mask.__file__).read_text())) if isinstance(node, ast.Name)}
-    assert {"scores", "masks", "weights", "regularizer", "density", "masked"} <= in_mask & names.keys()
+    in_mask = {
+        node.id
+        for node in ast.walk(ast.parse(Path(mask.__file__).read_text()))
+        if isinstance(node, ast.Name)
+    }
+    assert {
+        "scores",
+        "masks",
+        "weights",
+        "regularizer",
+        "density",
+        "masked",
+    } <= in_mask & names.keys()
 
 
 def test_it_is_short_and_needs_torch_alone():

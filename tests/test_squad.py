@@ -1,4 +1,4 @@
-"""extras.squad: reading, windows, decoding and metrics on hand-made cases, and one run from end to end."""
+"""extras.squad: reading, windows, decoding and metrics by hand, and a run from end to end."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ import eval as eval_
 import train
 from extras import squad
 from plumbing import cli, fetch
+from plumbing.checkpoints import cutting_tokenizer
 from tools import split
 
 CONTEXT = "the film was good , it was fun . a bad film is dull and very bad"
@@ -26,7 +27,10 @@ def question(text, answer, at=None, number=0):
 
 def write_squad(path, questions, context=CONTEXT):
     path.parent.mkdir(parents=True, exist_ok=True)
-    articles = [{"title": "t", "paragraphs": [{"context": context, "qas": questions}]}, {"title": "no paragraphs"}]
+    articles = [
+        {"title": "t", "paragraphs": [{"context": context, "qas": questions}]},
+        {"title": "no paragraphs"},
+    ]
     path.write_text(json.dumps({"version": "1.1", "data": articles}))
     return path
 
@@ -34,7 +38,7 @@ def write_squad(path, questions, context=CONTEXT):
 @pytest.fixture
 def tokenizer(tmp_path):
     write_tokenizer(tmp_path / "tokenizer.json")
-    return data.load_tokenizer(tmp_path, 12)
+    return cutting_tokenizer(tmp_path, 12)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +48,9 @@ def small_stride(monkeypatch):
 
 
 def windows_of(tokenizer, *questions, length=12, folder):
-    return squad.make_windows(squad.read_squad(write_squad(folder / "s.json", questions))[0], tokenizer, length)
+    return squad.make_windows(
+        squad.read_squad(write_squad(folder / "s.json", questions))[0], tokenizer, length
+    )
 
 
 def test_windows_cover_the_paragraph_and_overlap_by_the_stride(tokenizer, tmp_path):
@@ -89,7 +95,11 @@ def test_decoding_equals_a_search_of_all_spans(monkeypatch):
     for _ in range(30):
         spans = np.array([[-1, -1]] * 3 + [[i, i + 1] for i in range(12)])
         logits = rng.normal(size=(15, 2))
-        every = [(logits[i, 0] + logits[j, 1], i - 3, j - 2) for i in range(3, 15) for j in range(i, min(i + 4, 15))]
+        every = [
+            (logits[i, 0] + logits[j, 1], i - 3, j - 2)
+            for i in range(3, 15)
+            for j in range(i, min(i + 4, 15))
+        ]
         assert squad.best_spans(logits.T, spans) == pytest.approx(max(every))
 
 
@@ -107,18 +117,26 @@ def test_metrics_by_hand():
     assert squad.normalise("The  Film, was A-ok!") == "film was aok"
     assert squad.f1("the good film", "Good, old film") == pytest.approx(2 * 2 / (2 + 3))
     assert squad.f1("x", "y") == 0.0
-    questions = [{"context": "ab cd", "answers": a} for a in ([(0, "AB"), (3, "xx")], [(0, "ab cd")])]
+    questions = [
+        {"context": "ab cd", "answers": a} for a in ([(0, "AB"), (3, "xx")], [(0, "ab cd")])
+    ]
     w = squad.Windows([[1]], [[0]], [(0, 0)], 4, [0, 1], [np.array([[0, 2]])] * 2, questions)
-    assert w.score(torch.zeros(2, 2, 4), (), {}) == {"f1": pytest.approx((1 + 2 / 3) / 2), "em": 0.5}
+    assert w.score(torch.zeros(2, 2, 4), (), {}) == {
+        "f1": pytest.approx((1 + 2 / 3) / 2),
+        "em": 0.5,
+    }
 
 
 def test_misplaced_answers_are_counted_not_fatal(tokenizer, tmp_path, capsys):
     for part, kept in (("dev", 2), ("train", 1)):  # what stands elsewhere would teach nonsense
         asked = [question("is it", "fun"), question("was it", "fun", at=0)]
         write_squad(tmp_path / "squad" / f"{part}-v1.1.json", asked)
-        assert data.load_split("squad", part, tmp_path, tokenizer).asked() == kept
+        assert data.load_split("squad", part, tmp_path, tokenizer).num_questions() == kept
         out = capsys.readouterr().out
-        assert "answers that are not where the file says: 1" in out and "articles without paragraphs: 1" in out
+        assert (
+            "answers that are not where the file says: 1" in out
+            and "articles without paragraphs: 1" in out
+        )
         assert ("left out 1 of 2 questions" in out) == (kept == 1)
 
 
@@ -129,10 +147,13 @@ def test_misplaced_answers_are_counted_not_fatal(tokenizer, tmp_path, capsys):
         ("[]", "not a SQuAD v1.1 file"),
         ('{"data": [{"paragraphs": [{"context": "x"}]}]}', "KeyError: 'qas'"),
         ('{"data": []}', "holds no questions"),
-        (json.dumps({"data": [{"paragraphs": [{"context": "x", "qas": [{"id": 7, "question": "", "answers": []}]}]}]}),
-         "question 7 has no answer"),
+        (
+            '{"data": [{"paragraphs": [{"context": "x", '
+            '"qas": [{"id": 7, "question": "", "answers": []}]}]}]}',
+            "question 7 has no answer",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_files_are_named(tmp_path, content, message):
     (tmp_path / "f.json").write_text(content)
     with pytest.raises(ValueError, match=f"f.json.*{message}"):
@@ -144,11 +165,17 @@ def test_a_long_question_is_cut_and_windows_share_a_third(tokenizer, tmp_path, m
     monkeypatch.setattr(squad, "STRIDE", 128)
     asked = question("is it fun " * 40, "fun"), question("is it", "dull")
     w = windows_of(tokenizer, *asked, length=length, folder=tmp_path)
-    assert max(map(len, w.ids)) == length and w.asked() == 2
+    assert max(map(len, w.ids)) == length and w.num_questions() == 2
     sizes = {types.index(1) - 2 for types in w.types}  # of the questions, without [CLS] and [SEP]
     assert sizes == {length // 3, 2}
-    parts = [[tuple(s) for s in spans if s[0] >= 0] for spans, owner in zip(w.spans, w.owner, strict=True) if not owner]
-    assert all(a[-(length // 3) :] == b[: length // 3] for a, b in zip(parts, parts[1:], strict=False))
+    parts = [
+        [tuple(s) for s in spans if s[0] >= 0]
+        for spans, owner in zip(w.spans, w.owner, strict=True)
+        if not owner
+    ]
+    assert all(
+        a[-(length // 3) :] == b[: length // 3] for a, b in zip(parts, parts[1:], strict=False)
+    )
 
 
 def test_too_short_windows_are_refused(tokenizer, tmp_path):
@@ -172,10 +199,13 @@ def test_too_short_windows_are_refused(tokenizer, tmp_path):
 def test_answers_that_tokens_do_not_cover_to_the_end(tokenizer, tmp_path, context, answer, found):
     tokenizer.normalizer = normalizers.BertNormalizer()
     at = max(context.find(answer), 0) if answer.strip() else 3
-    asked = [question("is it", answer, at), question("is it", "was", context.index("was"), number=1)]
+    asked = [
+        question("is it", answer, at),
+        question("is it", "was", context.index("was"), number=1),
+    ]
     questions, _ = squad.read_squad(write_squad(tmp_path / "s.json", asked, context))
     w = squad.make_windows(questions, tokenizer, 16, training=True)
-    assert w.asked() == 1 + (found is not None)
+    assert w.num_questions() == 1 + (found is not None)
     if found:
         start, end = w.labels[0]
         assert context[w.spans[0][start][0] : w.spans[0][end][1]] == found
@@ -189,7 +219,10 @@ def test_a_training_file_without_one_usable_answer(tokenizer, tmp_path):
 
 def test_loss_is_the_mean_of_start_and_end_and_padding_gets_nothing(make_model):
     model = load_model(make_model(), [5, 6], every_token=True).eval()
-    ids, mask = torch.tensor([[2, 5, 9, 3], [2, 7, 3, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    ids, mask = (
+        torch.tensor([[2, 5, 9, 3], [2, 7, 3, 0]]),
+        torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+    )
     logits = model(ids, torch.zeros_like(ids), mask)
     assert logits.shape == (2, 2, 4) and (logits[1, :, 3] == -1e4).all()
     expected = model.word_logits(model.bert(ids, torch.zeros_like(ids), mask), [5, 6])
@@ -201,17 +234,40 @@ def test_loss_is_the_mean_of_start_and_end_and_padding_gets_nothing(make_model):
     pairs = [(taught[b, side] / 2, logits[b, side] / 2) for b in range(2) for side in range(2)]
     kls = [(t.softmax(0) * (t.log_softmax(0) - s.log_softmax(0))).sum() for t, s in pairs]
     both = train.task_loss(logits, where, taught).item()
-    assert both == pytest.approx(0.5 * sum(logs).item() / 4 + 0.5 * 4 * sum(kls).item() / 4, rel=1e-4)
+    assert both == pytest.approx(
+        0.5 * sum(logs).item() / 4 + 0.5 * 4 * sum(kls).item() / 4, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("method", ["smp-s", "finetune"])
 def test_a_run_from_end_to_end(make_model, tmp_path, capsys, method):
-    asked = [question("is it fun", word, number=n) for n, word in enumerate(["fun", "dull", "good", "very bad"])]
+    asked = [
+        question("is it fun", word, number=n)
+        for n, word in enumerate(["fun", "dull", "good", "very bad"])
+    ]
     for name in ("train", "dev"):
         write_squad(tmp_path / "squad" / f"{name}-v1.1.json", asked)
     out = tmp_path / "run"
-    argv = ["--task", "squad", "--model", make_model(), "--data-dir", tmp_path, "--out", out, "--method", method]
-    train.main([str(a) for a in [*argv, "--steps", 6, "--batch", 4, "--length", 16, "--device", "cpu", "--evals", 1]])
+    argv = ["--task", "squad", "--model", make_model(), "--data-dir", tmp_path, "--out", out]
+    argv += ["--method", method]
+    train.main(
+        [
+            str(a)
+            for a in [
+                *argv,
+                "--steps",
+                6,
+                "--batch",
+                4,
+                "--length",
+                16,
+                "--device",
+                "cpu",
+                "--evals",
+                1,
+            ]
+        ]
+    )
     result = json.loads((out / "result.json").read_text())
     assert result["final"].keys() == {"f1", "em"}
     capsys.readouterr()
@@ -224,7 +280,9 @@ def test_a_run_from_end_to_end(make_model, tmp_path, capsys, method):
 
 def test_download_is_checked(server, tokenizer, monkeypatch):
     files, _ = server
-    content = json.dumps({"data": [{"paragraphs": [{"context": CONTEXT, "qas": [question("is it", "fun")]}]}]}).encode()
+    content = json.dumps(
+        {"data": [{"paragraphs": [{"context": CONTEXT, "qas": [question("is it", "fun")]}]}]}
+    ).encode()
     monkeypatch.setitem(squad.MD5, "dev-v1.1.json", hashlib.md5(content).hexdigest())
     files["/squad/dev-v1.1.json"] = content[:-1]
     with pytest.raises(ValueError, match="dev-v1.1.json: md5"):
@@ -240,7 +298,10 @@ def test_split_by_articles(tmp_path, capsys):
     articles = [{"title": str(n), "paragraphs": []} for n in range(5)]
     (tmp_path / "all.json").write_text(json.dumps({"version": "1.1", "data": articles}))
     split.main(["squad", str(tmp_path / "all.json"), str(tmp_path), "--dev", "2"])
-    parts = [json.loads((tmp_path / "squad" / f"{n}-v1.1.json").read_text())["data"] for n in ("train", "dev")]
+    parts = [
+        json.loads((tmp_path / "squad" / f"{n}-v1.1.json").read_text())["data"]
+        for n in ("train", "dev")
+    ]
     assert parts == [articles[:3], articles[3:]]
     for name, dev in (("all.json", "5"), ("all.json", "0"), ("all.json", "2"), ("none.json", "1")):
         with pytest.raises(SystemExit, match="2"):
