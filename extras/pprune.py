@@ -1,8 +1,11 @@
-"""P-pruning: choose whole attention heads and intermediate neurons of a pretrained model to remove, before fine-tuning.
+"""P-pruning: remove whole attention heads and intermediate neurons before fine-tuning.
 
-Units that do the same on a task's inputs are clustered, and of each cluster the strongest stays; labels are not read.
-Two simpler choices stand beside it, to compare with. Sources: Wang et al., LREC-COLING 2024, "Pruning before
-Fine-tuning", and its authors' code; where that scores other heads than it means to, what it means is done here.
+It clusters the units, heads or neurons, that do the same on a task's inputs, and keeps the
+strongest of each cluster. It does not read labels. For comparison there are two simpler choices:
+the strongest units of each layer, and random ones.
+
+Sources: Wang et al., LREC-COLING 2024, "Pruning before Fine-tuning", and its authors' code. Their
+code scores other heads than intended. This file does what they intended.
 
     smaller, facts = prune(model, train, dev, args, device, units="clusters")
 """
@@ -21,74 +24,85 @@ from mask import METHODS, Method
 from plumbing import parallel
 from plumbing.progress import progress
 
-INPUTS = 3000  # of the training set, at most
-TOKENS = 200  # of these, drawn at random
+INPUTS = 3000  # drawn from the training set, at most
+TOKENS = 200  # drawn from these inputs
 BATCH = 64
 
-# --- what units do -------------------------------------------------------------------------------------------
+# --- what units do --------------------------------------------------------------------------------
 
 
 def modules(model):
-    """{group: [the module of each layer whose weight is prunable]}."""
-    groups = model.prunable().items()
-    return {
-        group: [model.get_submodule(name.removesuffix(".weight")) for name in names]
-        for group, names in groups
-    }
+    """{group: [module of each layer]}: the modules that hold the prunable weights."""
+    found = {}
+    for group, names in model.prunable().items():
+        found[group] = [model.get_submodule(name.removesuffix(".weight")) for name in names]
+    return found
 
 
-@torch.no_grad()
-def activations(model, examples, device, seed):
-    """What heads and neurons give on random tokens of random inputs, the same for all layers, without labels.
+def draw_tokens(examples, seed):
+    """Draw T = TOKENS tokens of random inputs, never padding.
 
-    -> for each layer [TOKENS, heads * D], the input of the attention's output projection, and [TOKENS, neurons], that
-    of the second feed-forward layer; float32 on the CPU. Padding does not count.
+    -> the inputs that contain them, as rows of examples [N], and for each token its input, a number
+    below N [T], and its position there [T].
     """
     rng = np.random.default_rng(seed)
     rows = rng.permutation(len(examples))[:INPUTS]
     lengths = np.array([len(examples.ids[row]) for row in rows])
-    rows = rows[lengths.argsort(kind="stable")]
-    lengths = np.sort(lengths)
+    order = lengths.argsort(kind="stable")  # so that a batch needs little padding
+    rows = rows[order]
+    lengths = lengths[order]
+
+    # Number the tokens of all inputs in a row, and draw from these numbers.
     ends = lengths.cumsum()
-    chosen = np.sort(
-        rng.choice(ends[-1], min(TOKENS, ends[-1]), replace=False)
-    )  # tokens, counted through
-    owner = np.searchsorted(ends, chosen, side="right")  # the input of each
-    place = chosen - (ends - lengths)[owner]  # and where it stands there
-    needed = np.unique(owner)  # no other input need pass
-    projections = [
-        projection for group in ("attn_output", "output") for projection in modules(model)[group]
-    ]
+    drawn = rng.choice(ends[-1], min(TOKENS, ends[-1]), replace=False)
+    drawn.sort()
+    owner = np.searchsorted(ends, drawn, side="right")  # the input of each token
+    position = drawn - (ends - lengths)[owner]
+    needed, owner = np.unique(owner, return_inverse=True)  # leave out inputs without a token
+    return rows[needed], owner, position
+
+
+@torch.no_grad()
+def activations(model, examples, device, seed):
+    """The activations of heads and neurons on random tokens, the same tokens for all layers.
+
+    -> per layer the input of the attention's output projection [T, heads * D], and per layer the
+    input of the second feed-forward matrix [T, neurons], in float32 on the CPU. Raises ValueError
+    if they are not finite.
+    """
+    rows, owner, position = draw_tokens(examples, seed)
+    groups = modules(model)
+    projections = groups["attn_output"] + groups["output"]
     parts = {projection: [] for projection in projections}
 
-    def watch(module, inputs):  # as a batch passes: all of its inputs would take gigabytes
-        parts[module].append(inputs[0].flatten(0, -2)[at].float().cpu())
+    def watch(module, inputs):
+        flat = inputs[0].flatten(0, -2)  # [B, S, units] -> [B * S, units]
+        parts[module].append(flat[at].float().cpu())  # all tokens would take gigabytes
 
     hooks = [projection.register_forward_pre_hook(watch) for projection in projections]
     model.eval().to(device)
-    for start in progress(range(0, len(needed), BATCH), "looking at inputs"):
-        batch = needed[start : start + BATCH]
-        inputs, _ = collate(examples, rows[batch], device)
-        here = np.isin(owner, batch)
-        rows_here = (
-            np.searchsorted(batch, owner[here]) * inputs.shape[2] + place[here]
-        )  # of [B * S, units]
-        at = torch.from_numpy(rows_here).to(device)
+    for start in progress(range(0, len(rows), BATCH), "reading activations"):
+        inputs, _ = collate(examples, rows[start : start + BATCH], device)
+        here = (owner >= start) & (owner < start + BATCH)
+        at = (owner[here] - start) * inputs.shape[2] + position[here]  # in [B * S]
+        at = torch.from_numpy(at).to(device)
         model.states(*inputs)
     for hook in hooks:
         hook.remove()
     model.train().to("cpu")
+
     found = [torch.cat(part) for part in parts.values()]
     if not all(x.isfinite().all() for x in found):
-        raise ValueError(
-            "--model: its activations are not finite, so no clusters can be made of them"
-        )
+        raise ValueError("--model: its activations are not finite, so they cannot be compared")
     layers = len(model.config.layers)
     return found[:layers], found[layers:]
 
 
+# --- how alike they are ---------------------------------------------------------------------------
+
+
 def cosines(x):
-    """[T, units] -> |cos| of each two over the tokens [units, units]."""
+    """[T, units] -> |cos| of every two units, over the tokens [units, units]."""
     x = x / x.norm(dim=0).clamp(min=1e-12)
     return (x.T @ x).abs().clamp(max=1.0)
 
@@ -99,11 +113,10 @@ def neuron_distances(x):
 
 
 def head_distances(x, heads):
-    """[T, heads * D] -> 1 - the mean |cos| of dimensions that were matched one to one [heads, heads]."""
-    size = x.shape[1] // heads
-    blocks = (
-        cosines(x).view(heads, size, heads, size).transpose(1, 2)
-    )  # [heads * D] * 2 -> [heads, heads, D, D]
+    """[T, heads * D] -> 1 - the mean |cos| of their matched dimensions [heads, heads]."""
+    size = x.shape[1] // heads  # D
+    # [heads * D, heads * D] -> [heads, heads, D, D]
+    blocks = cosines(x).view(heads, size, heads, size).transpose(1, 2)
     distances = torch.empty(heads, heads)
     for a in range(heads):
         for b in range(a, heads):
@@ -112,56 +125,65 @@ def head_distances(x, heads):
 
 
 def matched(similarity):
-    """[D, D], used up -> mean of D values taken greedily: the largest, then its row and column do not count."""
+    """Match the D dimensions of two heads one to one -> their mean similarity.
+
+    similarity [D, D] is overwritten. The matching is greedy: each time, the most similar two of the
+    dimensions that are left.
+    """
     taken = []
     for _ in range(len(similarity)):
         at = int(similarity.argmax())
         row, column = divmod(at, len(similarity))
         taken.append(similarity[row, column].item())
-        similarity[row], similarity[:, column] = -1, -1
+        similarity[row] = -1  # less than any |cos|
+        similarity[:, column] = -1
     return sum(taken) / len(taken)
 
 
-# --- clusters ------------------------------------------------------------------------------------------------
+# --- clusters -------------------------------------------------------------------------------------
 
 
 def merges(distances):
-    """Complete-linkage clustering of units by their profiles, rows of distances [n, n] -> n - 1 (height, a, b).
+    """Complete-linkage clustering of n units -> n - 1 merges (height, a, b).
 
-    Two profiles are as far apart as their largest difference (Chebyshev). Follows chains of nearest neighbours: in time
-    n^2 once the profiles are compared. Unit a's cluster joins unit b's; heights are not in order.
+    distances [n, n]: a row is the profile of a unit. Two profiles are as far apart as their largest
+    difference (Chebyshev). In a merge the cluster of unit a joins that of unit b. Heights are not
+    in order. The algorithm is the nearest-neighbour chain, which takes n^2 steps.
     """
     n = len(distances)
-    apart = np.full((n, n), np.inf, dtype=np.float32)
-    upper = np.triu_indices(n, 1)
-    apart[upper] = torch.pdist(distances.float(), p=float("inf")).numpy()
+    apart = np.full((n, n), np.inf, dtype=np.float32)  # stays infinite on the diagonal
+    # pdist gives the pairs above the diagonal, row by row.
+    apart[np.triu_indices(n, 1)] = torch.pdist(distances.float(), p=math.inf).numpy()
     apart = np.minimum(apart, apart.T)
+
     alive = np.ones(n, dtype=bool)
-    chain = []  # of clusters, each the nearest of the one before
+    chain = []  # clusters, each the nearest neighbour of the one before
     found = []
-    for _ in range(n - 1):
+    while len(found) < n - 1:
         if not chain:
-            chain = [int(alive.argmax())]
-        while True:
-            a = chain[-1]
-            b = int(apart[a].argmin())
-            if len(chain) > 1 and apart[a, chain[-2]] <= apart[a, b]:  # each is the other's nearest
-                b = chain[-2]
-                break
+            chain.append(int(alive.argmax()))  # any cluster will do
+        # Go to the nearest neighbour, until two clusters are nearest to each other.
+        a = chain[-1]
+        b = int(apart[a].argmin())
+        mutual = len(chain) > 1 and apart[a, chain[-2]] <= apart[a, b]
+        if not mutual:
             chain.append(b)
+            continue
+
+        # Merge a into b. Between clusters, the farthest members count (complete linkage).
+        b = chain[-2]
         del chain[-2:]
         found.append((float(apart[a, b]), a, b))
-        apart[b] = np.maximum(apart[a], apart[b])  # complete linkage: the farthest members decide
-        apart[:, b] = apart[b]
+        apart[b] = apart[:, b] = np.maximum(apart[a], apart[b])
         apart[a] = apart[:, a] = np.inf
         alive[a] = False
     return found
 
 
 def clusters(n, found, threshold):
-    """Units 0 to n - 1 and merges -> lists of the units that are together when merged up to a height."""
+    """Apply the merges of units 0 to n - 1 up to a height -> the clusters, lists of units."""
     together = {unit: [unit] for unit in range(n)}
-    owner = list(range(n))
+    owner = list(range(n))  # the cluster of each unit
     for height, a, b in found:
         if height <= threshold and owner[a] != owner[b]:
             moved = together.pop(owner[a])
@@ -172,148 +194,168 @@ def clusters(n, found, threshold):
 
 
 def lowest_threshold(layers, keep):
-    """Merges of each layer -> the smallest height up to which merging leaves at most `keep` clusters in all."""
+    """The lowest height up to which merging leaves at most `keep` clusters in all.
+
+    layers: the merges of each layer.
+    """
     heights = sorted(height for found in layers for height, _, _ in found)
-    surplus = len(heights) + len(layers) - keep  # a layer of n units has n - 1 merges
-    return heights[surplus - 1] if surplus > 0 else -1.0
+    # n units take n - 1 merges, so there are len(heights) + len(layers) units in all.
+    surplus = len(heights) + len(layers) - keep
+    return heights[surplus - 1] if surplus > 0 else -1.0  # -1: below every height
 
 
 def representatives(distances, strengths, keep):
-    """Distances [n, n] and mean |activation| [n] of each layer -> units kept in each, about `keep` in all."""
+    """Cluster the units of each layer -> the strongest of each cluster, about `keep` in all.
+
+    distances: per layer [n, n]. strengths: per layer the mean |activation| of each unit [n].
+    """
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         layers = list(progress(pool.map(merges, distances), "clustering", total=len(distances)))
     threshold = lowest_threshold(layers, keep)
     kept = []
     for found, strength in zip(layers, strengths, strict=True):
-        strongest = [
-            max(units, key=strength.__getitem__)
-            for units in clusters(len(strength), found, threshold)
-        ]
+        groups = clusters(len(strength), found, threshold)
+        strongest = [max(units, key=strength.__getitem__) for units in groups]
         kept.append(torch.tensor(sorted(strongest)))
     return kept
 
 
-# --- how much, and which -------------------------------------------------------------------------------------
+# --- how much, and which --------------------------------------------------------------------------
 
 
 def multiply_accumulates(config, tokens):
-    """-> those of one head, those of one neuron, for an input of so many tokens."""
+    """-> the multiply-accumulates of one head and of one neuron, for an input of so many tokens."""
     width = config.hidden_size
     size = config.head_size
+    # A head has four projections, scores and a mixture of values. A neuron has two vectors.
     return 4 * tokens * width * size + 2 * tokens**2 * size, 2 * tokens * width
 
 
 def budget(config, tokens, sparsity, ffn_share):
-    """How many heads and neurons may stay in all, so that a share of their multiply-accumulates goes.
+    """-> how many heads and how many neurons may stay in all.
 
-    ffn_share: what the neurons lose for each that the heads lose. Raises ValueError, with what would be possible, when
-    one of them cannot lose that much; every layer keeps a head and a neuron.
+    sparsity: the share of their multiply-accumulates that goes. ffn_share: how many the neurons
+    lose for each one that the heads lose. Every layer keeps a head and a neuron. Raises ValueError
+    that says what is possible.
     """
-    if 0 in (count for counts in config.layers for count in counts):
+    layers = np.array(config.layers)  # [L, 2]: heads and neurons
+    if (layers == 0).any():
         raise ValueError(
-            "--model: a layer of it has lost all its heads or neurons already; it takes --method finetune"
+            "--model: a layer of it has lost all its heads or neurons already; "
+            "it takes --method finetune"
         )
-    counts = np.array(config.layers).sum(0)  # heads, neurons
-    costs = np.array(multiply_accumulates(config, tokens))
+    counts = layers.sum(0)  # [2]
+    costs = np.array(multiply_accumulates(config, tokens))  # [2]
     whole = (counts * costs).sum()
     removed = sparsity * whole
-    parts = np.array([removed / (1 + ffn_share), removed * ffn_share / (1 + ffn_share)])
-    most = (counts - len(config.layers)) * costs
+    most = (counts - len(layers)) * costs  # what can go, as one unit per layer stays
     if removed > most.sum():
         raise ValueError(
-            f"--sparsity {sparsity:g}: no more than {most.sum() / whole:.3f} can go, a unit a layer stays"
+            f"--sparsity {sparsity:g}: no more than {most.sum() / whole:.3f} can go, "
+            "because every layer keeps one head and one neuron"
         )
+    parts = removed * np.array([1, ffn_share]) / (1 + ffn_share)  # what goes of each
     if (parts > most).any():
-        lowest = max(removed / most[0] - 1, 0.01) if most[0] else 2000.0  # more than the highest
-        highest = min(most[1] / (removed - most[1]), 1000.0) if removed > most[1] else 1000.0
-        lowest = math.ceil(100 * lowest) / 100
-        highest = math.floor(100 * highest) / 100
-        possible = (
-            f"{lowest:g} to {highest:g} is"
-            if lowest <= highest
-            else "and no other is; lower --sparsity"
-        )
         raise ValueError(
-            f"--ffn-share {ffn_share:g} is not possible at --sparsity {sparsity:g}, {possible}"
+            f"--ffn-share {ffn_share:g} is not possible at --sparsity {sparsity:g}, "
+            f"{possible_shares(removed, *most)}"
         )
-    return [int(kept) for kept in (counts * costs - parts) / costs + 1e-9]
+    kept = (counts * costs - parts) / costs + 1e-9  # 2.9999999 are three units
+    return [int(n) for n in kept]
+
+
+def possible_shares(removed, most_heads, most_neurons):
+    """Say which --ffn-share would do, to remove so much when heads and neurons can lose so much."""
+    lowest = 2000.0  # more than the highest, because without a head to lose no share will do
+    if most_heads:
+        lowest = max(removed / most_heads - 1, 0.01)
+    highest = 1000.0
+    if removed > most_neurons:
+        highest = min(most_neurons / (removed - most_neurons), highest)
+    # Two decimals, rounded into the range.
+    lowest = math.ceil(100 * lowest) / 100
+    highest = math.floor(100 * highest) / 100
+    if lowest > highest:
+        return "and no other is; lower --sparsity"
+    return f"{lowest:g} to {highest:g} is"
 
 
 def evenly(scores, keep):
-    """Scores [n] of each layer -> the units with the highest ones in each, `keep` in all, the same share everywhere.
+    """Keep about the same share of each layer -> the units with its highest scores, `keep` in all.
 
-    One unit of each layer stays in any case; the share is that of the others. Rounded down; what is missing goes to the
-    layers with the largest fractions.
+    scores: per layer [n]. Every layer keeps one unit. The share is that of its other units.
     """
     others = np.array([len(s) - 1 for s in scores])
-    wanted = 1 + others * (keep - len(scores)) / max(others.sum(), 1)
+    wanted = 1 + others * (keep - len(scores)) / max(others.sum(), 1)  # with fractions
     counts = np.floor(wanted + 1e-9).astype(int)
-    counts[np.argsort(counts - wanted, kind="stable")[: keep - counts.sum()]] += 1
-    return [
-        s.topk(int(count)).indices.sort().values for s, count in zip(scores, counts, strict=True)
-    ]
+    # What is missing after rounding down goes to the layers with the largest fractions.
+    largest = np.argsort(counts - wanted, kind="stable")
+    counts[largest[: keep - counts.sum()]] += 1
+    best = [s.topk(int(count)).indices for s, count in zip(scores, counts, strict=True)]
+    return [indices.sort().values for indices in best]
 
 
 def choose(model, units, examples, keep, device, seed):
-    """-> the heads and the neurons that stay in each layer, a list of tensors of indices each.
+    """-> which heads stay, and which neurons: one tensor of indices per layer each.
 
-    units: "clusters"; or, the same share of each layer, "activation", the strongest, or "random". keep: how many heads
-    and how many neurons in all. Raises ValueError when activations are not finite.
+    units: "clusters", "activation" (the strongest) or "random". The last two keep the same share of
+    each layer. keep: how many heads and how many neurons in all. Raises ValueError if activations
+    are not finite.
     """
-    heads = [count for count, _ in model.config.layers]
+    keep_heads, keep_neurons = keep
+    heads, neurons = zip(*model.config.layers, strict=True)  # how many each layer has
     if units == "random":
         drawn = torch.Generator().manual_seed(seed)
-        counts = zip(*model.config.layers, strict=True)
-        strengths = [[torch.rand(n, generator=drawn) for n in part] for part in counts]
-        return [evenly(strength, k) for strength, k in zip(strengths, keep, strict=True)]
-    of_heads, of_neurons = activations(model, examples, device, seed)
-    head_strengths = [
-        x.abs().mean(0).view(n, -1).mean(1) for x, n in zip(of_heads, heads, strict=True)
-    ]
-    neuron_strengths = [x.abs().mean(0) for x in of_neurons]
-    if units == "activation":
-        return [evenly(head_strengths, keep[0]), evenly(neuron_strengths, keep[1])]
+        head_strengths = [torch.rand(n, generator=drawn) for n in heads]
+        neuron_strengths = [torch.rand(n, generator=drawn) for n in neurons]
+    else:
+        of_heads, of_neurons = activations(model, examples, device, seed)
+        # [T, heads * D] -> [heads, D] -> [heads], and [T, neurons] -> [neurons].
+        means = [x.abs().mean(0) for x in of_heads]
+        head_strengths = [x.view(n, -1).mean(1) for x, n in zip(means, heads, strict=True)]
+        neuron_strengths = [x.abs().mean(0) for x in of_neurons]
+    if units != "clusters":
+        return [evenly(head_strengths, keep_heads), evenly(neuron_strengths, keep_neurons)]
+
     head_apart = [head_distances(x, n) for x, n in zip(of_heads, heads, strict=True)]
     neuron_apart = [neuron_distances(x) for x in of_neurons]
     return [
-        representatives(head_apart, head_strengths, keep[0]),
-        representatives(neuron_apart, neuron_strengths, keep[1]),
+        representatives(head_apart, head_strengths, keep_heads),
+        representatives(neuron_apart, neuron_strengths, keep_neurons),
     ]
 
 
 def shrink(model, heads, neurons):
-    """A new model with only these heads and neurons, a tensor of indices for each layer."""
+    """Make a new model with only these heads and neurons, a tensor of indices per layer each."""
     tensors = model.state_dict()
     names = {group: list(weights) for group, weights in model.prunable().items()}
-    size = model.config.head_size
+    size = model.config.head_size  # D
     for i, (kept_heads, kept_neurons) in enumerate(zip(heads, neurons, strict=True)):
-        rows = (
-            kept_heads[:, None] * size + torch.arange(size)
-        ).flatten()  # [heads, size] -> [heads * size]
-        for group, kept in {
-            "query": rows,
-            "key": rows,
-            "value": rows,
-            "intermediate": kept_neurons,
-        }.items():
+        rows = kept_heads[:, None] * size + torch.arange(size)  # [heads, D]
+        rows = rows.flatten()  # [heads * D]
+        # These matrices make the units: cut their rows, and their biases.
+        outputs = {"query": rows, "key": rows, "value": rows, "intermediate": kept_neurons}
+        for group, kept in outputs.items():
             weight = names[group][i]
             for name in (weight, weight.removesuffix("weight") + "bias"):
                 tensors[name] = tensors[name][kept]
+        # These read the units: cut their columns.
         for group, kept in {"attn_output": rows, "output": kept_neurons}.items():
             weight = names[group][i]
             tensors[weight] = tensors[weight][:, kept].contiguous()
-    counts = {
-        "heads_per_layer": tuple(map(len, heads)),
-        "neurons_per_layer": tuple(map(len, neurons)),
-    }
-    return model.resized(replace(model.config, **counts), tensors)
+    config = replace(
+        model.config,
+        heads_per_layer=tuple(map(len, heads)),
+        neurons_per_layer=tuple(map(len, neurons)),
+    )
+    return model.resized(config, tensors)
 
 
 def prune(model, train, dev, args, device, units):
-    """Method.before: -> (a new model without the units that go, {what: value} for result.json).
+    """Method.before: remove units -> (a new model, {name: value} for result.json).
 
-    args.sparsity: the share of the multiply-accumulates of all heads and neurons that goes, for inputs as long as those
-    of the dev sets; args.ffn_share: see budget. Raises ValueError as budget and choose do.
+    args.sparsity and args.ffn_share: see budget. Inputs count with the mean length of the dev sets.
+    Raises the ValueErrors of budget and choose.
     """
     parallel.require_one_process(f"--method {args.method}")
     tokens = statistics.mean(len(ids) for examples in dev.values() for ids in examples.ids)
@@ -322,30 +364,38 @@ def prune(model, train, dev, args, device, units):
     facts = facts_of(smaller, model, tokens)
     heads, neurons = np.array(facts["layers"]).sum(0)
     all_heads, all_neurons = np.array(facts["whole"]).sum(0)
-    shares = f"{facts['multiply_accumulates']:.4f} of the multiply-accumulates, {facts['density']:.4f} of the weights"
-    print(f"{heads} of {all_heads} heads and {neurons:,} of {all_neurons:,} neurons stay: {shares}")
+    print(
+        f"{heads} of {all_heads} heads and {neurons:,} of {all_neurons:,} neurons stay: "
+        f"{facts['multiply_accumulates']:.4f} of the multiply-accumulates, "
+        f"{facts['density']:.4f} of the weights"
+    )
     return smaller, facts
 
 
 def facts_of(smaller, model, tokens):
-    """What stays of a model; multiply-accumulates are those of heads and neurons alone."""
+    """Describe the units that stay, for result.json. Only heads and neurons count."""
     costs = multiply_accumulates(model.config, tokens)
-    after, before = (np.array(m.config.layers).sum(0) @ costs for m in (smaller, model))
-    kept, weights = (
-        sum(w.numel() for ws in m.prunable().values() for w in ws.values())
-        for m in (smaller, model)
-    )
-    facts = {"layers": smaller.config.layers, "whole": model.config.layers, "tokens": tokens}
-    return facts | {"multiply_accumulates": float(after / before), "density": kept / weights}
+    after = np.array(smaller.config.layers).sum(0) @ costs
+    before = np.array(model.config.layers).sum(0) @ costs
+    return {
+        "layers": smaller.config.layers,
+        "whole": model.config.layers,
+        "tokens": tokens,
+        "multiply_accumulates": float(after / before),
+        "density": prunable_weights(smaller) / prunable_weights(model),
+    }
 
 
-# ffn_share: multiply-accumulates that neurons lose for each that heads lose, see budget().
+def prunable_weights(model):
+    """How many weights the model's prunable matrices have."""
+    groups = model.prunable().values()
+    return sum(weight.numel() for weights in groups for weight in weights.values())
+
+
+# ffn_share: how many multiply-accumulates neurons lose for each one that heads lose, see budget().
 RECIPE = {"sparsity": 0.5, "weight_lr": None, "ffn_share": 5.0}
-for name, units in (
-    ("p-pruning", "clusters"),
-    ("p-activation", "activation"),
-    ("p-random", "random"),
-):
+UNITS = {"p-pruning": "clusters", "p-activation": "activation", "p-random": "random"}
+for name, units in UNITS.items():
     METHODS[name] = Method(
         None, trains=("weights",), recipe=RECIPE, before=partial(prune, units=units)
     )

@@ -1,8 +1,10 @@
-"""The methods that SMP is compared with: their weights train as well, with AdamW, beside the scores or without any.
+"""The methods that SMP is compared with. They train the weights too, with AdamW.
 
-Sources: magnitude pruning, Zhu and Gupta 2017 (arXiv 1710.01878); movement and soft movement pruning, Sanh et al.,
-NeurIPS 2020 (arXiv 2005.07683); L0 regularization, Louizos et al., ICLR 2018 (arXiv 1712.01312); lottery tickets, Chen
-et al., NeurIPS 2020 (arXiv 2007.12223).
+- Magnitude pruning: Zhu and Gupta 2017 (arXiv 1710.01878).
+- Movement and soft movement pruning: Sanh et al., NeurIPS 2020 (arXiv 2005.07683).
+- L0 regularization: Louizos et al., ICLR 2018 (arXiv 1712.01312).
+- Lottery tickets: Chen et al., NeurIPS 2020 (arXiv 2007.12223).
+- Random masks.
 """
 
 import math
@@ -16,7 +18,10 @@ from mask import METHODS, Masks, Method, StraightThrough, mean_sigmoid, smp_l
 
 
 class BothLearn(StraightThrough):
-    """W' = W * M(S) of a weight that trains too: dL/dW = dL/dW' * M, nothing where it is removed."""
+    """W' = W * M(S) for a weight that trains too: dL/dW = dL/dW' * M.
+
+    Removed weights get no gradient.
+    """
 
     @staticmethod
     def forward(ctx, weight, scores, mask):
@@ -28,17 +33,17 @@ class BothLearn(StraightThrough):
     def backward(ctx, grad):
         weight, mask = ctx.saved_tensors
         for_scores = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:  # the scores train too
             for_scores = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
             torch.mul(grad, weight, out=for_scores)
         return grad * mask, for_scores, None
 
 
 class Magnitude(Masks):
-    """Scores are |W| as it is now."""
+    """Scores are the current |W|."""
 
     def make_scores(self, stacks):
-        pass  # they are computed each time
+        pass  # they are computed when they are read
 
     @property
     def scores(self):
@@ -46,7 +51,7 @@ class Magnitude(Masks):
 
 
 class Random(Masks):
-    """Scores are drawn once."""
+    """Scores are drawn once, and stay."""
 
     def make_scores(self, stacks):
         self.scores = {}
@@ -55,24 +60,27 @@ class Random(Masks):
 
 
 class Ticket(Masks):
-    """Scores are |W| of the pretrained weights, for good (lottery ticket)."""
+    """Scores are |W| of the pretrained weights, and stay (lottery ticket)."""
 
     def make_scores(self, stacks):
         self.scores = {group: stack.float().abs() for group, stack in stacks.items()}
 
 
-# --- L0 ------------------------------------------------------------------------------------------------------
+# --- L0 -------------------------------------------------------------------------------------------
 
-BETA = 2 / 3  # temperature, and ends of the stretched interval (section 4)
-GAMMA = -0.1
+# The values of section 4.
+BETA = 2 / 3  # temperature
+GAMMA = -0.1  # ends of the stretched interval
 ZETA = 1.1
-# With noise, a gate is open with probability sigmoid(S + SHIFT); without, it is open where sigmoid(S) > OPEN.
-SHIFT = -BETA * math.log(-GAMMA / ZETA)
-OPEN = -GAMMA / (ZETA - GAMMA)
+SHIFT = -BETA * math.log(-GAMMA / ZETA)  # with noise, P(open gate) is sigmoid(S + SHIFT)
+OPEN = -GAMMA / (ZETA - GAMMA)  # without noise, a gate is open where sigmoid(S) > OPEN
 
 
 def hard_concrete(scores, noise):
-    """Gates in [0, 1] of log alpha = scores (Louizos et al. 2018), drawn (eq. 10 to 12) or, without noise, eq. 13."""
+    """Gates in [0, 1] whose log alpha are the scores (Louizos et al. 2018).
+
+    They are drawn (eq. 10 to 12), or without noise computed (eq. 13).
+    """
     if noise:
         u = torch.rand_like(scores).clamp(1e-6, 1 - 1e-6)
         scores = (scores + u.log() - (-u).log1p()) / BETA
@@ -80,12 +88,12 @@ def hard_concrete(scores, noise):
 
 
 class Gates(Masks):
-    """L0: weights are multiplied with random gates, not with a mask, and the regularizer counts the open ones."""
+    """L0: random gates in place of a mask. The regularizer is the expected share of open gates."""
 
     def make_scores(self, stacks):
         super().make_scores(stacks)
         for scores in self.scores.values():
-            scores.data.fill_(math.log(0.9 / 0.1))  # nine in ten gates are open
+            scores.data.fill_(math.log(0.9 / 0.1))  # so nine in ten gates are open
 
     def stacked(self, density):
         open_share = mean_sigmoid({group: s + SHIFT for group, s in self.scores.items()}).mean()
@@ -97,32 +105,28 @@ class Gates(Masks):
 
     @torch.no_grad()
     def final_weights(self, density, dtype=None):
-        masks = self.choose(density)
         gated = {}
         for group, weight in self.weights.items():
             gated[group] = weight * hard_concrete(self.scores[group], noise=False)
-        return {
-            n: weight.to(dtype or self.dtype) * masks[n]
-            for n, weight in self.by_name(gated).items()
-        }
+        # The mask closes the gates beyond the density, too.
+        final = self.by_name(gated)
+        for name, mask in self.choose(density).items():
+            final[name] = final[name].to(dtype or self.dtype) * mask
+        return final
 
 
-WEIGHTS = ("weights",)
-BOTH = ("scores", "weights")
+# --- the rows -------------------------------------------------------------------------------------
+
+ONCE = {"sparsity": 0.5, "weight_lr": None}
 GRADUAL = {"sparsity": 0.5, "hold": 0.0, "ramp": None, "schedule": None, "weight_lr": None}
 LEARNED = GRADUAL | {"lr": 1e-2, "penalty": 400.0}
-SOFT = Method(above_threshold, rule=BothLearn, trains=BOTH, recipe=LEARNED)
+FIXED = Method(smp_l, rule=BothLearn, trains=("weights",), recipe=GRADUAL)
+SOFT = Method(above_threshold, rule=BothLearn, trains=("scores", "weights"), recipe=LEARNED)
 METHODS |= {
-    "magnitude": Method(smp_l, rule=BothLearn, trains=WEIGHTS, recipe=GRADUAL, masks=Magnitude),
+    "magnitude": replace(FIXED, masks=Magnitude),
     "movement": replace(SOFT, how_many=smp_l, recipe=LEARNED | {"penalty": 0.0}),
     "soft-movement": SOFT,
     "l0": replace(SOFT, how_many=partial(above_threshold, tau=OPEN), masks=Gates),
-    "ticket": Method(
-        smp_l,
-        rule=BothLearn,
-        trains=WEIGHTS,
-        recipe={"sparsity": 0.5, "weight_lr": None},
-        masks=Ticket,
-    ),
-    "random": Method(smp_l, rule=BothLearn, trains=WEIGHTS, recipe=GRADUAL, masks=Random),
+    "ticket": replace(FIXED, recipe=ONCE, masks=Ticket),
+    "random": replace(FIXED, masks=Random),
 }

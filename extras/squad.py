@@ -1,7 +1,8 @@
-"""SQuAD v1.1: answers are spans of a paragraph; two label words, read at every token, mark their start and end.
+"""SQuAD v1.1: find the answer to a question as a span of a paragraph.
 
-Questions without an answer (SQuAD 2.0) are refused. Sources: Rajpurkar et al., EMNLP 2016, for data and metrics;
-Devlin et al. 2019 for windows over long paragraphs and n-best decoding.
+The model scores two label words at every token, one for the start of the answer and one for its
+end. Questions without an answer (SQuAD 2.0) are not supported. Data and metrics follow Rajpurkar et
+al., EMNLP 2016. Windows over long paragraphs and n-best decoding follow Devlin et al. 2019.
 
     python train.py --task squad
 """
@@ -27,30 +28,38 @@ MD5 = {
     "train-v1.1.json": "981b29407e0affa3b1b156f72073b945",
     "dev-v1.1.json": "3e85deb501d4e538b6bc56f786231552",
 }
-STRIDE = 128  # tokens that neighbouring windows share, at most a third of a window
-LONGEST_QUESTION = 64  # tokens, at most a third of a window; longer ones are cut
-SHORTEST_WINDOW = 16  # tokens: thirds of fewer leave no room for the special tokens
-N_BEST = 20  # candidates for start and end
-LONGEST_ANSWER = 30  # tokens
+# All in tokens.
+STRIDE = 128  # neighbouring windows share so many, or a third of a short window
+LONGEST_QUESTION = 64  # longer questions are cut, in a short window to a third of it
+SHORTEST_WINDOW = 16  # a third of fewer leaves no room for the special tokens
+LONGEST_ANSWER = 30
+N_BEST = 20  # candidates for the start, and for the end
 
 
 @dataclass(frozen=True)
 class Windows(Examples):
-    """Examples whose labels are (start, end) token positions, (0, 0) where the window does not hold the answer."""
+    """Examples that are windows: a question and a part of its paragraph.
 
-    owner: list  # number of each window's question
-    spans: list  # of each window: characters of each token in the paragraph [S, 2]; -1 outside the paragraph
-    questions: list  # dicts: id, question, context, answers [(character, text)]
+    The label is the (start, end) token of the answer, (0, 0) if the window does not contain it.
+    """
+
+    owner: list  # per window the index of its question
+    # Per window [S, 2]: where each token begins and ends in the paragraph, or -1 outside it.
+    spans: list
+    questions: list  # dicts: id, question, context, answers [(first character, text)]
 
     def num_questions(self):
         return len(self.questions)
 
     def reduce_logits(self, logits, labels):
-        """Logits [B, 2, S] of the tokens -> all of one S, that of the longest window allowed."""
+        """Pad logits [B, 2, S] to the longest S that is allowed, so that batches can be joined."""
         return F.pad(logits, (0, self.limit - logits.shape[2]), value=-1e4)
 
     def score(self, logits, names, metrics):
-        """{"f1": F1, "em": exact match}, each 0 to 1: the best over a question's answers, averaged over questions."""
+        """{"f1": F1, "em": exact match}, both from 0 to 1, averaged over the questions.
+
+        A question with several true answers counts the one that fits best.
+        """
         best, exact = [], []
         for text, question in zip(answers(logits, self), self.questions, strict=True):
             true = [answer for _, answer in question["answers"]]
@@ -59,11 +68,11 @@ class Windows(Examples):
         return {"f1": float(np.mean(best)), "em": float(np.mean(exact))}
 
 
-# --- files ---------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def fetch_squad(task, split):
-    """Download a split of SQuAD v1.1 into the cache."""
+    """Task.fetch: download a split of SQuAD v1.1 into the cache."""
     name = task.file.format(split)
     path = fetch.cache() / "glue" / task.folder / name
     url = f"{(os.environ.get('SQUAD_URL') or URL).rstrip('/')}/{name}"
@@ -72,7 +81,7 @@ def fetch_squad(task, split):
 
 
 def read_articles(path):
-    """The articles of a SQuAD file, as it has them. Raises ValueError when it has none."""
+    """Return the list of articles in a SQuAD file. Raises ValueError if it has none."""
     stored = read_json(path)
     if not isinstance(stored, dict) or not isinstance(stored.get("data"), list):
         raise ValueError(f"{path} is not a SQuAD v1.1 file: it has no list of articles under data")
@@ -80,34 +89,32 @@ def read_articles(path):
 
 
 def read_squad(path):
-    """Questions of a file -> (list of dicts, notes on what is odd in the file but not fatal).
+    """Read the questions of a file -> (list of dicts, notes on oddities that are not fatal).
 
-    Raises ValueError that names the file when it is not SQuAD v1.1 or holds no question.
+    Raises ValueError that names the file if it is not SQuAD v1.1 or has no questions.
     """
     questions = []
-    empty = elsewhere = 0
+    empty = 0
     try:
         for article in read_articles(path):
             paragraphs = article.get("paragraphs") or []
             empty += not paragraphs
             for paragraph in paragraphs:
-                for asked in paragraph["qas"]:
-                    found = [(int(a["answer_start"]), str(a["text"])) for a in asked["answers"]]
-                    question = {"id": str(asked["id"]), "question": str(asked["question"]).strip()}
-                    question |= {"context": str(paragraph["context"]), "answers": found}
-                    questions.append(question)
-                    elsewhere += sum(misplaced(question, answer) for answer in found)
+                questions += read_paragraph(paragraph)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{path} is not a SQuAD v1.1 file ({type(error).__name__}: {error})"
         ) from None
     if not questions:
         raise ValueError(f"{path} holds no questions")
+
+    elsewhere = 0
     for question in questions:
         if not question["answers"]:
             raise ValueError(
                 f"{path}: question {question['id']} has no answer; SQuAD 2.0 is not supported"
             )
+        elsewhere += sum(misplaced(question, answer) for answer in question["answers"])
     notes = {
         "answers that are not where the file says": elsewhere,
         "articles without paragraphs": empty,
@@ -115,20 +122,35 @@ def read_squad(path):
     return questions, [f"{path}: {what}: {count}" for what, count in notes.items() if count]
 
 
+def read_paragraph(paragraph):
+    """Yield the questions about a paragraph, see Windows.questions."""
+    for asked in paragraph["qas"]:
+        found = [(int(a["answer_start"]), str(a["text"])) for a in asked["answers"]]
+        yield {
+            "id": str(asked["id"]),
+            "question": str(asked["question"]).strip(),
+            "context": str(paragraph["context"]),
+            "answers": found,
+        }
+
+
 def misplaced(question, answer):
+    """Whether the paragraph has another text where the answer should be."""
     start, text = answer
     return question["context"][start : start + len(text)] != text
 
 
 def trimmed(answer):
-    """An answer (character, text) -> its (first, last) character, without what BERT drops at its ends."""
+    """An answer (first character, text) -> where the part that BERT reads begins and ends."""
     start, text = answer
-    seen = [i for i, character in enumerate(text) if not dropped(character)]
-    return (start + seen[0], start + seen[-1] + 1) if seen else (start, start)
+    read = [i for i, character in enumerate(text) if not dropped(character)]
+    if not read:
+        return start, start
+    return start + read[0], start + read[-1] + 1
 
 
 def dropped(character):
-    """Spaces, controls, signs of no meaning, and the accent that follows its letter as a character of its own."""
+    """Whether BERT drops a character: space, control, format, or an accent after its letter."""
     return (
         character.isspace()
         or character == "\ufffd"
@@ -137,23 +159,27 @@ def dropped(character):
 
 
 def label(spans, answer):
-    """Token positions (start, end) of an answer (character, text) in a window; (0, 0) if it is not wholly there."""
+    """The (start, end) token of an answer in a window. (0, 0) if it is not wholly in the window."""
     first, last = trimmed(answer)
-    starts = np.flatnonzero((spans[:, 0] <= first) & (spans[:, 1] > first))
-    ends = np.flatnonzero((spans[:, 0] < last) & (spans[:, 1] >= last))
-    return (int(starts[0]), int(ends[0])) if last > first and len(starts) and len(ends) else (0, 0)
+    begin, end = spans.T  # [S, 2] -> two of [S]
+    with_first = (begin <= first) & (end > first)  # the token of the first character
+    with_last = (begin < last) & (end >= last)
+    if last > first and with_first.any() and with_last.any():
+        return int(with_first.argmax()), int(with_last.argmax())
+    return 0, 0
 
 
 def cut(question, tokenizer):
-    """A question as far as the tokenizer, cutting, reads it."""
+    """The part of a question that the tokenizer keeps when it truncates."""
     (encoded,) = encode_texts(tokenizer, [question])
     return question[: max(end for _, end in encoded.offsets)]
 
 
 def make_windows(questions, tokenizer, length, training=False):
-    """Cut question and paragraph into windows of `length` tokens -> Windows, labelled with each first answer.
+    """Cut questions and their paragraphs into Windows of `length` tokens.
 
-    In training, a question whose answer is in none of its windows is left out. Raises ValueError for too short windows.
+    Each is labelled with the first of its answers. In training, a question is left out if none of
+    its windows contains the answer. Raises ValueError if the windows are too short.
     """
     if length < SHORTEST_WINDOW:
         raise ValueError(
@@ -165,28 +191,25 @@ def make_windows(questions, tokenizer, length, training=False):
     tokenizer.enable_truncation(length, stride=min(STRIDE, length // 3), strategy="only_second")
 
     windows = Windows([], [], [], length, [], [], [])
-    for start in progress(
-        range(0, len(questions), 256), "cutting windows"
-    ):  # in parts: encodings are large
-        part = slice(start, start + 256)
-        for question, encoding in zip(
-            questions[part], encode_texts(tokenizer, texts[part]), strict=True
-        ):
+    for start in progress(range(0, len(questions), 256), "cutting windows"):
+        part = slice(start, start + 256)  # encodings are large, so take some at a time
+        encodings = encode_texts(tokenizer, texts[part])
+        for question, encoding in zip(questions[part], encodings, strict=True):
             add_windows(windows, question, [encoding, *encoding.overflowing], training)
     return windows
 
 
 def add_windows(windows, question, encodings, training):
-    """Append a question's windows; in training none of a question whose answer is not where the file says."""
+    """Append a question's windows. In training, skip a question that would teach nonsense."""
     answer = question["answers"][0]
     spans, labels = [], []
     for encoding in encodings:
-        inside = np.array([text == 1 for text in encoding.sequence_ids])
-        spans.append(np.where(inside[:, None], np.array(encoding.offsets), -1))
+        # Text 0 is the question, text 1 the paragraph. Special tokens belong to neither.
+        inside = np.array([text == 1 for text in encoding.sequence_ids])  # [S]
+        spans.append(np.where(inside[:, None], np.array(encoding.offsets), -1))  # [S, 2]
         labels.append(label(spans[-1], answer))
-    if training and (
-        misplaced(question, answer) or set(labels) == {(0, 0)}
-    ):  # it would teach nonsense
+    nowhere = set(labels) == {(0, 0)}
+    if training and (nowhere or misplaced(question, answer)):
         return
 
     windows.ids.extend(encoding.ids for encoding in encodings)
@@ -198,16 +221,18 @@ def add_windows(windows, question, encodings, training):
 
 
 def read_windows(task, path, tokenizer):
-    """Task.read: a SQuAD file -> Windows of the length at which the tokenizer cuts; what is odd in it is printed.
+    """Task.read: a SQuAD file -> Windows, as long as the tokenizer's truncation. Prints oddities.
 
-    Raises ValueError when no question can be learnt from.
+    Raises ValueError if every question would be left out.
     """
     questions, notes = read_squad(path)
     training = path.name == task.file.format("train")
     windows = make_windows(questions, tokenizer, tokenizer.truncation["max_length"], training)
     if lost := len(questions) - windows.num_questions():
-        why = "their answers are not where it says, or longer than a window (--length)"
-        notes.append(f"{path}: left out {lost} of {len(questions)} questions; {why}")
+        notes.append(
+            f"{path}: left out {lost} of {len(questions)} questions; their answers are not "
+            "where it says, or longer than a window (--length)"
+        )
     if not len(windows):
         raise ValueError(
             f"{path}: no answer is where the file says, or all are longer than a window (--length)"
@@ -217,45 +242,49 @@ def read_windows(task, path, tokenizer):
     return windows
 
 
-# --- answers -------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 def best_spans(logits, spans):
-    """Logits [2, S] and characters [S, 2] of a window -> (score, first character, last) of its best answer.
+    """Find the best answer in a window -> (score, where it begins, where it ends in the paragraph).
 
-    Only spans of at most 30 tokens inside the paragraph count; score -inf and an empty span if there is none.
+    logits [2, S'], where S' may reach over padding. spans [S, 2]. The answer has at most 30 tokens,
+    all inside the paragraph. If there is none, the score is -inf and the span is empty.
     """
-    size = len(spans)  # logits may reach further, over padding
-    scores = np.where(spans[:, 0] >= 0, logits[:, :size], -np.inf)
-    start, end = np.argsort(-scores, kind="stable")[:, :N_BEST]  # tokens
-    total = scores[0, start][:, None] + scores[1, end][None, :]  # [starts, ends]
-    tokens = end[None, :] - start[:, None] + 1
+    inside = spans[:, 0] >= 0  # [S]
+    scores = np.where(inside, logits[:, : len(spans)], -np.inf)  # [2, S]
+    # Pair the 20 best starts with the 20 best ends.
+    starts, ends = np.argsort(-scores, kind="stable")[:, :N_BEST]  # tokens [20] each
+    total = scores[0, starts][:, None] + scores[1, ends]  # [20, 20]
+    tokens = ends - starts[:, None] + 1  # [20, 20]: the lengths
     total[(tokens < 1) | (tokens > LONGEST_ANSWER)] = -np.inf
     i, j = np.unravel_index(total.argmax(), total.shape)
-    if total[i, j] == -np.inf:
-        return -np.inf, 0, 0
-    return total[i, j], spans[start[i], 0], spans[end[j], 1]
+    score = total[i, j]
+    if score == -np.inf:
+        return score, 0, 0
+    return score, spans[starts[i], 0], spans[ends[j], 1]
 
 
 def answers(logits, windows):
-    """Logits [N, 2, S] of Windows -> the best answer text to each question, over all its windows."""
-    best = [(-np.inf, 0, 0)] * len(windows.questions)
+    """Logits [N, 2, S] of Windows -> per question the text of the best answer in its windows."""
+    texts = [""] * len(windows.questions)
+    best = [-np.inf] * len(windows.questions)  # the score of each text
     for window, owner, spans in zip(logits.numpy(), windows.owner, windows.spans, strict=True):
-        best[owner] = max(best[owner], best_spans(window, spans), key=lambda found: found[0])
-    return [
-        q["context"][first:last]
-        for q, (_, first, last) in zip(windows.questions, best, strict=True)
-    ]
+        score, first, last = best_spans(window, spans)
+        if score > best[owner]:
+            best[owner] = score
+            texts[owner] = windows.questions[owner]["context"][first:last]
+    return texts
 
 
 def normalise(text):
-    """Lower case, no punctuation, no articles, single spaces: as the official evaluation compares answers."""
+    """Normalise an answer like the official evaluation: no case, punctuation or articles."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def f1(predicted, true):
-    """Harmonic mean of precision and recall over the words of two answers."""
+    """The harmonic mean of precision and recall, over the words of two answers."""
     predicted = normalise(predicted).split()
     true = normalise(true).split()
     shared = sum((Counter(predicted) & Counter(true)).values())
@@ -263,7 +292,7 @@ def f1(predicted, true):
 
 
 def format_answer(texts, tokenizer, logits_of, args):
-    """Task.format_answer: the answer to a question (texts[0]) from a paragraph (texts[1]), a line."""
+    """Task.format_answer: answer a question (texts[0]) from a paragraph (texts[1]) -> [answer]."""
     question = {"id": "--text", "question": texts[0], "context": texts[1], "answers": [(0, "")]}
     windows = make_windows([question], tokenizer, tokenizer.truncation["max_length"])
     return answers(logits_of(windows), windows)
@@ -271,5 +300,6 @@ def format_answer(texts, tokenizer, logits_of, args):
 
 TASKS["squad"] = Task(
     "squad", ("question", "context"), "answers", {"start": "no", "end": "yes"}, ("f1", "em"),
-    {"epochs": 10, "length": 384, "ramp": 0.82}, test=(), file="{}-v1.1.json", fetch=fetch_squad, every_token=True, read=read_windows, format_answer=format_answer,
+    {"epochs": 10, "length": 384, "ramp": 0.82}, test=(), file="{}-v1.1.json", fetch=fetch_squad,
+    every_token=True, read=read_windows, format_answer=format_answer,
 )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Variations on SMP: what else could be ranked, kept or learned. results/README.md has their figures.
+"""Variations on SMP: other counts, other rankings, and biases that train too.
 
-SMP-G and SMP-T are the paper's own (Table 3).
+SMP-G and SMP-T are the paper's own (Table 3). results/README.md has the figures of all.
 
     python train.py --method smp-bias --sparsity 0.9
 """
@@ -13,7 +13,7 @@ from mask import METHODS, SMP, Method, smp_l, smp_s, thresholds
 
 
 def smp_g(importance, sizes, density, scores, exact):
-    """SMP-G: as many of each matrix as are among the int(v * n) highest scores of the whole model.
+    """SMP-G: keep the int(v * n) highest scores of the whole model, however many of each matrix.
 
     Some matrices may lose nearly everything.
     """
@@ -32,9 +32,9 @@ def smp_g(importance, sizes, density, scores, exact):
 
 
 def above_threshold(importance, sizes, density, scores, exact, tau=0.1):
-    """SMP-T: whatever has sigmoid(S) > tau, so the density is not under control.
+    """SMP-T: keep every weight with sigmoid(S) > tau. This does not control the density.
 
-    exact: of these, no more than SMP-G would keep.
+    exact: keep no more of them than SMP-G would.
     """
     above = torch.stack([(torch.sigmoid(s) > tau).sum((1, 2)) for s in scores.values()])
     if exact:
@@ -46,15 +46,16 @@ def above_threshold(importance, sizes, density, scores, exact, tau=0.1):
 
 
 def by_size(weights, scores):
-    """smp-w: |W| sigmoid(S), so that a small weight needs a higher score to stay."""
+    """smp-w: rank by |W| sigmoid(S), so that a small weight needs a higher score to stay."""
     return {group: weights[group].abs() * torch.sigmoid(s) for group, s in scores.items()}
 
 
 def two_of_four(weights, scores):
-    """smp-2:4: of each four weights in a row the two highest first, then all others.
+    """smp-2:4: rank the two highest of each four weights in a row before all other weights.
 
-    So at density 0.5 exactly two of four stay, a pattern that some GPUs know. In training on a GPU,
-    where thresholds are estimated, 0.1 % may break it. Raises ValueError for rows without fours.
+    So at density 0.5 exactly two of four stay, a pattern that some GPUs support. In training on a
+    GPU, where thresholds are estimated, 0.1 % may break it. Raises ValueError if rows cannot be
+    divided into fours.
     """
     lifted = {}
     for group, s in scores.items():

@@ -37,17 +37,20 @@ SPECIAL = {
 
 def describe_missing(folder):
     """Say what is missing from a model folder, for example "has no config.json"; "" if nothing."""
-    if not (folder / "config.json").exists():
+
+    def has_any(*names):
+        return any((folder / name).exists() for name in names)
+
+    if not has_any("config.json"):
         return "has no config.json"
-    if not (folder / "tokenizer.json").exists() and not (folder / "vocab.txt").exists():
+    if not has_any("tokenizer.json", "vocab.txt"):
         return "has no tokenizer.json"
-    if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
+    if has_any(WEIGHTS, INDEX):
         return ""
-    if (folder / "pytorch_model.bin").exists():
+    if has_any("pytorch_model.bin"):
         return (
-            "has pytorch_model.bin, which is not read because it could run code; "
-            "model.save_pretrained(FOLDER, safe_serialization=True) "
-            f"of transformers writes it as {WEIGHTS}"
+            "has pytorch_model.bin, which is not read because it could run code; transformers' "
+            f"model.save_pretrained(FOLDER, safe_serialization=True) writes it as {WEIGHTS}"
         )
     return f"has no {WEIGHTS} (python -m tools.fresh {folder} makes random ones for a GPT-2)"
 
@@ -57,9 +60,10 @@ def read_model(folder):
 
     Raises ValueError that names what cannot be read.
     """
-    stored = read_json(folder / "config.json")
+    path = folder / "config.json"
+    stored = read_json(path)
     if not isinstance(stored, dict):
-        raise ValueError(f"{folder / 'config.json'} is not a JSON object")
+        raise ValueError(f"{path} is not a JSON object")
     tensors = {}
     for path in weight_files(folder):
         for name, tensor in read_tensors(path):
@@ -73,11 +77,13 @@ def weight_files(folder):
     """List the files that hold the weights: one, or those that an index names."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
-    index = read_json(folder / INDEX)
+    path = folder / INDEX
+    index = read_json(path)
     try:
-        return [folder / str(name) for name in sorted(set(index["weight_map"].values()))]
+        names = set(index["weight_map"].values())
+        return [folder / str(name) for name in sorted(names)]
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{folder / INDEX} has no weight_map") from None
+        raise ValueError(f"{path} has no weight_map") from None
 
 
 def read_tensors(path):
@@ -88,8 +94,7 @@ def read_tensors(path):
     with open(require_regular_file(path), "rb") as file:
         if file.read(24).startswith(b"version https://git-lfs"):
             raise ValueError(
-                f"{path} is a pointer of git-lfs, not the weights: "
-                "run git lfs pull in its repository"
+                f"{path} is a git-lfs pointer, not the weights; run git lfs pull in its repository"
             )
     try:
         stored = load_file(path)
@@ -116,23 +121,24 @@ def pack_weights(tensors):
     return save(tensors, {"format": "pt"})  # older versions of transformers insist on a format
 
 
-# --- tokenizers -------------------------------------------------------------------------------
+# --- tokenizers -----------------------------------------------------------------------------------
 
 
 def tokenizer_bytes(folder):
     """Return the folder's tokenizer.json, or build one from its vocab.txt as BERT's authors did."""
-    if (folder / "tokenizer.json").exists():
-        return require_regular_file(folder / "tokenizer.json").read_bytes()
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return require_regular_file(path).read_bytes()
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
-    lines = require_regular_file(folder / "vocab.txt").read_text("utf-8").splitlines()
+    path = folder / "vocab.txt"
+    lines = require_regular_file(path).read_text("utf-8").splitlines()
     words = {word: i for i, word in enumerate(lines)}
     special = [(token, words[token]) for token in ("[CLS]", "[SEP]") if token in words]
     if len(special) < 2:
-        raise ValueError(
-            f"{folder / 'vocab.txt'} has no [CLS] and [SEP]; give the folder a tokenizer.json"
-        )
+        raise ValueError(f"{path} has no [CLS] and [SEP]; give the folder a tokenizer.json")
 
+    # The tokenizer of BERT's authors: words, then pieces of words.
     tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
     lowercase = config.get("do_lower_case", True) is not False
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
@@ -189,17 +195,17 @@ def tokenizer_config(folder, length):
     vocabulary = open_tokenizer(folder).get_vocab()
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
     for name, tokens in SPECIAL.items():
-        known = [token for token in tokens if token in vocabulary]
-        if known:
-            config[name] = known[0]
+        for token in tokens:
+            if token in vocabulary:
+                config.setdefault(name, token)
     return json_bytes(config)
 
 
 def cutting_tokenizer(folder, length):
-    """The tokenizer of a model folder, set to cut at `length` tokens, and not to pad.
+    """Open a model folder's tokenizer, and set it to cut at `length` tokens and not to pad.
 
-    It cuts the longer text of a pair first. Raises ValueError if it cannot read any text, or puts no
-    [CLS] before it.
+    It cuts the longer text of a pair first. Raises ValueError if it cannot read every text, or puts
+    no [CLS] first.
     """
     tokenizer = open_tokenizer(folder)
     try:
@@ -210,7 +216,7 @@ def cutting_tokenizer(folder, length):
         raise ValueError(f"{folder}: its tokenizer.json is not valid: {error}") from None
     if not tokenizer.encode("a").special_tokens_mask[0]:
         raise ValueError(
-            f"{folder}: its tokenizer.json puts no [CLS] before a text, and the answer is read there"
+            f"{folder}: its tokenizer.json puts no [CLS] before a text, where the answer is read"
         )
     return tokenizer
 
@@ -221,13 +227,13 @@ PER_LAYER = ("heads_per_layer", "neurons_per_layer")
 
 
 def read_config(stored, kind, families, only):
-    """config.json as a dict -> kind, a dataclass of numbers under the names of the file.
+    """Make a config, a dataclass of type `kind`, from config.json as a dict.
 
-    families: {model_type: padding id}. only: {key: the one value that is supported}. Raises
-    ValueError that names the key of a model that cannot be computed here.
+    The fields have the names of the file. families: {model_type: padding id}. only: {key: the one
+    value that is supported}. Raises ValueError that names the key of an unsupported value.
     """
     family = stored.get("model_type", "bert")
-    if family not in list(families):  # a list, as the file may hold what has no hash
+    if family not in list(families):  # a list, because the file may hold an unhashable value
         known = ", ".join(families)
         raise ValueError(f"model_type is {family!r}; the models for this task are {known}")
     for name, value in only.items():
@@ -239,7 +245,7 @@ def read_config(stored, kind, families, only):
     for field in fields(kind):
         if field.type in (int, float):
             values[field.name] = read_number(stored, field)
-    whole = kind(**values)  # before it lost any heads or neurons
+    whole = kind(**values)  # the model before it lost any heads or neurons
     heads, _ = whole.layers[0]
     if whole.hidden_size % heads:
         raise ValueError("its width is not divisible by its number of attention heads")
@@ -251,7 +257,7 @@ def read_config(stored, kind, families, only):
 
 
 def read_number(stored, field):
-    """The number of a field. Raises ValueError if it is missing, or out of range."""
+    """Read the number of a field. Raises ValueError if it is missing or out of range."""
     value = stored.get(field.name, field.default)
     if value is MISSING:
         raise ValueError(f"it lacks {field.name}")
@@ -267,7 +273,7 @@ def read_number(stored, field):
 
 
 def read_counts(stored, name, layers, most):
-    """heads_per_layer or neurons_per_layer: for each layer a number from 0 to `most`, or nothing."""
+    """Read heads_per_layer or neurons_per_layer: a number from 0 to `most` per layer, or none."""
     counts = stored.get(name, [])
     valid = isinstance(counts, list) and len(counts) in (0, layers)
     if valid and all(type(count) is int and 0 <= count <= most for count in counts):
@@ -279,23 +285,27 @@ def read_counts(stored, name, layers, most):
 
 
 def build_from(make, tensors):
-    """make() -> a model, which is built of tensors {name: tensor} and keeps them.
+    """Build the model that make() returns from tensors {name: tensor}, without copying them.
 
-    Raises ValueError that names a tensor that is missing, unknown or misshapen.
+    Raises ValueError that names a missing, unknown or misshapen tensor.
     """
-    with torch.device("meta"), warnings.catch_warnings():  # no memory and no random numbers
-        warnings.simplefilter("ignore", UserWarning)  # a layer without heads has nothing to fill
+    # On the meta device, make() takes no memory and draws no random numbers.
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a layer without heads: nothing to initialise
         model = make()
     try:
         model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:  # its lines name the tensors
+    except RuntimeError as error:  # its second line names the first such tensor
         reason = str(error).splitlines()[1].strip()
         raise ValueError(reason[:200]) from None
     return model
 
 
 def model_files(folder, tensors, config):
-    """{name: bytes} of a model folder like `folder`, with these tensors and config's layer sizes."""
+    """Pack a model -> {name: bytes}, a folder like `folder`, but with these tensors.
+
+    The layer sizes are those of config.
+    """
     stored = read_json(folder / "config.json")
     for name in PER_LAYER:
         stored[name] = getattr(config, name)

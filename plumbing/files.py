@@ -3,8 +3,8 @@
 A sealed file is a safetensors file. Its metadata hold a format, a description (JSON) and the sha256
 of everything. Masks and checkpoints are sealed files.
 
-    write_whole(path, seal("smp-checkpoint-2", {"scores": tensor}, {"step": 300}))
-    tensors, description = unseal(path, "smp-checkpoint-2")
+    write_whole(path, seal("smp-checkpoint-3", {"scores": tensor}, {"step": 300}))
+    tensors, description = unseal(path, "smp-checkpoint-3")
 """
 
 import errno
@@ -215,7 +215,8 @@ def unseal(path, file_format):
         # KeyError: torch does not know the dtype.
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     if header.get("format") != file_format:
-        raise ValueError(f"{path} is not a file of format {file_format}")
+        found = header.get("format")
+        raise ValueError(f"{path} is not a file of format {file_format}, but of {found}")
 
     text = header.get("description", "")
     if header.get("sha256") != digest(tensors, file_format + text):

@@ -1,7 +1,8 @@
-"""A run's folder: one process writes to it, everything in it can be trusted, and an interrupted run continues.
+"""The folder of a run. One process writes to it, and an interrupted run can continue from it.
 
-log.jsonl has a line for each log interval and evaluation; checkpoint.safetensors holds all that a run needs to continue
-as if it had never stopped; result.json is written last.
+log.jsonl gets a line per log interval and per evaluation. checkpoint.safetensors holds everything
+that a run needs to continue as if it had never stopped. result.json is written last, so a folder
+that has one is complete.
 
     run = Run(folder, argv)  # or interrupted_run(folder)
     with run:  # holds the folder
@@ -29,7 +30,7 @@ from plumbing.checkpoints import tokenizer_bytes
 from plumbing.cli import code_version, flag
 
 LOG, CHECKPOINT, RESULT = "log.jsonl", "checkpoint.safetensors", "result.json"
-# What else a run writes into its folder.
+# The other files that a run writes into its folder.
 WRITTEN = {
     "mask.safetensors",
     "model.safetensors",
@@ -37,17 +38,17 @@ WRITTEN = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-FORMAT = "smp-checkpoint-2"
-# What a checkpoint says beside its tensors. identity: what the run depends on; seconds: spent; log: bytes of the log.
+FORMAT = "smp-checkpoint-3"  # 2 had other settings in its identity
+# A checkpoint holds these beside its tensors.
 STATE = {
-    "step": int,
-    "evaluations": list,
-    "argv": list,
-    "identity": dict,
-    "seconds": float,
-    "log": int,
+    "step": int,  # how many steps are done
+    "evaluations": list,  # see Run.evaluations
+    "argv": list,  # the words of the command
+    "identity": dict,  # everything that the run depends on, see check_identity
+    "seconds": float,  # of computation so far
+    "log": int,  # the size of the log in bytes
 }
-# What result.json, or the description of a mask file, must say, beside much else.
+# result.json, and the description of a mask file, must hold these. They hold much else.
 DESCRIBED = {
     "task": str,
     "method": str,
@@ -56,31 +57,32 @@ DESCRIBED = {
     "length": int,
     "head": str,
     "final": dict,
-}
-DESCRIBED |= {
     "fingerprint": str,
     "tokenizer": str,
     "config": str,
     "sha256": dict,
     "density": float,
     "device": str,
+    "dtype": str,
+    "data_dir": (str, type(None)),
 }
-DESCRIBED |= {"dtype": str, "data_dir": (str, type(None))}
 CHOICES = {"head": ("words", "classifier"), "dtype": ("float32", "bfloat16")}
 
 
 class Run:
-    """A run in `folder`. argv: the words of its command; state: what an interrupted run saved, see STATE.
+    """A run in `folder`. argv: the words of its command. state: from a checkpoint, see STATE.
 
-    Raises ValueError, here and again when the folder is held, if the folder is not new, empty or of a run that saved
-    nothing, which the new one replaces.
+    Without a state the run is new. Its folder must be new or empty, or the folder of a run that
+    saved nothing, which the new run replaces. Otherwise this raises ValueError, here or when it is
+    entered.
     """
 
     def __init__(self, folder, argv, state=None):
         self.folder = Path(folder)
+        self.checkpoint = self.folder / CHECKPOINT
         self.argv = argv
         self.resumed = state is not None
-        self.stopped = False  # whether SIGINT or SIGTERM came
+        self.stopped = False  # whether SIGINT or SIGTERM has arrived
         if not self.resumed:
             state = {"step": 0, "evaluations": [], "identity": {}, "seconds": 0.0, "log": 0}
             self.check_free()
@@ -88,45 +90,49 @@ class Run:
         self.evaluations = state["evaluations"]  # dicts with step, density and dev metrics
         self.identity = state["identity"]
         self.began = time.time() - state["seconds"]
-        self.log_size = state[
-            "log"
-        ]  # what lies beyond came after the checkpoint, and will come again
+        # The lines beyond were logged after the checkpoint. They will be logged again.
+        self.log_size = state["log"]
 
     @property
     def seconds(self):
         return time.time() - self.began
 
     def check_free(self):
+        """Raise ValueError if a new run must not write into the folder."""
         if parallel.rank() > 0 or not self.folder.exists():
             return
+        what = f"--out: {self.folder}"
         if not self.folder.is_dir():
-            raise ValueError(f"--out: {self.folder} is not a folder")
+            raise ValueError(f"{what} is not a folder")
         found = {path.name for path in self.folder.iterdir()}
         if RESULT in found:
             raise ValueError(
-                f"--out: {self.folder} holds a finished run; name another folder or seed, or delete it"
+                f"{what} holds a finished run; name another folder or seed, or delete it"
             )
         if CHECKPOINT in found:
-            how = f"--resume {self.folder} continues it"
-            raise ValueError(f"--out: {self.folder} holds an interrupted run; {how}, or delete it")
-        others = {name for name in found - {LOG} if not files.PART.fullmatch(name)}
-        if others - WRITTEN or found and not is_log(self.folder / LOG, empty=not others):
             raise ValueError(
-                f"--out: {self.folder} holds files that are not of a run; name another folder"
+                f"{what} holds an interrupted run; --resume {self.folder} continues it, "
+                "or delete it"
             )
 
-    def check_identity(self, flags, description):
-        """Raise ValueError when a resumed run has other defaults, model, data or device than it began with.
+        # A run that ended before its first checkpoint leaves a log, and perhaps other files.
+        others = {name for name in found - {LOG} if not files.PART.fullmatch(name)}
+        only_ours = others <= WRITTEN and is_log(self.folder / LOG, empty=not others)
+        if found and not only_ours:
+            raise ValueError(f"{what} holds files that no run wrote; name another folder")
 
-        flags: {name: value}; description: of the rest, {what: value}.
+    def check_identity(self, flags, description):
+        """Raise ValueError if a resumed run depends on anything that is different now.
+
+        flags: {name: value}. description: {what: value}, the model, the data, the device and so on.
         """
         identity = {
             flag(name): str(value) for name, value in flags.items() if name not in ("out", "resume")
         }
         identity |= description
-        for what, value in identity.items() if self.resumed else ():
+        for what, value in identity.items():
             before = self.identity.get(what)
-            if before != value:
+            if self.resumed and before != value:
                 raise ValueError(
                     f"--resume: {what} is {value} now, and was {before} when the run began"
                 )
@@ -137,19 +143,22 @@ class Run:
     def __enter__(self):
         self.file = self.hold() if parallel.rank() == 0 else None
         self.pool = ThreadPoolExecutor(1)
-        self.saving = None
-        self.signals = {
-            number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self.saving = None  # the last checkpoint, while it is written
+        self.handlers = {}  # the handlers so far, to be put back
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.stop)
         return self
 
     def hold(self):
-        """-> the log, open, locked until it is closed, and cut to where the run continues."""
+        """Lock the folder -> its log, open, and cut to where the run continues.
+
+        Closing the log unlocks the folder.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         file = open_log(self.folder / LOG)
         try:
             files.lock(file)
-            # Again, now that nobody else writes: another process may have, meanwhile.
+            # Check again, as another process may have written before the folder was locked.
             if self.resumed:
                 check_interrupted(self.folder, self.step)
             else:
@@ -167,23 +176,22 @@ class Run:
             self.wait()
         finally:
             self.pool.shutdown()
-            for number, handler in self.signals.items():
+            for number, handler in self.handlers.items():
                 signal.signal(number, handler)
             if self.file:
                 self.file.close()
 
     def stop(self, *_):
-        """Let the loop finish its step and save; the second time, stop at once."""
+        """Let the loop finish its step and save. The second time, stop at once."""
         if self.stopped:
             raise KeyboardInterrupt(
-                "what an evaluation saved is kept: --resume RUN_DIR continues from there"
+                "--resume RUN_DIR continues from the last evaluation, if there was one"
             )
         self.stopped = True
         if parallel.rank() == 0:
-            with suppress(OSError):  # not print, which may be at work just now
-                os.write(
-                    2, b"\nstopping once this step, or evaluation, is done; again to stop at once\n"
-                )
+            line = b"\nstopping after this step or evaluation; interrupt again to stop at once\n"
+            with suppress(OSError):
+                os.write(2, line)  # the signal may have come in the middle of a print
 
     # --- writing ---
 
@@ -192,12 +200,13 @@ class Run:
             print(json.dumps(line), file=self.file, flush=True)
 
     def report(self, step, losses, density, penalty):
-        """Log the mean loss since the last report, and the last regularizer -> what a progress bar shows of it.
+        """Log the mean loss since the last report, and the last regularizer.
 
-        losses: tensors [2] of both, of this process's share. Raises FloatingPointError if they are not finite.
+        losses: per step a tensor [2] of loss and regularizer, this process's share. Returns what a
+        progress bar shows. Raises FloatingPointError if one of them is not finite.
         """
         (sums,) = parallel.all_reduce([torch.stack(losses)])
-        losses, regularizers = sums.T.tolist()
+        losses, regularizers = sums.T.tolist()  # [steps, 2] -> two lists
         loss = sum(losses) / len(losses)
         if not math.isfinite(loss + penalty * regularizers[-1]):
             raise FloatingPointError(
@@ -213,91 +222,92 @@ class Run:
         self.log(**line)
 
     def save(self, step, learner, optimizer):
-        """Write a checkpoint in the background; bert-base's gigabyte takes longer than fifty steps.
+        """Write a checkpoint. Raises KeyboardInterrupt if the run was asked to stop.
 
-        Raises KeyboardInterrupt if the run was asked to stop. Several processes save nothing.
+        Several processes save nothing.
         """
         how = ""
         if parallel.processes() == 1:
             how = f"python train.py --resume {self.folder} continues"
+            # Copies, because training goes on meanwhile.
             tensors = random_states() | training_state(learner, optimizer)
-            tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+            copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
             state = {
                 "step": step,
                 "evaluations": list(self.evaluations),
                 "argv": self.argv,
                 "identity": self.identity,
+                "seconds": self.seconds,
+                "log": os.fstat(self.file.fileno()).st_size,
             }
-            state |= {"seconds": self.seconds, "log": os.fstat(self.file.fileno()).st_size}
+            # Writing bert-base's gigabyte takes longer than fifty steps, so a thread does it.
             self.wait()
-            path = self.folder / CHECKPOINT
-            self.saving = self.pool.submit(
-                lambda: files.write_whole(path, files.seal(FORMAT, tensors, state))
-            )
+            self.saving = self.pool.submit(write_checkpoint, self.checkpoint, copies, state)
         if self.stopped:
             raise KeyboardInterrupt(how)
 
     def wait(self):
-        """Until the last checkpoint is written. Raises what writing it raised."""
+        """Wait until the last checkpoint is written. Raises any error from writing it."""
         saving, self.saving = self.saving, None
         if saving:
             saving.result()
 
     def restore(self, learner, optimizer, total, metrics):
-        """Put the checkpoint of a resumed run back.
+        """Load the checkpoint of a resumed run. A new run has none to load.
 
-        Raises ValueError when it is not of this run of `total` steps, whose evaluations hold these metrics.
+        Raises ValueError unless it comes from this run: a run of `total` steps, with these metrics
+        in its evaluations.
         """
         if not self.resumed:
             return
-        path = self.folder / CHECKPOINT
-        stored, state = read_checkpoint(path)
-        ours = random_states() | training_state(learner, optimizer)
-        # The optimizer trusts its state: a tensor of another shape would have it write beyond its end.
-        found, wanted = (
-            {name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (stored, ours)
-        )
-        measured = all(line["dev"].keys() >= set(metrics) for line in state["evaluations"])
-        if found != wanted or not measured or not 0 < state["step"] == self.step <= total:
+        stored, state = read_checkpoint(self.checkpoint)
+        ours = training_state(learner, optimizer)
+
+        # The optimizer trusts its state: it would write beyond the end of a tensor too small.
+        same_tensors = shapes(stored) == shapes(random_states() | ours)
+        same_metrics = all(line["dev"].keys() >= set(metrics) for line in state["evaluations"])
+        same_step = 0 < state["step"] == self.step <= total
+        if not (same_tensors and same_metrics and same_step):
             raise ValueError(
-                f"{path} is the checkpoint of another run, or of another kind of device"
+                f"{self.checkpoint} is the checkpoint of another run, or of another kind of device"
             )
+
         try:
             torch.set_rng_state(stored["random.cpu"])
             if "random.cuda" in stored:
                 torch.cuda.set_rng_state(stored["random.cuda"])
         except RuntimeError as error:
-            raise ValueError(f"{path} holds no valid state of random numbers: {error}") from None
-        for name, tensor in training_state(learner, optimizer).items():
+            raise ValueError(
+                f"{self.checkpoint} holds no valid state of random numbers: {error}"
+            ) from None
+        for name, tensor in ours.items():
             tensor.copy_(stored[name])
 
     def facts(self):
-        """What result.json says of the run itself."""
+        """Describe the run itself, for result.json."""
         final = self.evaluations[-1]
-        seconds = round(self.seconds, 1)
-        command = shlex.join(["python", "train.py", *self.argv])
         facts = {
             "steps": final["step"],
             "final": final["dev"],
-            "seconds": seconds,
-            "command": command,
+            "seconds": round(self.seconds, 1),
+            "command": shlex.join(["python", "train.py", *self.argv]),
         }
         return facts | code_version()
 
     def finish(self, contents, result):
-        """Write {name: bytes}, then result.json, which makes the run finished."""
+        """Write files {name: bytes}. Then write result.json, which marks the run as finished."""
         self.wait()
         for name, content in contents.items():
             files.write_whole(self.folder / name, content)
         files.write_whole(self.folder / RESULT, files.json_bytes(result))
-        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        self.checkpoint.unlink(missing_ok=True)
 
 
-# --- checkpoints ---------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def random_states():
-    """{name: state of the random numbers} of each kind of device."""
+    """{name: state of the random number generator}, one per kind of device."""
     states = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["random.cuda"] = torch.cuda.get_rng_state()
@@ -305,27 +315,36 @@ def random_states():
 
 
 def training_state(learner, optimizer):
-    """{name: tensor}, the tensors themselves, of the parameters and of Adam's step and moments."""
+    """{name: tensor} of the parameters, Adam's step and its moments. Not copies."""
     tensors = {}
     for i, p in enumerate(learner.parameters()):
+        tensors[f"parameter.{i}"] = p.detach()
         state = optimizer.state[p]
-        if not state:  # before the first step
-            state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
+        if not state:  # before its first step, Adam has none
+            state["step"] = torch.zeros((), device=p.device)
+            state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
-        tensors |= {f"parameter.{i}": p.detach()} | {
-            f"{key}.{i}": tensor.detach() for key, tensor in state.items()
-        }
+        for key, tensor in state.items():
+            tensors[f"{key}.{i}"] = tensor.detach()
     return tensors
 
 
+def shapes(tensors):
+    """{name: tensor} -> {name: (shape, dtype)}."""
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def write_checkpoint(path, tensors, state):
+    files.write_whole(path, files.seal(FORMAT, tensors, state))
+
+
 def read_checkpoint(path):
-    """-> (tensors, state, see STATE). Raises ValueError when the file was altered or is not a checkpoint."""
+    """-> (tensors, state). Raises ValueError if the file was altered or is not a checkpoint."""
     tensors, state = files.unseal(path, FORMAT)
     what = f"{path} is not a valid checkpoint"
     files.check_types(state, STATE, what)
-    if min(state["step"], state["log"]) < 0 or not all(
-        isinstance(word, str) for word in state["argv"]
-    ):
+    words = all(isinstance(word, str) for word in state["argv"])
+    if min(state["step"], state["log"]) < 0 or not words:
         raise ValueError(f"{what}: its step, log or argv")
     for evaluation in state["evaluations"]:
         files.check_types(evaluation, {"step": int, "density": float, "dev": dict}, what)
@@ -334,90 +353,92 @@ def read_checkpoint(path):
 
 
 def interrupted_run(folder):
-    """The run that stopped in a folder. Raises ValueError when it cannot continue."""
+    """The interrupted Run in a folder. Raises ValueError if it cannot continue."""
     parallel.require_one_process("--resume")
     state = check_interrupted(folder)
     return Run(folder, state["argv"], state)
 
 
 def check_interrupted(folder, step=None):
-    """-> the state of the checkpoint in a folder. Raises ValueError if there is none, or none of the given step."""
+    """-> the state in a folder's checkpoint. Raises ValueError if it has none.
+
+    step: the checkpoint must be of this step, if given.
+    """
+    path = folder / CHECKPOINT
     if (folder / RESULT).exists():
-        with suppress(
-            ValueError, OSError
-        ):  # one that a run left behind that was killed before it could remove it
-            read_checkpoint(folder / CHECKPOINT)
-            (folder / CHECKPOINT).unlink()
+        # A run that is killed after its last write leaves its checkpoint. Remove it.
+        with suppress(ValueError, OSError):
+            read_checkpoint(path)
+            path.unlink()
         raise ValueError(
             f"--resume: {folder} is finished; look at it with: python eval.py {folder}"
         )
-    if not (folder / CHECKPOINT).exists():
-        raise ValueError(
-            f"--resume: there is no {folder / CHECKPOINT}; a run has one once it has evaluated"
-        )
-    _, state = read_checkpoint(folder / CHECKPOINT)
+    if not path.exists():
+        raise ValueError(f"--resume: there is no {path}; a run writes one at each evaluation")
+    _, state = read_checkpoint(path)
     if step not in (None, state["step"]):
         raise ValueError(
-            f"--resume: another process has taken {folder} on to step {state['step']}; resume it again"
+            f"--resume: another process has taken {folder} on to step {state['step']}; "
+            "resume it again"
         )
     return state
 
 
 def open_log(path):
-    """-> a log, open to be appended to. Raises ValueError for a link, which could lead to somebody else's file."""
+    """Open a log to append to it. Raises ValueError for a link, which could name any other file."""
     if path.is_symlink():
         raise ValueError(f"{path} is a link; remove it")
-    no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+    no_link = getattr(os, "O_NOFOLLOW", 0)  # 0 on Windows, which has no such flag
     return open(path, "a", opener=lambda path, flags: os.open(path, flags | no_link, 0o666))
 
 
 def is_log(path, empty):
-    """Whether a file begins as a run's log does; empty: whether an empty one counts."""
+    """Whether a file begins as a run's log does. empty: whether an empty file counts."""
     if path.is_symlink() or not path.is_file():
         return False
     with open(path, "rb") as file:
         first = file.readline(1 << 16)
+    if not first:
+        return empty
     try:
-        return {"step", "density"} <= json.loads(first).keys() if first else empty
+        return {"step", "density"} <= json.loads(first).keys()
     except (ValueError, RecursionError, AttributeError):
         return False
 
 
-# --- finished runs -------------------------------------------------------------------------------------------
+# --- finished runs --------------------------------------------------------------------------------
 
 
 def identity(folder, model):
-    """What ties a mask to its model: {"fingerprint": digest of all pretrained weights, "config", "tokenizer"}."""
-    pretrained = {
-        name: t for name, t in model.state_dict().items() if not name.startswith("classifier.")
-    }
-    tokenizer = files.sha256(tokenizer_bytes(folder))
+    """Describe the model that a mask belongs to: its pretrained weights, config and tokenizer."""
+    pretrained = {}
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("classifier."):  # a classifier is fresh
+            pretrained[name] = tensor
     return {
         "fingerprint": files.digest(pretrained),
         "config": str(model.config),
-        "tokenizer": tokenizer,
+        "tokenizer": files.sha256(tokenizer_bytes(folder)),
     }
 
 
 def read_description(run):
-    """What describes a finished run's folder (result.json) or a mask file, a dict as DESCRIBED says.
+    """Read the description of a finished run, see DESCRIBED. run: its folder, or a mask file.
 
-    Raises ValueError when there is no finished run, or not of this code.
+    Raises ValueError if the run is not finished, or was not made by this code.
     """
-    path = run if run.is_file() else run / RESULT
     if not run.exists():
         raise ValueError(f"there is no folder or file {run}")
-    if not path.exists() and not (run / LOG).exists():
-        raise ValueError(f"{run} is not the folder of a run: there is no {path}")
-    if not path.exists():
-        saved = (run / CHECKPOINT).exists()
-        remedy = (
-            f"python train.py --resume {run} continues it"
-            if saved
-            else "run its train.py command to the end"
-        )
-        raise ValueError(f"{run} holds an interrupted or still running run; {remedy}")
-    result = files.read_masks(path)[1]["run"] if run.is_file() else files.read_json(path)
+    if run.is_file():
+        path = run
+        _, about = files.read_masks(path)
+        result = about["run"]
+    else:
+        path = run / RESULT
+        if not path.exists():
+            raise ValueError(describe_unfinished(run))
+        result = files.read_json(path)
+
     what = f"{path} is not the result of a run of this train.py"
     files.check_types(result, DESCRIBED, what)
     files.check_types(result["final"], dict.fromkeys(result["final"], float), what)
@@ -425,3 +446,13 @@ def read_description(run):
         if result[key] not in choices:
             raise ValueError(f"{what}: {key} is {result[key]!r}")
     return result
+
+
+def describe_unfinished(folder):
+    """Say why a folder has no result, and what to do."""
+    if not (folder / LOG).exists():
+        return f"{folder} is not the folder of a run: there is no {folder / RESULT}"
+    remedy = "run its train.py command to the end"
+    if (folder / CHECKPOINT).exists():
+        remedy = f"python train.py --resume {folder} continues it"
+    return f"{folder} holds an interrupted or still running run; {remedy}"
