@@ -153,7 +153,6 @@ def test_the_method_stands_without_its_wings(make_model, glue, tmp_path):
     assert "movement" not in listed and "squad" not in listed and "smp-s" in listed
 
 
-@pytest.mark.skip(reason="README.md is being rewritten")
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 2000
 
