@@ -122,7 +122,7 @@ def test_interrupted_finishes_the_step_and_says_how_to_go_on(flags, tmp_path):
 
 
 def test_what_cannot_be_resumed(flags, tmp_path, fails):
-    assert "checkpoint.safetensors; a run has one once" in fails(train.main, ["--resume", tmp_path])
+    assert "checkpoint.safetensors; a run writes one" in fails(train.main, ["--resume", tmp_path])
     assert "no other flags" in fails(train.main, ["--resume", tmp_path, "--steps", "3"])
     checkpoint = tmp_path / "checkpoint.safetensors"
     checkpoint.write_bytes(os.urandom(99))
@@ -402,7 +402,7 @@ def test_a_folder_of_somebody_else_is_left_alone(flags, tmp_path, fails, content
     else:
         (out / "log.jsonl").write_text(content)
     before = {path: path.read_bytes() for path in [*out.iterdir(), other]}
-    assert "holds files that are not of a run" in fails(train.main, [*flags, "--out", out])
+    assert "holds files that no run wrote" in fails(train.main, [*flags, "--out", out])
     assert {path: path.read_bytes() for path in [*out.iterdir(), other]} == before
 
 
@@ -412,12 +412,12 @@ def test_an_empty_log_makes_no_folder_a_runs(flags, tmp_path, fails, name):
     out.mkdir()
     (out / "log.jsonl").touch()
     (out / name).write_text("mine")
-    assert "holds files that are not of a run" in fails(train.main, [*flags, "--out", out])
+    assert "holds files that no run wrote" in fails(train.main, [*flags, "--out", out])
     (out / "log.jsonl").write_text(
         '{"step": 1, "density": 1.0}\n'
     )  # of a run that was killed while it finished
     if name == "thesis.tex":
-        assert "holds files that are not of a run" in fails(train.main, [*flags, "--out", out])
+        assert "holds files that no run wrote" in fails(train.main, [*flags, "--out", out])
     assert (out / name).read_text() == "mine"
 
 
