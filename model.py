@@ -121,15 +121,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, context, attend):
         """x [B * R, H] attends to context [B * S, H] -> [B * R, heads * D]. See Layer."""
-        # Each token asks with a query, and is found by its key. Its value is what it tells.
-        q = self.query(x)
-        k = self.key(context)
-        v = self.value(context)
-        if self.heads == 0:  # R = S then; the sum gives all three gradients, if empty ones
-            return q + k + v
+        if self.heads == 0:  # empty [B * R, 0]; the sum gives all three weights gradients
+            return self.query(x) + self.key(x) + self.value(x)
 
+        # Each token asks with a query, and is found by its key. Its value is what it tells.
+        q = self.split(self.query(x), attend)
+        k = self.split(self.key(context), attend)
+        v = self.split(self.value(context), attend)
         # Softmax of q k^T / sqrt(D) + attend, over the keys, says how much of each value to take.
-        q, k, v = self.split(q, attend), self.split(k, attend), self.split(v, attend)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
         # [B, heads, R, D] -> [B, R, heads, D] -> [B * R, heads * D]
@@ -338,14 +337,14 @@ def load_backbone(folder, task, length, head="words", fresh=True):
     if task.load:  # another kind of model, see extras/
         return task.load(folder, length, head)
     stored, tensors = read_model(folder)
-    tokenizer = cutting_tokenizer(folder, length)
     with prefix_errors(folder):
-        # Does the tokenizer fit the model? Ids out of range would end in an index error.
         config = read_config(stored, Config, FAMILIES, ONLY)
         if not 4 <= length <= config.longest_input:
             raise ValueError(
                 f"--length {length}: the model takes 4 to {config.longest_input} tokens"
             )
+        tokenizer = cutting_tokenizer(folder, length)
+        # Does the tokenizer fit the model? Ids out of range would end in an index error.
         text = tokenizer.encode(*"ab"[: len(task.text)])  # one, or a pair
         largest = max(*tokenizer.get_vocab().values(), *text.ids)
         if largest >= config.vocab_size or max(text.type_ids) >= config.type_vocab_size:

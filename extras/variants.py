@@ -75,6 +75,6 @@ METHODS |= {
     "smp-g": Method(smp_g),  # global: all matrices together
     "smp-t": Method(above_threshold),  # threshold: does not control the final density
     "smp-w": Method(smp_s, rank=by_size, recipe=SMP_S),
-    "smp-bias": Method(smp_s, trains=("scores", "vectors"), recipe=SMP_S | {"weight_lr": 1e-3}),
     "smp-2:4": Method(smp_l, rank=two_of_four, recipe=SMP),
+    "smp-bias": Method(smp_s, trains=("scores", "vectors"), recipe=SMP_S | {"weight_lr": 1e-3}),
 }

@@ -121,6 +121,8 @@ def prefix_errors(path):
     try:
         yield
     except ValueError as error:
+        if str(error).startswith(f"{path}: "):  # it says so already
+            raise
         raise ValueError(f"{path}: {error}") from None
 
 

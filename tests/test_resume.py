@@ -122,9 +122,7 @@ def test_interrupted_finishes_the_step_and_says_how_to_go_on(flags, tmp_path):
 
 
 def test_what_cannot_be_resumed(flags, tmp_path, fails):
-    assert "checkpoint.safetensors; a run writes one at each evaluation" in fails(
-        train.main, ["--resume", tmp_path]
-    )
+    assert "checkpoint.safetensors; a run writes one" in fails(train.main, ["--resume", tmp_path])
     assert "no other flags" in fails(train.main, ["--resume", tmp_path, "--steps", "3"])
     checkpoint = tmp_path / "checkpoint.safetensors"
     checkpoint.write_bytes(os.urandom(99))

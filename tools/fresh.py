@@ -118,7 +118,7 @@ def make_parser():
     add("--hidden", type=cli.up_to(16384), help="width (384)")
     add("--heads", type=cli.up_to(16384), help="attention heads per layer (6)")
     add("--positions", type=cli.up_to(65536), help="longest input in tokens (512)")
-    add("--dropout", type=cli.share_below_one, help="the same everywhere (0.1)")
+    add("--dropout", type=cli.fraction_below_one, help="the same everywhere (0.1)")
     add("--seed", type=cli.seed, default=0, help="seed for the weights (0)")
     return parser
 
@@ -128,7 +128,9 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     given = [name for name in ("text", *SHAPE) if getattr(args, name) is not None]
-    cli.fill(args, SHAPE)
+    for name, default in SHAPE.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     present = set()
     if args.folder.is_dir():
         present = {path.name for path in args.folder.iterdir()}
