@@ -11,7 +11,7 @@ what it does otherwise. Source of the tasks: Wang et al., GLUE (ICLR 2019).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain, count, islice
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from plumbing.files import require_regular_file, sha256
 
 # --- tasks ----------------------------------------------------------------------------------------
 
-# The recipe of the paper's code for GLUE, under the names of train.py's flags.
+# The recipe of the paper's code for GLUE. The names are train.py's flags; decay has none.
 RECIPE = {
     "model": "bert-base-uncased",
     "batch": 32,
@@ -59,7 +59,7 @@ class Task:
     text: tuple  # columns of the text (and of its pair), by header name, or number without a header
     label: str | int  # column of the label
     words: dict  # label in the file -> label word, in class order; a single entry means regression
-    metrics: tuple  # in eval.METRICS, or those of its Examples; the first chooses the best run
+    metrics: tuple  # of eval.METRICS, or of its Examples; the first says which evaluation is best
     recipe: dict = field(default_factory=dict)  # {flag: default} where it differs from RECIPE
 
     # The splits beside "train", and their files.
@@ -131,7 +131,7 @@ class Examples:
         return len(self.ids)
 
     def digest(self):
-        """sha256 of all rows: ties a checkpoint to its data."""
+        """sha256 of all token ids and labels. It ties a checkpoint to its data."""
         return sha256(repr((self.ids, self.labels)).encode())
 
     def num_questions(self):
@@ -274,8 +274,7 @@ def training_batches(examples, size, steps, seed, device="cpu", parts=1, first=0
 
     The order of an epoch follows from (seed, epoch). Each batch is a list of Parts of one width S.
     """
-    epochs = (batch_rows(examples, size, np.random.default_rng([seed, e])) for e in count())
-    for rows in islice(chain.from_iterable(epochs), first, steps):
+    for rows in islice(endless_rows(examples, size, seed), first, steps):
         longest = max(len(examples.ids[row]) for row in rows)
         width = padded(longest, examples.limit)
         batch = []
@@ -283,6 +282,12 @@ def training_batches(examples, size, steps, seed, device="cpu", parts=1, first=0
             inputs, labels = collate(examples, part, device, width)
             batch.append(Part(inputs, labels, share))
         yield batch
+
+
+def endless_rows(examples, size, seed):
+    """The row numbers of one batch after the other, epoch after epoch."""
+    for epoch in count():
+        yield from batch_rows(examples, size, np.random.default_rng([seed, epoch]))
 
 
 def batch_rows(examples, size, rng=None):
@@ -307,7 +312,7 @@ def batch_rows(examples, size, rng=None):
 
 
 def split_batch(rows, parts):
-    """This process's rows -> `parts` of about equal size, each with its share of the batch.
+    """Rows of a batch -> this process's, in `parts` of about equal size, with their shares.
 
     A process without rows takes part in the step, too, so it gets a dummy row with share 0.
     """

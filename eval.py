@@ -85,14 +85,14 @@ def predict(model, weights, examples, device):
     outputs = []
     for rows in progress(parallel.shard(batches), "evaluating", delay=2):
         inputs, labels = data.collate(examples, rows, device)
-        # A forward pass as in training, but with the weights under the exact masks.
+        # A forward pass as in training, with the given weights.
         logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
         # A language model has a logit for every word: keep only what the score needs.
         outputs.append(examples.reduce_logits(logits, labels).cpu())
     model.train(training)
 
     outputs = torch.cat(parallel.gather(outputs))  # in the order of the batches
-    return outputs[np.concatenate(batches).argsort()]
+    return outputs[np.concatenate(batches).argsort()]  # back to the order of the examples
 
 
 def evaluate(model, weights, sets, metrics, device):
@@ -174,7 +174,7 @@ def load_masks_into(model, run, result):
     groups = model.prunable().values()
     shapes = {name: weight.shape for group in groups for name, weight in group.items()}
     masks, others, described = load_masks(path, shapes)
-    if described != result:  # the mask file is sealed, result.json is not
+    if described != result:  # the mask file has a checksum, result.json has none
         raise ValueError(f"{run}: mask.safetensors and result.json are of different runs")
 
     # A fresh classifier, or biases and LayerNorms, may have trained beside the mask.
@@ -194,7 +194,7 @@ def load_sets(result, splits, data_dir, tokenizer):
     """{split: Examples} from a folder, or by default the run's own, unchanged."""
     folder = data_dir or result["data_dir"]
     if folder and not data_dir and not Path(folder).is_dir():
-        folder = None  # a mask that was handed on; the cache may have it
+        folder = None  # a mask from another machine; the cache may have its data
     sets = {split: data.load_split(result["task"], split, folder, tokenizer) for split in splits}
     # A run's number means nothing on rows that have changed since.
     for split, examples in sets.items():
@@ -215,7 +215,7 @@ def densities(groups, masks):
 
 
 def masked_weights(loaded, device, dtype):
-    """Move a loaded run's model there -> {name: weight under the mask [out, in]}."""
+    """Move a loaded run's model to a device -> {name: weight under the mask [out, in]}."""
     model = loaded.model.to(device, dtype)
     masks = loaded.masks.items()
     return {name: model.get_parameter(name).detach() * mask.to(device) for name, mask in masks}

@@ -56,7 +56,7 @@ def penalty_at(step, total, final=400.0):
 #   density             the share v of all weights to keep: a number, or in training a 0-dim tensor
 #   scores              {group: [L, out, in]}, for those of extras/ that look at single scores
 #   exact               whether the counts must add up to v, as those of a saved mask must
-# Everything stays on the device: a step that waits for the host cannot become a CUDA graph.
+# Everything stays on the device. A step in which the host waits cannot become a CUDA graph.
 # float64, because float32 puts int(v * n) off by one at times.
 
 
@@ -68,7 +68,7 @@ def smp_l(importance, sizes, density, scores, exact):
 def smp_s(importance, sizes, density, scores, exact):
     """SMP-S (eq. 4): within a group, important layers keep more."""
     counts = proportional_densities(importance, density) * sizes  # [G, L], with fractions
-    counts = counts.nan_to_num()  # let overflown scores reach the loop's own error about the loss
+    counts = counts.nan_to_num()  # NaN scores must reach the loop's check of the loss
     if exact:
         return whole_counts(counts, (density * sizes * importance.shape[1]).long())
     return counts.long()
@@ -93,7 +93,7 @@ def proportional_densities(importance, density):
     # [G, L]: density per importance, if j layers are full
     scale = (density * layers - j) / others
     full = (scale * ordered > 1).sum(1, keepdim=True)  # [G, 1]: how many layers overflow
-    scale = scale.gather(1, full.clamp(max=layers - 1))  # [G, 1]
+    scale = scale.gather(1, full.clamp(max=layers - 1))  # [G, 1]; rounding may fill them all
     return (scale * importance).clamp(max=1.0)
 
 
@@ -117,11 +117,11 @@ def highest(scores, k, exact):
     """Masks of the k highest scores: {group: [L, out, in]}, k [G, L] -> {group: bool [L, out, in]}.
 
     exact: exactly k stay, and ties are broken by index. Otherwise every score that equals the k-th
-    stays, so at the start, with all scores 0, everything does. On a GPU the k-th is then only about
-    the k-th, which is cheaper and enough in training.
+    stays, so at the start, with all scores 0, everything does. On a GPU the k-th is approximate
+    then, which is cheaper and enough in training.
     """
     flat = [s.detach().flatten(1).float() for s in scores.values()]  # [L, out, in] -> [L, n]
-    k = k.to(flat[0].device)
+    k = k.to(flat[0].device)  # on Apple's GPUs the host has counted
     cuts = thresholds(flat, k, exact)
 
     masks = {}
@@ -169,17 +169,18 @@ def about_kth_largest(flat, k):
     """
     sizes = [s.shape[1] for s in flat]
     m = min(*sizes, SAMPLES)
-    steps = torch.arange(m, device=k.device) * STRIDE
-    samples = torch.stack([s[:, steps % n] for s, n in zip(flat, sizes, strict=True)])  # [G, L, m]
+    columns = torch.arange(m, device=k.device) * STRIDE
+    # [G, L, m]
+    samples = torch.stack([s[:, columns % n] for s, n in zip(flat, sizes, strict=True)])
     ordered = samples.sort(dim=2, descending=True).values
-    # [G, L]: how many scores a sample stands for. Filled, as a copy from the host would wait.
+    # [G, L]: how many scores a sample stands for. Filled, because the host would wait for a copy.
     spacing = torch.stack([torch.full_like(k[0], n / m, dtype=torch.float32) for n in sizes])
 
     def value_at(rank):
         index = rank.long().clamp(0, m - 1)
         return ordered.gather(2, index[:, :, None])  # [G, L, 1]
 
-    rank = (k - 0.5) / spacing  # in the sample, from 0; 0.5 is the middle of the k-th score
+    rank = (k - 0.5) / spacing  # the place of the k-th score in the sample, from 0
     guess = value_at(rank)
     # float32 is exact to 2^24, and an int64 sum is slower.
     counts = [(s >= v).sum(1, dtype=torch.float32) for s, v in zip(flat, guess, strict=True)]
@@ -193,10 +194,10 @@ def about_kth_largest(flat, k):
 class StraightThrough(torch.autograd.Function):
     """W' = W * M(S). Backward: dL/dS = dL/dW' * W (eq. 3).
 
-    Removed weights get gradients too, so that they may come back.
+    The scores of removed weights get gradients too, so that these weights may come back.
     """
 
-    # scores only pass through, so that autograd knows where dL/dS belongs.
+    # forward does not read the scores. They are an argument, so that autograd sends them dL/dS.
 
     @staticmethod
     def forward(ctx, weight, scores, mask):
@@ -206,9 +207,9 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors  # grad is dL/dW' [L, out, in]
-        for_scores = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-        torch.mul(grad, weight, out=for_scores)  # in float32 at once: no copy in 16 bits
-        return None, for_scores, None  # W is frozen, and M has no gradient
+        grad_scores = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+        torch.mul(grad, weight, out=grad_scores)  # in float32 at once: no copy in 16 bits
+        return None, grad_scores, None  # W is frozen, and M has no gradient
 
 
 def mean_sigmoid(scores, temperature=1.0):
@@ -222,7 +223,7 @@ def mean_sigmoid(scores, temperature=1.0):
     return torch.stack(means)
 
 
-def parameters(stacks):
+def as_parameters(stacks):
     """{group: [L, out, in]} -> float32 parameters in the same order (a dict would be sorted)."""
     return nn.ParameterDict([(group, stack.float()) for group, stack in stacks.items()])
 
@@ -244,22 +245,22 @@ class Masks(nn.Module):
         # The matrices of a group are one tensor [L, out, in]: one operation masks them all.
         stacks = {}
         for group, weights in groups.items():
-            stack = torch.stack([*weights.values()]).detach()
-            stacks[group] = stack
-        self.dtype = dtype or stack.dtype  # of the last group: all are alike
+            stacks[group] = torch.stack([*weights.values()]).detach()
+        first = next(iter(stacks.values()))  # all are alike
+        self.dtype = dtype or first.dtype
         # [G, 1] in float64, which Apple's GPUs lack: there the host counts.
         sizes = torch.tensor([[stack[0].numel()] for stack in stacks.values()]).double()
-        self.sizes = sizes if stack.device.type == "mps" else sizes.to(stack.device)
+        self.sizes = sizes if first.is_mps else sizes.to(first.device)
 
         if "weights" in method.trains:
-            self.weights = parameters(stacks)
+            self.weights = as_parameters(stacks)
         else:  # frozen: a plain dict, and no part of what the optimizer sees
             self.weights = {group: stack.to(self.dtype) for group, stack in stacks.items()}
         self.make_scores(stacks)
 
     def make_scores(self, stacks):
         """Scores start at 0. Other methods override this."""
-        self.scores = parameters({group: torch.zeros_like(s) for group, s in stacks.items()})
+        self.scores = as_parameters({group: torch.zeros_like(s) for group, s in stacks.items()})
 
     def forward(self, density):
         """-> masked weights {name: [out, in]} for one step, and the regularizer R.
@@ -270,9 +271,9 @@ class Masks(nn.Module):
         return self.by_name(masked), regularizer
 
     def stacked(self, density):
-        """-> masked weights {group: [L, out, in]}, and R, the mean of every mean(sigmoid(S)).
+        """-> masked weights {group: [L, out, in]}, and R, the mean of sigmoid(S) over a matrix.
 
-        Eq. 6 prints a sum; the reference code takes means.
+        R is averaged over all matrices. Eq. 6 prints a sum; the reference code takes means.
         """
         means = mean_sigmoid(self.scores)  # [G, L]
         with torch.no_grad():  # choosing is not differentiable
@@ -304,7 +305,8 @@ class Masks(nn.Module):
         exact False: what training keeps.
         """
         importance = mean_sigmoid(self.scores, self.temperature)
-        if exact:  # 1 - 0.9 is 0.09999999999999998; as 0.1, and a hair more, 100 of 1000 stay
+        if exact:
+            # 1 - 0.9 is 0.09999999999999998, which would keep 99 of 1000: round, and add a hair.
             density = round(density, 12) * (1 + 1e-15)
         return self.by_name(self.choose_stacked(importance, density, exact))
 
@@ -345,7 +347,7 @@ class Method:
     rule: type = StraightThrough  # what flows into the scores
     trains: tuple = ("scores",)  # of "scores", "vectors" (biases and LayerNorms), "weights" (all)
     recipe: dict = field(default_factory=lambda: SMP)  # the flags it takes, and its defaults
-    masks: type = Masks  # a subclass may start otherwise
+    masks: type = Masks  # a subclass starts its scores differently
     before: Callable | None = None  # makes the model smaller before training, see extras/pprune.py
 
     def trains_tensor(self, name, tensor):

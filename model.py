@@ -75,11 +75,14 @@ class Config:
 # --- the model ----------------------------------------------------------------------------------
 #
 # B texts of S tokens, states H wide, heads of size D. Inside the encoder each token is a row,
-# [B * S, H]: this saves views and copies.
+# [B * S, H]: this saves views and copies. The last layer has R rows per text, those that are read.
 
 
 def embedding(rows, width):
-    """An nn.Embedding of zeros. Its default initialisation is wasted here and costs 2 s."""
+    """An nn.Embedding of zeros.
+
+    Initialising it would be wasted, and on the meta device it makes torch import its compiler: 2 s.
+    """
     return nn.Embedding.from_pretrained(torch.zeros(rows, width), freeze=False)
 
 
@@ -103,8 +106,8 @@ class Embeddings(nn.Module):
             real = input_ids != self.first - 1
             index = real.cumsum(1) * real + self.first - 1  # [B, S]
             positions = self.position_embeddings(index)  # [B, S, H]
-        # Segments: 0 for the first text, 1 for its pair.
         words = self.word_embeddings(input_ids)  # [B, S, H]
+        # Segments: 0 for the first text, 1 for its pair.
         x = words + self.token_type_embeddings(token_type_ids) + positions
         return self.dropout(self.LayerNorm(x))
 
@@ -124,7 +127,7 @@ class SelfAttention(nn.Module):
         if self.heads == 0:  # empty [B * R, 0]; the sum gives all three weights gradients
             return self.query(x) + self.key(x) + self.value(x)
 
-        # Each token asks with a query, and is found by its key. Its value is what it tells.
+        # Queries of the R tokens that are computed; keys and values of all S.
         q = self.split(self.query(x), attend)
         k = self.split(self.key(context), attend)
         v = self.split(self.value(context), attend)
@@ -167,7 +170,7 @@ class Layer(nn.Module):
 
         Usually both are the same. The last layer gets fewer tokens: only those that are read.
         """
-        # Attention mixes tokens; four times as wide, the feed-forward network works on each alone.
+        # Attention mixes tokens. The feed-forward network treats each token alone.
         x = self.attention["output"](self.attention["self"](x, context, attend), x)
         inner = F.gelu(self.intermediate["dense"](x))  # [B * R, H] -> [B * R, neurons]
         return self.output(inner, x)  # -> [B * R, H]
@@ -218,7 +221,7 @@ class Bert(nn.Module):
         # On the CPU, as models are built on the meta device; in no checkpoint.
         self.register_buffer("words", torch.tensor(words, device="cpu"), persistent=False)
         self.bert = Encoder(config)
-        if "cls" in parts:  # its decoder is the word embedding, so only the bias is stored here
+        if "cls" in parts:  # the decoder's weight is the word embedding; only its bias is stored
             predictions = nn.Module()
             predictions.transform = AddNorm(config, config.hidden_size)  # for the tensors' names
             predictions.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -345,7 +348,7 @@ def load_backbone(folder, task, length, head="words", fresh=True):
             )
         tokenizer = cutting_tokenizer(folder, length)
         # Does the tokenizer fit the model? Ids out of range would end in an index error.
-        text = tokenizer.encode(*"ab"[: len(task.text)])  # one, or a pair
+        text = tokenizer.encode(*("a", "b")[: len(task.text)])  # one, or a pair
         largest = max(*tokenizer.get_vocab().values(), *text.ids)
         if largest >= config.vocab_size or max(text.type_ids) >= config.type_vocab_size:
             raise ValueError("tokenizer.json has more words or segments than config.json allows")
@@ -390,7 +393,7 @@ def load_model(stored, tensors, words, head="words", every_token=False, fresh=Tr
             raise ValueError(f"{known} is there twice, once as {name}")
         ours[known] = tensor
 
-    # Of two tied tensors, either may be stored, or both.
+    # Either of two tied tensors may be stored, or both.
     for copy, original in TIED.items():
         if copy in ours:
             copied = ours.pop(copy)

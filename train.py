@@ -127,9 +127,9 @@ OFF = {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0}
 def recipe(given):
     """All settings of a run: {flag: value} as given, and the defaults of all other flags.
 
-    The method's defaults come before the task's. The rest follow from the sparsity and the model.
+    A method's defaults override those of the task. The rest follow from the sparsity and the model.
     """
-    # Later lines override earlier ones: the task's defaults, the method's, what was given.
+    # Each line overrides those before it.
     given = DEFAULTS | given
     method = METHODS[given["method"]]
     values = data.RECIPE | TASKS[given["task"]].recipe
@@ -143,7 +143,7 @@ def recipe(given):
     values.setdefault("schedule", "cubic" if fetch.family(values["model"]) == "bert" else "linear")
     # Even the layers out while most weights stay (reference code; not in the paper).
     values.setdefault("temperature", 4.0 if 1 - values["sparsity"] >= 0.7 else 1.0)
-    # Without --epochs, little data still gets enough steps; and 10 lie between evaluations.
+    # Small datasets train for least_steps by default, and evaluations are 10 steps apart.
     values["least_steps"] = 0 if "epochs" in given else least_steps(values["sparsity"])
     values["least_steps_per_eval"] = 1 if "evals" in given else 10
     values.setdefault("out", Path("runs") / run_name(values))
@@ -151,7 +151,7 @@ def recipe(given):
 
 
 def takes(given):
-    """The method flags that may be used with these."""
+    """The method flags that have an effect with these settings."""
     names = METHODS[given["method"]].recipe.keys()
     return names | {"weight_lr"} if given["head"] == "classifier" else names
 
@@ -176,7 +176,7 @@ def run_name(values):
 
 
 def parse_args(argv):
-    """All settings, read-only from here on. Exits with one line when they make no sense."""
+    """All settings, which nobody changes later. Exits with one line when they make no sense."""
     # No flag has a default in the parser, so what is not None was given.
     parser = make_parser({})
     parsed = vars(parser.parse_args(argv))
@@ -187,7 +187,7 @@ def parse_args(argv):
         parser.exit()
     # A resumed run reads its flags from its checkpoint, see main().
     if "resume" in given:
-        if len(argv) > 1 + (argv[0] == "--resume"):
+        if len(argv) > (1 if "=" in argv[0] else 2):  # --resume=RUN, or --resume RUN
             parser.error("--resume takes the settings of its run, and no other flags")
         return argparse.Namespace(**parsed)
 
@@ -263,7 +263,7 @@ class Learner(nn.Module):
 
 
 def make_optimizer(learner, lr, weight_lr, decay=0.01):
-    """Adam with peak rate lr for scores. For weights AdamW with weight_lr, matrices decay."""
+    """Adam with peak rate lr for scores, AdamW with peak rate weight_lr for weights."""
     # Vectors are biases and LayerNorms. As BERT's authors do, only matrices decay.
     scores, matrices, vectors = [], [], []
     for name, parameter in learner.named_parameters():
@@ -293,14 +293,14 @@ def set_rates(optimizer, step, total, warmup=0):
     # The rate that a group was made with is its peak.
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("peak", group["lr"]) * rate_at(step, total, warmup)
-        # The reference code adds eps to the uncorrected second moment, torch to the corrected one.
+        # The reference code adds eps before it corrects the bias of the moments, torch after it.
         group["eps"] = 1e-8 / math.sqrt(1 - group["betas"][1] ** (step + 1))
 
 
 # --- one step -------------------------------------------------------------------------------------
 
 
-def task_loss(logits, labels, taught=None, temperature=2.0):
+def task_loss(logits, labels, teacher_logits=None, temperature=2.0):
     """Cross-entropy of logits [..., C] with classes [...]; regression: squared error of [B, 1].
 
     With a teacher's logits: half of that, and half of tau^2 KL(teacher || student) at temperature
@@ -308,14 +308,16 @@ def task_loss(logits, labels, taught=None, temperature=2.0):
     """
     if labels.is_floating_point():  # scores, as in STS-B
         loss = F.mse_loss(logits[:, 0], labels)
-        return loss if taught is None else 0.5 * loss + 0.5 * F.mse_loss(logits, taught)
+        if teacher_logits is None:
+            return loss
+        return 0.5 * loss + 0.5 * F.mse_loss(logits, teacher_logits)
 
-    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())  # [..., C] -> [B, C]
-    if taught is None:
+    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())  # [..., C] -> [N, C]
+    if teacher_logits is None:
         return loss
     # Soft targets: how likely the teacher finds each class, not only which is right.
     student = F.log_softmax(logits / temperature, dim=-1)
-    teacher = F.log_softmax(taught / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
     kl = F.kl_div(student, teacher, reduction="sum", log_target=True) / labels.numel()
     return 0.5 * loss + 0.5 * temperature**2 * kl  # tau^2 keeps the size of the gradients
 
@@ -324,20 +326,21 @@ def make_forward_backward(model, learner, teacher=None):
     """The method as one function of tensors. teacher: a frozen model, or None."""
 
     def forward_backward(inputs, labels, share, density, penalty):
-        """Backpropagate one data.Part. Returns tensor([task loss, regularizer]).
+        """Backpropagate one data.Part: inputs [3, B, S], labels [B], share of the batch.
 
-        density and penalty are 0-dim tensors, so that a recorded graph can be given new values.
+        -> [2]: task loss, regularizer. density and penalty are 0-dim tensors, so that a recorded
+        graph can be given new values.
         """
-        weights, regularizer = learner(density)  # W' = W * M(S)
+        weights, regularizer = learner(density)  # W' = W * M(S), {name: [out, in]}
 
         # The forward pass with these weights in place of the model's own -> [B, C].
-        # tie_weights: no weight has two names here, and torch would look for some in every step.
+        # tie_weights=False: no weights are tied here, and looking for some costs time.
         logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
         with torch.no_grad():
-            taught = teacher(*inputs).float() if teacher else None
+            teacher_logits = teacher(*inputs).float() if teacher else None
 
         # A part adds its share of the gradient of the whole batch.
-        loss = task_loss(logits, labels, taught)
+        loss = task_loss(logits, labels, teacher_logits)
         (share * (loss + penalty * regularizer)).backward()  # dL/dS = dL/dW' * W
         return torch.stack([loss, regularizer]).detach()
 
@@ -350,7 +353,7 @@ def train_step(forward_backward, optimizer, parts, density, penalty):
     for inputs, labels, share in parts:  # their gradients add up
         losses = losses + share * forward_backward(inputs, labels, share, density, penalty)
 
-    # Over the processes, too: each has its part of the batch.
+    # Gradients add up over processes, too. Each has computed its part of the batch.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parallel.all_reduce_gradients(parameters)
     nn.utils.clip_grad_norm_(parameters, 1.0)  # one norm for all of them (reference code)
@@ -374,7 +377,7 @@ class Job(NamedTuple):
     total: int  # steps
     density: float  # share of weights that stay in the end
     folder: Path  # of the model
-    frozen: str  # sha256 of what must not move
+    frozen_sha256: str  # of what must not move
     facts: dict  # what the run depends on besides its settings
 
 
@@ -397,32 +400,34 @@ def prepare(args, run):
         teacher.to(device, dtype)
     run.check_identity(vars(args), facts)
 
-    train, dev = sets.pop("train"), sets
+    train = sets.pop("train")
     density = 1 - args.sparsity
     if method.before:  # whole heads and neurons may go before training
-        model, more = method.before(model, train, dev, args, device)
+        model, more = method.before(model, train, sets, args, device)
         facts |= more | {"config": str(model.config)}
         density = facts["density"]
     # Freeze the model, and put beside it what trains.
     model.to(device).requires_grad_(False).train(args.dropout)
     learner = Learner(model, method, dtype, args.temperature)
-    frozen = frozen_digest(model, learner)
+    frozen_sha256 = frozen_digest(model, learner)
     if args.compile:
         compile_step(model, learner.masks)
 
     # Say what will run, and whether its steps are too few to learn anything.
     machine = f"{parallel.processes()} x {device} in {facts['dtype']}: {why}"
     needed = 1 if "weights" in method.trains else least_steps(args.sparsity)
-    for line in opening(args, run, train, dev, total, density, machine, needed):
+    for line in opening(args, run, train, sets, total, density, machine, needed):
         print(line)
-    return Job(model, learner, teacher, train, dev, device, total, density, folder, frozen, facts)
+    return Job(
+        model, learner, teacher, train, sets, device, total, density, folder, frozen_sha256, facts
+    )
 
 
 def load_inputs(args):
     """-> model in float32, its folder, teacher or None, {split: Examples}."""
     task = TASKS[args.task]
     splits = ("train", *task.dev)
-    # A missing file is said before anything large is downloaded.
+    # Report a missing file before anything large is downloaded.
     for split in splits:
         data.split_path(args.task, split, args.data_dir)
     folder = fetch.model_folder(args.model)
@@ -456,10 +461,10 @@ def load_teacher(args, tokenizer):
     return loaded.model.eval().requires_grad_(False)
 
 
-def count_steps(args, examples):
-    """--steps, or what --epochs come to; at least least_steps where neither was given."""
-    # Each epoch ends with a smaller batch if it must.
-    steps = math.ceil(min(args.epochs * math.ceil(examples / args.batch), cli.MOST))
+def count_steps(args, rows):
+    """--steps, or what --epochs come to, and by default at least args.least_steps."""
+    per_epoch = math.ceil(rows / args.batch)  # the last batch of an epoch may be smaller
+    steps = math.ceil(min(args.epochs * per_epoch, cli.MOST))
     return args.steps or max(steps, args.least_steps)
 
 
@@ -480,7 +485,7 @@ def make_schedule(args, total, final):
     # From shares of all steps to steps.
     hold = round(args.hold * total)
     ramp = round(args.ramp * total)
-    power = POWERS[args.schedule or "cubic"]
+    power = POWERS[args.schedule or "cubic"]  # a method without masks has none
     return [
         (density_at(t, ramp, final, power, hold), penalty_at(t, total, args.penalty))
         for t in range(total + 1)
@@ -506,7 +511,7 @@ def learn(args, run, job):
     evals = min(args.evals, math.ceil(total / args.least_steps_per_eval))
     eval_steps = {math.ceil(total * i / evals) for i in range(1, evals + 1)}
     optimizer = make_optimizer(learner, args.lr, args.weight_lr, args.decay)
-    run.restore(learner, optimizer, total, TASKS[args.task].metrics)  # nothing in a new run
+    run.restore(learner, optimizer, total, TASKS[args.task].metrics)  # does nothing in a new run
 
     forward_backward = make_forward_backward(job.model, learner, job.teacher)
     if job.device.type == "cuda" and not args.eager:  # wrapped from outside, as by torch.compile
@@ -530,9 +535,9 @@ def learn(args, run, job):
             bar.set_postfix(run.report(done, recent, *schedule[step]), refresh=False)
             recent.clear()
         if done in eval_steps:
-            density, _ = schedule[done]  # of the next step, so that the last is the target
-            scores = evaluate_learner(args, job, done, density)
-            run.evaluated(step=done, density=density, dev=scores)
+            reached, _ = schedule[done]  # schedule[total] is the target
+            scores = evaluate_learner(args, job, done, reached)
+            run.evaluated(step=done, density=reached, dev=scores)
             bar.write(evaluation(**run.evaluations[-1]))
         if (done in eval_steps or run.stopped) and done < total:
             run.save(done, learner, optimizer)  # raises KeyboardInterrupt if asked to stop
@@ -557,22 +562,22 @@ def evaluate_learner(args, job, step, density):
 
 def finish(args, run, job):
     """Write what was learned, then result.json, and say what came of it."""
-    # The mask of exactly the density that was asked for, and what it keeps of each matrix.
     result = describe(args, run, job)
     trained = job.learner.trained
     files, masks = {}, {}
+    # The mask of exactly the density that was asked for, and what it keeps of each matrix.
     if job.learner.masks:
-        masks = job.learner.masks.choose(1 - args.sparsity)
-        result |= mask_facts(job.learner.masks, masks, 1 - args.sparsity)
+        masks = job.learner.masks.choose(job.density)
+        result |= mask_facts(job.learner.masks, masks, job.density)
 
     if "weights" in METHODS[args.method].trains:  # a whole model
         if masks:
-            trained |= job.learner.masks.final_weights(1 - args.sparsity, torch.float32)
+            trained |= job.learner.masks.final_weights(job.density, torch.float32)
             result["stored_numbers"] += result["kept"]
         files = model_files(job.folder, job.model.published(trained), job.model.config)
         result["sha256"] = {"model.safetensors": sha256(files["model.safetensors"])}
-        trained = {}
-    elif frozen_digest(job.model, job.learner) != job.frozen:
+        trained = {}  # all of it is in that model
+    elif frozen_digest(job.model, job.learner) != job.frozen_sha256:
         raise ValueError("a frozen weight has moved, so the run counts as unfinished")
     if masks:  # one bit per weight, and what trained beside it
         files["mask.safetensors"] = pack_masks(masks, result, trained)
@@ -601,11 +606,11 @@ def describe(args, run, job):
     return result | run.facts() | job.facts
 
 
-def mask_facts(module, masks, density):
-    """What result.json says about masks {name: bool [out, in]}."""
+def mask_facts(learned, masks, density):
+    """What result.json says about masks {name: bool [out, in]}, which are from `learned`."""
     # Counted, not computed: these are the numbers that the file really holds.
     kept = sum(int(mask.sum()) for mask in masks.values())
-    untrimmed = sum(int(mask.sum()) for mask in module.choose(density, exact=False).values())
+    untrimmed = sum(int(mask.sum()) for mask in learned.choose(density, exact=False).values())
     prunable = sum(mask.numel() for mask in masks.values())
     return {
         "kept": kept,
@@ -613,7 +618,7 @@ def mask_facts(module, masks, density):
         "density": kept / prunable,
         "reached": untrimmed / prunable,  # what training keeps
         "stored_bits": prunable,
-        "densities": densities(module.names, masks),
+        "densities": densities(learned.names, masks),
     }
 
 
@@ -623,10 +628,10 @@ def mask_facts(module, masks, density):
 @cli.one_line_errors()
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    # Flags in, one line of error out: see cli.one_line_errors.
     args = parse_args(argv)
     run = interrupted_run(args.resume) if args.resume else Run(args.out, argv)
-    args = parse_args(run.argv)  # a resumed run has the flags that it began with
+    # A resumed run continues with the flags that it began with, from its checkpoint.
+    args = parse_args(run.argv)
     job = prepare(args, run)
     torch.manual_seed(args.seed * parallel.processes() + parallel.rank())  # each its own dropout
     with run:

@@ -269,6 +269,7 @@ def test_what_cannot_be_shown_is_refused(tmp_path, fails):
     assert "plot is for the list `curve`" in fails(experiments.main, ["plot", "main"])
 
 
+@pytest.mark.slow
 def test_the_lists_are_what_is_reported():
     done = [line["command"] for line in read(RESULTS)]
     wanted = {

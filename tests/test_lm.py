@@ -118,7 +118,7 @@ def test_perplexity_by_hand(make_gpt2):
 # --- runs -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["smp-s", "smp-l"])
+@pytest.mark.parametrize("method", ["smp-s", pytest.param("smp-l", marks=pytest.mark.slow)])
 def test_a_mask_learns_and_the_rest_stays(make_gpt2, texts, tmp_path, capsys, method):
     """Each mask keeps k, and the mask alone evaluates to the same. The run checks frozen weights.
 

@@ -131,6 +131,7 @@ def test_training_keeps_what_python_counts():
     assert pairs > 10_000 and in_float32 > 100  # so float32 would be noticed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "sparsity"), [("smp-g", 0.1), ("smp-g", 0.9), ("smp-l", 0.7), ("smp-s", 0.3)]
 )

@@ -339,16 +339,10 @@ def test_learning_rates_rise_and_fall():
 
 MASKING = [name for name, row in METHODS.items() if row.how_many]
 # The others are traced where time does not count. smp-bias masks as smp-s does.
-ONE_OF_A_KIND = ("smp-s", "movement", "l0")
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        name if name in ONE_OF_A_KIND else pytest.param(name, marks=pytest.mark.slow)
-        for name in MASKING
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", MASKING)
 def test_torch_compile_sees_masks_as_one_piece(method, monkeypatch):
     """As on a GPU, where numpy finds no thresholds.
 

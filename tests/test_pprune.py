@@ -244,7 +244,10 @@ def test_activations_are_what_goes_into_the_projections(examples, tmp_path, monk
     )
 
 
-@pytest.mark.parametrize("method", ["p-pruning", "p-activation", "p-random"])
+@pytest.mark.parametrize(
+    "method",
+    ["p-pruning", *(pytest.param(m, marks=pytest.mark.slow) for m in ("p-activation", "p-random"))],
+)
 def test_a_run_is_smaller_and_can_be_looked_at_and_teach(
     make_model, glue, tmp_path, capsys, fails, method
 ):

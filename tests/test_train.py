@@ -138,6 +138,7 @@ def test_finetune_learns_and_stands_on_its_own(run, capsys, tmp_path):
     assert capsys.readouterr().out.splitlines()[0].endswith("terrible (0)")
 
 
+@pytest.mark.slow
 def test_a_mask_alone_learns(run):
     """Seeds 0 to 9 reach 0.95 to 1; guessing is 0.5."""
     _, result = run(
@@ -608,7 +609,7 @@ def test_predictions_come_in_the_order_of_the_examples(run, glue):
 # --- bad input ---
 
 
-@pytest.mark.parametrize("method", ["smp-s", "movement"])
+@pytest.mark.parametrize("method", ["smp-s", pytest.param("movement", marks=pytest.mark.slow)])
 def test_no_altered_result_makes_the_mask_optional(run, fails, method):
     """Nothing is evaluated where result.json was renamed or changed, with the mask or without."""
     folder, result = run("--method", method, steps=2)
@@ -1049,6 +1050,7 @@ def test_a_result_that_is_a_guess_is_called_one(finished, tmp_path, capsys):
         )
 
 
+@pytest.mark.slow
 def test_little_data_gets_steps_enough_unless_fewer_are_asked_for(run, capsys, make_model):
     """96 examples in batches of 8: two epochs would be 24 steps.
 
