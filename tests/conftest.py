@@ -7,7 +7,7 @@ import http.server
 import json
 import random
 import threading
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -24,8 +24,10 @@ from tokenizers import (
 
 import model
 import train
+from plumbing import cli
 from plumbing.checkpoints import read_config, read_model
 
+code_version = cache(cli.code_version)  # hundreds of runs need not ask git for the same answer
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 WORDS = "no yes terrible great incorrect correct the a film is was good bad and very it".split()
 WORDS += "fun dull un ##happ ##y".split()
@@ -139,6 +141,7 @@ def write_tokenizer(path):
 def plain_cpu(monkeypatch):
     """The same device and dtype by default on every machine."""
     monkeypatch.setattr("plumbing.cli.cpu_computes_bf16", lambda: False)
+    monkeypatch.setattr("plumbing.run.code_version", code_version)
     monkeypatch.delenv("SMP_TRACEBACK", raising=False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 

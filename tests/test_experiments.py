@@ -292,6 +292,7 @@ def test_what_equal_budgets_chose_is_what_stands_in_the_lists():
     assert not set(lists.FRESH) & set(tune.SEEDS)
 
 
+@pytest.mark.slow
 def test_what_was_chosen_came_out_best_of_what_was_tried():
     tried = set(experiments.commands("tuning"))
     done = read(RESULTS)

@@ -195,6 +195,7 @@ def test_the_table_of_budgets_is_that_of_the_results(capsys):
     assert f"\n\n{capsys.readouterr().out}\n" in RESULTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["main", "earlier", "ablations", "abandoned", "units", "rule", "language"]
 )

@@ -192,6 +192,7 @@ def nudge_file(folder, name, key):
 RECORDED = ("density", "penalty", "ce", "regularizer", "layer_density")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantity", "nudge"),
     [(f"smp-s {q}", lambda folder, q=q: nudge_step(folder, q)) for q in RECORDED]
