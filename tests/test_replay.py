@@ -148,6 +148,7 @@ def test_stacked_training_equals_the_plain_one(recording, capsys):
     }
 
 
+@pytest.mark.slow
 def test_what_rounding_leads_to_is_no_fault(recording, capsys, monkeypatch):
     """A recording may leave ours once our own runs, nudged by little, leave each other."""
     (recording / "trajectory_smp-s.json").unlink()
