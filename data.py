@@ -33,7 +33,7 @@ RECIPE = {
     "ramp": 0.6,  # share of the steps in which the density falls to its target
     "penalty": 400.0,  # lambda, the final weight of the regularizer
     "weight_lr": 3e-5,  # peak learning rate of weights that train
-    "decay": 0.01,  # of matrices that train
+    "decay": 0.01,  # weight decay, for matrices alone
     "evals": 20,  # evaluations per run
 }
 LARGE = {"epochs": 12, "batch": 64}  # the paper's code for the four large tasks
@@ -59,7 +59,7 @@ class Task:
     text: tuple  # columns of the text (and of its pair), by header name, or number without a header
     label: str | int  # column of the label
     words: dict  # label in the file -> label word, in class order; a single entry means regression
-    metrics: tuple  # of eval.METRICS, or of its Examples; the first says which evaluation is best
+    metrics: tuple  # in eval.METRICS, or its Examples have them; the first chooses the best step
     recipe: dict = field(default_factory=dict)  # {flag: default} where it differs from RECIPE
 
     # The splits beside "train", and their files.
@@ -266,7 +266,7 @@ class Part(NamedTuple):
 
     inputs: torch.Tensor  # [3, B, S], see collate
     labels: torch.Tensor  # [B], or [B, ...]
-    share: float = 1.0  # of the examples of the batch
+    share: float = 1.0  # the share of the batch that it is
 
 
 def training_batches(examples, size, steps, seed, device="cpu", parts=1, first=0):

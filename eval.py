@@ -53,7 +53,7 @@ def ranks(values):
     """Ranks from 1. Equal values share their mean rank."""
     # [3, 1, 3] -> distinct values 1 and 3, index [1, 0, 1], counts [1, 2], ranks [2.5, 1, 2.5]
     _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    mean_ranks = counts.cumsum() - (counts - 1) / 2  # of each distinct value
+    mean_ranks = counts.cumsum() - (counts - 1) / 2  # one for each distinct value
     return mean_ranks[index]
 
 
@@ -115,7 +115,7 @@ def evaluate(model, weights, sets, metrics, device):
 class Loaded(NamedTuple):
     # What load_run() returns.
     result: dict  # result.json
-    folder: Path  # of the model
+    folder: Path  # where the model is
     model: torch.nn.Module
     tokenizer: object
     masks: dict  # {name: bool [out, in]}; empty if the run has none
@@ -140,7 +140,7 @@ def load_run(run, model_name=None):
 
     # A mask on other weights, or words read by another tokenizer, would give nonsense.
     for what, found in identity(folder, model).items():
-        if own and what == "fingerprint":  # that of the model it started from
+        if own and what == "fingerprint":  # its weights have moved on since
             continue
         if found != result[what]:
             raise ValueError(
@@ -253,7 +253,7 @@ def answer_texts(loaded, texts, logits_of, args):
         blocks = [task.format_answer(text, loaded.tokenizer, logits_of, args) for text in texts]
         return [" ".join(lines) for lines in blocks] if args.text_file else blocks[0]
 
-    found = answers(loaded, texts, logits_of)  # of each text, the likeliest first
+    found = answers(loaded, texts, logits_of)  # the likeliest answer to each text first
     if args.text_file:
         best = [rows[0] for rows in found]
         rows = zip(best, texts, strict=True)

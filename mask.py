@@ -130,7 +130,7 @@ def highest(scores, k, exact):
         mask = flat[g] >= cut
         if exact:
             above = flat[g] > cut  # these stay in any case
-            ties = mask & ~above  # of these, only the first few
+            ties = mask & ~above  # only the first few of these stay
             room = k[g][:, None] - above.sum(1, keepdim=True)  # [L, 1]
             mask = above | (ties & (ties.cumsum(1) <= room))
         masks[group] = mask.view_as(scores[group])  # [L, n] -> [L, out, in]
@@ -345,7 +345,7 @@ class Method:
     how_many: Callable | None  # see above; None: nothing is masked
     rank: Callable = by_scores  # (weights, scores), {group: [L, out, in]} each -> what is compared
     rule: type = StraightThrough  # what flows into the scores
-    trains: tuple = ("scores",)  # of "scores", "vectors" (biases and LayerNorms), "weights" (all)
+    trains: tuple = ("scores",)  # "scores", "vectors" (biases and LayerNorms) or "weights" (all)
     recipe: dict = field(default_factory=lambda: SMP)  # the flags it takes, and its defaults
     masks: type = Masks  # a subclass starts its scores differently
     before: Callable | None = None  # makes the model smaller before training, see extras/pprune.py

@@ -211,7 +211,7 @@ class Bert(nn.Module):
     "pooler" and "classifier" there are. every_token: read every token instead of [CLS].
     """
 
-    activation = staticmethod(F.gelu)  # of the neurons
+    activation = staticmethod(F.gelu)  # what the neurons apply
     states = property(lambda self: self.bert)  # (inputs) -> what the last layer gives [B, S, H]
 
     def __init__(self, config, words, parts=(), every_token=False):
@@ -407,7 +407,7 @@ def load_model(stored, tensors, words, head="words", every_token=False, fresh=Tr
     if fresh:
         unused += ("classifier.",)
     ours = {name: tensor for name, tensor in ours.items() if not name.startswith(unused)}
-    if head == "classifier" and fresh:  # as BERT's authors initialise it
+    if head == "classifier" and fresh:  # initialised by the rule of BERT's authors
         ours["classifier.weight"] = 0.02 * torch.randn(len(words), config.hidden_size)
         ours["classifier.bias"] = torch.zeros(len(words))
     return build_bert(config, words, ours, head, every_token)

@@ -46,7 +46,7 @@ EXAMPLES = """examples:
   python train.py --task rte --method finetune     dense BERT, to compare with
   python train.py --task rte --help                the defaults of RTE
 """
-POWERS = {"cubic": 3, "linear": 1}  # of --schedule
+POWERS = {"cubic": 3, "linear": 1}  # the values of --schedule
 
 METHOD = "method (not every method takes all of these)"
 # {group: {name: (type or choices, help)}}. The defaults are recipe()'s, and --help prints them.
@@ -111,7 +111,7 @@ def method_flags():
 
 # --- the recipe -----------------------------------------------------------------------------------
 
-# Of every run, whatever its task and method.
+# Every run has these, whatever its task and method.
 DEFAULTS = {
     "task": "movies",
     "method": "smp-s",
@@ -376,8 +376,8 @@ class Job(NamedTuple):
     device: torch.device
     total: int  # steps
     density: float  # share of weights that stay in the end
-    folder: Path  # of the model
-    frozen_sha256: str  # of what must not move
+    folder: Path  # where the model is
+    frozen_sha256: str  # the digest of what must not move
     facts: dict  # what the run depends on besides its settings
 
 
@@ -553,7 +553,7 @@ def evaluate_learner(args, job, step, density):
     # Several processes must still hold the same numbers, to the bit.
     parallel.check_equal(dict(job.learner.named_parameters()))
     weights = job.learner.final_weights(density)
-    with torch.compiler.set_stance("force_eager"):  # as eval.py will compute it
+    with torch.compiler.set_stance("force_eager"):  # so that eval.py finds the same numbers
         return evaluate(job.model, weights, job.dev, TASKS[args.task].metrics, job.device)
 
 

@@ -45,7 +45,7 @@ STATE = {
     "evaluations": list,  # see Run.evaluations
     "argv": list,  # the words of the command
     "identity": dict,  # everything that the run depends on, see check_identity
-    "seconds": float,  # of computation so far
+    "seconds": float,  # computed so far
     "log": int,  # the size of the log in bytes
 }
 # result.json, and the description of a mask file, must hold these. They hold much else.
