@@ -138,8 +138,11 @@ def write_tokenizer(path):
 
 
 @pytest.fixture(autouse=True)
-def plain_cpu(monkeypatch):
-    """The same device and dtype by default on every machine."""
+def plain_cpu(monkeypatch, request):
+    """The same device and dtype by default on every machine, also in processes of their own."""
+    if request.module.__name__ != "test_cuda":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("plumbing.cli.cpu_computes_bf16", lambda: False)
     monkeypatch.setattr("plumbing.run.code_version", code_version)
     monkeypatch.delenv("SMP_TRACEBACK", raising=False)
