@@ -294,7 +294,7 @@ class Masks(nn.Module):
         -> masks {group: bool [L, out, in]}
         """
         scores = self.method.rank(self.weights, self.scores)
-        importance = importance.to(self.sizes)  # float64
+        importance = importance.to(self.sizes.device).double()
         k = self.method.how_many(importance, self.sizes, density, scores, exact)
         return highest(scores, k, exact)
 

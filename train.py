@@ -99,8 +99,9 @@ def make_parser(defaults):
     for title, flags in FLAGS.items():
         cli.add_flags(parser, title, flags, defaults)
     others = sorted(method_flags() - FLAGS[METHOD].keys())  # such as --ffn-share
-    rows = dict.fromkeys(others, (positive, "only for some methods"))
-    cli.add_flags(parser, "extras", rows, defaults)
+    cli.add_flags(
+        parser, "extras", dict.fromkeys(others, (positive, "only for some methods")), defaults
+    )
     return parser
 
 
