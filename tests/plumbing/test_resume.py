@@ -20,7 +20,7 @@ from plumbing import run as plumbing_run
 from plumbing.files import lock, read_masks, seal, unseal
 from plumbing.run import FORMAT, open_log, read_checkpoint
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 ONE_THREAD = os.environ | {
     "OMP_NUM_THREADS": "1"
 }  # as here: other numbers of threads may round differently

@@ -23,7 +23,7 @@ from model import Bert
 from plumbing import cli, download, files
 from plumbing import run as plumbing_run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture

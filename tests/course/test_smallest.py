@@ -11,7 +11,7 @@ from test_house import imported
 
 import mask
 
-PATH = Path(__file__).parent.parent / "exercises" / "smallest.py"
+PATH = Path(__file__).parent.parent.parent / "exercises" / "smallest.py"
 SOURCE = PATH.read_text()
 
 

@@ -29,7 +29,7 @@ from plumbing.cli import choose_device
 from plumbing.run import identity
 from plumbing.summary import guessing, summary, write_predictions
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from plumbing.checkpoints import cutting_tokenizer
 from plumbing.files import MASKS, seal, unseal
 from tools import experiments, picture
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TIMES = int(os.environ.get("FUZZ", 25))  # alterations of each file; .ci/run asks for 150
 HOSTILE = [
     None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 1e308, -0.5, float("nan"), "", "x",
