@@ -54,7 +54,7 @@ FLAGS = {
     "what": {
         "task": (TASKS, ", ".join(TASKS)),
         "method": (METHODS, ", ".join(METHODS)),
-        "model": (str, f"{', '.join(fetch.MODELS)}, or a folder"),
+        "model": (str, f"{', '.join(fetch.MODELS)}, a hub id, or a folder"),
         "data_dir": (str, "folder with the tasks' folders, instead of downloads"),
         "head": (("words", "classifier"), "label words, or a fresh linear layer"),
         "teacher": (str, "folder of a finished --method finetune to learn from"),
@@ -164,8 +164,7 @@ def least_steps(sparsity):
 
 def run_name(values):
     """Such as movies-minilm-smp-s-0.5-seed0."""
-    # --model may be a folder: take the last part of its path.
-    model = Path(values["model"]).name
+    model = fetch.model_name(values["model"])
     name = f"{values['task']}-{model}-{values['method']}-{values['sparsity']:g}"
     if values["head"] == "classifier":
         name += "-classifier"
@@ -512,7 +511,7 @@ def learn(args, run, job):
     evals = min(args.evals, math.ceil(total / args.least_steps_per_eval))
     eval_steps = {math.ceil(total * i / evals) for i in range(1, evals + 1)}
     optimizer = make_optimizer(learner, args.lr, args.weight_lr, args.decay)
-    run.restore(learner, optimizer, total, TASKS[args.task].metrics)  # does nothing in a new run
+    run.restore(learner, optimizer)  # does nothing in a new run
 
     forward_backward = make_forward_backward(job.model, learner, job.teacher)
     if job.device.type == "cuda" and not args.eager:  # wrapped from outside, as by torch.compile

@@ -18,6 +18,7 @@ import numpy as np
 import torch.nn.functional as F
 
 from data import TASKS, Examples, Task
+from extras.glue import fetch_file
 from plumbing import fetch
 from plumbing.checkpoints import encode_texts
 from plumbing.files import read_json
@@ -77,7 +78,7 @@ def fetch_squad(task, split):
     path = fetch.cache() / "glue" / task.folder / name
     url = f"{(os.environ.get('SQUAD_URL') or URL).rstrip('/')}/{name}"
     remedy = f"put it at {path} by hand, or name its folder's parent with --data-dir"
-    fetch.fetch_file(url, path, MD5[name], remedy)
+    fetch_file(url, path, MD5[name], remedy)
 
 
 def read_articles(path):
