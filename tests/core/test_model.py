@@ -13,7 +13,6 @@ from torch import nn
 
 import model
 from extras.gpt2 import load_gpt2
-from plumbing import fetch
 from plumbing.checkpoints import cutting_tokenizer, read_model
 from plumbing.run import identity
 
@@ -417,19 +416,3 @@ def test_a_tokenizer_is_made_of_vocab_txt(make_model):
     (folder / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match="vocab.txt has no .CLS. and .SEP."):
         cutting_tokenizer(folder, 16)
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (["config.json", "tokenizer.json", "pytorch_model.bin"], "save_pretrained"),
-        (["config.json", "tokenizer.json"], "has no model.safetensors"),
-        (["config.json", "model.safetensors"], "has no tokenizer.json"),
-        (["model.safetensors", "vocab.txt"], "has no config.json"),
-    ],
-)
-def test_what_a_folder_lacks_is_said(tmp_path, files, message):
-    for name in files:
-        (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=f"--model: the folder .*{message}"):
-        fetch.model_folder(str(tmp_path))
