@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import CONFIG, bert_tensors, load_config, load_model
+from oracle import IDS, MASK, TYPES, plain_bert, roberta_name
 from safetensors.torch import save_file
 from torch import nn
 
@@ -16,50 +16,11 @@ from extras.gpt2 import load_gpt2
 from plumbing.checkpoints import cutting_tokenizer, read_model
 from plumbing.run import identity
 
-IDS = torch.tensor([[2, 5, 9, 13, 3], [2, 7, 3, 0, 0]])
-TYPES = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
-MASK = (IDS != 0).long()
-
-
-def oracle(t, ids=IDS, types=TYPES, mask=MASK):
-    """The same weights in nn.TransformerEncoderLayer -> last hidden states, masked-LM logits."""
-    size = ids.shape[1]
-    h = (
-        t["bert.embeddings.word_embeddings.weight"][ids]
-        + t["bert.embeddings.position_embeddings.weight"][:size]
-    )
-    h = h + t["bert.embeddings.token_type_embeddings.weight"][types]
-    h = F.layer_norm(
-        h, (16,), t["bert.embeddings.LayerNorm.weight"], t["bert.embeddings.LayerNorm.bias"], 1e-12
-    )
-    for n in range(2):
-        at = f"bert.encoder.layer.{n}."
-        layer = nn.TransformerEncoderLayer(16, 4, 24, 0.1, "gelu", 1e-12, batch_first=True).eval()
-        qkv = [at + f"attention.self.{x}." for x in ("query", "key", "value")]
-        state = {
-            f"self_attn.in_proj_{x}": torch.cat([t[name + x] for name in qkv])
-            for x in ("weight", "bias")
-        }
-        for ours, theirs in {
-            "attention.output.dense": "self_attn.out_proj",
-            "intermediate.dense": "linear1", "output.dense": "linear2",
-            "attention.output.LayerNorm": "norm1", "output.LayerNorm": "norm2",
-        }.items():  # fmt: skip
-            state |= {f"{theirs}.{x}": t[f"{at}{ours}.{x}"] for x in ("weight", "bias")}
-        layer.load_state_dict(state)
-        h = layer(h, src_key_padding_mask=mask == 0)
-    if "cls.predictions.bias" not in t:
-        return h, None
-    at = "cls.predictions.transform."
-    head = F.gelu(F.linear(h, t[f"{at}dense.weight"], t[f"{at}dense.bias"]))
-    head = F.layer_norm(head, (16,), t[f"{at}LayerNorm.weight"], t[f"{at}LayerNorm.bias"], 1e-12)
-    return h, head @ t["bert.embeddings.word_embeddings.weight"].T + t["cls.predictions.bias"]
-
 
 def test_encoder_and_masked_lm_head_agree_with_torch(make_model):
     model = load_model(make_model(), words=[5, 6]).eval()
     hidden = model.bert(IDS, TYPES, MASK)
-    expected, logits = oracle(bert_tensors(CONFIG))
+    expected, logits = plain_bert(bert_tensors(CONFIG))
     assert torch.allclose(hidden[MASK.bool()], expected[MASK.bool()], atol=1e-5)
     assert torch.allclose(model.word_logits(hidden)[MASK.bool()], logits[MASK.bool()], atol=1e-5)
     assert torch.allclose(
@@ -77,7 +38,7 @@ def test_loading_draws_no_numbers_that_the_file_replaces(make_model, make_gpt2, 
 def test_without_a_head_logits_are_products_with_the_word_embeddings(make_model):
     t = bert_tensors(CONFIG, head=False)
     model = load_model(make_model(tensors=t), words=[5, 6]).eval()
-    expected = oracle(t)[0][:, 0] @ t["bert.embeddings.word_embeddings.weight"][[5, 6]].T
+    expected = plain_bert(t)[0][:, 0] @ t["bert.embeddings.word_embeddings.weight"][[5, 6]].T
     assert torch.allclose(model(IDS, TYPES, MASK), expected, atol=1e-5)
 
 
@@ -110,13 +71,6 @@ def test_names_of_published_checkpoints_are_understood(make_model):
         assert loaded.keys() == expected.keys() and all(
             loaded[n].equal(v) for n, v in expected.items()
         )
-
-
-def roberta_name(name):
-    name = name.replace("bert.", "roberta.", 1).replace("cls.predictions.transform.", "lm_head.")
-    return name.replace("cls.predictions.", "lm_head.").replace(
-        "lm_head.LayerNorm", "lm_head.layer_norm"
-    )
 
 
 def test_roberta_is_bert_under_other_names_with_positions_behind_the_padding_id(make_model):

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFIG, WIDE, bert_tensors, load_model
+from oracle import roberta_name
 from safetensors.torch import load_file
-from test_model import roberta_name
 from tqdm import tqdm
 
 import data
