@@ -370,3 +370,30 @@ def test_a_tokenizer_is_made_of_vocab_txt(make_model):
     (folder / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match="vocab.txt has no .CLS. and .SEP."):
         cutting_tokenizer(folder, 16)
+
+
+def test_classifier_logits_by_hand(make_model):
+    tensors = bert_tensors(CONFIG) | {"classifier.weight": torch.ones(2, 16)}
+    tensors |= {"classifier.bias": torch.tensor([0.0, 1.0])}
+    tensors |= {
+        "bert.pooler.dense.weight": 2 * torch.eye(16),
+        "bert.pooler.dense.bias": torch.ones(16),
+    }
+    model = load_model(make_model("m", tensors), [7, 8], "classifier", fresh=False).eval()
+    inputs = torch.tensor([[2, 9, 3]]), torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3)
+    cls = model.bert(*inputs)[:, 0]
+    expected = (2 * cls + 1).tanh().sum() + torch.tensor([0.0, 1.0])
+    assert torch.allclose(model(*inputs)[0], expected, atol=1e-5)
+
+
+def test_a_classifier_is_fresh_whatever_the_model_brings(make_model):
+    tensors = bert_tensors(CONFIG) | {
+        "classifier.weight": torch.ones(2, 16),
+        "classifier.bias": torch.ones(2),
+    }
+    folder = make_model("m", tensors)
+    assert load_model(folder, [7], "classifier").classifier.weight.shape == (1, 16)
+    assert not load_model(folder, [7, 8], "classifier").classifier.bias.any()
+    assert load_model(folder, [7, 8], "classifier", fresh=False).classifier.bias.all()
+    with pytest.raises(ValueError, match="Missing key.*classifier.bias"):
+        load_model(make_model("n"), [7, 8], "classifier", fresh=False)
