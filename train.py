@@ -501,7 +501,7 @@ def schedule_on_device(schedule, device):
     return densities, penalties.float().to(device)
 
 
-def learn(args, run, job):
+def learn(args, run, job, stop_after=None):  # a step after which tests leave a run unfinished
     """Train and evaluate. Raises FloatingPointError if a loss, score or weight is not finite."""
     learner, total = job.learner, job.total
     # All densities and penalties are known in advance.
@@ -519,15 +519,15 @@ def learn(args, run, job):
 
     # From the step that a resumed run has reached.
     batches = data.training_batches(
-        job.train, args.batch, total, args.seed, job.device, args.accumulate, first=run.step
+        job.train, args.batch, stop_after or total, args.seed, job.device, args.accumulate, run.step
     )
     bar = progress(batches, args.method, total=total, initial=run.step, leave=True)
     recent = []  # losses since the last log line, on the device
     for step, parts in enumerate(bar, run.step):
         # One step: mask, learn, clip, Adam.
         set_rates(optimizer, step, total, round(args.warmup * total))
-        density, penalty = densities[step], penalties[step]
-        recent.append(train_step(forward_backward, optimizer, parts, density, penalty))
+        losses = train_step(forward_backward, optimizer, parts, densities[step], penalties[step])
+        recent.append(losses)
 
         # Once in a while: log, evaluate under the exact masks, save.
         done = step + 1

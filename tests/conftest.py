@@ -5,12 +5,14 @@ No test needs a network, a GPU or a file from elsewhere.
 
 import http.server
 import json
+import os
 import random
 import threading
 from functools import cache, partial
 
 import pytest
 import torch
+from house import ROOT
 from safetensors.torch import save_file
 from tokenizers import (
     Tokenizer,
@@ -22,15 +24,29 @@ from tokenizers import (
     trainers,
 )
 
+import data
+import mask
 import model
 import train
 from plumbing import cli
 from plumbing.checkpoints import read_config, read_model
 
+# Without one of these folders, the tests of a room are left out: there is nothing to test.
+NEEDED = {
+    "extras": ["extras", "tools"],
+    "tools": ["tools", "extras"],
+    "course": ["exercises", "extras", "tools"],
+}
+collect_ignore = []
+for room, folders in NEEDED.items():
+    if not all((ROOT / folder).is_dir() for folder in folders):
+        collect_ignore.append(room)
+
+os.environ.pop("SMP_TRACEBACK", None)  # it would turn one-line errors into tracebacks
 code_version = cache(cli.code_version)  # hundreds of runs need not ask git for the same answer
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 WORDS = "no yes terrible great incorrect correct the a film is was good bad and very it".split()
-WORDS += "fun dull un ##happ ##y".split()
+WORDS += "fun dull un ##happ ##y maybe".split()
 CONFIG = {
     "model_type": "bert", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2,
     "num_attention_heads": 4, "intermediate_size": 24, "max_position_embeddings": 32,
@@ -138,15 +154,40 @@ def write_tokenizer(path):
 
 
 @pytest.fixture(autouse=True)
-def plain_cpu(monkeypatch, request):
-    """The same device and dtype by default on every machine, also in processes of their own."""
+def machine(monkeypatch, request):
+    """The same device and dtype by default on every machine, also in processes of their own.
+
+    {"cuda": False, "mps": False, "bf16": False}: a test may say that the machine has one of them.
+    """
+    has = dict.fromkeys(("cuda", "mps", "bf16"), False)
     if request.module.__name__ != "test_cuda":
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: has["cuda"])
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr("plumbing.cli.cpu_computes_bf16", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has["mps"])
+    monkeypatch.setattr("plumbing.cli.cpu_computes_bf16", lambda: has["bf16"])
     monkeypatch.setattr("plumbing.run.code_version", code_version)
-    monkeypatch.delenv("SMP_TRACEBACK", raising=False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    return has
+
+
+@pytest.fixture
+def tables():
+    """METHODS and TASKS, for rows of a test's own. Afterwards they are as before."""
+    before = [(table, dict(table)) for table in (mask.METHODS, data.TASKS)]
+    yield mask.METHODS, data.TASKS
+    for table, rows in before:
+        table.clear()
+        table.update(rows)
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """as_process(rank, processes): from now on this is one process of several."""
+
+    def become(rank, processes):
+        for name, number in (("RANK", rank), ("WORLD_SIZE", processes)):
+            monkeypatch.setenv(name, str(number))
+
+    return become
 
 
 def write_model(folder, tensors=None, **changes):
@@ -239,6 +280,28 @@ def write_glue(folder):
     return folder
 
 
+@pytest.fixture
+def run(make_model, glue, tmp_path):
+    """run(*flags) -> (run folder, its result) of a short training on the tiny `movies`.
+
+    run.argv(*flags) -> the words of its command, run.model: the folder of its model.
+    """
+    model = make_model()
+
+    def argv(*flags, out="run", steps=12):
+        words = ["--model", model, "--data-dir", glue, "--out", tmp_path / out, "--batch", 8]
+        words += ["--steps", steps] if steps else []
+        words += ["--length", 16, "--device", "cpu", *flags]
+        return [str(word) for word in words]
+
+    def go(*flags, out="run", steps=12):
+        train.main(argv(*flags, out=out, steps=steps))
+        return tmp_path / out, json.loads((tmp_path / out / "result.json").read_text())
+
+    go.model, go.argv = model, argv
+    return go
+
+
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory):
     """A folder with model/, glue/ and run/, and the files in it as {path: bytes}."""
@@ -314,16 +377,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch, tmp_path):
+def cache_folder(monkeypatch, tmp_path):
+    """Where downloads go: a new folder."""
+    monkeypatch.setenv("SMP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def server(monkeypatch, cache_folder):
     """(files, cut): fill them with what is served; the cache is a new folder."""
     files, cut = {}, set()
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, files, cut))
     threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{httpd.server_port}"
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.setenv("GLUE_URL", f"{url}/glue/")
-    monkeypatch.setenv("SQUAD_URL", f"{url}/squad")
-    monkeypatch.setenv("SMP_CACHE", str(tmp_path / "cache"))
+    places = {"HF_ENDPOINT": "", "GLUE_URL": "/glue/", "SQUAD_URL": "/squad", "LM_URL": "/lm/"}
+    for name, place in places.items():
+        monkeypatch.setenv(name, url + place)
     yield files, cut
     httpd.shutdown()
     httpd.server_close()

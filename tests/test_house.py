@@ -10,45 +10,15 @@ import subprocess
 import sys
 import tokenize
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from house import ARROWS, CORE, HOOK, ROOT, WINGS, imported, room
 
-ROOT = Path(__file__).parent.parent
-CORE = ("model.py", "mask.py", "data.py", "train.py", "eval.py")
-WINGS = ("plumbing", "extras", "tools")
 SOURCES = [ROOT / name for name in CORE] + [
     path for wing in WINGS for path in sorted((ROOT / wing).glob("*.py"))
 ]
 EXERCISES = sorted((ROOT / "exercises").glob("*.py"))
-# What each room may import of ours, beside itself.
-ARROWS = {
-    "model": {"plumbing"},
-    "mask": set(),
-    "plumbing": set(),
-    "data": {"plumbing"},
-    "extras": {"plumbing", "data", "mask", "model"},
-    "eval": {"plumbing", "data", "mask", "model"},
-    "train": {"plumbing", "data", "mask", "model", "eval"},
-    "tools": {"plumbing", "data", "mask", "model", "eval", "train", "extras"},
-}
 GONE = {"adam", "metrics"}  # files of plumbing/ whose content went into the core
-HOOK = "import extras  # noqa: F401"  # the one line by which train.py and eval.py know of extras
-
-
-def room(path):
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
-
-
-def imported(path):
-    """Names of the top-level modules that a file imports, by line."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            found.append((node.lineno, node.module.split(".")[0]))
-        elif isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name.split(".")[0]) for alias in node.names]
-    return found
 
 
 def test_five_files_stand_on_top():

@@ -9,8 +9,9 @@ import replay
 import torch
 import torch.nn.functional as F
 from conftest import load_model, write_model
+from oracle import plain_bert
+from recordings import nudge_file, replayed
 from safetensors.torch import load_file, save_file
-from test_model import oracle
 from torch.func import functional_call
 
 from model import Encoder
@@ -103,7 +104,7 @@ def recorded_once(tmp_path_factory):
     names = ("input_ids", "token_type_ids", "attention_mask", "labels")
     save_file(dict(zip(names, [*batches, labels], strict=True)), folder / "batches.safetensors")
     model = load_model(folder, WORDS).eval()
-    _, logits = oracle(load_file(folder / "model.safetensors"), *(b[:8] for b in batches))
+    _, logits = plain_bert(load_file(folder / "model.safetensors"), *(b[:8] for b in batches))
     save_file({"mlm_logits": logits.detach()}, folder / "dense_first_batch.safetensors")
     weights = {n: w for ws in model.prunable().values() for n, w in ws.items()}
     start = {n: 0.01 * torch.randn(w.shape, generator=g) for n, w in weights.items()}
@@ -121,18 +122,6 @@ def recorded_once(tmp_path_factory):
 def recording(recorded_once, tmp_path):
     """A copy of the recording of smp-l and smp-s."""
     return shutil.copytree(recorded_once, tmp_path / "recording")
-
-
-def replayed(folder, capsys):
-    """-> (exit status, {quantity: largest deviation}, names of those beyond their bounds)."""
-    with pytest.raises(SystemExit) as ended:
-        replay.main([str(folder)])
-    said = capsys.readouterr()
-    return (
-        ended.value.code,
-        json.loads(said.out),
-        {line.split(": ")[1] for line in said.err.splitlines()},
-    )
 
 
 def test_stacked_training_equals_the_plain_one(recording, capsys):
@@ -181,13 +170,6 @@ def nudge_step(folder, quantity, by=2e-3):
         place, quantity = place["layer_density"][1], 3
     place[quantity] += by
     path.write_text(json.dumps(trajectory))
-
-
-def nudge_file(folder, name, key):
-    tensors = load_file(folder / name)
-    key = key or next(iter(tensors))
-    tensors[key].view(-1)[:8] = 1 - tensors[key].view(-1)[:8]
-    save_file(tensors, folder / name)
 
 
 RECORDED = ("density", "penalty", "ce", "regularizer", "layer_density")

@@ -7,8 +7,8 @@ import pytest
 import replay
 import torch
 from conftest import GPT2_CONFIG, gpt2_tensors
+from recordings import nudge_file, replayed
 from safetensors.torch import load_file, save_file
-from test_replay import nudge_file, replayed
 
 from extras.gpt2 import load_gpt2
 from extras.pprune import shrink

@@ -368,3 +368,23 @@ def test_torch_compile_sees_masks_as_one_piece(method, monkeypatch):
         masks.zero_grad()
     for plain, compiled in zip(*found, strict=True):
         assert torch.allclose(plain, compiled)
+
+
+def test_a_mask_is_not_all_of_a_run_whose_weights_trained(run, fails):
+    folder, _ = run("--method", "movement", steps=2)
+    assert "name its folder" in fails(eval_.main, [folder / "mask.safetensors"])
+
+
+@pytest.mark.slow
+def test_no_altered_result_makes_a_run_whose_weights_trained_another(run, fails):
+    """As in test_eval.py. But the weights in its folder have the mask's zeros in them."""
+    folder, result = run("--method", "movement", steps=2)
+    for key in result:
+        renamed = {name if name != key else f"{name}x": value for name, value in result.items()}
+        (folder / "result.json").write_text(json.dumps(renamed))
+        fails(eval_.main, [folder, "--text", "a good film"])
+        kept = (folder / "mask.safetensors").rename(folder / "kept")
+        fails(eval_.main, [folder, "--text", "a good film"])
+        kept.rename(folder / "mask.safetensors")
+    (folder / "result.json").write_text(json.dumps(result))
+    eval_.main([str(folder), "--text", "a good film"])
