@@ -134,8 +134,8 @@ def load_run(run, model_name=None):
     # A mask needs the backbone that it was made for; trained weights lie in the run's folder.
     folder = run if own else fetch.model_folder(model_name or result["model"])
     if own:
-        known = result["sha256"].get("model.safetensors")
-        check_digest(run / "model.safetensors", "sha256", known)
+        path = run / "model.safetensors"
+        check_digest(path.read_bytes(), "sha256", result["sha256"].get(path.name), path)
     model, tokenizer = load_backbone(folder, task, result["length"], result["head"], fresh=not own)
 
     # A mask on other weights, or words read by another tokenizer, would give nonsense.

@@ -57,16 +57,10 @@ def read_model(folder):
 
     Raises ValueError that names what cannot be read.
     """
-    path = folder / "config.json"
-    stored = read_json(path)
-    if not isinstance(stored, dict):
-        raise ValueError(f"{path} is not a JSON object")
+    stored = read_json(folder / "config.json")
     tensors = {}
     for path in weight_files(folder):
-        for name, tensor in read_tensors(path):
-            if name in tensors:
-                raise ValueError(f"{path} holds {name} twice")
-            tensors[name] = tensor
+        tensors |= read_tensors(path)
     return stored, tensors
 
 
@@ -77,12 +71,12 @@ def weight_files(folder):
     try:
         names = read_json(folder / INDEX)["weight_map"].values()
         return [folder / name for name in sorted(set(names))]
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):  # another shape of file
         raise ValueError(f"{folder / INDEX} has no weight_map") from None
 
 
 def read_tensors(path):
-    """Yield (name, float32 tensor) for each weight in a safetensors file.
+    """Read the weights in a safetensors file -> {name: float32 tensor}.
 
     Raises ValueError if a weight is not a float of 16 bits or more, or not finite.
     """
@@ -94,6 +88,7 @@ def read_tensors(path):
     except (SafetensorError, KeyError) as error:  # KeyError: torch does not know the dtype
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
+    tensors = {}
     for name, tensor in stored.items():
         if name.endswith(BUFFERS):
             continue
@@ -104,7 +99,8 @@ def read_tensors(path):
             )
         for wrapper in WRAPPERS:
             name = name.removeprefix(wrapper)
-        yield name, tensor.float()
+        tensors[name] = tensor.float()
+    return tensors
 
 
 def pack_weights(tensors):

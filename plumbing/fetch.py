@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import textwrap
 import urllib.request
 import zipfile
 from contextlib import suppress
@@ -123,7 +124,7 @@ def model_folder(model):
     if missing:
         raise ValueError(f"--model: the folder {folder} {missing}")
     for name, sha256 in MODELS.get(model, Known()).sha256.items():
-        check_digest(folder / name, "sha256", sha256)
+        check_digest((folder / name).read_bytes(), "sha256", sha256, folder / name)
     return folder
 
 
@@ -148,7 +149,7 @@ def family(model):
         if not Path(model).is_dir():
             path = hub_file(model, "config.json", "main")
         return read_json(path).get("model_type", "bert")
-    except (ValueError, OSError, AttributeError):  # model_folder() says what is wrong
+    except (ValueError, OSError, TypeError):  # model_folder() says what is wrong
         return "bert"
 
 
@@ -180,8 +181,11 @@ def hub_folder(model):
         if config and not describe_missing(config.parent):
             return config.parent
 
+    config = hub_file(repository, "config.json", known.revision)
+    if config is None:
+        raise ValueError(f"--model: {repository} on the hub has no config.json")
     print(f"fetching {repository} from the hub, once", flush=True)
-    folder = hub_file(repository, "config.json", known.revision).parent
+    folder = config.parent
     commit = folder.name  # all other files are of the same
     for name in HUB_FILES:
         hub_file(repository, name, commit)
@@ -195,7 +199,9 @@ def cached(repository, name, revision):
     """A file of a model in the hub's cache -> its Path, or None."""
     from huggingface_hub import try_to_load_from_cache  # here, as it takes 0.3 s
 
-    path = try_to_load_from_cache(repository, name, revision=revision)
+    path = None
+    with suppress(ValueError):  # not a hub id, as hub_file() says
+        path = try_to_load_from_cache(repository, name, revision=revision)
     return Path(path) if isinstance(path, str) else None
 
 
@@ -219,7 +225,7 @@ def hub_file(repository, name, revision):
     except (OSError, ValueError) as error:
         raise OSError(
             f"--model: there is no folder {repository}, and the hub did not send that model "
-            f"({str(error)[:200]}); the known names are {', '.join(MODELS)}"
+            f"({textwrap.shorten(str(error), 160)}); the known names are {', '.join(MODELS)}"
         ) from None
 
 

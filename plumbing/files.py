@@ -58,12 +58,14 @@ def require_regular_file(path):
 
 
 def read_json(path):
-    """Read a JSON file. Raises ValueError that names the file if it is not JSON."""
-    require_regular_file(path)
+    """Read a JSON file that holds an object -> dict. Raises ValueError if it does not."""
     try:
-        return json.loads(path.read_text("utf-8-sig"))
+        stored = json.loads(require_regular_file(path).read_text("utf-8-sig"))
+        if not isinstance(stored, dict):
+            raise ValueError("it is not an object")
     except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError too
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    return stored
 
 
 def read_lines(path):
@@ -118,24 +120,16 @@ def digest(tensors, description=""):
     return hasher.hexdigest()
 
 
-def file_digest(path, algorithm="sha256"):
-    with open(require_regular_file(path), "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
-
-
 def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def check_digest(content, algorithm, expected, name=None):
-    """Raise ValueError unless bytes, or the file at a Path, have the expected digest."""
-    if isinstance(content, bytes):
-        found = hashlib.new(algorithm, content).hexdigest()
-    else:
-        found = file_digest(content, algorithm)
+def check_digest(content, algorithm, expected, name):
+    """Raise ValueError that names the file, unless bytes have the expected digest."""
+    found = hashlib.new(algorithm, content).hexdigest()
     if found != expected:
         raise ValueError(
-            f"{name or content}: {algorithm} is {found}, not {expected}; "
+            f"{name}: {algorithm} is {found}, not {expected}; "
             "it was altered or cut, and is not used"
         )
 
@@ -148,8 +142,7 @@ def signed_json(values):
 def read_signed_json(path):
     """Invert signed_json. Raises ValueError if the file was altered."""
     stored = read_json(path)
-    expected = stored.pop("digest", None) if isinstance(stored, dict) else None
-    if expected != sha256(json_bytes(stored)):
+    if stored.pop("digest", None) != sha256(json_bytes(stored)):
         raise ValueError(f"{path} was altered, or is the result of another version of train.py")
     return stored
 

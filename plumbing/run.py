@@ -31,6 +31,7 @@ from plumbing.cli import code_version, flag
 LOG, CHECKPOINT, RESULT = "log.jsonl", "checkpoint.safetensors", "result.json"
 MASK = "mask.safetensors"
 FORMAT = "smp-checkpoint-3"  # 2 had other settings in its identity
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's state for each parameter
 SAVE_EVERY = 60  # seconds between checkpoints: one of bert-base takes three to write
 # What a checkpoint holds beside its tensors, at the beginning of a run.
 NEW = {
@@ -211,23 +212,19 @@ class Run:
     def restore(self, learner, optimizer):
         """Load the checkpoint of a resumed run. A new run has none to load.
 
-        Raises ValueError unless it comes from this run.
+        Raises ValueError if another process has continued the run meanwhile.
         """
         if not self.resumed:
             return
         stored, state = read_checkpoint(self.checkpoint)
-        ours = training_state(learner, optimizer)
-        # The optimizer trusts its state: it would write beyond the end of a tensor too small.
-        same_tensors = shapes(stored) == shapes(random_states() | ours)
-        if not same_tensors or state["step"] != self.step:
-            raise ValueError(
-                f"{self.checkpoint} is not what it was, or of another kind of device; resume again"
-            )
+        if state["step"] != self.step:
+            raise ValueError(f"--resume: another process has continued {self.folder}; try again")
         torch.set_rng_state(stored["random.cpu"])
         if "random.cuda" in stored:
             torch.cuda.set_rng_state(stored["random.cuda"])
-        for name, tensor in ours.items():
-            tensor.copy_(stored[name])
+        for i, p in enumerate(learner.parameters()):
+            p.detach().copy_(stored[f"parameter.{i}"])
+            optimizer.state[p] = {name: stored[f"{name}.{i}"].to(p.device) for name in MOMENTS}
 
     def facts(self):
         """Describe the run itself, for result.json."""
@@ -267,20 +264,10 @@ def training_state(learner, optimizer):
     """{name: tensor} of the parameters, Adam's step and its moments. Not copies."""
     tensors = {}
     for i, p in enumerate(learner.parameters()):
-        tensors[f"parameter.{i}"] = p.detach()
-        state = optimizer.state[p]
-        if not state:  # before its first step, Adam has none
-            state["step"] = torch.zeros((), device=p.device)
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
-        for key, tensor in state.items():
-            tensors[f"{key}.{i}"] = tensor.detach()
+        tensors[f"parameter.{i}"] = p
+        for name in MOMENTS:
+            tensors[f"{name}.{i}"] = optimizer.state[p][name]
     return tensors
-
-
-def shapes(tensors):
-    """{name: tensor} -> {name: (shape, dtype)}."""
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def read_checkpoint(path):

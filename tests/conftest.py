@@ -3,6 +3,7 @@
 No test needs a network, a GPU or a file from elsewhere.
 """
 
+import hashlib
 import http.server
 import json
 import os
@@ -356,43 +357,58 @@ def fails(capsys):
     return run
 
 
+def left_in(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves {path: content}; `cut` sends half of what it announces."""
+    """Serves {path: content}, as a hub does too; `cut` sends half of what it announces.
+
+    On the hub, the main branch of every repository is at commit c1.
+    """
 
     def __init__(self, files, cut, *args):
         self.files, self.cut = files, cut
         super().__init__(*args)
 
-    def do_GET(self):  # noqa: N802
+    def do_HEAD(self):  # noqa: N802
         content = self.files.get(self.path)
-        self.files.setdefault("logins", set()).add(self.headers.get("Authorization"))
+        repository = self.path.partition("/resolve/")[0]
         self.send_response(200 if content is not None else 404)
         self.send_header("Content-Length", len(content or b""))
+        self.send_header("X-Repo-Commit", "c1")
+        self.send_header("ETag", f'"{hashlib.sha256(content or b"").hexdigest()}"')
+        if content is None:
+            known = any(path.startswith(f"{repository}/") for path in self.files)
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
         self.end_headers()
-        if content:
-            self.wfile.write(content[: len(content) // 2] if self.path in self.cut else content)
+        return content or b""
+
+    def do_GET(self):  # noqa: N802
+        content = self.do_HEAD()
+        self.wfile.write(content[: len(content) // 2] if self.path in self.cut else content)
 
     def log_message(self, *_):
         pass
 
 
 @pytest.fixture
-def cache_folder(monkeypatch, tmp_path):
-    """Where downloads go: a new folder."""
-    monkeypatch.setenv("SMP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+def server(monkeypatch, tmp_path):
+    """(files, cut): fill them with what is served; the caches are new folders."""
+    from huggingface_hub import constants
 
-
-@pytest.fixture
-def server(monkeypatch, cache_folder):
-    """(files, cut): fill them with what is served; the cache is a new folder."""
     files, cut = {}, set()
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, files, cut))
     threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{httpd.server_port}"
-    places = {"HF_ENDPOINT": "", "GLUE_URL": "/glue/", "SQUAD_URL": "/squad", "LM_URL": "/lm/"}
-    for name, place in places.items():
-        monkeypatch.setenv(name, url + place)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", url)  # the library has read the environment
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setenv("GLUE_URL", f"{url}/glue/")
+    monkeypatch.setenv("SQUAD_URL", f"{url}/squad")
+    monkeypatch.setenv("SMP_CACHE", str(tmp_path / "cache"))
     yield files, cut
     httpd.shutdown()
     httpd.server_close()
