@@ -53,7 +53,7 @@ def json_bytes(value):
 def require_regular_file(path):
     """Return the path. Raises ValueError if it is missing, or a pipe or device, which never end."""
     if not os.path.isfile(path):
-        raise ValueError(f"there is no file {path}")
+        raise ValueError(f"there is no regular file {path}")
     return path
 
 
@@ -94,7 +94,8 @@ def prefix_errors(path):
 def lock(file):
     """Lock an open file until it is closed. Raises ValueError if another process holds the lock.
 
-    Windows has no such locks, and neither do some network file systems.
+    Windows has no such locks, and neither do some network file systems. There, let only one process
+    write to a folder.
     """
     try:
         import fcntl
@@ -106,6 +107,8 @@ def lock(file):
         raise ValueError(
             f"another process is writing to {file.name}; wait for it, or name another --out"
         ) from None
+    except OSError:  # no locks here
+        return
 
 
 # --- digests and seals ------------------------------------------------------------------------

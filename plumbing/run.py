@@ -273,7 +273,9 @@ def training_state(learner, optimizer):
 def read_checkpoint(path):
     """-> (tensors, state). Raises ValueError if the file was altered or is not a checkpoint."""
     if not path.exists():
-        raise ValueError(f"--resume: there is no {path}; a run writes one at each evaluation")
+        raise ValueError(
+            f"--resume: there is no {path}; the run is finished, or had no evaluation yet"
+        )
     return files.unseal(path, FORMAT)
 
 

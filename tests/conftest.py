@@ -44,6 +44,7 @@ for room, folders in NEEDED.items():
         collect_ignore.append(room)
 
 os.environ.pop("SMP_TRACEBACK", None)  # it would turn one-line errors into tracebacks
+os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's library reads it when it is imported, later
 code_version = cache(cli.code_version)  # hundreds of runs need not ask git for the same answer
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 WORDS = "no yes terrible great incorrect correct the a film is was good bad and very it".split()
@@ -403,6 +404,7 @@ def server(monkeypatch, tmp_path):
     url = f"http://127.0.0.1:{httpd.server_port}"
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", url)  # the library has read the environment
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_ENDPOINT", url)

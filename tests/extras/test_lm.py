@@ -136,7 +136,7 @@ def test_a_mask_learns_and_the_rest_stays(make_gpt2, texts, tmp_path, capsys, me
     square = dict.fromkeys(("attn.query", "attn.key", "attn.value", "attn.c_proj"), (16, 16))
     shapes = square | {"mlp.c_fc": (24, 16), "mlp.c_proj": (16, 24)}
     shapes = {f"h.{i}.{path}.weight": shape for path, shape in shapes.items() for i in range(2)}
-    masks, head, _ = load_masks(tmp_path / "run" / "mask.safetensors", shapes)
+    masks, head = load_masks(tmp_path / "run" / "mask.safetensors", shapes)
     assert not head and sum(mask.sum().item() for mask in masks.values()) == result["kept"]
     if method == "smp-l":
         assert all(2 * mask.sum() == mask.numel() for mask in masks.values())
