@@ -94,8 +94,8 @@ def read_tensors(path):
             continue
         if tensor.dtype not in FLOATS or not tensor.isfinite().all():
             raise ValueError(
-                f"{path}: {name} is of {tensor.dtype}; weights must be finite floats of 16 bits "
-                "or more"
+                f"{path}: weights must be finite floats of 16 bits or more, and {name} "
+                f"({tensor.dtype}) is not"
             )
         for wrapper in WRAPPERS:
             name = name.removeprefix(wrapper)

@@ -14,6 +14,7 @@ import lzma
 import math
 import os
 import secrets
+import shutil
 from contextlib import contextmanager
 
 import numpy as np
@@ -25,6 +26,21 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 MASKS = "smp-mask-3"
 
 # --- files, whole or not at all ---------------------------------------------------------------
+
+
+@contextmanager
+def partial_folder(folder):
+    """Yield a new folder to fill. It then replaces `folder`, which must be missing or empty.
+
+    After an error it is removed.
+    """
+    part = part_of(folder)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_whole(path, content):
@@ -59,8 +75,9 @@ def require_regular_file(path):
 
 def read_json(path):
     """Read a JSON file that holds an object -> dict. Raises ValueError if it does not."""
+    require_regular_file(path)
     try:
-        stored = json.loads(require_regular_file(path).read_text("utf-8-sig"))
+        stored = json.loads(path.read_text("utf-8-sig"))
         if not isinstance(stored, dict):
             raise ValueError("it is not an object")
     except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError too

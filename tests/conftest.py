@@ -394,7 +394,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch, tmp_path):
+def cache_folder(monkeypatch, tmp_path):
+    """Where downloads go: a new folder."""
+    monkeypatch.setenv("SMP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path, cache_folder):
     """(files, cut): fill them with what is served; the caches are new folders."""
     from huggingface_hub import constants
 
@@ -403,14 +410,17 @@ def server(monkeypatch, tmp_path):
     threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{httpd.server_port}"
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", url)  # the library has read the environment
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.setenv("GLUE_URL", f"{url}/glue/")
-    monkeypatch.setenv("SQUAD_URL", f"{url}/squad")
-    monkeypatch.setenv("SMP_CACHE", str(tmp_path / "cache"))
+    settings = {
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_OFFLINE": False,
+        "ENDPOINT": url,
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+    }
+    for name, value in settings.items():  # the library has read the environment already
+        monkeypatch.setattr(constants, name, value)
+    places = {"HF_ENDPOINT": "", "GLUE_URL": "/glue/", "SQUAD_URL": "/squad", "LM_URL": "/lm/"}
+    for name, place in places.items():
+        monkeypatch.setenv(name, url + place)
     yield files, cut
     httpd.shutdown()
     httpd.server_close()

@@ -14,6 +14,7 @@ import eval as eval_
 from eval import accuracy, correlation, f1, load_run, ranks, spearman
 from plumbing import cli
 from plumbing.checkpoints import cutting_tokenizer
+from plumbing.files import MASKS, seal, unseal
 from plumbing.summary import guessing, summary, write_predictions
 
 
@@ -99,52 +100,53 @@ def test_a_mask_file_needs_nothing_but_its_backbone(run, fails, make_model, tmp_
 
 
 def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
-    folder, result = run()
+    folder, _ = run()
     other = make_model("other", tensors=bert_tensors(CONFIG, seed=9))
     assert "the fingerprint of" in fails(eval_.main, [folder, "--model", other])
-    assert "is not the folder of a run" in fails(eval_.main, [tmp_path])
-    (tmp_path / "log.jsonl").touch()
-    assert "an interrupted or still running run" in fails(eval_.main, [tmp_path])
+    assert "no regular file" in fails(eval_.main, [tmp_path])
+    (tmp_path / "checkpoint.safetensors").touch()
+    assert "holds an unfinished run; python train.py --resume" in fails(eval_.main, [tmp_path])
     assert "--pair and --temperature need --text" in fails(eval_.main, [folder, "--pair", "b"])
     assert "--text without --pair" in fails(eval_.main, [folder, "--text", "a", "--pair", "b"])
-    twin, _ = run("--seed", 1, out="twin")
-    ours = (folder / "mask.safetensors").read_bytes()
-    shutil.copy(twin / "mask.safetensors", folder)
-    assert "are of different runs" in fails(eval_.main, [folder])
-    (folder / "mask.safetensors").write_bytes(ours[:-1])
+    path = folder / "mask.safetensors"
+    ours = path.read_bytes()
+    path.write_bytes(ours[:-1])
     assert "not a whole safetensors file" in fails(eval_.main, [folder])
-    (folder / "result.json").write_text(json.dumps(result | {"words": {"0": "bad", "1": "good"}}))
-    assert "TASKS has no task movies with the label words" in fails(eval_.main, [folder])
-    (folder / "result.json").write_text(json.dumps(result | {"task": "x"}))
-    assert "TASKS has no task x" in fails(eval_.main, [folder])
-    for broken in (
-        {},
-        {k: result[k] for k in ("task", "method", "model")},
-        result | {"sha256": None},
-        [],
+    path.write_bytes(ours)
+    tensors, about = unseal(path, MASKS)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    for change, message in (
+        ({"words": {"0": "bad", "1": "good"}}, "TASKS has no task movies with the label words"),
+        ({"task": "x"}, "TASKS has no task x"),
+        ({"method": "x"}, "METHODS has no method x"),
     ):
-        (folder / "result.json").write_text(json.dumps(broken))
-        assert "is not the result of a run" in fails(eval_.main, [folder])
+        changed = about | {"run": about["run"] | change}
+        path.write_bytes(seal(MASKS, tensors, changed))
+        assert message in fails(eval_.main, [folder])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "result.json").write_text("{}")
+    assert "was altered, or is the result of another" in fails(eval_.main, [tmp_path / "notes"])
     dense, _ = run("--method", "finetune", out="dense", steps=2)
     assert "trained weights of its own" in fails(eval_.main, [dense, "--model", other])
     shutil.copy(other / "model.safetensors", dense)
     assert "model.safetensors: sha256" in fails(eval_.main, [dense])
 
 
-def test_no_altered_result_makes_the_mask_optional(run, fails):
-    """Nothing is evaluated where result.json was renamed or changed, with the mask or without."""
+def test_no_altered_result_makes_the_mask_optional(run, fails, capsys):
+    """The mask file says what the run was. Without it, an altered result.json is refused."""
     folder, result = run(steps=2)
+    capsys.readouterr()
+    said = [eval_.main([str(folder), "--text", "a good film"]), capsys.readouterr().out]
     for key in result:
         renamed = {name if name != key else f"{name}x": value for name, value in result.items()}
         (folder / "result.json").write_text(json.dumps(renamed))
-        fails(eval_.main, [folder, "--text", "a good film"])
+        assert [eval_.main([str(folder), "--text", "a good film"]), capsys.readouterr().out] == said
         kept = (folder / "mask.safetensors").rename(folder / "kept")
-        fails(eval_.main, [folder, "--text", "a good film"])
+        assert "was altered" in fails(eval_.main, [folder, "--text", "a good film"])
         kept.rename(folder / "mask.safetensors")
-    (folder / "result.json").write_text(json.dumps(result | {"method": "finetune"}))
-    fails(eval_.main, [folder, "--text", "a good film"])
+    (folder / "mask.safetensors").unlink()
     (folder / "result.json").write_text(json.dumps(result))
-    eval_.main([str(folder), "--text", "a good film"])
+    assert "no regular file" in fails(eval_.main, [folder, "--text", "a good film"])
 
 
 def test_other_data_than_the_runs_only_where_it_is_asked_for(

@@ -184,7 +184,7 @@ def test_a_layer_may_have_no_heads(make_gpt2, ids):
         ({"n_head": 3}, "not divisible"),
         (
             {"neurons_per_layer": [25, 1]},
-            "neurons_per_layer is .25, 1., not a list of one number from 0 to 24",
+            "neurons_per_layer is 25, not a number from 0 to 24",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from data import TASKS
 from extras.rivals import hard_concrete
 from mask import METHODS, Masks
 from model import load_backbone
-from plumbing.files import MASKS, read_masks, seal
+from plumbing.files import MASKS, seal, unseal
 
 WEIGHTS = [[3.0, -1.0], [0.5, -2.0]]
 
@@ -289,7 +289,7 @@ def test_biases_and_layernorms_train_beside_the_mask_and_lie_in_its_file(
         assert (name in stored) == (weight.ndim == 1 or name in run.masks)
         assert weight.ndim > 1 or torch.equal(stored[name], weight)
 
-    tensors, description = read_masks(out / "mask.safetensors")
+    tensors, description = unseal(out / "mask.safetensors", MASKS)
     del tensors[next(name for name in tensors if "LayerNorm" in name)]
     (out / "mask.safetensors").write_bytes(seal(MASKS, tensors, description))
     assert "holds other weights beside its mask than smp-bias trains" in fails(eval_.main, [out])
