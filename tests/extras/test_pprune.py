@@ -16,7 +16,6 @@ import train
 from extras import pprune
 from model import Config
 from plumbing.checkpoints import cutting_tokenizer
-from tools import export
 
 BASE = Config(30522, 768, 12, 12, 3072, 512, 2)
 
@@ -275,7 +274,6 @@ def test_a_run_is_smaller_and_can_be_looked_at_and_teach(
             for a in ["--model", model, "--out", tmp_path / "taught", *given[:-2], "--teacher", run]
         ]
     )
-    assert "lost heads or neurons" in fails(export.main, [run, tmp_path / "out"])
     config = run / "config.json"
     config.write_text(
         config.read_text().replace('"vocab_size"', '"layer_norm_eps": 0.5, "vocab_size"')
