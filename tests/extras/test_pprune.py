@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from acts import interrupt
 from conftest import load_model
 
 import data
@@ -293,3 +294,15 @@ def test_a_table_of_only_empty_texts_trains(run, glue, method):
         (glue / "movies" / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
     flags = ["--method", method, "--ffn-share", 1]
     assert run(*flags, steps=3)[1]["final"]["accuracy"] == 0.5
+
+
+def test_an_interrupted_run_chooses_the_same_units_again(run):
+    flags = ["--method", "p-pruning", "--sparsity", 0.3, "--ffn-share", 2, "--evals", 8]
+    whole, _ = run(*flags, out="whole", steps=16)
+    argv = run.argv(*flags, out="cut", steps=16)
+    interrupt(argv, step=6)
+    cut = whole.parent / "cut"
+    assert not (cut / "result.json").exists()
+    train.main(["--resume", str(cut)])
+    one, other = ((folder / "model.safetensors").read_bytes() for folder in (whole, cut))
+    assert one == other

@@ -257,18 +257,6 @@ def test_other_defaults_are_not_gone_on_with(interrupted, fails, monkeypatch):
     assert "--resume: --penalty is 5.0 now, and was 800.0 when the run began" in said
 
 
-def test_a_shrunk_model_goes_on_too(flags, tmp_path, monkeypatch, fails):
-    """Its heads and neurons are chosen again, and are the same."""
-    argv = [*flags, "--method", "p-pruning", "--sparsity", "0.3", "--ffn-share", "2"]
-    train.main([*argv, "--out", str(tmp_path / "whole")])
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "set_rates", stopping_at(6))
-        assert "enough" in fails(train.main, [*argv, "--out", tmp_path / "run"])
-    train.main(["--resume", str(tmp_path / "run")])
-    whole, run = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run"))
-    assert whole == run
-
-
 def test_another_teacher_is_not_gone_on_with(flags, tmp_path, fails, monkeypatch):
     short = [*flags, "--steps", "2", "--evals", "1", "--method", "finetune"]
     for name in ("teacher", "other"):
