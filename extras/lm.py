@@ -175,11 +175,7 @@ def load(folder, length, head):
 
 
 def format_answer(texts, tokenizer, logits_of, args):
-    """Task.format_answer: continue a text by up to CONTINUED tokens -> its lines.
-
-    Without args.temperature, take the likeliest token each time. With it, draw tokens by their
-    probability (1) or by one that is sharper (below 1) or flatter (above), with args.seed.
-    """
+    """Task.format_answer: continue a text by up to CONTINUED tokens -> its lines."""
     size = tokenizer.truncation["max_length"]
     tokenizer.no_truncation()
     ids = encode_texts(tokenizer, texts, add_special_tokens=False)[0].ids
@@ -187,19 +183,31 @@ def format_answer(texts, tokenizer, logits_of, args):
     if not ids:
         raise ValueError("a language model needs something to continue, and this text is empty")
 
-    rng = np.random.default_rng(args.seed)
-    for _ in progress(range(CONTINUED), "writing", delay=2):
+    end = tokenizer.token_to_id(END)
+    for token in next_tokens(ids, size, logits_of, args.temperature, args.seed):
+        if token == end:
+            break
+        ids.append(token)
+    return [printable(line) for line in tokenizer.decode(ids).split("\n")]
+
+
+def next_tokens(ids, size, logits_of, temperature, seed, count=CONTINUED):
+    """Yield up to `count` tokens that continue ids. The caller appends each one to ids.
+
+    The model reads the last `size` of them. Without a temperature, take the likeliest token each
+    time. With one, draw tokens by their probability (1) or by one that is sharper (below 1) or
+    flatter (above).
+    """
+    rng = np.random.default_rng(seed)
+    for _ in progress(range(count), "writing", delay=2):
         seen = ids[-size:]  # read again for every token: slow, but plain
         prompt = Prompt([seen], [[0]], [len(seen) - 1], size)
         (logits,) = logits_of(prompt).double().numpy()  # [1, V] -> [V]
         token = int(logits.argmax())
-        if args.temperature:
-            odds = np.exp((logits - logits.max()) / args.temperature)
+        if temperature:
+            odds = np.exp((logits - logits.max()) / temperature)
             token = int(rng.choice(len(odds), p=odds / odds.sum()))
-        if token == tokenizer.token_to_id(END):
-            break
-        ids.append(token)
-    return [printable(line) for line in tokenizer.decode(ids).split("\n")]
+        yield token
 
 
 def add_task(name, folder, file, epochs, weight_lr):

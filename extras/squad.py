@@ -246,11 +246,11 @@ def read_windows(task, path, tokenizer):
 # --- answers --------------------------------------------------------------------------------------
 
 
-def best_spans(logits, spans):
+def best_spans(logits, spans, longest=LONGEST_ANSWER):
     """Find the best answer in a window -> (score, where it begins, where it ends in the paragraph).
 
-    logits [2, S'], where S' may reach over padding. spans [S, 2]. The answer has at most 30 tokens,
-    all inside the paragraph. If there is none, the score is -inf and the span is empty.
+    logits [2, S'], where S' may reach over padding. spans [S, 2]. The answer has at most `longest`
+    tokens, all inside the paragraph. If there is none, the score is -inf and the span is empty.
     """
     inside = spans[:, 0] >= 0  # [S]
     scores = np.where(inside, logits[:, : len(spans)], -np.inf)  # [2, S]
@@ -258,7 +258,7 @@ def best_spans(logits, spans):
     starts, ends = np.argsort(-scores, kind="stable")[:, :N_BEST]  # tokens [20] each
     total = scores[0, starts][:, None] + scores[1, ends]  # [20, 20]
     tokens = ends - starts[:, None] + 1  # [20, 20]: the lengths
-    total[(tokens < 1) | (tokens > LONGEST_ANSWER)] = -np.inf
+    total[(tokens < 1) | (tokens > longest)] = -np.inf
     i, j = np.unravel_index(total.argmax(), total.shape)
     score = total[i, j]
     if score == -np.inf:

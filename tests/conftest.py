@@ -8,6 +8,8 @@ import http.server
 import json
 import os
 import random
+import re
+import signal
 import threading
 from functools import cache, partial
 
@@ -34,7 +36,7 @@ from plumbing.checkpoints import read_config, read_model
 
 # Without one of these folders, the tests of a room are left out: there is nothing to test.
 NEEDED = {
-    "extras": ["extras", "tools"],
+    "extras": ["extras"],
     "tools": ["tools", "extras"],
     "course": ["exercises", "extras", "tools"],
 }
@@ -360,6 +362,48 @@ def fails(capsys):
 
 def left_in(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def survives(capsys, tmp_path, trained_once):
+    """survives(command): it works or ends with status 2 and one line, within 10 seconds.
+
+    It writes nothing.
+    """
+    home, _ = trained_once
+
+    def there():
+        return sorted([*tmp_path.rglob("*"), *home.rglob("*")])
+
+    def too_slow(*_):
+        raise KeyboardInterrupt(
+            "longer than 10 seconds"
+        )  # which nothing turns into an error of a file
+
+    def run(command):
+        files = there()
+        capsys.readouterr()
+        signal.signal(signal.SIGALRM, too_slow)
+        signal.alarm(10)
+        try:
+            command()
+            said = None
+        except SystemExit as ended:
+            assert ended.code == 2
+            lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+            lines = [
+                line
+                for line in lines
+                if line.strip() and not re.match("evaluating|movies smp-s|RTE.zip", line)
+            ]
+            assert len(lines) == 1 and lines[0].startswith("error: "), lines
+            said = lines[0]
+        finally:
+            signal.alarm(0)
+        assert there() == files
+        return said
+
+    return run
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import model
-from extras.gpt2 import load_gpt2
-from plumbing.checkpoints import cutting_tokenizer, read_model
+from plumbing.checkpoints import cutting_tokenizer
 from plumbing.run import identity
 
 
@@ -28,11 +27,10 @@ def test_encoder_and_masked_lm_head_agree_with_torch(make_model):
     )  # and one token is enough
 
 
-def test_loading_draws_no_numbers_that_the_file_replaces(make_model, make_gpt2, monkeypatch):
+def test_loading_draws_no_numbers_that_the_file_replaces(make_model, monkeypatch):
     """To draw on the meta device, torch imports its compiler, which takes 2 s."""
     monkeypatch.setattr(nn.init, "normal_", None)
     load_model(make_model(), words=[5, 6])
-    load_gpt2(*read_model(make_gpt2()))
 
 
 def test_without_a_head_logits_are_products_with_the_word_embeddings(make_model):

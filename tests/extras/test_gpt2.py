@@ -9,6 +9,7 @@ import torch
 from conftest import GPT2_CONFIG, gpt2_tensors
 from recordings import nudge_file, replayed
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from extras.gpt2 import load_gpt2
 from extras.pprune import shrink
@@ -101,6 +102,12 @@ def test_the_replay_takes_a_recorded_gpt2(make_gpt2, ids, capsys):
     nudge_file(folder, "dense_first_batch.safetensors", "neurons.1")
     assert replayed(folder, capsys)[::2] == (1, {"inputs", "loss"})
     assert replay.BOUNDS["loss"] == 1e-5 and replay.BOUNDS["logits"] == 1e-4
+
+
+def test_loading_draws_no_numbers_that_the_file_replaces(make_gpt2, monkeypatch):
+    """To draw on the meta device, torch imports its compiler, which takes 2 s."""
+    monkeypatch.setattr(nn.init, "normal_", None)
+    load_gpt2(*read_model(make_gpt2()))
 
 
 def test_published_tensors_go_in_and_come_out(make_gpt2):
