@@ -290,7 +290,7 @@ INSTEAD_FLAGS = {
 }
 TEXT_FLAGS = {
     "pair": (str, "the second sentence, or the paragraph, where the task takes two texts"),
-    "temperature": (cli.positive, "draw the tokens of a language model; below 1 likelier ones"),
+    "temperature": (cli.number(float, 0.01, 100), "draw tokens of a language model; 1 as it says"),
     "seed": (cli.seed, "for what is drawn"),
 }
 DATA_FLAGS = {

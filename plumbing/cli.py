@@ -100,7 +100,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message):
-        raise ValueError(message)
+        raise ValueError(message.removeprefix("argument "))
 
 
 YES_OR_NO = argparse.BooleanOptionalAction  # --dropout and --no-dropout
@@ -217,7 +217,7 @@ def choose_device(device=None, dtype=None):
         raise ValueError(f"--device {device}: torch finds no such device here")
 
     # Does the device itself multiply in bfloat16, and so in half the time?
-    native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    native = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = dtype or ("bfloat16" if native else "float32")

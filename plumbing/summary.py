@@ -16,7 +16,7 @@ OPENING = """\
 on {machine}"""
 FEW = "{} steps are few: on movies, smp-s needs about {} at this sparsity to do more than guess"
 KEPT = "kept   {kept:,} of {prunable:,} weights: density {density:.6f}"
-TRIMMED = "the training mask keeps a share of {reached:.4f}; {density:.4f} was asked for"
+REACHED = "the training mask keeps a share of {:.4f}; {:.4g} was asked for"
 FROZEN = "frozen weights are bit-identical to those of {model} ({fingerprint:.12})"
 GUESSING = (
     "the model only guesses: the commonest answer alone has accuracy {:.4f}. "
@@ -51,8 +51,9 @@ def summary(result, folder, files, labels):
     if "kept" in result:  # it has a mask
         yield from shaded_table("density", result["densities"])
         yield KEPT.format(**result)
-        if abs(result["reached"] - result["density"]) > 1e-3:
-            yield TRIMMED.format(**result)
+        target = 1 - result["sparsity"]
+        if abs(result["reached"] - target) > 0.01:
+            yield REACHED.format(result["reached"], target)
     if not result["sha256"]:  # without a file of weights, all are frozen, and train.py checked them
         yield FROZEN.format(**result)
     for name in files:

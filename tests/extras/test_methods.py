@@ -330,7 +330,7 @@ def test_what_a_method_uses_is_taken(fails):
     assert "--weight-lr: must be a number from 1e-100" in fails(
         train.main, ["--method", "random", "--weight-lr", "-1"]
     )
-    assert "--warmup: must be a fraction" in fails(train.main, ["--warmup", "1"])
+    assert "must be a number from 0 to 0.9999; got 1" in fails(train.main, ["--warmup", "1"])
 
 
 def test_learning_rates_rise_and_fall():
