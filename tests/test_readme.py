@@ -3,7 +3,6 @@
 import json
 import re
 import statistics
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,24 +11,15 @@ import data
 import eval as eval_
 import mask
 import train
-from tools import bench, experiments, export, fresh, page, picture, split, tune
+from tools import bench, export, fresh, page, picture, runs
 
 ROOT = Path(__file__).parent.parent
 README, EXERCISES, RESULTS = (
     (ROOT / name).read_text() for name in ("README.md", "EXERCISES.md", "results/README.md")
 )
 COMMANDS = {"train.py": train, "eval.py": eval_}
-COMMANDS |= {
-    f"-m {tool.__name__}": tool
-    for tool in (bench, experiments, export, fresh, page, picture, split, tune)
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def results_are_read_once():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(experiments, "read_lines", cache(experiments.read_lines))
-        yield
+COMMANDS |= {f"-m {tool.__name__}": tool for tool in (bench, export, fresh, page, picture, runs)}
+LISTS = ROOT / "results" / "lists"
 
 
 def section(title):
@@ -77,13 +67,16 @@ def test_methods_and_tasks_that_are_named_exist_in_this_order():
     assert len(named) == 14 and [name for name in data.TASKS if name in named] == named
 
 
+def test_lists_that_are_named_exist():
+    named = re.findall(r"lists/([\w-]+\.txt)", README + RESULTS)
+    assert {"main.txt", "curve.txt"} <= set(named)
+    assert all((LISTS / name).exists() for name in named)
+
+
 def results_of(name):
     """{(method, sparsity): [lines]} of a list."""
-    wanted, found = set(experiments.commands(name)), {}
-    for line in experiments.read_lines(ROOT / "results" / "runs.jsonl"):
-        if line["command"] in wanted:
-            found.setdefault((line["method"], line["sparsity"]), []).append(line)
-    return found
+    rows = runs.read_rows(LISTS / f"{name}.txt", runs.RESULTS).values()
+    return runs.group(sum(rows, []), lambda line: (line["method"], line["sparsity"]))
 
 
 def test_the_table_of_steps_is_that_of_the_results():
@@ -100,7 +93,7 @@ def test_the_table_of_steps_is_that_of_the_results():
 
 
 def test_the_short_table_has_its_cells_from_the_long_one(capsys):
-    experiments.main(["table", "main"])
+    runs.main(["table", str(LISTS / "main.txt"), "--average"])
     long = capsys.readouterr().out
     rows = [
         line for line in section("Results").splitlines() if "±" in line and line.startswith("|")
@@ -191,14 +184,23 @@ def test_a_new_scoring_rule_is_a_row_of_its_own(make_model, tmp_path, glue, adde
 
 
 def test_the_table_of_budgets_is_that_of_the_results(capsys):
-    tune.main(["table"])
-    assert f"\n\n{capsys.readouterr().out}\n" in RESULTS
+    """But for the sizes of the grids, which are in the list's comments."""
+    runs.main(["table", str(LISTS / "tuning.txt"), "--best", "1", "--average"])
+    found = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    table = RESULTS.split("| method | settings in its grid |")[1].split("\n\n")[0]
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+    assert len(rows) == 21
+    for (setting, _, _, average, *_), row in zip(found, rows, strict=True):
+        method, size, tried, made, flags, accuracy = row
+        assert f"{method} {flags.strip('`')}" == setting and accuracy == average
+        assert f"# {size} settings: " in (LISTS / "tuning.txt").read_text()
+        assert (tried, made) == ("10", "32")  # tests/tools/test_runs.py counts them
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["main", "earlier", "ablations", "abandoned", "units", "rule", "language"]
 )
 def test_tables_are_those_of_the_results(name, capsys):
-    experiments.main(["table", name])
-    assert f"\n\n{capsys.readouterr().out}\n" in README + RESULTS  # the whole of a table
+    averages = ["--average"] if name == "main" else []
+    runs.main(["table", str(LISTS / f"{name}.txt"), *averages])
+    assert f"\n\n{capsys.readouterr().out}\n" in RESULTS  # the whole of a table
