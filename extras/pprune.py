@@ -39,8 +39,8 @@ def modules(model):
     return found
 
 
-def draw_tokens(examples, seed):
-    """Draw T = TOKENS tokens of random inputs, never padding.
+def draw_tokens(examples, seed, tokens=TOKENS):
+    """Draw T tokens of random inputs, never padding.
 
     -> the inputs that contain them, as rows of examples [N], and for each token its input, a number
     below N [T], and its position there [T].
@@ -54,7 +54,7 @@ def draw_tokens(examples, seed):
 
     # Number the tokens of all inputs in a row, and draw from these numbers.
     ends = lengths.cumsum()
-    drawn = rng.choice(ends[-1], min(TOKENS, ends[-1]), replace=False)
+    drawn = rng.choice(ends[-1], min(tokens, ends[-1]), replace=False)
     drawn.sort()
     owner = np.searchsorted(ends, drawn, side="right")  # the input of each token
     position = drawn - (ends - lengths)[owner]
@@ -63,14 +63,14 @@ def draw_tokens(examples, seed):
 
 
 @torch.no_grad()
-def activations(model, examples, device, seed):
-    """The activations of heads and neurons on random tokens, the same tokens for all layers.
+def activations(model, examples, device, seed, tokens=TOKENS):
+    """The activations of heads and neurons on T random tokens, the same for all layers.
 
     -> per layer the input of the attention's output projection [T, heads * D], and per layer the
     input of the second feed-forward matrix [T, neurons], in float32 on the CPU. Raises ValueError
     if they are not finite.
     """
-    rows, owner, position = draw_tokens(examples, seed)
+    rows, owner, position = draw_tokens(examples, seed, tokens)
     groups = modules(model)
     projections = groups["attn_output"] + groups["output"]
     parts = {projection: [] for projection in projections}

@@ -18,6 +18,7 @@ import numpy as np
 import torch.nn.functional as F
 
 from data import TASKS, Examples, Task
+from extras.glue import fetch_file
 from plumbing import fetch
 from plumbing.checkpoints import encode_texts
 from plumbing.files import read_json
@@ -77,7 +78,7 @@ def fetch_squad(task, split):
     path = fetch.cache() / "glue" / task.folder / name
     url = f"{(os.environ.get('SQUAD_URL') or URL).rstrip('/')}/{name}"
     remedy = f"put it at {path} by hand, or name its folder's parent with --data-dir"
-    fetch.fetch_file(url, path, MD5[name], remedy)
+    fetch_file(url, path, MD5[name], remedy)
 
 
 def read_articles(path):
@@ -245,11 +246,11 @@ def read_windows(task, path, tokenizer):
 # --- answers --------------------------------------------------------------------------------------
 
 
-def best_spans(logits, spans):
+def best_spans(logits, spans, longest=LONGEST_ANSWER):
     """Find the best answer in a window -> (score, where it begins, where it ends in the paragraph).
 
-    logits [2, S'], where S' may reach over padding. spans [S, 2]. The answer has at most 30 tokens,
-    all inside the paragraph. If there is none, the score is -inf and the span is empty.
+    logits [2, S'], where S' may reach over padding. spans [S, 2]. The answer has at most `longest`
+    tokens, all inside the paragraph. If there is none, the score is -inf and the span is empty.
     """
     inside = spans[:, 0] >= 0  # [S]
     scores = np.where(inside, logits[:, : len(spans)], -np.inf)  # [2, S]
@@ -257,7 +258,7 @@ def best_spans(logits, spans):
     starts, ends = np.argsort(-scores, kind="stable")[:, :N_BEST]  # tokens [20] each
     total = scores[0, starts][:, None] + scores[1, ends]  # [20, 20]
     tokens = ends - starts[:, None] + 1  # [20, 20]: the lengths
-    total[(tokens < 1) | (tokens > LONGEST_ANSWER)] = -np.inf
+    total[(tokens < 1) | (tokens > longest)] = -np.inf
     i, j = np.unravel_index(total.argmax(), total.shape)
     score = total[i, j]
     if score == -np.inf:

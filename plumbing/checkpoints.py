@@ -6,16 +6,16 @@ Only safetensors are read, because other formats could run code.
     tokenizer = open_tokenizer(folder)
 """
 
-import string
 import warnings
 from dataclasses import MISSING, fields, replace
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer
+from tokenizers.implementations import BertWordPieceTokenizer
 
-from plumbing.files import json_bytes, read_json, require_regular_file
+from plumbing.files import json_bytes, read_json, read_lines, require_regular_file
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # lists the files when the weights are in several
@@ -37,17 +37,14 @@ SPECIAL = {
 
 def describe_missing(folder):
     """Say what is missing from a model folder, for example "has no config.json"; "" if nothing."""
-
-    def has_any(*names):
-        return any((folder / name).exists() for name in names)
-
-    if not has_any("config.json"):
+    there = {path.name for path in folder.glob("*")}
+    if "config.json" not in there:
         return "has no config.json"
-    if not has_any("tokenizer.json", "vocab.txt"):
+    if not there & {"tokenizer.json", "vocab.txt"}:
         return "has no tokenizer.json"
-    if has_any(WEIGHTS, INDEX):
+    if there & {WEIGHTS, INDEX}:
         return ""
-    if has_any("pytorch_model.bin"):
+    if "pytorch_model.bin" in there:
         return (
             "has pytorch_model.bin, which is not read because it could run code; transformers' "
             f"model.save_pretrained(FOLDER, safe_serialization=True) writes it as {WEIGHTS}"
@@ -60,16 +57,10 @@ def read_model(folder):
 
     Raises ValueError that names what cannot be read.
     """
-    path = folder / "config.json"
-    stored = read_json(path)
-    if not isinstance(stored, dict):
-        raise ValueError(f"{path} is not a JSON object")
+    stored = read_json(folder / "config.json")
     tensors = {}
     for path in weight_files(folder):
-        for name, tensor in read_tensors(path):
-            if name in tensors:
-                raise ValueError(f"{path} holds {name} twice")
-            tensors[name] = tensor
+        tensors |= read_tensors(path)
     return stored, tensors
 
 
@@ -77,42 +68,39 @@ def weight_files(folder):
     """List the files that hold the weights: one, or those that an index names."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
-    path = folder / INDEX
-    index = read_json(path)
     try:
-        names = set(index["weight_map"].values())
-        return [folder / str(name) for name in sorted(names)]
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} has no weight_map") from None
+        names = read_json(folder / INDEX)["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    except (KeyError, TypeError, AttributeError):  # another shape of file
+        raise ValueError(f"{folder / INDEX} has no weight_map") from None
 
 
 def read_tensors(path):
-    """Yield (name, float32 tensor) for each weight in a safetensors file.
+    """Read the weights in a safetensors file -> {name: float32 tensor}.
 
     Raises ValueError if a weight is not a float of 16 bits or more, or not finite.
     """
     with open(require_regular_file(path), "rb") as file:
         if file.read(24).startswith(b"version https://git-lfs"):
-            raise ValueError(
-                f"{path} is a git-lfs pointer, not the weights; run git lfs pull in its repository"
-            )
+            raise ValueError(f"{path} is a git-lfs pointer, not the weights; run git lfs pull")
     try:
         stored = load_file(path)
     except (SafetensorError, KeyError) as error:  # KeyError: torch does not know the dtype
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
+    tensors = {}
     for name, tensor in stored.items():
         if name.endswith(BUFFERS):
             continue
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOATS or not tensor.isfinite().all():
             raise ValueError(
-                f"{path}: {name} is of {tensor.dtype}; weights must be floats of 16 bits or more"
+                f"{path}: weights must be finite floats of 16 bits or more, and {name} "
+                f"({tensor.dtype}) is not"
             )
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} holds numbers that are not finite")
         for wrapper in WRAPPERS:
             name = name.removeprefix(wrapper)
-        yield name, tensor.float()
+        tensors[name] = tensor.float()
+    return tensors
 
 
 def pack_weights(tensors):
@@ -129,41 +117,27 @@ def tokenizer_bytes(folder):
     path = folder / "tokenizer.json"
     if path.exists():
         return require_regular_file(path).read_bytes()
-    path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.exists() else {}
+    settings = {}
+    if (folder / "tokenizer_config.json").exists():
+        settings = read_json(folder / "tokenizer_config.json")
     path = folder / "vocab.txt"
-    lines = require_regular_file(path).read_text("utf-8").splitlines()
-    words = {word: i for i, word in enumerate(lines)}
-    special = [(token, words[token]) for token in ("[CLS]", "[SEP]") if token in words]
-    if len(special) < 2:
+    words = {word: i for i, word in enumerate(read_lines(path))}
+    if not {"[CLS]", "[SEP]"} <= words.keys():
         raise ValueError(f"{path} has no [CLS] and [SEP]; give the folder a tokenizer.json")
-
-    # The tokenizer of BERT's authors: words, then pieces of words.
-    tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
-    lowercase = config.get("do_lower_case", True) is not False
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
-    )
-    tokenizer.add_special_tokens([token for token, *_ in SPECIAL.values() if token in words])
-    return tokenizer.to_str().encode()
+    lowercase = settings.get("do_lower_case", True) is not False
+    return BertWordPieceTokenizer(words, lowercase=lowercase).to_str().encode()
 
 
 def open_tokenizer(folder):
     """Open the Tokenizer of a model folder. Raises ValueError that says why it cannot be read."""
+    content = tokenizer_bytes(folder)
     try:
-        tokenizer = Tokenizer.from_str(tokenizer_bytes(folder).decode("utf-8-sig"))
-        check_growth(tokenizer.normalizer)
-        return tokenizer
-    except ValueError as error:
-        raise ValueError(f"{folder}: its tokenizer.json is not valid: {error}") from None
+        return Tokenizer.from_str(content.decode("utf-8-sig"))
     except Exception as error:  # the library raises bare Exceptions
         hint = ""
         if "variant" in str(error):
             hint = "; a newer version of tokenizers may have written it"
-        path = folder / "tokenizer.json"
-        raise ValueError(f"{path} is not a valid tokenizer: {error}{hint}") from None
+        raise ValueError(f"{folder}: its tokenizer.json is not valid: {error}{hint}") from None
 
 
 def encode_texts(tokenizer, texts, **options):
@@ -172,18 +146,6 @@ def encode_texts(tokenizer, texts, **options):
         return tokenizer.encode_batch(texts, **options)
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"tokenizer.json cannot read a text: {error}") from None
-
-
-def check_growth(normalizer, text=string.printable):
-    """Normalize a text. Raises ValueError if it grows a hundredfold: that could fill the memory."""
-    if isinstance(normalizer, normalizers.Sequence):
-        for part in normalizer:  # one by one: all at once would already have filled the memory
-            text = check_growth(part, text)
-    elif normalizer is not None:
-        text = normalizer.normalize_str(text)
-    if len(text) > 100 * len(string.printable):
-        raise ValueError("its normalizer makes texts a hundred times longer")
-    return text
 
 
 def tokenizer_config(folder, length):
@@ -212,9 +174,10 @@ def cutting_tokenizer(folder, length):
         tokenizer.enable_truncation(length, strategy="longest_first")
         tokenizer.no_padding()  # published files carry settings of their own
         tokenizer.encode("a \u2603", "b")  # fails if no token stands for unknown characters
+        starts_with_cls = tokenizer.encode("a").special_tokens_mask[0]
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"{folder}: its tokenizer.json is not valid: {error}") from None
-    if not tokenizer.encode("a").special_tokens_mask[0]:
+    if not starts_with_cls:
         raise ValueError(
             f"{folder}: its tokenizer.json puts no [CLS] before a text, where the answer is read"
         )
@@ -259,26 +222,26 @@ def read_config(stored, kind, families, only):
 def read_number(stored, field):
     """Read the number of a field. Raises ValueError if it is missing or out of range."""
     value = stored.get(field.name, field.default)
-    if value is MISSING:
-        raise ValueError(f"it lacks {field.name}")
     lowest = 1 if field.default is MISSING else 0
-    highest = 1 << 24
-    if "layer" in field.name:
-        highest = 1000
+    highest = 1000 if "layer" in field.name else 1 << 24
     if field.type is float:
         highest = 1
-    if type(value) not in (int, field.type) or not lowest <= value <= highest:
-        raise ValueError(f"{field.name} is {value!r}, not a number from {lowest} to {highest}")
-    return value
+    return check_number(field.name, value, lowest, highest, field.type)
 
 
 def read_counts(stored, name, layers, most):
     """Read heads_per_layer or neurons_per_layer: a number from 0 to `most` per layer, or none."""
     counts = stored.get(name, [])
-    valid = isinstance(counts, list) and len(counts) in (0, layers)
-    if valid and all(type(count) is int and 0 <= count <= most for count in counts):
-        return tuple(counts)
-    raise ValueError(f"{name} is {counts!r}, not a list of one number from 0 to {most} per layer")
+    if not isinstance(counts, list) or len(counts) not in (0, layers):
+        raise ValueError(f"{name} is {counts!r}, not a list of one number per layer")
+    return tuple(check_number(name, count, 0, most) for count in counts)
+
+
+def check_number(name, value, lowest, highest, kind=int):
+    if type(value) not in (int, kind) or not lowest <= value <= highest:
+        found = "missing" if value is MISSING else repr(value)
+        raise ValueError(f"{name} is {found}, not a number from {lowest} to {highest}")
+    return value
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -296,8 +259,7 @@ def build_from(make, tensors):
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:  # its second line names the first such tensor
-        reason = str(error).splitlines()[1].strip()
-        raise ValueError(reason[:200]) from None
+        raise ValueError(str(error).splitlines()[1].strip()[:200]) from None
     return model
 
 

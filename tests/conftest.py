@@ -3,14 +3,19 @@
 No test needs a network, a GPU or a file from elsewhere.
 """
 
+import hashlib
 import http.server
 import json
+import os
 import random
+import re
+import signal
 import threading
 from functools import cache, partial
 
 import pytest
 import torch
+from house import ROOT
 from safetensors.torch import save_file
 from tokenizers import (
     Tokenizer,
@@ -22,15 +27,30 @@ from tokenizers import (
     trainers,
 )
 
+import data
+import mask
 import model
 import train
 from plumbing import cli
 from plumbing.checkpoints import read_config, read_model
 
+# Without one of these folders, the tests of a room are left out: there is nothing to test.
+NEEDED = {
+    "extras": ["extras"],
+    "tools": ["tools", "extras"],
+    "course": ["exercises", "extras", "tools"],
+}
+collect_ignore = []
+for room, folders in NEEDED.items():
+    if not all((ROOT / folder).is_dir() for folder in folders):
+        collect_ignore.append(room)
+
+os.environ.pop("SMP_TRACEBACK", None)  # it would turn one-line errors into tracebacks
+os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's library reads it when it is imported, later
 code_version = cache(cli.code_version)  # hundreds of runs need not ask git for the same answer
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 WORDS = "no yes terrible great incorrect correct the a film is was good bad and very it".split()
-WORDS += "fun dull un ##happ ##y".split()
+WORDS += "fun dull un ##happ ##y maybe".split()
 CONFIG = {
     "model_type": "bert", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2,
     "num_attention_heads": 4, "intermediate_size": 24, "max_position_embeddings": 32,
@@ -138,15 +158,40 @@ def write_tokenizer(path):
 
 
 @pytest.fixture(autouse=True)
-def plain_cpu(monkeypatch, request):
-    """The same device and dtype by default on every machine, also in processes of their own."""
+def machine(monkeypatch, request):
+    """The same device and dtype by default on every machine, also in processes of their own.
+
+    {"cuda": False, "mps": False, "bf16": False}: a test may say that the machine has one of them.
+    """
+    has = dict.fromkeys(("cuda", "mps", "bf16"), False)
     if request.module.__name__ != "test_cuda":
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: has["cuda"])
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr("plumbing.cli.cpu_computes_bf16", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has["mps"])
+    monkeypatch.setattr("plumbing.cli.cpu_computes_bf16", lambda: has["bf16"])
     monkeypatch.setattr("plumbing.run.code_version", code_version)
-    monkeypatch.delenv("SMP_TRACEBACK", raising=False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    return has
+
+
+@pytest.fixture
+def tables():
+    """METHODS and TASKS, for rows of a test's own. Afterwards they are as before."""
+    before = [(table, dict(table)) for table in (mask.METHODS, data.TASKS)]
+    yield mask.METHODS, data.TASKS
+    for table, rows in before:
+        table.clear()
+        table.update(rows)
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """as_process(rank, processes): from now on this is one process of several."""
+
+    def become(rank, processes):
+        for name, number in (("RANK", rank), ("WORLD_SIZE", processes)):
+            monkeypatch.setenv(name, str(number))
+
+    return become
 
 
 def write_model(folder, tensors=None, **changes):
@@ -239,6 +284,28 @@ def write_glue(folder):
     return folder
 
 
+@pytest.fixture
+def run(make_model, glue, tmp_path):
+    """run(*flags) -> (run folder, its result) of a short training on the tiny `movies`.
+
+    run.argv(*flags) -> the words of its command, run.model: the folder of its model.
+    """
+    model = make_model()
+
+    def argv(*flags, out="run", steps=12):
+        words = ["--model", model, "--data-dir", glue, "--out", tmp_path / out, "--batch", 8]
+        words += ["--steps", steps] if steps else []
+        words += ["--length", 16, "--device", "cpu", *flags]
+        return [str(word) for word in words]
+
+    def go(*flags, out="run", steps=12):
+        train.main(argv(*flags, out=out, steps=steps))
+        return tmp_path / out, json.loads((tmp_path / out / "result.json").read_text())
+
+    go.model, go.argv = model, argv
+    return go
+
+
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory):
     """A folder with model/, glue/ and run/, and the files in it as {path: bytes}."""
@@ -293,37 +360,111 @@ def fails(capsys):
     return run
 
 
+def left_in(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def survives(capsys, tmp_path, trained_once):
+    """survives(command): it works or ends with status 2 and one line, within 10 seconds.
+
+    It writes nothing.
+    """
+    home, _ = trained_once
+
+    def there():
+        return sorted([*tmp_path.rglob("*"), *home.rglob("*")])
+
+    def too_slow(*_):
+        raise KeyboardInterrupt(
+            "longer than 10 seconds"
+        )  # which nothing turns into an error of a file
+
+    def run(command):
+        files = there()
+        capsys.readouterr()
+        signal.signal(signal.SIGALRM, too_slow)
+        signal.alarm(10)
+        try:
+            command()
+            said = None
+        except SystemExit as ended:
+            assert ended.code == 2
+            lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+            lines = [
+                line
+                for line in lines
+                if line.strip() and not re.match("evaluating|movies smp-s|RTE.zip", line)
+            ]
+            assert len(lines) == 1 and lines[0].startswith("error: "), lines
+            said = lines[0]
+        finally:
+            signal.alarm(0)
+        assert there() == files
+        return said
+
+    return run
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves {path: content}; `cut` sends half of what it announces."""
+    """Serves {path: content}, as a hub does too; `cut` sends half of what it announces.
+
+    On the hub, the main branch of every repository is at commit c1.
+    """
 
     def __init__(self, files, cut, *args):
         self.files, self.cut = files, cut
         super().__init__(*args)
 
-    def do_GET(self):  # noqa: N802
+    def do_HEAD(self):  # noqa: N802
         content = self.files.get(self.path)
-        self.files.setdefault("logins", set()).add(self.headers.get("Authorization"))
+        repository = self.path.partition("/resolve/")[0]
         self.send_response(200 if content is not None else 404)
         self.send_header("Content-Length", len(content or b""))
+        self.send_header("X-Repo-Commit", "c1")
+        self.send_header("ETag", f'"{hashlib.sha256(content or b"").hexdigest()}"')
+        if content is None:
+            known = any(path.startswith(f"{repository}/") for path in self.files)
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
         self.end_headers()
-        if content:
-            self.wfile.write(content[: len(content) // 2] if self.path in self.cut else content)
+        return content or b""
+
+    def do_GET(self):  # noqa: N802
+        content = self.do_HEAD()
+        self.wfile.write(content[: len(content) // 2] if self.path in self.cut else content)
 
     def log_message(self, *_):
         pass
 
 
 @pytest.fixture
-def server(monkeypatch, tmp_path):
-    """(files, cut): fill them with what is served; the cache is a new folder."""
+def cache_folder(monkeypatch, tmp_path):
+    """Where downloads go: a new folder."""
+    monkeypatch.setenv("SMP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path, cache_folder):
+    """(files, cut): fill them with what is served; the caches are new folders."""
+    from huggingface_hub import constants
+
     files, cut = {}, set()
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, files, cut))
     threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{httpd.server_port}"
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.setenv("GLUE_URL", f"{url}/glue/")
-    monkeypatch.setenv("SQUAD_URL", f"{url}/squad")
-    monkeypatch.setenv("SMP_CACHE", str(tmp_path / "cache"))
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
+    settings = {
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_OFFLINE": False,
+        "ENDPOINT": url,
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+    }
+    for name, value in settings.items():  # the library has read the environment already
+        monkeypatch.setattr(constants, name, value)
+    places = {"HF_ENDPOINT": "", "GLUE_URL": "/glue/", "SQUAD_URL": "/squad", "LM_URL": "/lm/"}
+    for name, place in places.items():
+        monkeypatch.setenv(name, url + place)
     yield files, cut
     httpd.shutdown()
     httpd.server_close()

@@ -14,6 +14,8 @@ FOLDER holds one of three recordings:
    dense_first_batch.safetensors (input_ids, logits, and the inputs of every c_proj, heads.LAYER and
    neurons.LAYER).
 
+The second and the third kind need extras/; tests/extras/replay_extras.py replays them.
+
 It prints one flat JSON line, the largest deviation of each quantity, and names what is beyond its
 bound. The exit status is 1 if anything is.
 
@@ -29,11 +31,10 @@ equally good mask.
 """
 
 import json
-import math
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
@@ -42,12 +43,8 @@ from torch.func import functional_call
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import mask
 from data import Part
-from eval import evaluate
-from extras import pprune
-from extras.gpt2 import load_gpt2
-from extras.lm import Blocks
 from mask import METHODS, density_at, penalty_at
-from model import Config, Encoder, load_model
+from model import Encoder, load_model
 from plumbing.checkpoints import read_model
 from plumbing.cli import one_line_errors
 from plumbing.files import read_json
@@ -83,6 +80,18 @@ def replay_dense(folder, batches):
     return gap[batch[2].bool()].abs().max().item()
 
 
+def smp_s(densities):
+    """mask.smp_s with another rule: (importance [G, L], density) -> densities [G, L]."""
+
+    def how_many(importance, sizes, density, scores, exact):
+        counts = densities(importance, density) * sizes
+        if exact:
+            return mask.whole_counts(counts, (density * sizes * importance.shape[1]).long())
+        return counts.long()
+
+    return how_many
+
+
 def prepare(folder, recorded, method, nudge):
     """-> the model and its Learner as the recording began, but for the nudge, see replay_method."""
     model = (
@@ -98,23 +107,27 @@ def prepare(folder, recorded, method, nudge):
     # summation, and Adam's first step makes whole steps of them. So another order leads to another
     # path within 20 steps.
     model.bert.forward = lambda *batch: Encoder.forward(model.bert, *batch[:3])  # no `tokens`
-    learner = Learner(model, METHODS[method], torch.float32)
+    learner = Learner(model, method, torch.float32)
     start = load_file(folder / "scores_start.safetensors")
     for group, scores in learner.masks.scores.items():
         scores.data.copy_(torch.stack([start[name] for name in learner.masks.names[group]]))
     return model, learner
 
 
-def replay_method(folder, batches, labels, method, nudge=None):
+def replay_method(folder, batches, labels, method, densities=cut_densities, nudge=None):
     """Train as the recording did, without dropout and with batches in order.
 
     -> ours and theirs {quantity: [values of each step]}.
 
-    nudge: the seed of noise of a few roundings on all weights.
+    densities: the rule of smp-s, see smp_s. nudge: the seed of noise of a few roundings on all
+    weights.
     """
     recorded = json.loads((folder / f"trajectory_{method}.json").read_text())
     total, ramp, final = recorded["total_steps"], recorded["prune_steps"], recorded["final_density"]
-    model, learner = prepare(folder, recorded, method, nudge)
+    row = METHODS[method]
+    if method == "smp-s":
+        row = replace(row, how_many=smp_s(densities))
+    model, learner = prepare(folder, recorded, row, nudge)
     masks = learner.masks
     adam = make_optimizer(learner, recorded["lr"], None)
     forward_backward = make_forward_backward(model, learner)
@@ -132,9 +145,7 @@ def replay_method(folder, batches, labels, method, nudge=None):
         note("density", density, expected["density"])
         note("penalty", penalty, expected["penalty"])
         if "layer_density" in expected:  # recorded before the cut at 1, as [layer][group]
-            layers = mask.proportional_densities(
-                mask.mean_sigmoid(masks.scores), density
-            ).T  # [G, L] -> [L, G]
+            layers = densities(mask.mean_sigmoid(masks.scores), density).T  # [G, L] -> [L, G]
             note(
                 "layer_density",
                 layers.detach(),
@@ -171,10 +182,11 @@ def gaps(quantity, a, b):
     return torch.stack([d.mean() if quantity == "mask_end" else d.max() for d in differences])
 
 
-def judge_method(folder, batches, labels, method):
-    """-> ({quantity: largest deviation}, names of those that no rounding explains)."""
-    ours, theirs = replay_method(folder, batches, labels, method)
-    nudged = [replay_method(folder, batches, labels, method, seed)[0] for seed in range(3)]
+def judge(ours, theirs, nudged):
+    """-> ({quantity: largest deviation}, names of those that no rounding explains).
+
+    nudged: what further runs of ours found instead, after a nudge.
+    """
     found = {quantity: gaps(quantity, ours, theirs) for quantity in ours}
     beyond = []
     for quantity, gap in found.items():
@@ -189,112 +201,27 @@ def judge_method(folder, batches, labels, method):
     return {quantity: gap.max().item() for quantity, gap in found.items()}, beyond
 
 
-def replay_choice(tensors, expected, kind, costs):
-    """Of "head"s or "neuron"s -> {quantity: largest deviation}."""
-    labels, distances = expected[f"{kind}_clusters"], []
-    activations = [tensors[f"{kind}_activations.{layer}"] for layer in range(len(labels))]
-    for x, of_units in zip(activations, labels, strict=True):
-        distances.append(
-            pprune.head_distances(x, len(of_units))
-            if kind == "head"
-            else pprune.neuron_distances(x)
-        )
-    gaps = [
-        (d - tensors[f"{kind}_distance.{layer}"]).abs().max().item()
-        for layer, d in enumerate(distances)
-    ]
-    target, cost = (
-        expected["target_attention_macs" if kind == "head" else "target_ffn_macs"],
-        costs[kind == "neuron"],
-    )
-    keep, merges = int(target / cost), [pprune.merges(d) for d in distances]
-    threshold = pprune.lowest_threshold(merges, keep)
-    differing = 0
-    for found, numbers in zip(merges, labels, strict=True):
-        groups = sorted([i for i, n in enumerate(numbers) if n == label] for label in set(numbers))
-        differing += groups != sorted(pprune.clusters(len(numbers), found, threshold))
-    strengths = [
-        x.abs().mean(0).view(len(n), -1).mean(1) for x, n in zip(activations, labels, strict=True)
-    ]
-    kept = [units.tolist() for units in pprune.representatives(distances, strengths, keep)]
-    otherwise = sum(a != b for a, b in zip(kept, expected[f"kept_{kind}s"], strict=True))
-    return {
-        "distance": max(gaps), "budget": abs(cost - expected[f"macs_per_{kind}"]),
-        "threshold": abs(threshold - expected[f"{kind}_threshold"]),
-        "layers_clustered_otherwise": differing, "layers_kept_otherwise": otherwise,
-    }  # fmt: skip
+def replay_extras(folder, gpt2):
+    """A recorded GPT-2, or choices of P-pruning. Their replay can be deleted with extras/."""
+    sys.path.append(str(Path(__file__).parent / "extras"))
+    import replay_extras
 
+    if gpt2:
+        found = replay_extras.replay_gpt2(folder)
+        return found, [name for name, gap in found.items() if not gap <= BOUNDS[name]]
 
-def replay_pprune(folder):
-    tensors, expected = (
-        load_file(folder / "activations.safetensors"),
-        json.loads((folder / "expected.json").read_text()),
-    )
-    c = expected["config"]
-    config = Config(1, c["d_emb"], c["layer_num"], c["head_num"], c["d_ffn"], 1, 1)
-    tokens = expected["seq_len"]
-    costs = pprune.multiply_accumulates(config, tokens)
-    worst = {kind: replay_choice(tensors, expected, kind, costs) for kind in ("head", "neuron")}
-    keep = pprune.budget(
-        config, tokens, 1 - expected["retained_ratio"], expected["ffn_to_attention"]
-    )
-    wanted = [
-        int(expected[f"target_{part}_macs"] / expected[f"macs_per_{kind}"])
-        for part, kind in (("attention", "head"), ("ffn", "neuron"))
-    ]
-    return worst | {"split": {"budget": float(keep != wanted)}}
-
-
-def replay_gpt2(folder):
-    """-> {quantity: largest deviation}.
-
-    The losses are those of eval.py's perplexities, of each row and of all.
-    """
-    model = load_gpt2(*read_model(folder)).eval()
-    recorded = load_file(folder / "dense_first_batch.safetensors")
-    expected = json.loads((folder / "expected.json").read_text())
-    seen = {}
-
-    def watch(name):
-        return lambda module, inputs: seen.update({name: inputs[0]})
-
-    for group, units in (("attn_output", "heads"), ("output", "neurons")):
-        for layer, module in enumerate(pprune.modules(model)[group]):
-            module.register_forward_pre_hook(watch(f"{units}.{layer}"))
-    ids = recorded["input_ids"]
-    with torch.inference_mode():
-        found = {"logits": (model(ids) - recorded["logits"]).abs().max().item()}
-    found["inputs"] = max((seen[name] - recorded[name]).abs().max().item() for name in seen)
-
-    rows = [ids[i : i + 1] for i in range(len(ids))]
-    losses = dict(
-        zip(("all", *range(len(rows))), (expected["loss"], *expected["loss_of_rows"]), strict=True)
-    )
-    perplexities = {
-        name: perplexity(model, ids if name == "all" else rows[name]) for name in losses
-    }
-    found["loss"] = max(abs(math.log(perplexities[name]) - losses[name]) for name in losses)
-    return found
-
-
-def perplexity(model, ids):
-    blocks = Blocks.of(ids.numpy(), tokens_per_word=1.0)
-    return evaluate(model, {}, {"rows": blocks}, (), "cpu")["perplexity"]
+    found = {}
+    for part, deviations in replay_extras.replay_pprune(folder).items():
+        found |= {f"{part} {name}": gap for name, gap in deviations.items()}
+    return found, [name for name, gap in found.items() if gap > BOUNDS[name.split()[1]]]
 
 
 def replay_all(folder):
     """-> ({quantity: largest deviation}, names of those out of bounds)."""
-    if (folder / "config.json").exists() and read_json(folder / "config.json").get(
-        "model_type"
-    ) == "gpt2":
-        found = replay_gpt2(folder)
-        return found, [name for name, gap in found.items() if not gap <= BOUNDS[name]]
-
-    if (folder / "activations.safetensors").exists():
-        found = {}
-        for part, deviations in replay_pprune(folder).items():
-            found |= {f"{part} {name}": gap for name, gap in deviations.items()}
-        return found, [name for name, gap in found.items() if gap > BOUNDS[name.split()[1]]]
+    config = folder / "config.json"
+    gpt2 = config.exists() and read_json(config).get("model_type") == "gpt2"
+    if gpt2 or (folder / "activations.safetensors").exists():
+        return replay_extras(folder, gpt2)
 
     path = folder / "batches.safetensors"
     stored = load_file(path if path.exists() else folder / "dense_first_batch.safetensors")
@@ -304,16 +231,16 @@ def replay_all(folder):
     beyond = [name for name, gap in found.items() if gap > BOUNDS["logits"]]
     for path in sorted(folder.glob("trajectory_*.json")):
         method = path.stem.removeprefix("trajectory_")
-        with patch.object(mask, "proportional_densities", cut_densities):
-            deviations, out = judge_method(folder, batches, stored["labels"], method)
+        recording = (folder, batches, stored["labels"], method)
+        nudged = [replay_method(*recording, nudge=seed)[0] for seed in range(3)]
+        deviations, out = judge(*replay_method(*recording), nudged)
         found |= {f"{method} {name}": gap for name, gap in deviations.items()}
         beyond += [f"{method} {name}" for name in out]
         if method == "smp-s":
-            ours, theirs = replay_method(folder, batches, stored["labels"], method)
-            deviations = {
-                f"{HANDED_ON} {name}": gaps(name, ours, theirs).max().item() for name in ours
-            }
-            found |= deviations  # to be looked at: another rule leads to another mask
+            # To be looked at: another rule leads to another mask.
+            ours, theirs = replay_method(*recording, densities=mask.proportional_densities)
+            for name in ours:
+                found[f"{HANDED_ON} {name}"] = gaps(name, ours, theirs).max().item()
     return found, beyond
 
 

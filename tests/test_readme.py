@@ -1,24 +1,26 @@
 """The README is true: its commands, tables and pieces of code."""
 
+import importlib
 import json
 import re
 import statistics
-from pathlib import Path
 
 import pytest
+from house import ROOT, WINGS
 
 import data
-import eval as eval_
 import mask
 import train
-from tools import bench, export, fresh, page, picture, runs
 
-ROOT = Path(__file__).parent.parent
 README, EXERCISES, RESULTS = (
     (ROOT / name).read_text() for name in ("README.md", "EXERCISES.md", "results/README.md")
 )
-COMMANDS = {"train.py": train, "eval.py": eval_}
-COMMANDS |= {f"-m {tool.__name__}": tool for tool in (bench, export, fresh, page, picture, runs)}
+COMMANDS = {"train.py": "train", "eval.py": "eval"}
+for tool in ("bench", "export", "fresh", "page", "picture", "runs"):
+    COMMANDS[f"-m tools.{tool}"] = f"tools.{tool}"
+# extras/ and tools/ can be deleted.
+needs_extras = pytest.mark.skipif("extras" not in WINGS, reason="extras/ is not there")
+needs_tools = pytest.mark.skipif("tools" not in WINGS, reason="tools/ is not there")
 LISTS = ROOT / "results" / "lists"
 
 
@@ -38,10 +40,13 @@ def commands():
     return found
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=needs_tools if "tools" in name else ()) for name in COMMANDS],
+)
 def test_the_flags_of_every_command_exist(name, capsys):
     with pytest.raises(SystemExit):
-        COMMANDS[name].main(["--help"])
+        importlib.import_module(COMMANDS[name]).main(["--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     used = {
         flag
@@ -57,6 +62,7 @@ def test_every_command_is_one_of_ours():
     assert {called for called, _ in commands()} <= COMMANDS.keys()
 
 
+@needs_extras
 def test_methods_and_tasks_that_are_named_exist_in_this_order():
     """A row that a reader adds, in extras/mine.py or in place, needs none in the README."""
     cells = re.findall(r"^\| (`.*?) \|", section("Use it"), re.M)
@@ -73,14 +79,13 @@ def test_lists_that_are_named_exist():
     assert all((LISTS / name).exists() for name in named)
 
 
-def results_of(name):
-    """{(method, sparsity): [lines]} of a list."""
-    rows = runs.read_rows(LISTS / f"{name}.txt", runs.RESULTS).values()
-    return runs.group(sum(rows, []), lambda line: (line["method"], line["sparsity"]))
-
-
+@needs_tools
 def test_the_table_of_steps_is_that_of_the_results():
-    for (method, sparsity), lines in results_of("steps").items():
+    from tools import runs
+
+    rows = runs.read_rows(LISTS / "steps.txt", runs.RESULTS).values()
+    found = runs.group(sum(rows, []), lambda line: (line["method"], line["sparsity"]))
+    for (method, sparsity), lines in found.items():
         cells = {}
         for line in lines:
             cells.setdefault(line["steps"], []).append(100 * line["final"]["accuracy"])
@@ -92,7 +97,10 @@ def test_the_table_of_steps_is_that_of_the_results():
         assert f"| `{method}`, {100 * sparsity:.0f} % removed | {' | '.join(row)} |" in RESULTS
 
 
+@needs_tools
 def test_the_short_table_has_its_cells_from_the_long_one(capsys):
+    from tools import runs
+
     runs.main(["table", str(LISTS / "main.txt"), "--average"])
     long = capsys.readouterr().out
     rows = [
@@ -136,13 +144,9 @@ def run(make_model, folder, tmp_path, *flags):
 
 
 @pytest.fixture
-def added():
+def added(tables):
     """Run a block of code as a file of extras would be. Afterwards the tables are as before."""
-    before = [(table, dict(table)) for table in (mask.METHODS, data.TASKS)]
-    yield lambda code: exec(code, {})
-    for table, rows in before:
-        table.clear()
-        table.update(rows)
+    return lambda code: exec(code, {})
 
 
 @pytest.mark.parametrize(
@@ -183,8 +187,11 @@ def test_a_new_scoring_rule_is_a_row_of_its_own(make_model, tmp_path, glue, adde
     assert result["density"] == 0.5 and result["method"] == "smp-sign"
 
 
+@needs_tools
 def test_the_table_of_budgets_is_that_of_the_results(capsys):
     """But for the sizes of the grids, which are in the list's comments."""
+    from tools import runs
+
     runs.main(["table", str(LISTS / "tuning.txt"), "--best", "1", "--average"])
     found = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
     table = RESULTS.split("| method | settings in its grid |")[1].split("\n\n")[0]
@@ -197,10 +204,14 @@ def test_the_table_of_budgets_is_that_of_the_results(capsys):
         assert (tried, made) == ("10", "32")  # tests/tools/test_runs.py counts them
 
 
+@needs_tools
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["main", "earlier", "ablations", "abandoned", "units", "rule", "language"]
 )
 def test_tables_are_those_of_the_results(name, capsys):
+    from tools import runs
+
     averages = ["--average"] if name == "main" else []
     runs.main(["table", str(LISTS / f"{name}.txt"), *averages])
     assert f"\n\n{capsys.readouterr().out}\n" in RESULTS  # the whole of a table

@@ -27,7 +27,8 @@ from plumbing.checkpoints import (
     tokenizer_config,
 )
 from plumbing.cli import Parser, one_line_errors, printable, show
-from plumbing.files import json_bytes, partial_folder, sha256, write_whole
+from plumbing.fetch import model_name
+from plumbing.files import partial_folder, sha256, signed_json, write_whole
 
 OURS = "static-model-pruning"  # the library, for folders that only this code reads
 HUB = {  # the models' names on the hub
@@ -99,7 +100,7 @@ def card(result, library, use):
     parts = {
         "library": library,
         "base": f"base_model: {base}\n" if base else "",
-        "name": printable(Path(result["model"]).name),
+        "name": printable(model_name(result["model"])),
         "trained": ", ".join(METHODS[result["method"]].trains),
         "scores": show(result["final"]),
         "facts": facts(result),
@@ -110,8 +111,7 @@ def card(result, library, use):
 
 def facts(result):
     """Say how a run was made, as far as it is known."""
-    unknown = dict.fromkeys(("seed", "steps", "seconds", "commit"), "unknown")
-    return printable(FACTS.format_map(unknown | result))
+    return printable(FACTS.format_map({"commit": "unknown"} | result))
 
 
 # --- an ordinary model folder ---------------------------------------------------------------------
@@ -278,7 +278,7 @@ def write_compact(folder, run, model, description):
 
     use = COMPACT_USE.format(description=description)
     files["README.md"] = card(run.result, OURS, use)
-    files["result.json"] = json_bytes(result)
+    files["result.json"] = signed_json(result)
     write_files(folder, files)
 
 

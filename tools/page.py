@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from data import TASKS, encode
 from eval import densities, load_run, masked_weights, predict, read_texts
 from plumbing.cli import Parser, one_line_errors, printable, show
+from plumbing.fetch import model_name
 from plumbing.files import write_whole
 from tools.export import facts
 from tools.picture import head_densities, read_log
@@ -347,7 +348,7 @@ def layer_cards(groups, masks, head_size, side):
 def heading(loaded):
     """Describe the run and its result -> {"title": ..., "what": ..., "found": ...}."""
     result, masks = loaded.result, loaded.masks.values()
-    name = printable(Path(result["model"]).name)  # without its path, as the page may be published
+    name = printable(model_name(result["model"]))  # without its path: the page may be published
     kept = sum(mask.sum().item() for mask in masks)
     total = sum(mask.numel() for mask in masks)
     density = kept / total

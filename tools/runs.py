@@ -34,7 +34,7 @@ import torch
 
 from data import TASKS, split_path
 from plumbing.cli import Parser, count, one_line_errors
-from plumbing.files import write_whole
+from plumbing.files import read_lines, write_whole
 from plumbing.progress import progress
 from tools.picture import plot_curves
 
@@ -377,7 +377,7 @@ def hold_out(name, rows):
     source = split_path(name, "train", None)
     if not source.exists():  # in the cache, on first use
         task.fetch(task, "train")
-    lines = source.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
+    lines = read_lines(source)
     header = [lines.pop(0)] if isinstance(task.label, str) else []
     random.Random(0).shuffle(lines)
     for split, part in (("train", lines[:-rows]), (task.dev[0], lines[-rows:])):

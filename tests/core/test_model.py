@@ -6,61 +6,20 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import CONFIG, bert_tensors, load_config, load_model
+from oracle import IDS, MASK, TYPES, plain_bert, roberta_name
 from safetensors.torch import save_file
 from torch import nn
 
 import model
-from extras.gpt2 import load_gpt2
-from plumbing import fetch
-from plumbing.checkpoints import cutting_tokenizer, read_model
+from plumbing.checkpoints import cutting_tokenizer
 from plumbing.run import identity
-
-IDS = torch.tensor([[2, 5, 9, 13, 3], [2, 7, 3, 0, 0]])
-TYPES = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
-MASK = (IDS != 0).long()
-
-
-def oracle(t, ids=IDS, types=TYPES, mask=MASK):
-    """The same weights in nn.TransformerEncoderLayer -> last hidden states, masked-LM logits."""
-    size = ids.shape[1]
-    h = (
-        t["bert.embeddings.word_embeddings.weight"][ids]
-        + t["bert.embeddings.position_embeddings.weight"][:size]
-    )
-    h = h + t["bert.embeddings.token_type_embeddings.weight"][types]
-    h = F.layer_norm(
-        h, (16,), t["bert.embeddings.LayerNorm.weight"], t["bert.embeddings.LayerNorm.bias"], 1e-12
-    )
-    for n in range(2):
-        at = f"bert.encoder.layer.{n}."
-        layer = nn.TransformerEncoderLayer(16, 4, 24, 0.1, "gelu", 1e-12, batch_first=True).eval()
-        qkv = [at + f"attention.self.{x}." for x in ("query", "key", "value")]
-        state = {
-            f"self_attn.in_proj_{x}": torch.cat([t[name + x] for name in qkv])
-            for x in ("weight", "bias")
-        }
-        for ours, theirs in {
-            "attention.output.dense": "self_attn.out_proj",
-            "intermediate.dense": "linear1", "output.dense": "linear2",
-            "attention.output.LayerNorm": "norm1", "output.LayerNorm": "norm2",
-        }.items():  # fmt: skip
-            state |= {f"{theirs}.{x}": t[f"{at}{ours}.{x}"] for x in ("weight", "bias")}
-        layer.load_state_dict(state)
-        h = layer(h, src_key_padding_mask=mask == 0)
-    if "cls.predictions.bias" not in t:
-        return h, None
-    at = "cls.predictions.transform."
-    head = F.gelu(F.linear(h, t[f"{at}dense.weight"], t[f"{at}dense.bias"]))
-    head = F.layer_norm(head, (16,), t[f"{at}LayerNorm.weight"], t[f"{at}LayerNorm.bias"], 1e-12)
-    return h, head @ t["bert.embeddings.word_embeddings.weight"].T + t["cls.predictions.bias"]
 
 
 def test_encoder_and_masked_lm_head_agree_with_torch(make_model):
     model = load_model(make_model(), words=[5, 6]).eval()
     hidden = model.bert(IDS, TYPES, MASK)
-    expected, logits = oracle(bert_tensors(CONFIG))
+    expected, logits = plain_bert(bert_tensors(CONFIG))
     assert torch.allclose(hidden[MASK.bool()], expected[MASK.bool()], atol=1e-5)
     assert torch.allclose(model.word_logits(hidden)[MASK.bool()], logits[MASK.bool()], atol=1e-5)
     assert torch.allclose(
@@ -68,17 +27,16 @@ def test_encoder_and_masked_lm_head_agree_with_torch(make_model):
     )  # and one token is enough
 
 
-def test_loading_draws_no_numbers_that_the_file_replaces(make_model, make_gpt2, monkeypatch):
+def test_loading_draws_no_numbers_that_the_file_replaces(make_model, monkeypatch):
     """To draw on the meta device, torch imports its compiler, which takes 2 s."""
     monkeypatch.setattr(nn.init, "normal_", None)
     load_model(make_model(), words=[5, 6])
-    load_gpt2(*read_model(make_gpt2()))
 
 
 def test_without_a_head_logits_are_products_with_the_word_embeddings(make_model):
     t = bert_tensors(CONFIG, head=False)
     model = load_model(make_model(tensors=t), words=[5, 6]).eval()
-    expected = oracle(t)[0][:, 0] @ t["bert.embeddings.word_embeddings.weight"][[5, 6]].T
+    expected = plain_bert(t)[0][:, 0] @ t["bert.embeddings.word_embeddings.weight"][[5, 6]].T
     assert torch.allclose(model(IDS, TYPES, MASK), expected, atol=1e-5)
 
 
@@ -111,13 +69,6 @@ def test_names_of_published_checkpoints_are_understood(make_model):
         assert loaded.keys() == expected.keys() and all(
             loaded[n].equal(v) for n, v in expected.items()
         )
-
-
-def roberta_name(name):
-    name = name.replace("bert.", "roberta.", 1).replace("cls.predictions.transform.", "lm_head.")
-    return name.replace("cls.predictions.", "lm_head.").replace(
-        "lm_head.LayerNorm", "lm_head.layer_norm"
-    )
 
 
 def test_roberta_is_bert_under_other_names_with_positions_behind_the_padding_id(make_model):
@@ -257,8 +208,8 @@ def test_unreadable_files(make_model):
     (folder / "model.safetensors").write_bytes(content)
     for text, message in (
         ("{", "not valid JSON"),
-        ("[]", "not a JSON object"),
-        ("{}", "lacks vocab_size"),
+        ("[]", "it is not an object"),
+        ("{}", "vocab_size is missing"),
     ):
         (folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -395,7 +346,7 @@ def test_numbers_that_are_not_finite_are_named_before_training(make_model):
         t = bert_tensors(CONFIG)
         t["bert.embeddings.position_embeddings.weight"][31, 15] = value  # which no text reaches
         with pytest.raises(
-            ValueError, match="position_embeddings.weight holds numbers that are not finite"
+            ValueError, match="must be finite floats.*position_embeddings.weight"
         ):
             load_model(make_model(f"m{value}", t), words=[5, 6])
 
@@ -419,17 +370,28 @@ def test_a_tokenizer_is_made_of_vocab_txt(make_model):
         cutting_tokenizer(folder, 16)
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (["config.json", "tokenizer.json", "pytorch_model.bin"], "save_pretrained"),
-        (["config.json", "tokenizer.json"], "has no model.safetensors"),
-        (["config.json", "model.safetensors"], "has no tokenizer.json"),
-        (["model.safetensors", "vocab.txt"], "has no config.json"),
-    ],
-)
-def test_what_a_folder_lacks_is_said(tmp_path, files, message):
-    for name in files:
-        (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=f"--model: the folder .*{message}"):
-        fetch.model_folder(str(tmp_path))
+def test_classifier_logits_by_hand(make_model):
+    tensors = bert_tensors(CONFIG) | {"classifier.weight": torch.ones(2, 16)}
+    tensors |= {"classifier.bias": torch.tensor([0.0, 1.0])}
+    tensors |= {
+        "bert.pooler.dense.weight": 2 * torch.eye(16),
+        "bert.pooler.dense.bias": torch.ones(16),
+    }
+    model = load_model(make_model("m", tensors), [7, 8], "classifier", fresh=False).eval()
+    inputs = torch.tensor([[2, 9, 3]]), torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3)
+    cls = model.bert(*inputs)[:, 0]
+    expected = (2 * cls + 1).tanh().sum() + torch.tensor([0.0, 1.0])
+    assert torch.allclose(model(*inputs)[0], expected, atol=1e-5)
+
+
+def test_a_classifier_is_fresh_whatever_the_model_brings(make_model):
+    tensors = bert_tensors(CONFIG) | {
+        "classifier.weight": torch.ones(2, 16),
+        "classifier.bias": torch.ones(2),
+    }
+    folder = make_model("m", tensors)
+    assert load_model(folder, [7], "classifier").classifier.weight.shape == (1, 16)
+    assert not load_model(folder, [7, 8], "classifier").classifier.bias.any()
+    assert load_model(folder, [7, 8], "classifier", fresh=False).classifier.bias.all()
+    with pytest.raises(ValueError, match="Missing key.*classifier.bias"):
+        load_model(make_model("n"), [7, 8], "classifier", fresh=False)

@@ -1,6 +1,8 @@
 """train.py and eval.py end to end on tiny models, and what happens to bad input."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -10,42 +12,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from acts import prepared
 from conftest import CONFIG, WIDE, bert_tensors, load_model
+from oracle import roberta_name
 from safetensors.torch import load_file
-from test_model import roberta_name
 from tqdm import tqdm
 
 import data
 import eval as eval_
 import mask
 import train
-from eval import accuracy, correlation, f1, load_run, ranks, spearman
+from eval import load_run
 from plumbing import cli, files
-from plumbing.checkpoints import cutting_tokenizer
 from plumbing.cli import choose_device
 from plumbing.run import identity
-from plumbing.summary import guessing, summary, write_predictions
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture
-def run(make_model, glue, tmp_path):
-    """run(*flags) -> (run folder, its result) of a short training on the tiny `movies`."""
-    model = make_model()
-
-    def go(*flags, out="run", steps=12):
-        argv = ["--model", model, "--data-dir", glue, "--out", tmp_path / out, "--batch", 8]
-        argv += ["--steps", steps] if steps else []
-        argv += ["--length", 16, "--device", "cpu", *flags]
-        train.main([str(a) for a in argv])
-        return tmp_path / out, json.loads((tmp_path / out / "result.json").read_text())
-
-    go.model = model
-    return go
 
 
 @pytest.mark.parametrize("method", ["smp-s", "smp-l"])
@@ -105,6 +89,7 @@ def test_a_run_from_end_to_end(run, capsys, method):
 def load_masks(folder, result):
     expected = identity(Path(result["model"]), load_model(Path(result["model"]), [5, 6]))
     loaded = load_run(folder)
+    del result["digest"]
     assert loaded.result == result and expected.items() <= result.items()
     return loaded.masks
 
@@ -174,169 +159,76 @@ def test_same_seed_same_mask_other_seed_other_mask(run):
     assert body[0] == body[1] != body[2]
 
 
-def test_several_masks_of_one_backbone(make_model, glue, tmp_path, capsys, fails):
-    model, runs = make_model(), []
-    for task in ("movies", "rte"):
-        runs.append(str(tmp_path / task))
-        given = [
-            "--task",
-            task,
-            "--model",
-            model,
-            "--data-dir",
-            glue,
-            "--out",
-            runs[-1],
-            "--steps",
-            3,
-            "--length",
-            16,
-        ]
-        train.main([str(a) for a in [*given, "--device", "cpu"]])
-    capsys.readouterr()
-    for run in runs:
-        eval_.main([run])
-    alone = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dev")]
-    eval_.main([runs[0], f"{runs[1]}/mask.safetensors"])
-    lines = capsys.readouterr().out.splitlines()
-    dev = [line for line in lines if line.startswith("dev")]
-    assert dev == alone and any(
-        line.startswith(f"{runs[1]}/mask.safetensors: rte") for line in lines
-    )
-    assert "--text without --pair" in fails(eval_.main, [runs[0], "--text", "x", "--pair", "y"])
-
-
 @pytest.mark.parametrize("pooler", [True, False])
-def test_a_fresh_classifier_beside_a_mask(make_model, glue, tmp_path, capsys, pooler):
+def test_a_fresh_classifier_beside_a_mask(run, make_model, capsys, pooler):
     tensors = bert_tensors(CONFIG)
     if pooler:
         tensors |= {
             "bert.pooler.dense.weight": torch.eye(16),
             "bert.pooler.dense.bias": torch.zeros(16),
         }
-    model, out = make_model("pooled", tensors), tmp_path / "run"
-    argv = [
-        "--model",
-        model,
-        "--data-dir",
-        glue,
-        "--out",
-        out,
-        "--steps",
-        8,
-        "--length",
-        16,
-        "--head",
-        "classifier",
-    ]
-    train.main([str(a) for a in [*argv, "--device", "cpu"]])
-    result = json.loads((out / "result.json").read_text())
+    model = make_model("pooled", tensors)
+    folder, result = run("--model", model, "--head", "classifier", steps=8)
     assert "bit-identical" in capsys.readouterr().out
-    tensors, description = files.read_masks(out / "mask.safetensors")
+    tensors, description = files.unseal(folder / "mask.safetensors", files.MASKS)
     head = {name: tensor for name, tensor in tensors.items() if name not in description["shapes"]}
     assert {n: tuple(t.shape) for n, t in head.items()} == {
         "classifier.weight": (2, 16),
         "classifier.bias": (2,),
     }
     assert 0 < head["classifier.bias"].abs().max() < 1e-3  # it moved, at 3e-5 a step
-    loaded = load_run(out).model
+    loaded = load_run(folder).model
     assert hasattr(loaded.bert, "pooler") == pooler and loaded.classifier.bias.equal(
         head["classifier.bias"]
     )
     assert identity(model, loaded) == identity(model, load_model(model, [7, 8], "classifier"))
-    eval_.main([str(out)])
+    eval_.main([str(folder)])
     reported = f"accuracy {result['final']['accuracy']:.4f}"
     assert f"{reported}\ntraining reported {reported}" in capsys.readouterr().out
 
 
-def test_a_classifier_needs_no_label_words(make_model, glue, tmp_path, fails):
-    model = make_model()
-    (model / "tokenizer.json").write_text(
-        (model / "tokenizer.json").read_text().replace('"great"', '"grand"')
-    )
-    argv = ["--model", model, "--data-dir", glue, "--steps", 2, "--length", 16, "--device", "cpu"]
-    assert "label word 'great'" in fails(train.main, [*argv, "--out", tmp_path / "words"])
+def test_a_classifier_needs_no_label_words(run, fails):
+    tokenizer = run.model / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"great"', '"grand"'))
+    assert "label word 'great'" in fails(train.main, run.argv(out="words"))
     for method in ("smp-s", "finetune"):
-        out = tmp_path / method
-        train.main(
-            [str(a) for a in [*argv, "--out", out, "--head", "classifier", "--method", method]]
-        )
-        eval_.main([str(out)])
+        folder, _ = run("--head", "classifier", "--method", method, out=method, steps=2)
+        eval_.main([str(folder)])
 
 
-def test_classifier_logits_by_hand(make_model):
-    tensors = bert_tensors(CONFIG) | {"classifier.weight": torch.ones(2, 16)}
-    tensors |= {"classifier.bias": torch.tensor([0.0, 1.0])}
-    tensors |= {
-        "bert.pooler.dense.weight": 2 * torch.eye(16),
-        "bert.pooler.dense.bias": torch.ones(16),
-    }
-    model = load_model(make_model("m", tensors), [7, 8], "classifier", fresh=False).eval()
-    inputs = torch.tensor([[2, 9, 3]]), torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3)
-    cls = model.bert(*inputs)[:, 0]
-    expected = (2 * cls + 1).tanh().sum() + torch.tensor([0.0, 1.0])
-    assert torch.allclose(model(*inputs)[0], expected, atol=1e-5)
-
-
-def test_finetuned_classifier_and_roberta_names(make_model, glue, tmp_path, capsys):
+def test_finetuned_classifier_and_roberta_names(run, make_model):
     names = {
         roberta_name(n): t
         for n, t in bert_tensors(CONFIG | {"max_position_embeddings": 34}).items()
     }
     changes = {"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 34}
-    model, out = make_model("roberta", names, **changes), tmp_path / "run"
-    argv = [
-        "--model",
-        model,
-        "--data-dir",
-        glue,
-        "--out",
-        out,
-        "--steps",
-        4,
-        "--length",
-        16,
-        "--device",
-        "cpu",
-    ]
-    train.main([str(a) for a in [*argv, "--method", "finetune", "--head", "classifier"]])
-    saved = load_file(out / "model.safetensors")
+    model = make_model("roberta", names, **changes)
+    flags = ["--model", model, "--method", "finetune", "--head", "classifier"]
+    folder, _ = run(*flags, steps=4)
+    saved = load_file(folder / "model.safetensors")
     kept = {n for n in names if n.startswith("roberta.")} | {"classifier.weight", "classifier.bias"}
     assert saved.keys() == kept
-    eval_.main([str(out)])
+    eval_.main([str(folder)])
     assert train.parse_args(["--model", str(model)]).schedule == "linear"
 
 
-@pytest.mark.parametrize("method", ["smp-s", "finetune", "movement"])
+@pytest.mark.parametrize("method", ["smp-s", "finetune"])
 def test_bits_of_a_mask_are_stored_where_there_is_one(run, method):
-    """One bit per prunable weight, and one number per weight that trained and was kept."""
+    """One bit per prunable weight, or one number per weight that trained."""
     _, result = run(
         "--method", method, *(["--sparsity", 0.75] if method != "finetune" else []), steps=2
     )
     whole = sum(tensor.numel() for tensor in load_file(run.model / "model.safetensors").values())
     prunable = 2 * (4 * 16 * 16 + 2 * 16 * 24)
-    numbers = {"smp-s": 0, "finetune": whole, "movement": whole - prunable + prunable // 4}[method]
-    assert (result["stored_bits"], result["stored_numbers"]) == (
-        prunable * (method != "finetune"),
-        numbers,
-    )
+    stored = {"smp-s": (prunable, 0), "finetune": (0, whole)}[method]
+    assert (result["stored_bits"], result["stored_numbers"]) == stored
 
 
-def test_evaluation_is_the_same_every_time(run, make_model, capsys):
-    """Without dropout, whatever numbers were drawn before. It asks for no slower kernels."""
-    high = make_model("dropping", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
-    folder, result = run(
-        "--model", high, "--dropout", "--method", "finetune", "--weight-lr", 1e-2, steps=4
-    )
-    said = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        capsys.readouterr()
-        eval_.main([str(folder)])
-        eval_.main([str(folder), "--text", "a good film"])
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] and f"dev (40 examples): {cli.show(result['final'])}\n" in said[0]
-    assert not torch.are_deterministic_algorithms_enabled()
+class Terminal(io.StringIO):
+    """Stands for stderr on a terminal."""
+
+    def isatty(self):
+        return True
 
 
 def test_only_the_bar_of_training_stays_on_a_terminal(run, monkeypatch):
@@ -347,12 +239,12 @@ def test_only_the_bar_of_training_stays_on_a_terminal(run, monkeypatch):
         bars.append(bar)
 
     monkeypatch.setattr(tqdm, "__init__", spy)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    folder, _ = run("--evals", 2, steps=2)
-    assert [bar.leave for bar in bars if bar.total == 2] == [True]  # steps
-    assert len(bars) == 3 and sum(bar.leave for bar in bars) == 1  # and two evaluations
-    bars.clear()
-    eval_.main([str(folder)])
+    with contextlib.redirect_stderr(Terminal()):
+        folder, _ = run("--evals", 2, steps=2)
+        assert [bar.leave for bar in bars if bar.total == 2] == [True]  # steps
+        assert len(bars) == 3 and sum(bar.leave for bar in bars) == 1  # and two evaluations
+        bars.clear()
+        eval_.main([str(folder)])
     assert [bar.leave for bar in bars] == [False]
 
 
@@ -373,61 +265,49 @@ def test_distillation_loss_by_hand():
     )
 
 
-def test_a_teacher_is_asked_and_stays_as_it_is(run, monkeypatch, capsys):
+def test_a_teacher_is_asked_and_stays_as_it_is(run):
     dense, _ = run("--method", "finetune", "--weight-lr", 5e-3, out="dense", steps=20)
     before = (dense / "model.safetensors").read_bytes()
-    asked, loss = [], train.task_loss
+    folder, result = run("--teacher", dense, out="taught", steps=1)
+    first, *_ = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
+    assert result["teacher"] == str(dense)
 
-    def spy(logits, labels, taught=None):
-        asked.append(taught)
-        return loss(logits, labels, taught)
+    # The loss of that step, with the answers of the dense run to the same batch.
+    _, _, job = prepared(run.argv("--teacher", dense, out="again", steps=1))
+    [(inputs, labels, _)] = next(data.training_batches(job.train, 8, 1, seed=0))
+    taught = load_run(dense).model.eval()(*inputs)
+    weights, _ = job.learner(torch.tensor(0.5, dtype=torch.float64))
+    logits = torch.func.functional_call(job.model, weights, tuple(inputs))
+    loss = train.task_loss(logits, labels, taught).item()
+    assert first["loss"] == pytest.approx(loss, abs=1e-5)
+    assert loss != pytest.approx(train.task_loss(logits, labels).item(), abs=1e-3)
+    assert not job.teacher.training
+    assert not any(weight.requires_grad for weight in job.teacher.parameters())
 
-    monkeypatch.setattr(train, "task_loss", spy)
-    folder, result = run("--teacher", dense, out="taught")
-    teacher = load_run(dense).model.eval()
-    tokenizer = cutting_tokenizer(run.model, 16)
-    examples = data.load_split("movies", "train", result["data_dir"], tokenizer)
-    [(inputs, *_)] = next(data.training_batches(examples, 8, 1, seed=0))
-    first, *others = asked
-    assert len(others) == 11 and torch.allclose(first, teacher(*inputs), atol=1e-5)
-    assert not first.requires_grad and result["teacher"] == str(dense)
-    run("--teacher", dense, "--dtype", "bfloat16", out="half", steps=1)
-    assert (
-        load_run(dense).result["dtype"] == "float32" and asked[-1].sub(first).abs().max() > 1e-5
-    )  # in bfloat16
+    # It computes in the dtype of the run that it teaches.
+    _, _, half = prepared(run.argv("--teacher", dense, "--dtype", "bfloat16", out="half"))
+    assert load_run(dense).result["dtype"] == "float32"
+    assert {weight.dtype for weight in half.teacher.parameters()} == {torch.bfloat16}
     assert (dense / "model.safetensors").read_bytes() == before
 
 
-def test_teachers_that_cannot_teach_are_refused(run, fails, make_model, glue, tmp_path):
+def test_teachers_that_cannot_teach_are_refused(run, fails, make_model, tmp_path):
+    def said(teacher, *flags):
+        return fails(train.main, run.argv("--teacher", teacher, *flags, out="r"))
+
     pruned, _ = run(out="pruned", steps=2)
-    argv = [
-        "--model",
-        run.model,
-        "--data-dir",
-        glue,
-        "--out",
-        tmp_path / "r",
-        "--length",
-        16,
-        "--device",
-        "cpu",
-    ]
-    assert "is a pruned model; a teacher must be fine-tuned" in fails(
-        train.main, [*argv, "--teacher", pruned]
-    )
+    assert "is a pruned model; a teacher must be fine-tuned" in said(pruned)
     dense, _ = run("--method", "finetune", out="dense", steps=2)
-    assert "was trained on movies, not on rte" in fails(
-        train.main, [*argv, "--task", "rte", "--teacher", dense]
-    )
+    assert "was trained on movies, not on rte" in said(dense, "--task", "rte")
     other = make_model("other")
     (other / "tokenizer.json").write_text(
         (other / "tokenizer.json").read_text().replace('"fun"', '"joy"')
     )
     foreign, _ = run("--method", "finetune", "--model", other, out="foreign", steps=2)
-    assert "another vocabulary" in fails(train.main, [*argv, "--teacher", foreign])
+    assert "another vocabulary" in said(foreign)
     (dense / "model.safetensors").unlink()
-    assert "model.safetensors" in fails(train.main, [*argv, "--teacher", dense])
-    assert "is not the folder of a run" in fails(train.main, [*argv, "--teacher", tmp_path])
+    assert "model.safetensors" in said(dense)
+    assert "no regular file" in said(tmp_path)
 
 
 def test_bfloat16_and_pairs(run, capsys):
@@ -481,159 +361,15 @@ def test_adam_of_the_reference_code_by_hand():
     assert adam.param_groups[0]["lr"] == pytest.approx(0.002)
 
 
-def test_metrics_by_hand():
-    p, t = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 0, 1, 1, 0])
-    assert accuracy(p, t) == pytest.approx(4 / 6)
-    assert f1(p, t) == pytest.approx(2 * (2 / 3) * (2 / 3) / (4 / 3))
-    assert correlation(p, t) == pytest.approx(
-        (2 * 2 - 1 * 1) / 9
-    )  # (TP TN - FP FN) / sqrt(3 * 3 * 3 * 3)
-    assert correlation(p * 0, t) == f1(p * 0, t) == 0.0
-    x, y = np.array([1.0, 2.0, 4.0]), np.array([0.0, 3.0, 3.0])
-    assert correlation(x, y) == pytest.approx(
-        4 / math.sqrt(42 / 9 * 6)
-    )  # sums of (dx dy), dx^2, dy^2: 4, 42/9, 6
-    assert ranks(np.array([5.0, 1.0, 5.0, 0.0])).tolist() == [3.5, 2.0, 3.5, 1.0]
-    assert spearman(np.array([1.0, 10.0, 100.0]), np.array([-3.0, 0.0, 9.0])) == pytest.approx(1)
-    assert spearman(np.array([1, 2, 3]), np.array([2, 2, 1])) == pytest.approx(
-        -1.5 / math.sqrt(2 * 1.5)
-    )
-
-
-def test_regression_and_predictions_for_the_server(run, glue, tmp_path, capsys):
-    (glue / "STS-B").mkdir()
-    for split, n in (("train", 24), ("dev", 9)):
-        rows = [
-            f"{i}\ta film\t{('bad', 'good')[i % 2]}\t{i % 2 * 4 + i % 3 * 0.5:.3f}"
-            for i in range(n)
-        ]
-        content = "\n".join(["index\tsentence1\tsentence2\tscore", *rows])
-        (glue / "STS-B" / f"{split}.tsv").write_text(content)
-    (glue / "STS-B" / "test.tsv").write_text(
-        "index\tsentence1\tsentence2\n0\ta film\tgood\n1\ta film\tbad\n"
-    )
-    folder, result = run("--task", "stsb", "--method", "finetune", "--weight-lr", 0.01, steps=30)
-    assert (
-        result["final"].keys() == {"pearson", "spearman"} and result["final"]["pearson"] > 0.5
-    )  # 0.98
-    eval_.main([str(folder), "--predict"])
-    assert "STS-B.tsv: 2 predictions" in capsys.readouterr().out
-    header, *rows = (folder / "STS-B.tsv").read_text().splitlines()
-    assert header == "index\tprediction" and [row.split("\t")[0] for row in rows] == ["0", "1"]
-    assert all(0 <= float(row.split("\t")[1]) <= 5 for row in rows)
-    eval_.main([str(folder), "--text", "a film", "--pair", "good"])
-    assert capsys.readouterr().out.endswith("score\n")
-
-
-def test_predictions_are_label_strings_in_order_and_clipped(run, glue, tmp_path):
-    model = load_model(run.model, [5, 6])
-    tokenizer = cutting_tokenizer(run.model, 16)
-    examples = data.load_split("rte", "dev", glue, tokenizer)
-    logits = eval_.predict(model, {}, examples, "cpu")
-    write_predictions(tmp_path / "p.tsv", list(data.TASKS["rte"].words), data.predictions(logits))
-    names = [["not_entailment", "entailment"][c] for c in logits.argmax(1)]
-    expected = "".join(f"{n}\t{name}\n" for n, name in enumerate(names))
-    assert (tmp_path / "p.tsv").read_text() == "index\tprediction\n" + expected
-    far = {"cls.predictions.bias": torch.full((40,), 99.0)}
-    one = load_model(run.model, [6])
-    write_predictions(
-        tmp_path / "q.tsv", ["score"], data.predictions(eval_.predict(one, far, examples, "cpu"))
-    )
-    assert {line.split("\t")[1] for line in (tmp_path / "q.tsv").read_text().splitlines()[1:]} == {
-        "5.000"
-    }
-
-
-def test_mnli_reports_both_dev_sets_and_writes_both_test_files(run, glue, capsys):
-    (glue / "MNLI").mkdir()
-    names = ["train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched"]
-    for n, split in enumerate(names):
-        rows = [
-            f"a film\tgood\tneutral{chr(9)}{['neutral', 'entailment'][i % 2]}" for i in range(4 + n)
-        ]
-        head = "sentence1\tsentence2\tlabel1\tgold_label"
-        if split.startswith("test"):
-            head, rows = "sentence1\tsentence2", ["a film\tgood"] * (4 + n)
-        (glue / "MNLI" / f"{split}.tsv").write_text("\n".join([head, *rows]))
-    with pytest.MonkeyPatch.context() as patch:  # the tiny vocabulary has no "maybe"
-        words = {"contradiction": "no", "neutral": "very", "entailment": "yes"}
-        patch.setitem(data.TASKS, "mnli", dataclasses.replace(data.TASKS["mnli"], words=words))
-        folder, result = run("--task", "mnli", steps=2)
-        assert result["final"].keys() == {"accuracy", "accuracy dev_mismatched"}
-        eval_.main([str(folder), "--predict"])
-    assert len((folder / "MNLI-m.tsv").read_text().splitlines()) == 8
-    assert len((folder / "MNLI-mm.tsv").read_text().splitlines()) == 9
-
-
-def test_predictions_without_a_test_file(run, glue, fails):
-    assert "--predict: movies has no test split" in fails(eval_.main, [run()[0], "--predict"])
-    folder, _ = run("--task", "rte", out="rte", steps=2)
-    assert f"--data-dir: there is no {glue}/RTE/test.tsv" in fails(
-        eval_.main, [folder, "--predict"]
-    )
-
-
-def test_other_data_than_the_runs_only_where_it_is_asked_for(
-    run, glue, fails, tmp_path, monkeypatch, capsys
-):
-    folder, result = run()
-    cached = tmp_path / "cache" / "glue"
-    shutil.copytree(glue, cached)
-    dev = glue / "movies" / "dev.tsv"
-    dev.write_text("\n".join(dev.read_text().splitlines()[:-1]) + "\n")
-    assert f"dev in {glue} is not the run's; --data-dir" in fails(eval_.main, [folder])
-    eval_.main([str(folder), "--data-dir", str(glue)])
-    assert "dev (39 examples)" in capsys.readouterr().out
-
-    # Where the run's folder is gone, the downloads stand in, if they hold the same.
-    monkeypatch.setenv("SMP_CACHE", str(cached.parent))
-    moved = glue.rename(tmp_path / "moved")
-    eval_.main([str(folder)])
-    final = cli.show(result["final"])
-    assert f"dev (40 examples): {final}\ntraining reported {final}" in capsys.readouterr().out
-    shutil.copy(moved / "movies" / "dev.tsv", cached / "movies")
-    assert f"dev in {cached.parent} is not the run's" in fails(eval_.main, [folder])
-
-
-def test_predictions_come_in_the_order_of_the_examples(run, glue):
-    tokenizer = cutting_tokenizer(run.model, 16)
-    dev = data.load_split("movies", "dev", glue, tokenizer)
-    model = load_model(run.model, [7, 8])
-    together = eval_.predict(model, {}, dev, "cpu")
-    for i in (0, 7, 39):
-        one = data.Examples([dev.ids[i]], [dev.types[i]], [0], dev.limit)
-        assert torch.allclose(eval_.predict(model, {}, one, "cpu")[0], together[i], atol=1e-5)
-    assert model.training  # as it was
-
-
 # --- bad input ---
 
 
-@pytest.mark.parametrize("method", ["smp-s", pytest.param("movement", marks=pytest.mark.slow)])
-def test_no_altered_result_makes_the_mask_optional(run, fails, method):
-    """Nothing is evaluated where result.json was renamed or changed, with the mask or without."""
-    folder, result = run("--method", method, steps=2)
-    for key in result:
-        renamed = {name if name != key else f"{name}x": value for name, value in result.items()}
-        (folder / "result.json").write_text(json.dumps(renamed))
-        fails(eval_.main, [folder, "--text", "a good film"])
-        kept = (folder / "mask.safetensors").rename(folder / "kept")
-        fails(eval_.main, [folder, "--text", "a good film"])
-        kept.rename(folder / "mask.safetensors")
-    if method == "smp-s":  # movement's weights have the zeros in them
-        (folder / "result.json").write_text(json.dumps(result | {"method": "finetune"}))
-        fails(eval_.main, [folder, "--text", "a good film"])
-    (folder / "result.json").write_text(json.dumps(result))
-    eval_.main([str(folder), "--text", "a good film"])
-
-
-@pytest.mark.parametrize("method", ["smp-s", "finetune", "p-pruning", "p-activation"])
+@pytest.mark.parametrize("method", ["smp-s", "finetune"])
 def test_a_table_of_only_empty_texts_trains(run, glue, method):
     for split in ("train", "dev"):
         rows = "".join(f"\t{n % 2}\n" for n in range(20))
         (glue / "movies" / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
-    more = ["--ffn-share", 1] if method.startswith("p-") else []
-    assert run("--method", method, *more, steps=3)[1]["final"]["accuracy"] == 0.5
+    assert run("--method", method, steps=3)[1]["final"]["accuracy"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -655,296 +391,127 @@ def test_a_table_of_only_empty_texts_trains(run, glue, method):
         (["--seed", -1], "--seed"),
         (["--step", 3], "--step"),
         (["--length", 33], "--length 33.*4 to 32"),
-        (["--model", "nowhere"], "--model.*'nowhere'.*minilm, bert-base-uncased"),
+        (["--model", "nowhere"], "--model: there is no folder nowhere.*minilm, bert-base-uncased"),
         (["--data-dir", "nowhere"], "--data-dir: there is no /.*/nowhere/movies/train.tsv"),
     ],
 )
-def test_bad_arguments_end_in_one_line(run, tmp_path, fails, glue, flags, message):
-    argv = [
-        "--model",
-        run.model,
-        "--data-dir",
-        glue,
-        "--out",
-        tmp_path / "r",
-        "--steps",
-        10,
-        "--batch",
-        8,
-    ]
-    error = fails(train.main, [*argv, "--length", 16, "--device", "cpu", *flags])
-    assert re.search(message, error)
+def test_bad_arguments_end_in_one_line(run, tmp_path, fails, flags, message):
+    assert re.search(message, fails(train.main, run.argv(*flags, out="r")))
     assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_model_folder_without_a_file(run, tmp_path, fails, glue, name):
+def test_a_model_folder_without_a_file(run, fails, name):
     (run.model / name).unlink()
-    error = fails(train.main, ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r"])
-    assert f"{run.model} has no {name}" in error
+    assert f"{run.model} has no {name}" in fails(train.main, run.argv())
 
 
-def test_bad_data_ends_in_one_line(run, tmp_path, fails, glue):
-    argv = ["--model", run.model, "--data-dir", glue, "--out", tmp_path / "r", "--length", 16]
+def test_bad_data_ends_in_one_line(run, fails, glue):
     with open(glue / "movies" / "dev.tsv", "a") as file:
         file.write("good\t2\n")
-    assert "dev.tsv:42: unknown label '2'" in fails(train.main, argv)
+    assert "dev.tsv:42: unknown label '2'" in fails(train.main, run.argv())
     (glue / "movies" / "dev.tsv").write_text("sentence\tlabel\n")
-    assert "dev.tsv holds no examples" in fails(train.main, argv)
+    assert "dev.tsv holds no examples" in fails(train.main, run.argv())
     (run.model / "tokenizer.json").write_text("{")
-    assert "tokenizer.json is not a valid tokenizer" in fails(train.main, argv)
+    assert "its tokenizer.json is not valid" in fails(train.main, run.argv())
 
 
-def test_a_loss_that_is_not_finite(run, tmp_path, fails, glue, monkeypatch):
-    load = train.load_inputs
-
-    def infinite(args):
-        model, *more = load(args)
-        model.bert.encoder["layer"][0].output.dense.bias.data[3] = math.inf
-        return model, *more
-
-    monkeypatch.setattr(train, "load_inputs", infinite)
-    argv = [
-        "--model",
-        run.model,
-        "--data-dir",
-        glue,
-        "--out",
-        tmp_path / "r",
-        "--steps",
-        80,
-        "--length",
-        16,
-    ]
-    assert "the loss is nan at step 10: try a smaller --lr" in fails(
-        train.main, [*argv, "--device", "cpu"]
-    )
-    assert [p.name for p in (tmp_path / "r").iterdir()] == ["log.jsonl"]
+def test_a_loss_that_is_not_finite(run):
+    args, unfinished, job = prepared(run.argv(steps=80))
+    job.model.bert.encoder["layer"][0].output.dense.bias.data[3] = math.inf
+    expected = "the loss is nan at step 10: try a smaller --lr"
+    with pytest.raises(FloatingPointError, match=expected), unfinished:
+        train.learn(args, unfinished, job)
+    assert [path.name for path in args.out.iterdir()] == ["log.jsonl"]
 
 
-def test_an_infinite_regularizer_is_noticed(run, tmp_path, fails, glue, monkeypatch):
-    train_step = train.train_step
-
-    def spoilt(*args):
-        return train_step(*args) * torch.tensor([1, math.nan])
-
-    monkeypatch.setattr(train, "train_step", spoilt)
-    argv = [
-        "--model",
-        run.model,
-        "--data-dir",
-        glue,
-        "--out",
-        tmp_path / "r",
-        "--steps",
-        2,
-        "--length",
-        16,
-    ]
-    assert "the loss is" in fails(train.main, argv)
+def test_an_infinite_regularizer_is_noticed(run):
+    """The first step removes the weight without a score, so the loss is a number."""
+    args, unfinished, job = prepared(run.argv("--method", "smp-l", steps=1))
+    job.learner.masks.scores["query"].data[0, 0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"the loss is \d"), unfinished:
+        train.learn(args, unfinished, job)
 
 
 @pytest.mark.parametrize(("method", "rate"), [("smp-s", "--lr"), ("finetune", "--weight-lr")])
-def test_a_last_step_that_is_not_finite(run, tmp_path, fails, glue, method, rate):
-    argv = [
-        "--model",
-        run.model,
-        "--data-dir",
-        glue,
-        "--out",
-        tmp_path / "r",
-        "--steps",
-        1,
-        "--length",
-        16,
-    ]
-    assert "not finite" in fails(
-        train.main, [*argv, "--method", method, rate, 1e39, "--device", "cpu"]
-    )
-    assert not (tmp_path / "r" / "result.json").exists()
+def test_a_last_step_that_is_not_finite(run, tmp_path, fails, method, rate):
+    argv = run.argv("--method", method, rate, 1e39, steps=1)
+    assert "not finite" in fails(train.main, argv)
+    assert not (tmp_path / "run" / "result.json").exists()
 
 
-@pytest.mark.parametrize("head", ["words", "classifier"])
-def test_a_mask_file_needs_nothing_but_its_backbone(run, fails, make_model, tmp_path, capsys, head):
-    folder, result = run("--head", head)
-    (tmp_path / "elsewhere").mkdir()
-    alone = shutil.move(folder / "mask.safetensors", tmp_path / "elsewhere" / "good films.mask")
-    shutil.rmtree(folder)
-    capsys.readouterr()
-    eval_.main([str(alone)])
-    assert (
-        f"accuracy {result['final']['accuracy']:.4f}\ntraining reported" in capsys.readouterr().out
-    )
-    assert [len(v) for v in result["densities"].values()] == [2] * 6
-    other = make_model("other", tensors=bert_tensors(CONFIG, seed=9))
-    assert "the fingerprint of" in fails(eval_.main, [alone, "--model", other])
-    spoken = make_model("spoken")
-    (spoken / "tokenizer.json").write_text((spoken / "tokenizer.json").read_text() + " ")
-    assert "the tokenizer of" in fails(eval_.main, [alone, "--model", spoken])
-
-
-def test_a_mask_is_not_all_of_a_run_whose_weights_trained(run, fails):
-    folder, _ = run("--method", "movement", steps=2)
-    assert "name its folder" in fails(eval_.main, [folder / "mask.safetensors"])
-
-
-def test_a_classifier_is_fresh_whatever_the_model_brings(make_model):
-    tensors = bert_tensors(CONFIG) | {
-        "classifier.weight": torch.ones(2, 16),
-        "classifier.bias": torch.ones(2),
-    }
-    folder = make_model("m", tensors)
-    assert load_model(folder, [7], "classifier").classifier.weight.shape == (1, 16)
-    assert not load_model(folder, [7, 8], "classifier").classifier.bias.any()
-    assert load_model(folder, [7, 8], "classifier", fresh=False).classifier.bias.all()
-    with pytest.raises(ValueError, match="Missing key.*classifier.bias"):
-        load_model(make_model("n"), [7, 8], "classifier", fresh=False)
-
-
-def test_a_folder_of_other_files_is_not_touched(run, fails, glue):
+def test_a_folder_of_other_files_is_not_touched(run, fails):
     before = {p: p.read_bytes() for p in run.model.iterdir()}
-    argv = [
-        "--method",
-        "finetune",
-        "--model",
-        run.model,
-        "--data-dir",
-        glue,
-        "--out",
-        run.model,
-        "--length",
-        16,
-    ]
-    assert (
-        "--out" in fails(train.main, argv)
-        and {p: p.read_bytes() for p in run.model.iterdir()} == before
-    )
+    argv = run.argv("--method", "finetune", "--out", run.model)
+    assert "--out" in fails(train.main, argv)
+    assert {p: p.read_bytes() for p in run.model.iterdir()} == before
 
 
 @pytest.mark.parametrize("method", ["smp-s", "finetune"])
-def test_a_model_folder_that_vanishes_during_the_run(run, fails, glue, monkeypatch, method):
+def test_a_model_folder_that_vanishes_during_the_run(run, method):
     """A mask needs nothing of it any more. A model of its own needs config and tokenizer."""
-    learn = train.learn
-
-    def vanishing(*args):
-        learn(*args)
+    args, unfinished, job = prepared(run.argv("--method", method, steps=2))
+    with unfinished:
+        train.learn(args, unfinished, job)
         shutil.rmtree(run.model)
-
-    monkeypatch.setattr(train, "learn", vanishing)
-    out = run.model.parent / "r"
-    argv = ["--model", run.model, "--data-dir", glue, "--out", out, "--method", method]
-    argv += ["--steps", 2, "--length", 16, "--device", "cpu"]
-    if method == "finetune":
-        assert "there is no " in fails(train.main, argv)
-    else:
-        train.main([str(word) for word in argv])
-    assert (out / "result.json").exists() == (method == "smp-s")
+        if method == "finetune":
+            with pytest.raises(ValueError, match="there is no "):
+                train.finish(args, unfinished, job)
+        else:
+            train.finish(args, unfinished, job)
+    assert (args.out / "result.json").exists() == (method == "smp-s")
 
 
-def test_a_tokenizer_for_another_model(make_model, tmp_path, fails, glue):
-    argv = ["--data-dir", glue, "--out", tmp_path / "r", "--length", 16]
+def test_a_tokenizer_for_another_model(run, make_model, fails):
     model = make_model("small", vocab_size=25)
-    assert "more words or segments than config.json allows" in fails(
-        train.main, [*argv, "--model", model]
-    )
+    said = fails(train.main, run.argv("--model", model))
+    assert "more words or segments than config.json allows" in said
     model = make_model("one", type_vocab_size=1, tensors=bert_tensors(CONFIG) | {
         "bert.embeddings.token_type_embeddings.weight": torch.ones(1, 16)})  # fmt: skip
-    assert "more words or segments" in fails(train.main, [*argv, "--model", model, "--task", "rte"])
-    train.main(
-        [str(a) for a in [*argv, "--model", model, "--steps", 2, "--device", "cpu"]]
-    )  # one text, one segment
+    said = fails(train.main, run.argv("--model", model, "--task", "rte"))
+    assert "more words or segments" in said
+    run("--model", model, steps=2)  # one text, one segment
 
 
-def test_a_finished_run_is_not_overwritten_an_unfinished_one_is(run, fails, capsys):
-    folder, result = run()
+def test_a_finished_run_is_not_overwritten_an_unfinished_one_is(run, fails):
+    folder, _ = run()
     mask_file = (folder / "mask.safetensors").read_bytes()
-    argv = ["--model", run.model, "--out", folder]
-    assert "holds a finished run" in fails(train.main, argv)
+    assert "holds a finished run" in fails(train.main, run.argv())
     assert (folder / "mask.safetensors").read_bytes() == mask_file
     (folder / "result.json").unlink()
+    (folder / "mask.safetensors").unlink()
     run()
 
 
-def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
-    folder, result = run()
-    other = make_model("other", tensors=bert_tensors(CONFIG, seed=9))
-    assert "the fingerprint of" in fails(eval_.main, [folder, "--model", other])
-    assert "is not the folder of a run" in fails(eval_.main, [tmp_path])
-    (tmp_path / "log.jsonl").touch()
-    assert "an interrupted or still running run" in fails(eval_.main, [tmp_path])
-    assert "--pair and --temperature need --text" in fails(eval_.main, [folder, "--pair", "b"])
-    assert "--text without --pair" in fails(eval_.main, [folder, "--text", "a", "--pair", "b"])
-    twin, _ = run("--seed", 1, out="twin")
-    ours = (folder / "mask.safetensors").read_bytes()
-    shutil.copy(twin / "mask.safetensors", folder)
-    assert "are of different runs" in fails(eval_.main, [folder])
-    (folder / "mask.safetensors").write_bytes(ours[:-1])
-    assert "not a whole safetensors file" in fails(eval_.main, [folder])
-    (folder / "result.json").write_text(json.dumps(result | {"words": {"0": "bad", "1": "good"}}))
-    assert "TASKS has no task movies with the label words" in fails(eval_.main, [folder])
-    (folder / "result.json").write_text(json.dumps(result | {"task": "x"}))
-    assert "TASKS has no task x" in fails(eval_.main, [folder])
-    for broken in (
-        {},
-        {k: result[k] for k in ("task", "method", "model")},
-        result | {"sha256": None},
-        [],
-    ):
-        (folder / "result.json").write_text(json.dumps(broken))
-        assert "is not the result of a run" in fails(eval_.main, [folder])
-    dense, _ = run("--method", "finetune", out="dense", steps=2)
-    assert "trained weights of its own" in fails(eval_.main, [dense, "--model", other])
-    shutil.copy(other / "model.safetensors", dense)
-    assert "model.safetensors: sha256" in fails(eval_.main, [dense])
-
-
 @pytest.mark.parametrize("where", ["stack", "bias"])
-def test_a_weight_that_moved_is_noticed(run, fails, monkeypatch, tmp_path, glue, where):
-    learn = train.learn
-
-    def nudging(args, run, job):
-        learn(args, run, job)
+def test_a_weight_that_moved_is_noticed(run, where):
+    args, unfinished, job = prepared(run.argv(steps=2))
+    with unfinished:
+        train.learn(args, unfinished, job)
         if where == "stack":
             job.learner.masks.weights["query"][0, 0, 0] += 1e-6
         else:
             job.model.bert.encoder["layer"][1].output.LayerNorm.bias += 1e-6
-
-    monkeypatch.setattr(train, "learn", nudging)
-    argv = [
-        "--model",
-        run.model,
-        "--data-dir",
-        glue,
-        "--out",
-        tmp_path / "r",
-        "--steps",
-        2,
-        "--length",
-        16,
-    ]
-    assert "a frozen weight has moved, so the run counts as unfinished" in fails(
-        train.main, [*argv, "--device", "cpu"]
-    )
-    assert not (tmp_path / "r" / "result.json").exists()
+        expected = "a frozen weight has moved, so the run counts as unfinished"
+        with pytest.raises(ValueError, match=expected):
+            train.finish(args, unfinished, job)
+    assert not (args.out / "result.json").exists()
 
 
-def test_device_and_dtype_choose_themselves(monkeypatch):
-    has = {"cuda": False, "mps": False}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has["cuda"])
+def test_device_and_dtype_choose_themselves(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has["mps"])
     assert (
         choose_device()[:2] == (torch.device("cpu"), torch.float32)
         and "no GPU" in choose_device()[2]
     )
     with pytest.raises(ValueError, match="--device cuda: torch .* finds no such device"):
         choose_device("cuda")
-    monkeypatch.setattr(cli, "cpu_computes_bf16", lambda: True)
+    machine["bf16"] = True
     device, dtype, why = choose_device()
     assert (device.type, dtype) == ("cpu", torch.bfloat16) and "computes bfloat16 natively" in why
-    has["mps"] = True
+    machine["mps"] = True
     assert choose_device()[:2] == (torch.device("mps"), torch.float32)
-    has["cuda"] = True
+    machine["cuda"] = True
     assert choose_device()[:2] == (torch.device("cuda"), torch.bfloat16)
     assert choose_device("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16, "as asked")
     assert choose_device(dtype="float32")[1] == torch.float32
@@ -956,98 +523,38 @@ def test_the_dense_reference_is_named(run, capsys):
     named += f" --data-dir={run.model.parent}/glue"
     named += " --head=words --seed=3 --steps=2 --batch=8 --length=16 --no-dropout"
     assert f"       {named}\n" in capsys.readouterr().out
-    run("--method", "movement", "--weight-lr", 1e-4, "--seed", 3, steps=2, out="movement")
-    named = named.replace(
-        " --no", " --weight-lr=0.0001 --no"
-    )  # as fast as the method's own weights learnt
-    assert named in capsys.readouterr().out
 
 
-def test_what_a_method_keeps_by_itself_is_said(run, capsys, monkeypatch):
+def test_what_a_method_keeps_by_itself_is_said(run, capsys, tables):
     """Whether it is more than was asked for, which is then cut, or less, which nothing fills up."""
-    smp_l = mask.smp_l
-    half = mask.Method(lambda r, n, density, *more: smp_l(r, n, density / 2, *more))
-    monkeypatch.setitem(mask.METHODS, "half", half)
+    methods, _ = tables
+
+    def half(importance, sizes, density, scores, exact):
+        return mask.smp_l(importance, sizes, density / 2, scores, exact)
+
+    def loose(importance, sizes, density, scores, exact):
+        return mask.smp_l(importance, sizes, density if exact else density * 0 + 1, scores, exact)
+
+    methods["half"] = mask.Method(half)
     run("--method", "half", steps=2)
     assert "keeps a share of 0.2500, less than the 0.5 asked for" in capsys.readouterr().out
-    loose = mask.Method(lambda r, n, v, s, exact: smp_l(r, n, v if exact else v * 0 + 1, s, exact))
-    monkeypatch.setitem(mask.METHODS, "loose", loose)
+    methods["loose"] = mask.Method(loose)
     run("--method", "loose", steps=2, out="loose")
     assert "keeps a share of 1.0000, cut to the 0.5 asked for" in capsys.readouterr().out
 
 
-def test_a_mistake_in_ones_own_code_shows_its_place_when_asked(
-    fails, monkeypatch, make_model, glue, tmp_path
-):
+def test_a_mistake_in_ones_own_code_shows_its_place_when_asked(run, fails, tables, monkeypatch):
     """A ValueError ends in one line: it may be the user's. SMP_TRACEBACK says where it arose."""
 
     def wrong(importance, sizes, density, scores, exact):
         raise ValueError("mine")
 
-    monkeypatch.setitem(mask.METHODS, "wrong", mask.Method(wrong))
-    argv = [
-        "--method",
-        "wrong",
-        "--model",
-        make_model(),
-        "--data-dir",
-        glue,
-        "--out",
-        tmp_path / "r",
-        "--steps",
-        2,
-    ]
-    argv = [str(a) for a in (*argv, "--length", 16, "--device", "cpu")]
-    assert fails(train.main, argv) == "error: mine"
+    methods, _ = tables
+    methods["wrong"] = mask.Method(wrong)
+    assert fails(train.main, run.argv("--method", "wrong")) == "error: mine"
     monkeypatch.setenv("SMP_TRACEBACK", "1")
     with pytest.raises(ValueError, match="mine"):
-        train.main([*argv, "--out", str(tmp_path / "again")])
-
-
-def test_guessing_by_hand():
-    labels = [0] * 60 + [1] * 40  # two standard errors of 0.6 are 0.098
-    (said,) = guessing({"accuracy": 0.69}, labels, pruned=True)
-    assert (
-        "accuracy is 0.6900, and the commonest answer alone has 0.6000" in said
-        and "--sparsity" in said
-    )
-    assert guessing({"accuracy": 0.70, "f1": 0.0}, labels, True) == []
-    assert guessing({"mcc": 0.21}, labels, True) == guessing({"f1": 0.0}, labels, True) == []
-    (said,) = guessing({"mcc": 0.19}, labels, pruned=False)
-    assert "mcc is 0.1900, and one answer for all has 0" in said and "--sparsity" not in said
-    assert (
-        guessing({"accuracy": 1.0}, [0, 0, 1, 1], True)
-        == guessing({"accuracy": 1.0}, [1] * 9, True)
-        == []
-    )
-
-
-def test_a_result_that_is_a_guess_is_called_one(finished, tmp_path, capsys):
-    """The result is handed in, because rounding decides whether a short run only guesses."""
-    result = json.loads((finished / "result.json").read_text())
-    dev = {"dev": data.Examples([], [], [0, 1] * 20, 16)}
-    for value in (0.5, 1.0):
-        *_, last = summary(result | {"final": {"accuracy": value}}, finished, dev, texts=1)
-        assert last.startswith("the model only guesses: accuracy is 0.5000") == (value == 0.5)
-
-    # eval.py, on a table whose labels are the model's own answers, and on one where none is
-    table = finished.parent / "glue" / "movies" / "dev.tsv"
-    texts = [line.split("\t")[0] for line in table.read_text().splitlines()[1:]]
-    (tmp_path / "texts").write_text("\n".join(texts))
-    eval_.main([str(finished), "--text-file", str(tmp_path / "texts")])
-    answers = [int(line.split("\t")[0]) for line in capsys.readouterr().out.splitlines()]
-    for right in (True, False):
-        rows = [
-            f"{text}\t{answer if right else 1 - answer}"
-            for text, answer in zip(texts, answers, strict=True)
-        ]
-        table.write_text("\n".join(["sentence\tlabel", *rows]))
-        eval_.main([str(finished), "--data-dir", str(finished.parent / "glue")])
-        said = capsys.readouterr().out
-        assert f"dev (40 examples): accuracy {right:.4f}\n" in said
-        assert (
-            said.splitlines()[-1].startswith("the model only guesses: accuracy is 0.0000") != right
-        )
+        train.main(run.argv("--method", "wrong", out="again"))
 
 
 @pytest.mark.slow
@@ -1065,35 +572,6 @@ def test_little_data_gets_steps_enough_unless_fewer_are_asked_for(run, capsys, m
     assert "24 steps are few: on movies, smp-s needs about 300" in capsys.readouterr().out
     run("--method", "finetune", steps=12, out="dense")
     assert "are few" not in capsys.readouterr().out
-
-
-def test_answers_to_texts_and_to_the_lines_of_a_file(finished, tmp_path, capsys, fails):
-    folder = finished
-    texts = ["a good film", "dull and very bad", ""]
-    found = eval_.answers(load_run(folder), texts)
-    assert [sorted(label for _, label in rows) for rows in found] == [["0", "1"]] * 3
-    assert all(
-        rows[0][0] >= rows[1][0] and rows[0][0] + rows[1][0] == pytest.approx(1) for rows in found
-    )
-    (tmp_path / "f.txt").write_text("\n".join(texts) + "\n")
-    capsys.readouterr()
-    eval_.main([str(folder), "--text-file", str(tmp_path / "f.txt")])
-    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert lines == [
-        [rows[0][1], f"{rows[0][0]:.4f}", text] for rows, text in zip(found, texts, strict=True)
-    ]
-    eval_.main([str(folder), "--text", texts[0]])
-    first = capsys.readouterr().out.splitlines()[0].split()
-    assert first[0] == lines[0][1] and first[2] == f"({lines[0][0]})"
-    (tmp_path / "f.txt").write_text("a \u2028 film\r\nx\x0by\n")  # two lines
-    eval_.main([str(folder), "--text-file", str(tmp_path / "f.txt")])
-    assert len(capsys.readouterr().out.split("\n")) == 2 + 1
-    for content, message in (
-        (b"a\nb\tc\n", "f.txt:2: the task takes 1 texts"),
-        (b"caf\xe9\n", "f.txt is not UTF-8: 'utf-8' codec"),
-    ):
-        (tmp_path / "f.txt").write_bytes(content)
-        assert message in fails(eval_.main, [folder, "--text-file", tmp_path / "f.txt"])
 
 
 def test_dense_training_starts_from_unrounded_weights(run):
@@ -1119,24 +597,22 @@ def test_a_movie_takes_a_recipe_of_its_own():
     assert recipe() == (16, 800, 4, False)
     assert recipe("--dropout", "--penalty", "5", "--temperature", "2") == (16, 5, 2, True)
     assert recipe("--task", "rte") == (32, 400, 1, True)
-    assert recipe("--method", "movement") == (16, 0, None, False)  # a method's own comes first
 
 
-def test_defaults_give_way_in_their_order(monkeypatch):
+def test_defaults_give_way_in_their_order(tables):
     """A given flag comes before the method's row, that before the task's, that before RECIPE."""
 
     def settled(name, **given):
         return train.recipe({"task": "one", "method": "mine"} | given)[name]
 
+    methods, tasks = tables
     recipe = {"ramp": None, "penalty": None}
-    tasks = data.TASKS["rte"]
-    monkeypatch.setitem(data.TASKS, "one", dataclasses.replace(tasks, recipe={"epochs": 3}))
-    monkeypatch.setitem(mask.METHODS, "mine", mask.Method(mask.smp_l, recipe=recipe))
+    methods["mine"] = mask.Method(mask.smp_l, recipe=recipe)
+    tasks["one"] = dataclasses.replace(tasks["rte"], recipe={"epochs": 3})
     assert (settled("ramp"), settled("penalty")) == (0.6, 400)
-    monkeypatch.setitem(data.TASKS, "one", dataclasses.replace(tasks, recipe={"ramp": 0.7}))
+    tasks["one"] = dataclasses.replace(tasks["rte"], recipe={"ramp": 0.7})
     assert (settled("ramp"), settled("penalty")) == (0.7, 400)
-    row = mask.Method(mask.smp_l, recipe=recipe | {"ramp": 0.8})
-    monkeypatch.setitem(mask.METHODS, "mine", row)
+    methods["mine"] = mask.Method(mask.smp_l, recipe=recipe | {"ramp": 0.8})
     assert settled("ramp") == 0.8 and settled("ramp", ramp=0.9) == 0.9
     assert settled("penalty", penalty=0.0) == 0.0  # zero is a value, too
 
@@ -1156,7 +632,7 @@ def test_a_flag_that_the_method_does_not_take_is_off():
     [
         (["--task", "rte"], {"epochs": 100, "batch": 32, "length": 128, "penalty": 400.0}),
         ([], {"epochs": 1, "batch": 16, "length": 64, "penalty": 800.0, "model": "minilm"}),
-        (["--task", "rte", "--epochs", "7", "--method", "l0"], {"epochs": 7.0, "lr": 0.01}),
+        (["--task", "rte", "--epochs", "7", "--method", "smp-l"], {"epochs": 7.0, "lr": 0.02}),
     ],
 )
 def test_help_prints_the_defaults_of_the_task_and_method(capsys, flags, numbers):
@@ -1186,8 +662,8 @@ def test_what_a_command_without_flags_asks_for():
     open_still = {name for name, value in found.items() if value is None}
     assert {"steps", "device", "dtype", "teacher", "weight_lr"} <= open_still
     flags = ["--steps", "9", "--head", "classifier", "--teacher", "t"]
-    flags += ["--method", "smp-2:4", "--seed", "3"]
-    name = "movies-minilm-smp-2of4-0.5-classifier-taught-9steps-seed3"
+    flags += ["--method", "smp-l", "--seed", "3"]
+    name = "movies-minilm-smp-l-0.5-classifier-taught-9steps-seed3"
     assert train.parse_args(flags).out == Path("runs") / name
 
 
@@ -1222,7 +698,10 @@ def test_dropout_can_be_left_out(run, make_model):
     assert found["off"] == found["none"] != found["on"]
 
 
-@pytest.mark.parametrize("module", ["train", "eval", "tools.bench"])
+NO_TOOLS = pytest.mark.skipif(not (ROOT / "tools").is_dir(), reason="tools/ is not there")
+
+
+@pytest.mark.parametrize("module", ["train", "eval", pytest.param("tools.bench", marks=NO_TOOLS)])
 def test_threads_are_told_how_to_wait_before_they_start(module):
     """What the environment holds in the moment in which torch would be imported."""
     code = f"""
@@ -1249,9 +728,10 @@ import {module}
     assert said() == "10000" and said(OMP_WAIT_POLICY="passive") == "nothing"
 
 
-def test_short_runs_use_attention_that_needs_no_preparing(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", chosen.append)
+def test_short_runs_use_attention_that_needs_no_preparing():
+    before, chosen = torch.backends.cuda.cudnn_sdp_enabled(), []
     for steps in (0, cli.LONG - 1, cli.LONG):
         cli.set_up(deterministic=False, steps=steps)
+        chosen.append(torch.backends.cuda.cudnn_sdp_enabled())
+    torch.backends.cuda.enable_cudnn_sdp(before)
     assert chosen == [False, False, True]

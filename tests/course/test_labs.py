@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_house import ARROWS, CORE, ROOT, WINGS
+from house import ARROWS, CORE, ROOT, WINGS
 
 LABS = sorted((ROOT / "exercises").glob("*.ipynb"))
 MACHINE = re.compile(

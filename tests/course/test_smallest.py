@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_house import imported
+from house import imported
 
 import mask
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,14 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 import eval as eval_
-import extras  # noqa: F401
 import mask
 import train
 from data import TASKS
 from extras.rivals import hard_concrete
 from mask import METHODS, Masks
 from model import load_backbone
-from plumbing.files import MASKS, read_masks, seal
+from plumbing.files import MASKS, seal, unseal
 
 WEIGHTS = [[3.0, -1.0], [0.5, -2.0]]
 
@@ -103,19 +103,22 @@ def test_global_ranking_puts_all_matrices_together():
     ]
 
 
-def test_hard_concrete_gates_by_formula(monkeypatch):
+def test_hard_concrete_gates_by_formula():
     """s = sigmoid((log u - log(1 - u) + log alpha) / beta), stretched to (-0.1, 1.1) and cut.
 
     Louizos et al. 2018.
     """
-    alpha, u = [-2.0, 0.3, 4.0], [0.5, 0.2, 0.9]
-    monkeypatch.setattr(torch, "rand_like", lambda _: torch.tensor(u))
+    alpha = torch.linspace(-4, 4, 30).tolist()
+    torch.manual_seed(0)
+    u = torch.rand(30).tolist()
+    torch.manual_seed(0)  # the same numbers again
     noisy = hard_concrete(torch.tensor(alpha), noise=True).tolist()
     still = hard_concrete(torch.tensor(alpha), noise=False).tolist()
     for a, v, found, median in zip(alpha, u, noisy, still, strict=True):
         s = 1 / (1 + math.exp(-(math.log(v) - math.log(1 - v) + a) / (2 / 3)))
         assert found == pytest.approx(min(1, max(0, 1.2 * s - 0.1)), abs=1e-5)
         assert median == pytest.approx(min(1, max(0, 1.2 / (1 + math.exp(-a)) - 0.1)), abs=1e-6)
+    assert {0.0, 1.0} < set(noisy)  # some are shut, some wide open, some between
 
 
 def test_l0_counts_the_chance_of_an_open_gate_and_learns_through_it():
@@ -149,14 +152,10 @@ def test_l0_starts_nine_tenths_open_and_counts_gates_that_are_open_without_noise
 
 
 def test_what_scores_are_and_what_trains():
-    rows = {
-        name: (row.recipe.get("lr"), row.recipe.get("penalty"), row.trains)
-        for name, row in METHODS.items()
-    }
     smp = (2e-2, None, ("scores",))  # lambda is the task's
     learned = (1e-2, 400, ("scores", "weights"))
     dense = (None, None, ("weights",))
-    assert rows == {
+    expected = {
         **dict.fromkeys(("smp-s", "smp-l", "smp-g", "smp-t", "smp-w", "smp-2:4"), smp),
         "smp-bias": (2e-2, None, ("scores", "vectors")),
         **dict.fromkeys(("soft-movement", "l0"), learned),
@@ -164,6 +163,9 @@ def test_what_scores_are_and_what_trains():
         **dict.fromkeys(("magnitude", "random", "ticket", "finetune"), dense),
         **dict.fromkeys(("p-pruning", "p-activation", "p-random"), dense),
     }
+    for name, row in expected.items():
+        recipe = METHODS[name].recipe
+        assert (recipe.get("lr"), recipe.get("penalty"), METHODS[name].trains) == row
 
 
 def test_what_is_compared_may_depend_on_the_weights():
@@ -289,7 +291,7 @@ def test_biases_and_layernorms_train_beside_the_mask_and_lie_in_its_file(
         assert (name in stored) == (weight.ndim == 1 or name in run.masks)
         assert weight.ndim > 1 or torch.equal(stored[name], weight)
 
-    tensors, description = read_masks(out / "mask.safetensors")
+    tensors, description = unseal(out / "mask.safetensors", MASKS)
     del tensors[next(name for name in tensors if "LayerNorm" in name)]
     (out / "mask.safetensors").write_bytes(seal(MASKS, tensors, description))
     assert "holds other weights beside its mask than smp-bias trains" in fails(eval_.main, [out])
@@ -368,3 +370,49 @@ def test_torch_compile_sees_masks_as_one_piece(method, monkeypatch):
         masks.zero_grad()
     for plain, compiled in zip(*found, strict=True):
         assert torch.allclose(plain, compiled)
+
+
+def test_a_mask_is_not_all_of_a_run_whose_weights_trained(run, fails):
+    folder, _ = run("--method", "movement", steps=2)
+    assert "name its folder" in fails(eval_.main, [folder / "mask.safetensors"])
+
+
+@pytest.mark.slow
+def test_no_altered_result_makes_a_run_whose_weights_trained_another(run, fails):
+    """As in test_eval.py. But the weights in its folder have the mask's zeros in them."""
+    folder, result = run("--method", "movement", steps=2)
+    for key in result:
+        renamed = {name if name != key else f"{name}x": value for name, value in result.items()}
+        (folder / "result.json").write_text(json.dumps(renamed))
+        fails(eval_.main, [folder, "--text", "a good film"])
+        kept = (folder / "mask.safetensors").rename(folder / "kept")
+        fails(eval_.main, [folder, "--text", "a good film"])
+        kept.rename(folder / "mask.safetensors")
+    (folder / "result.json").write_text(json.dumps(result))
+    eval_.main([str(folder), "--text", "a good film"])
+
+
+def test_the_dense_reference_learns_as_fast_as_the_methods_own_weights(run, capsys):
+    run("--method", "movement", "--weight-lr", 1e-4, "--seed", 3, steps=2)
+    named = "python train.py --method=finetune --task=movies"
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if named in line]
+    assert " --batch=8 --length=16 --weight-lr=0.0001 --no-dropout" in line
+
+
+def test_settings_of_a_method_come_before_those_of_movies():
+    args = train.parse_args(["--method", "movement"])
+    assert (args.batch, args.penalty, args.temperature, args.dropout) == (16, 0, None, False)
+
+
+def test_a_runs_folder_has_no_colon():
+    name = Path("runs/movies-minilm-smp-2of4-0.5-seed0")
+    assert train.parse_args(["--method", "smp-2:4"]).out == name  # Windows takes none
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparsity", [0.1, 0.9])
+def test_more_weights_than_float32_can_count(sparsity):
+    masks = Masks({"g": {f"w{i}": torch.zeros(2900, 2900) for i in range(2)}}, METHODS["smp-g"])
+    masks.scores["g"].data.normal_(generator=torch.Generator().manual_seed(0))
+    kept = sum(int(m.sum()) for m in masks.choose(1 - sparsity).values())
+    assert kept == (10 - round(10 * sparsity)) * 16_820_000 // 10

@@ -15,7 +15,6 @@ import train
 from extras import squad
 from plumbing import cli, fetch
 from plumbing.checkpoints import cutting_tokenizer
-from tools import split
 
 CONTEXT = "the film was good , it was fun . a bad film is dull and very bad"
 
@@ -38,16 +37,21 @@ def write_squad(path, questions, context=CONTEXT):
 @pytest.fixture
 def tokenizer(tmp_path):
     write_tokenizer(tmp_path / "tokenizer.json")
-    return cutting_tokenizer(tmp_path, 12)
+    return cutting_tokenizer(tmp_path, 16)
 
 
-@pytest.fixture(autouse=True)
-def small_stride(monkeypatch):
-    monkeypatch.setattr(squad, "STRIDE", 3)
-    monkeypatch.setattr(squad, "SHORTEST_WINDOW", 12)
+def test_constants_are_those_that_were_published():
+    """Windows of 384 share 128 tokens. Questions have 64, answers 30, as in BERT's code.
+
+    Ten epochs are as in Jiang et al., who train 20 at 3 %.
+    """
+    found = (squad.STRIDE, squad.LONGEST_QUESTION, squad.LONGEST_ANSWER, squad.N_BEST)
+    assert found == (128, 64, 30, 20)
+    expected = {"epochs": 10, "length": 384, "ramp": 0.82}
+    assert data.RECIPE | data.TASKS["squad"].recipe == data.RECIPE | expected
 
 
-def windows_of(tokenizer, *questions, length=12, folder):
+def windows_of(tokenizer, *questions, length=16, folder):
     return squad.make_windows(
         squad.read_squad(write_squad(folder / "s.json", questions))[0], tokenizer, length
     )
@@ -55,11 +59,12 @@ def windows_of(tokenizer, *questions, length=12, folder):
 
 def test_windows_cover_the_paragraph_and_overlap_by_the_stride(tokenizer, tmp_path):
     w = windows_of(tokenizer, question("is it fun", "fun"), folder=tmp_path)
-    assert all(len(ids) <= 12 for ids in w.ids) and set(w.owner) == {0} and len(w) > 2
+    assert all(len(ids) <= 16 for ids in w.ids) and set(w.owner) == {0} and len(w) > 2
     parts = [[tuple(s) for s in spans if s[0] >= 0] for spans in w.spans]
     words = [(0, 3), (4, 8), (9, 12), (13, 17)]
     assert parts[0][:4] == words
-    assert all(a[-3:] == b[:3] for a, b in zip(parts, parts[1:], strict=False))
+    # A third of 16 is less than the stride of long windows.
+    assert all(a[-5:] == b[:5] for a, b in zip(parts, parts[1:], strict=False))
     assert parts[-1][-1] == (len(CONTEXT) - 3, len(CONTEXT))
     for spans, (start, end), ids in zip(w.spans, w.labels, w.ids, strict=True):
         if (start, end) != (0, 0):
@@ -75,7 +80,7 @@ def test_label_needs_the_whole_answer():
     assert squad.label(spans, (9, "was good")) == squad.label(spans, (20, "x")) == (0, 0)
 
 
-def test_decoding_stays_in_the_paragraph_in_order_and_short(monkeypatch):
+def test_decoding_stays_in_the_paragraph_in_order_and_short():
     spans = np.array([[-1, -1], [-1, -1], [0, 3], [4, 8], [9, 12], [13, 17]])
     logits = np.zeros((8, 2))  # two rows of padding
     logits[1] = 99  # the question
@@ -84,14 +89,12 @@ def test_decoding_stays_in_the_paragraph_in_order_and_short(monkeypatch):
     assert squad.best_spans(logits.T, spans) == (9, 0, 3)  # 0 + 9 beats 5 + 3
     logits[2, 1] = 7
     assert squad.best_spans(logits.T, spans) == (8, 9, 17)
-    monkeypatch.setattr(squad, "LONGEST_ANSWER", 1)
-    assert squad.best_spans(logits.T, spans) == (7, 0, 3)
+    assert squad.best_spans(logits.T, spans, longest=1) == (7, 0, 3)
     assert squad.best_spans(logits.T, np.full((6, 2), -1)) == (-np.inf, 0, 0)
 
 
-def test_decoding_equals_a_search_of_all_spans(monkeypatch):
+def test_decoding_equals_a_search_of_all_spans():
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(squad, "LONGEST_ANSWER", 4)
     for _ in range(30):
         spans = np.array([[-1, -1]] * 3 + [[i, i + 1] for i in range(12)])
         logits = rng.normal(size=(15, 2))
@@ -100,13 +103,13 @@ def test_decoding_equals_a_search_of_all_spans(monkeypatch):
             for i in range(3, 15)
             for j in range(i, min(i + 4, 15))
         ]
-        assert squad.best_spans(logits.T, spans) == pytest.approx(max(every))
+        assert squad.best_spans(logits.T, spans, longest=4) == pytest.approx(max(every))
 
 
 def test_perfect_logits_give_perfect_scores_and_the_best_window_wins(tokenizer, tmp_path):
     asked = [question("is it fun", "it was fun"), question("was it", "very bad", number=1)]
     w = windows_of(tokenizer, *asked, folder=tmp_path)
-    logits = torch.full((len(w), 2, 12), -5.0)
+    logits = torch.full((len(w), 2, 16), -5.0)
     for n, (start, end) in enumerate(w.labels):
         logits[n, 0, start] = logits[n, 1, end] = 5.0
     assert squad.answers(logits, w) == ["it was fun", "very bad"]
@@ -161,8 +164,7 @@ def test_bad_files_are_named(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("length", [16, 17, 18, 30])
-def test_a_long_question_is_cut_and_windows_share_a_third(tokenizer, tmp_path, monkeypatch, length):
-    monkeypatch.setattr(squad, "STRIDE", 128)
+def test_a_long_question_is_cut_and_windows_share_a_third(tokenizer, tmp_path, length):
     asked = question("is it fun " * 40, "fun"), question("is it", "dull")
     w = windows_of(tokenizer, *asked, length=length, folder=tmp_path)
     assert max(map(len, w.ids)) == length and w.num_questions() == 2
@@ -179,8 +181,8 @@ def test_a_long_question_is_cut_and_windows_share_a_third(tokenizer, tmp_path, m
 
 
 def test_too_short_windows_are_refused(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="--length 11: question and paragraph need 12 tokens"):
-        windows_of(tokenizer, question("is it", "fun"), length=11, folder=tmp_path)
+    with pytest.raises(ValueError, match="--length 15: question and paragraph need 16 tokens"):
+        windows_of(tokenizer, question("is it", "fun"), length=15, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -292,25 +294,3 @@ def test_download_is_checked(server, tokenizer, monkeypatch):
     assert len(data.load_split("squad", "dev", None, tokenizer).questions) == 1
     files.clear()
     assert len(data.load_split("squad", "dev", None, tokenizer).questions) == 1
-
-
-def test_split_by_articles(tmp_path, capsys):
-    articles = [{"title": str(n), "paragraphs": []} for n in range(5)]
-    (tmp_path / "all.json").write_text(json.dumps({"version": "1.1", "data": articles}))
-    split.main(["squad", str(tmp_path / "all.json"), str(tmp_path), "--dev", "2"])
-    parts = [
-        json.loads((tmp_path / "squad" / f"{n}-v1.1.json").read_text())["data"]
-        for n in ("train", "dev")
-    ]
-    assert parts == [articles[:3], articles[3:]]
-    for name, dev in (("all.json", "5"), ("all.json", "0"), ("all.json", "2"), ("none.json", "1")):
-        with pytest.raises(SystemExit, match="2"):
-            split.main(["squad", str(tmp_path / name), str(tmp_path), "--dev", dev])
-        assert capsys.readouterr().err.startswith("error: ")
-    for content in ("[" * 100_000, json.dumps({"data": "articles"}), "{}"):
-        (tmp_path / "odd.json").write_text(content)
-        with pytest.raises(SystemExit, match="2"):
-            split.main(["squad", str(tmp_path / "odd.json"), str(tmp_path / "new"), "--dev", "1"])
-        said = capsys.readouterr().err
-        assert "odd.json is not a SQuAD v1.1 file" in said or "odd.json is not valid JSON" in said
-    assert not (tmp_path / "new").exists()

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import extras  # noqa: F401
 import mask
 import train
 from data import Part
@@ -17,6 +16,7 @@ from model import Bert, Config
 from plumbing.graphs import Recorded, compile_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+needs_rivals = pytest.mark.skipif("l0" not in METHODS, reason="extras/ is not there")
 TINY = Config(
     1000, 128, 2, 4, 256, 64, 2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
 )
@@ -94,6 +94,7 @@ def test_recorded_gradients_are_the_gradients(method):
     assert len(recorded.graphs) == 5
 
 
+@needs_rivals
 def test_a_replay_draws_new_gates():
     _, learner, plain = make("l0")
     recorded = Recorded(plain, learner.parameters())
@@ -118,6 +119,7 @@ def test_graphs_share_their_memory():
     )  # not a set of gradients each
 
 
+@needs_rivals
 def test_deterministic_runs_give_the_same_bits(make_model, glue, tmp_path):
     """In processes of their own, because cuBLAS reads its settings once."""
     found = []

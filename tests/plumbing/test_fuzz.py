@@ -6,12 +6,9 @@ It works, or it ends in one line of error. It never ends in a traceback.
 import hashlib
 import json
 import lzma
-import os
 import random
-import re
 import shlex
 import shutil
-import signal
 import zipfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,124 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fuzzing import TIMES, altered_bytes, altered_json, fuzz
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
-from test_squad import CONTEXT, question
 from tokenizers import Tokenizer, normalizers
 
 import data
 import eval as eval_
 import train
-from extras import squad
 from plumbing import cli, fetch
 from plumbing import run as plumbing_run
-from plumbing.checkpoints import cutting_tokenizer
 from plumbing.files import MASKS, seal, unseal
-from tools import picture, runs
-
-ROOT = Path(__file__).parent.parent.parent
-TIMES = int(os.environ.get("FUZZ", 25))  # alterations of each file; .ci/run asks for 150
-HOSTILE = [
-    None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 1e308, -0.5, float("nan"), "", "x",
-    "../../x", "/etc/passwd", "\0", "y" * 5000,
-    [], {}, [[]], {"a": {}}, [1e9] * 3, "bfloat16", "movies", "\ud800",
-]  # fmt: skip
-
-
-def altered_bytes(content, rng):
-    """Flip, cut, insert, repeat or drop a little of it, once or a few times."""
-    content = bytearray(content)
-    for _ in range(rng.choice([1, 1, 2, 10])):
-        at, length = rng.randrange(len(content) + 1), rng.choice([1, 1, 4, 64])
-        kind = rng.choice(["flip", "flip", "cut", "insert", "repeat", "drop"])
-        if kind == "flip" and at < len(content):
-            content[at] ^= 1 << rng.randrange(8)
-        elif kind == "cut":
-            del content[at:]
-        elif kind == "insert":
-            content[at:at] = rng.choice(
-                [rng.randbytes(length), b"\n" * length, b"\t" * length, b"[" * 5000]
-            )
-        elif kind == "repeat":
-            content[at:at] = content[at : at + length]
-        else:
-            del content[at : at + length]
-    return bytes(content)
-
-
-def altered_json(value, rng):
-    """The same with one value replaced, dropped or renamed, at any depth."""
-    if isinstance(value, (dict, list)) and value and rng.random() < 0.85:
-        copy = value.copy()
-        key = rng.choice(list(copy)) if isinstance(copy, dict) else rng.randrange(len(copy))
-        if rng.random() < 0.15:
-            changed = copy.pop(key)
-            if isinstance(copy, dict) and rng.random() < 0.3:
-                copy[str(key) + "x"] = changed
-        else:
-            copy[key] = altered_json(copy[key], rng)
-        return copy
-    return rng.choice(HOSTILE)
-
-
-def altered(content, rng):
-    """Bytes of a JSON file or any other -> altered ones."""
-    if content[:1] == b"{" and rng.random() < 0.7:
-        return json.dumps(altered_json(json.loads(content), rng)).encode()
-    return altered_bytes(content, rng)
-
-
-@pytest.fixture
-def survives(capsys, tmp_path, trained_once):
-    """survives(command): it works or ends with status 2 and one line, within 10 seconds.
-
-    It writes nothing.
-    """
-    home, _ = trained_once
-
-    def there():
-        return sorted([*tmp_path.rglob("*"), *home.rglob("*")])
-
-    def too_slow(*_):
-        raise KeyboardInterrupt(
-            "longer than 10 seconds"
-        )  # which nothing turns into an error of a file
-
-    def run(command):
-        files = there()
-        capsys.readouterr()
-        signal.signal(signal.SIGALRM, too_slow)
-        signal.alarm(10)
-        try:
-            command()
-            said = None
-        except SystemExit as ended:
-            assert ended.code == 2
-            lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-            lines = [
-                line
-                for line in lines
-                if line.strip() and not re.match("evaluating|movies smp-s|RTE.zip", line)
-            ]
-            assert len(lines) == 1 and lines[0].startswith("error: "), lines
-            said = lines[0]
-        finally:
-            signal.alarm(0)
-        assert there() == files
-        return said
-
-    return run
-
-
-def fuzz(path, survives, command, seed=0):
-    """Alter a file TIMES times. Both outcomes must occur, or the test shows nothing."""
-    whole, rng, outcomes = path.read_bytes(), random.Random(seed), []
-    for _ in range(TIMES):
-        path.write_bytes(altered(whole, rng))
-        outcomes.append(survives(command))
-    path.write_bytes(whole)
-    assert survives(command) is None and any(outcomes)
-    return outcomes
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -178,24 +68,6 @@ def test_tables(finished, survives):
         str(glue),
     ]  # or nothing but the run's own table would be read
     assert None in fuzz(glue / "movies" / "dev.tsv", survives, lambda: eval_.main(argv))
-
-
-def test_squad_files(finished, survives, tmp_path, monkeypatch):
-    monkeypatch.setattr(squad, "STRIDE", 3)
-    (tmp_path / "squad").mkdir()
-    path = tmp_path / "squad" / "dev-v1.1.json"
-    path.write_text(
-        json.dumps(
-            {"data": [{"paragraphs": [{"context": CONTEXT, "qas": [question("is it", "fun")]}]}]}
-        )
-    )
-
-    def read():
-        with cli.one_line_errors():
-            tokenizer = cutting_tokenizer(finished.parent / "model", 32)
-            data.load_split("squad", "dev", str(tmp_path), tokenizer)
-
-    fuzz(path, survives, read)
 
 
 def test_checkpoints(finished, survives, monkeypatch):
@@ -338,47 +210,6 @@ def test_another_config_is_another_backbone(finished, survives):
     path = finished.parent / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 2}))
     assert "the config of" in survives(lambda: eval_.main([str(finished), "--text", "a good film"]))
-
-
-def altered_line(content, rng):
-    """One line of JSON lines altered."""
-    lines = content.splitlines()
-    at = rng.randrange(len(lines))
-    lines[at] = altered(lines[at], rng)
-    return b"\n".join(lines)
-
-
-def fuzz_lines(path, survives, command):
-    whole, rng, outcomes = path.read_bytes(), random.Random(0), []
-    for _ in range(TIMES):
-        path.write_bytes(altered_line(whole, rng))
-        outcomes.append(survives(command))
-    assert None in outcomes and any(outcomes)
-
-
-def test_logs(finished, survives):
-    """What read_log lets through is drawn: matplotlib can count ticks for numbers of that size."""
-
-    def read():
-        with cli.one_line_errors():
-            losses, evaluations = picture.read_log(finished / "log.jsonl")
-            assert all(abs(line["loss"] + line["density"] + line["step"]) < 1e10 for line in losses)
-            assert all(abs(value) < 1e10 for line in evaluations for value in line["dev"].values())
-
-    fuzz_lines(finished / "log.jsonl", survives, read)
-
-
-def test_lines_of_results(survives, tmp_path):
-    """Of a file of results, what `run` reads; its other numbers are those of the tool itself."""
-    lines = (ROOT / "results" / "runs.jsonl").read_text().splitlines()
-    path = tmp_path / "runs.jsonl"
-    path.write_text("\n".join(lines[:12]))
-
-    def read():
-        with cli.one_line_errors():
-            runs.read_results(path)
-
-    fuzz_lines(path, survives, read)
 
 
 @pytest.mark.parametrize("nested", [False, True])

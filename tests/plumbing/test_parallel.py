@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import load_model  # noqa: E402
 

@@ -1,8 +1,8 @@
 """A run that is killed and resumed ends with the masks of one that was not."""
 
-import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from acts import interrupt, prepared
 from conftest import CONFIG, bert_tensors, put_back, write_glue, write_model
 from safetensors.torch import save_file
 
-import data
 import train
-from plumbing import run as plumbing_run
-from plumbing.files import lock, read_masks, seal, unseal
-from plumbing.run import FORMAT, open_log, read_checkpoint
+from plumbing.files import MASKS, lock, seal, unseal
+from plumbing.run import FORMAT, interrupted_run, read_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 ONE_THREAD = os.environ | {
@@ -30,7 +29,8 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch, train
-from plumbing import files
+from plumbing import files, run
+run.SAVE_EVERY = 0  # a checkpoint at each evaluation
 torch.set_num_threads(1)
 left = {nth}
 def fsync(number):
@@ -56,7 +56,7 @@ def flags_of(model, glue):
 
 
 def masks_of(folder):
-    tensors, description = read_masks(folder / "mask.safetensors")
+    tensors, description = unseal(folder / "mask.safetensors", MASKS)
     return {name: mask.tolist() for name, mask in tensors.items()}, description["run"]
 
 
@@ -122,46 +122,29 @@ def test_interrupted_finishes_the_step_and_says_how_to_go_on(flags, tmp_path):
 
 
 def test_what_cannot_be_resumed(flags, tmp_path, fails):
-    assert "checkpoint.safetensors; a run writes one" in fails(train.main, ["--resume", tmp_path])
+    said = fails(train.main, ["--resume", tmp_path])
+    assert "checkpoint.safetensors; the run is finished" in said
     assert "no other flags" in fails(train.main, ["--resume", tmp_path, "--steps", "3"])
+    assert "no other flags" in fails(train.main, [f"--resume={tmp_path}", "--steps=20"])
     checkpoint = tmp_path / "checkpoint.safetensors"
     checkpoint.write_bytes(os.urandom(99))
     assert "is not a whole safetensors file" in fails(train.main, ["--resume", tmp_path])
     state = {"step": 5, "evaluations": [], "argv": flags, "seconds": 1.0, "log": 0, "identity": {}}
     tensors = {"parameter.0": torch.zeros(3)}
-    (tmp_path / "log.jsonl").touch()
-    form = plumbing_run.FORMAT
-    save_file(
-        tensors, checkpoint, {"format": form, "description": json.dumps(state), "sha256": "0"}
-    )
+    described = {"format": FORMAT, "description": json.dumps(state), "sha256": "0"}
+    save_file(tensors, checkpoint, described)
     assert "was altered" in fails(train.main, ["--resume", tmp_path])
-    checkpoint.write_bytes(seal(form, tensors, state))
+    checkpoint.write_bytes(seal(FORMAT, tensors, state))
     assert "when the run began" in fails(train.main, ["--resume", tmp_path])
-    assert "no other flags" in fails(train.main, [f"--resume={tmp_path}", "--steps=20"])
-    assert "holds an interrupted run; --resume" in fails(
-        train.main, [*flags, "--out", tmp_path]
-    )  # nothing is lost
-
-
-def stopping_at(step):
-    """A set_rates that ends the run before a step."""
-    set_rates = train.set_rates
-
-    def set_or_stop(optimizer, number, *more):
-        if number == step:
-            raise ValueError("enough")
-        set_rates(optimizer, number, *more)
-
-    return set_or_stop
+    said = fails(train.main, [*flags, "--out", tmp_path])  # nothing is lost
+    assert "holds an interrupted run; --resume" in said
 
 
 @pytest.fixture(scope="module")
 def interrupted_once(tmp_path_factory):
     home = tmp_path_factory.mktemp("interrupted")
     argv = flags_of(write_model(home / "model"), write_glue(home / "glue"))
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(train, "set_rates", stopping_at(6))
-        train.main([*argv, "--out", str(home / "run")])
+    interrupt([*argv, "--out", home / "run"], 6)
     return home, {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
 
 
@@ -194,94 +177,31 @@ def test_another_backbone_or_other_data_are_not_gone_on_with(interrupted, fails)
     (interrupted / ".part-0123abcd-model.safetensors").touch()
     train.main(["--resume", str(interrupted)])
     assert not list(interrupted.glob(".part-*"))
-    assert "is finished" in fails(train.main, ["--resume", interrupted])
+    assert "the run is finished, or" in fails(train.main, ["--resume", interrupted])
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        *(
-            {"argv": 5},
-            {"argv": [1]},
-            {"seconds": "x"},
-            {"log": -1},
-            {"identity": 1},
-            {"step": []},
-            {"step": -1},
-        ),
-        *({"step": True}, {"evaluations": [1]}, {"evaluations": [{}]}),
-        {"evaluations": [{"step": 1, "density": "2", "dev": {}}]},
-        {"evaluations": [{"step": 1, "density": 1.0, "dev": {"accuracy": "high"}}]},
-    ],
-)
-def test_descriptions_that_are_none(interrupted, fails, change):
-    sealed(interrupted / "checkpoint.safetensors", change)
-    assert "is not a valid checkpoint" in fails(train.main, ["--resume", interrupted])
-
-
-def sealed(path, change, tensors=None):
-    """Alter a checkpoint, and its sum with it."""
-    there, state = unseal(path, plumbing_run.FORMAT)
-    path.write_bytes(seal(plumbing_run.FORMAT, there | (tensors or {}), state | change))
-
-
-@pytest.mark.parametrize(
-    ("change", "tensors"),
-    [
-        ({"step": 0}, {}),
-        ({"step": 17}, {}),
-        (
-            {"evaluations": [{"step": 1, "density": 1.0, "dev": {"f1": 0.5}}]},
-            {},
-        ),  # found too late, after all steps
-        ({"step": 10**9}, {}),
-        ({}, {"exp_avg.0": torch.zeros(3)}),  # the optimizer would write beyond its end
-        ({}, {"exp_avg_sq.1": torch.zeros(2, 16, 16, dtype=torch.float64)}),
-        ({}, {"step.0": torch.zeros(5)}),
-        ({}, {"more": torch.zeros(5)}),
-        ({}, {"random.cpu": torch.zeros(5, dtype=torch.uint8)}),
-        ({}, {"random.cpu": torch.zeros(5056, dtype=torch.uint8)}),
-    ],
-)
-def test_states_that_would_do_harm(interrupted, fails, change, tensors):
-    sealed(interrupted / "checkpoint.safetensors", change, tensors)
+def test_other_settings_are_not_gone_on_with(interrupted, fails):
+    """Such as other defaults, in another version of the code."""
+    path = interrupted / "checkpoint.safetensors"
+    tensors, state = read_checkpoint(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    state["identity"]["--penalty"] = "5.0"
+    path.write_bytes(seal(FORMAT, tensors, state))
     said = fails(train.main, ["--resume", interrupted])
-    assert "checkpoint of another run" in said or "no valid state of random numbers" in said
+    assert "--resume: --penalty is 800.0 now, and was 5.0 when the run began" in said
 
 
-def test_other_defaults_are_not_gone_on_with(interrupted, fails, monkeypatch):
-    movies = data.TASKS["movies"]
-    other = dataclasses.replace(movies, recipe=movies.recipe | {"penalty": 5.0})
-    monkeypatch.setitem(data.TASKS, "movies", other)
-    said = fails(train.main, ["--resume", interrupted])
-    assert "--resume: --penalty is 5.0 now, and was 800.0 when the run began" in said
-
-
-def test_a_shrunk_model_goes_on_too(flags, tmp_path, monkeypatch, fails):
-    """Its heads and neurons are chosen again, and are the same."""
-    argv = [*flags, "--method", "p-pruning", "--sparsity", "0.3", "--ffn-share", "2"]
-    train.main([*argv, "--out", str(tmp_path / "whole")])
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "set_rates", stopping_at(6))
-        assert "enough" in fails(train.main, [*argv, "--out", tmp_path / "run"])
-    train.main(["--resume", str(tmp_path / "run")])
-    whole, run = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run"))
-    assert whole == run
-
-
-def test_another_teacher_is_not_gone_on_with(flags, tmp_path, fails, monkeypatch):
+def test_another_teacher_is_not_gone_on_with(flags, tmp_path, fails):
     short = [*flags, "--steps", "2", "--evals", "1", "--method", "finetune"]
     for name in ("teacher", "other"):
         train.main([*short, "--seed", str(len(name)), "--out", str(tmp_path / name)])
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "set_rates", stopping_at(6))
-        fails(train.main, [*flags, "--teacher", tmp_path / "teacher", "--out", tmp_path / "run"])
+    interrupt([*flags, "--teacher", tmp_path / "teacher", "--out", tmp_path / "run"], 6)
     (tmp_path / "teacher").rename(tmp_path / "before")
     (tmp_path / "other").rename(tmp_path / "teacher")
     assert "--resume: teacher digest is" in fails(train.main, ["--resume", tmp_path / "run"])
 
 
-def test_a_layer_without_heads_goes_on_too(flags, tmp_path, fails, monkeypatch, make_model):
+def test_a_layer_without_heads_goes_on_too(flags, tmp_path, make_model):
     tensors = bert_tensors(CONFIG)
     for name in ("query", "key", "value"):
         for part in ("weight", "bias"):
@@ -289,16 +209,9 @@ def test_a_layer_without_heads_goes_on_too(flags, tmp_path, fails, monkeypatch, 
             tensors[at] = tensors[at][:0]
     at = "bert.encoder.layer.1.attention.output.dense.weight"
     tensors[at] = tensors[at][:, :0].contiguous()
-    argv = [
-        "--model",
-        str(make_model("headless", tensors, heads_per_layer=[4, 0])),
-        *flags[2:],
-        "--method",
-        "finetune",
-    ]
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "set_rates", stopping_at(6))
-        fails(train.main, [*argv, "--out", tmp_path / "run"])
+    model = str(make_model("headless", tensors, heads_per_layer=[4, 0]))
+    argv = ["--model", model, *flags[2:], "--method", "finetune"]
+    interrupt([*argv, "--out", tmp_path / "run"], 6)
     train.main(["--resume", str(tmp_path / "run")])
     train.main([*argv, "--out", str(tmp_path / "whole")])
     whole, run = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run"))
@@ -314,131 +227,132 @@ def test_two_processes_do_not_write_to_one_folder(flags, tmp_path, fails):
     assert (out / "log.jsonl").read_bytes() == b""
 
 
-def test_a_folder_is_held_until_the_run_is_finished(flags, tmp_path, monkeypatch):
-    finish, refused = train.finish, []
+def test_a_folder_is_held_until_the_run_is_finished(flags, tmp_path):
+    args, run, job = prepared([*flags, "--steps", 2, "--evals", 1, "--out", tmp_path / "run"])
+    log = tmp_path / "run" / "log.jsonl"
 
-    def held(args, *given):
-        with (
-            open(args.out / "log.jsonl", "a") as file,
-            pytest.raises(ValueError, match="another process is writing"),
-        ):
+    def is_held():
+        with open(log, "a") as file:
             lock(file)
-        refused.append(True)
-        return finish(args, *given)
 
-    monkeypatch.setattr(train, "finish", held)
-    train.main([*flags, "--steps", "2", "--evals", "1", "--out", str(tmp_path / "run")])
-    assert refused and (tmp_path / "run" / "result.json").exists()
+    with run:
+        train.learn(args, run, job)
+        with pytest.raises(ValueError, match="another process is writing"):
+            is_held()
+        train.finish(args, run, job)
+    is_held()
 
 
-def test_a_run_that_was_finished_meanwhile_stays(flags, tmp_path, fails, monkeypatch):
-    load = train.load_inputs
-
-    def late(args):
-        loaded = load(args)
-        args.out.mkdir()
-        (args.out / "result.json").write_text("{}")  # of another process
-        return loaded
-
-    monkeypatch.setattr(train, "load_inputs", late)
-    assert "holds a finished run" in fails(train.main, [*flags, "--out", tmp_path / "run"])
+def test_a_run_that_was_finished_meanwhile_stays(flags, tmp_path):
+    """Another process finished in this folder while this one prepared."""
+    args, run, job = prepared([*flags, "--out", tmp_path / "run"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a finished run"):
+        run.__enter__()
     assert (tmp_path / "run" / "result.json").read_text() == "{}"
 
 
-def test_two_that_resume_one_run_do_not_harm_it(interrupted, fails, monkeypatch):
-    """The second read the checkpoint before the first went on, or finished."""
-    load = train.load_inputs
-    files = {}
-
-    def while_another_finishes(args):
-        loaded = load(args)
-        monkeypatch.setattr(train, "load_inputs", load)
-        train.main(["--resume", str(interrupted)])
-        files.update({path: path.read_bytes() for path in interrupted.iterdir()})
-        return loaded
-
-    monkeypatch.setattr(train, "load_inputs", while_another_finishes)
-    assert "is finished; look at it" in fails(train.main, ["--resume", interrupted])
-    assert {path: path.read_bytes() for path in interrupted.iterdir()} == files and len(files) == 3
-
-
-def test_a_run_that_another_took_further_is_not_taken_back(interrupted, fails, monkeypatch):
-    path = interrupted / "checkpoint.safetensors"
-    load = train.load_inputs
-
-    def while_another_goes_on(args):
-        tensors, state = read_checkpoint(path)
-        path.write_bytes(seal(FORMAT, tensors, state | {"step": state["step"] + 2}))
-        return load(args)
-
-    log = (interrupted / "log.jsonl").read_bytes()
-    monkeypatch.setattr(train, "load_inputs", while_another_goes_on)
-    assert "another process has taken" in fails(train.main, ["--resume", interrupted])
-    assert (interrupted / "log.jsonl").read_bytes() == log
-
-
-def test_a_checkpoint_that_a_killed_run_left_behind_goes(interrupted, fails):
-    path = interrupted / "checkpoint.safetensors"
-    whole = path.read_bytes()
+def test_two_that_resume_one_run_do_not_harm_it(interrupted):
+    """The second read the checkpoint before the first finished, or went on."""
+    second = interrupted_run(interrupted)
     train.main(["--resume", str(interrupted)])
-    path.write_bytes(b"precious")  # of somebody else
-    assert (
-        "is finished" in fails(train.main, ["--resume", interrupted])
-        and path.read_bytes() == b"precious"
-    )
-    path.write_bytes(whole)
-    assert "is finished" in fails(train.main, ["--resume", interrupted]) and not path.exists()
+    before = {path: path.read_bytes() for path in interrupted.iterdir()}
+    with pytest.raises(ValueError, match="holds a finished run"):
+        second.__enter__()
+    assert {path: path.read_bytes() for path in interrupted.iterdir()} == before
+    assert len(before) == 3
 
 
-@pytest.mark.parametrize("content", ["my notes\n", "[1]\n", '{"step": 1}\n', None])
+def test_a_run_that_another_took_further_is_not_taken_back(interrupted):
+    path = interrupted / "checkpoint.safetensors"
+    second = interrupted_run(interrupted)
+    tensors, state = read_checkpoint(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    path.write_bytes(seal(FORMAT, tensors, state | {"step": state["step"] + 2}))
+    with pytest.raises(ValueError, match="another process has continued"):
+        second.restore(None, None)
+
+
+@pytest.mark.parametrize("content", ["my notes\n", "[1]\n", None])
 def test_a_folder_of_somebody_else_is_left_alone(flags, tmp_path, fails, content):
     """Even if it has a log.jsonl; None: a link of that name, which leads to another run's."""
     out, other = tmp_path / "run", tmp_path / "other.jsonl"
     out.mkdir()
     other.write_text('{"step": 1, "density": 1.0}\n')
-    (out / ".part-0123abcd-mine").write_text("mine")
     if content is None:
         (out / "log.jsonl").symlink_to(other)
     else:
         (out / "log.jsonl").write_text(content)
     before = {path: path.read_bytes() for path in [*out.iterdir(), other]}
-    assert "holds files that no run wrote" in fails(train.main, [*flags, "--out", out])
+    assert "holds other files" in fails(train.main, [*flags, "--out", out])
     assert {path: path.read_bytes() for path in [*out.iterdir(), other]} == before
 
 
+@pytest.mark.parametrize("log", ["", '{"step": 1, "density": 1.0}\n'])
 @pytest.mark.parametrize("name", ["config.json", "thesis.tex"])
-def test_an_empty_log_makes_no_folder_a_runs(flags, tmp_path, fails, name):
+def test_a_log_makes_no_folder_a_runs(flags, tmp_path, fails, name, log):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "log.jsonl").touch()
+    (out / "log.jsonl").write_text(log)
     (out / name).write_text("mine")
-    assert "holds files that no run wrote" in fails(train.main, [*flags, "--out", out])
-    (out / "log.jsonl").write_text(
-        '{"step": 1, "density": 1.0}\n'
-    )  # of a run that was killed while it finished
-    if name == "thesis.tex":
-        assert "holds files that no run wrote" in fails(train.main, [*flags, "--out", out])
-    assert (out / name).read_text() == "mine"
+    assert "holds other files" in fails(train.main, [*flags, "--out", out])
+    assert (out / name).read_text() == "mine" and (out / "log.jsonl").read_text() == log
 
 
-def test_a_link_that_takes_the_place_of_the_log_is_not_followed(tmp_path):
-    (tmp_path / "log.jsonl").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="is a link; remove it"):
-        open_log(tmp_path / "log.jsonl")
-    assert not (tmp_path / "elsewhere").exists()
+def test_a_run_that_saved_nothing_is_replaced(flags, tmp_path):
+    """Its log is all that it left, and perhaps a file that was not yet whole."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "log.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
+    (out / ".part-0123abcd-mask.safetensors").write_text("half")
+    train.main([*flags, "--steps", "2", "--evals", "1", "--out", str(out)])
+    assert {path.name for path in out.iterdir()} == {"log.jsonl", "mask.safetensors", "result.json"}
+    assert '"step": 10' not in (out / "log.jsonl").read_text()
 
 
 def test_from_another_folder_a_relative_one_is_not_found(flags, tmp_path, fails, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     relative = [word.replace(f"{tmp_path}/", "") for word in flags]
-    with monkeypatch.context() as patched:
-        patched.chdir(tmp_path)
-        patched.setattr(train, "set_rates", stopping_at(6))
-        assert "enough" in fails(train.main, [*relative, "--out", tmp_path / "run"])
+    monkeypatch.chdir(tmp_path)
+    interrupt([*relative, "--out", tmp_path / "run"], 6)
     monkeypatch.chdir(elsewhere)
     said = fails(train.main, ["--resume", tmp_path / "run"])
     assert f"--data-dir: there is no {elsewhere}/glue/movies/train.tsv" in said
     monkeypatch.chdir(tmp_path)
     train.main(["--resume", "run"])
     assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.fixture
+def largest_file():
+    """largest_file(size): no file can grow beyond it, as on a disk that is nearly full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_checkpoint_that_does_not_fit_costs_no_mask(flags, tmp_path, capsys, largest_file):
+    """It is said at once, and the run goes on to its end."""
+    largest_file(20_000)  # a checkpoint takes more, and the mask less
+    train.main([*flags, "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().err.count("no checkpoint ([Errno 27] File too large") == 1
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"log.jsonl", "mask.safetensors", "result.json"}
+
+
+def test_a_mask_that_does_not_fit_is_written_once_there_is_room(
+    flags, tmp_path, fails, largest_file, capsys
+):
+    args, run, job = prepared([*flags, "--out", tmp_path / "run"])
+    with run:
+        train.learn(args, run, job)
+        largest_file(1000)  # now not even a mask fits, nor a line of the log
+        run.log(step=99)
+        with pytest.raises(OSError, match="File too large"):
+            train.finish(args, run, job)
+    assert "a line of" in capsys.readouterr().err
+    largest_file(10**6)
+    assert "holds an interrupted run" in fails(train.main, [*flags, "--out", tmp_path / "run"])
+    assert resumed(tmp_path / "run", 16)

@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 from conftest import CONFIG, bert_tensors, load_model
+from oracle import roberta_name
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_model import roberta_name
 
 import eval as eval_
 import train

@@ -1,0 +1,315 @@
+"""eval.py: metrics, finished runs, answers to texts, predictions for the server, bad input."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIG, bert_tensors, load_model
+
+import data
+import eval as eval_
+from eval import accuracy, correlation, f1, load_run, ranks, spearman
+from plumbing import cli
+from plumbing.checkpoints import cutting_tokenizer
+from plumbing.files import MASKS, seal, unseal
+from plumbing.summary import guessing, summary, write_predictions
+
+
+def test_metrics_by_hand():
+    p, t = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 0, 1, 1, 0])
+    assert accuracy(p, t) == pytest.approx(4 / 6)
+    assert f1(p, t) == pytest.approx(2 * (2 / 3) * (2 / 3) / (4 / 3))
+    assert correlation(p, t) == pytest.approx(
+        (2 * 2 - 1 * 1) / 9
+    )  # (TP TN - FP FN) / sqrt(3 * 3 * 3 * 3)
+    assert correlation(p * 0, t) == f1(p * 0, t) == 0.0
+    x, y = np.array([1.0, 2.0, 4.0]), np.array([0.0, 3.0, 3.0])
+    assert correlation(x, y) == pytest.approx(
+        4 / math.sqrt(42 / 9 * 6)
+    )  # sums of (dx dy), dx^2, dy^2: 4, 42/9, 6
+    assert ranks(np.array([5.0, 1.0, 5.0, 0.0])).tolist() == [3.5, 2.0, 3.5, 1.0]
+    assert spearman(np.array([1.0, 10.0, 100.0]), np.array([-3.0, 0.0, 9.0])) == pytest.approx(1)
+    assert spearman(np.array([1, 2, 3]), np.array([2, 2, 1])) == pytest.approx(
+        -1.5 / math.sqrt(2 * 1.5)
+    )
+
+
+def test_evaluation_is_the_same_every_time(run, make_model, capsys):
+    """Without dropout, whatever numbers were drawn before. It asks for no slower kernels."""
+    high = make_model("dropping", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    folder, result = run(
+        "--model", high, "--dropout", "--method", "finetune", "--weight-lr", 1e-2, steps=4
+    )
+    said = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        capsys.readouterr()
+        eval_.main([str(folder)])
+        eval_.main([str(folder), "--text", "a good film"])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and f"dev (40 examples): {cli.show(result['final'])}\n" in said[0]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_predictions_come_in_the_order_of_the_examples(run, glue):
+    tokenizer = cutting_tokenizer(run.model, 16)
+    dev = data.load_split("movies", "dev", glue, tokenizer)
+    model = load_model(run.model, [7, 8])
+    together = eval_.predict(model, {}, dev, "cpu")
+    for i in (0, 7, 39):
+        one = data.Examples([dev.ids[i]], [dev.types[i]], [0], dev.limit)
+        assert torch.allclose(eval_.predict(model, {}, one, "cpu")[0], together[i], atol=1e-5)
+    assert model.training  # as it was
+
+
+def test_several_masks_of_one_backbone(run, capsys, fails):
+    runs = [str(run("--task", task, out=task, steps=3)[0]) for task in ("movies", "rte")]
+    capsys.readouterr()
+    for folder in runs:
+        eval_.main([folder])
+    alone = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dev")]
+    eval_.main([runs[0], f"{runs[1]}/mask.safetensors"])
+    lines = capsys.readouterr().out.splitlines()
+    dev = [line for line in lines if line.startswith("dev")]
+    assert dev == alone and any(
+        line.startswith(f"{runs[1]}/mask.safetensors: rte") for line in lines
+    )
+    assert "--text without --pair" in fails(eval_.main, [runs[0], "--text", "x", "--pair", "y"])
+
+
+@pytest.mark.parametrize("head", ["words", "classifier"])
+def test_a_mask_file_needs_nothing_but_its_backbone(run, fails, make_model, tmp_path, capsys, head):
+    folder, result = run("--head", head)
+    (tmp_path / "elsewhere").mkdir()
+    alone = shutil.move(folder / "mask.safetensors", tmp_path / "elsewhere" / "good films.mask")
+    shutil.rmtree(folder)
+    capsys.readouterr()
+    eval_.main([str(alone)])
+    assert (
+        f"accuracy {result['final']['accuracy']:.4f}\ntraining reported" in capsys.readouterr().out
+    )
+    assert [len(v) for v in result["densities"].values()] == [2] * 6
+    other = make_model("other", tensors=bert_tensors(CONFIG, seed=9))
+    assert "the fingerprint of" in fails(eval_.main, [alone, "--model", other])
+    spoken = make_model("spoken")
+    (spoken / "tokenizer.json").write_text((spoken / "tokenizer.json").read_text() + " ")
+    assert "the tokenizer of" in fails(eval_.main, [alone, "--model", spoken])
+
+
+def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
+    folder, _ = run()
+    other = make_model("other", tensors=bert_tensors(CONFIG, seed=9))
+    assert "the fingerprint of" in fails(eval_.main, [folder, "--model", other])
+    assert "no regular file" in fails(eval_.main, [tmp_path])
+    (tmp_path / "checkpoint.safetensors").touch()
+    assert "holds an unfinished run; python train.py --resume" in fails(eval_.main, [tmp_path])
+    assert "--pair and --temperature need --text" in fails(eval_.main, [folder, "--pair", "b"])
+    assert "--text without --pair" in fails(eval_.main, [folder, "--text", "a", "--pair", "b"])
+    path = folder / "mask.safetensors"
+    ours = path.read_bytes()
+    path.write_bytes(ours[:-1])
+    assert "not a whole safetensors file" in fails(eval_.main, [folder])
+    path.write_bytes(ours)
+    tensors, about = unseal(path, MASKS)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    for change, message in (
+        ({"words": {"0": "bad", "1": "good"}}, "TASKS has no task movies with the label words"),
+        ({"task": "x"}, "TASKS has no task x"),
+        ({"method": "x"}, "METHODS has no method x"),
+    ):
+        changed = about | {"run": about["run"] | change}
+        path.write_bytes(seal(MASKS, tensors, changed))
+        assert message in fails(eval_.main, [folder])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "result.json").write_text("{}")
+    assert "was altered, or is the result of another" in fails(eval_.main, [tmp_path / "notes"])
+    dense, _ = run("--method", "finetune", out="dense", steps=2)
+    assert "trained weights of its own" in fails(eval_.main, [dense, "--model", other])
+    shutil.copy(other / "model.safetensors", dense)
+    assert "model.safetensors: sha256" in fails(eval_.main, [dense])
+
+
+def test_no_altered_result_makes_the_mask_optional(run, fails, capsys):
+    """The mask file says what the run was. Without it, an altered result.json is refused."""
+    folder, result = run(steps=2)
+    capsys.readouterr()
+    said = [eval_.main([str(folder), "--text", "a good film"]), capsys.readouterr().out]
+    for key in result:
+        renamed = {name if name != key else f"{name}x": value for name, value in result.items()}
+        (folder / "result.json").write_text(json.dumps(renamed))
+        assert [eval_.main([str(folder), "--text", "a good film"]), capsys.readouterr().out] == said
+        kept = (folder / "mask.safetensors").rename(folder / "kept")
+        assert "was altered" in fails(eval_.main, [folder, "--text", "a good film"])
+        kept.rename(folder / "mask.safetensors")
+    (folder / "mask.safetensors").unlink()
+    (folder / "result.json").write_text(json.dumps(result))
+    assert "no regular file" in fails(eval_.main, [folder, "--text", "a good film"])
+
+
+def test_other_data_than_the_runs_only_where_it_is_asked_for(
+    run, glue, fails, tmp_path, cache_folder, capsys
+):
+    folder, result = run()
+    cached = cache_folder / "glue"
+    shutil.copytree(glue, cached)
+    dev = glue / "movies" / "dev.tsv"
+    dev.write_text("\n".join(dev.read_text().splitlines()[:-1]) + "\n")
+    assert f"dev in {glue} is not the run's; --data-dir" in fails(eval_.main, [folder])
+    eval_.main([str(folder), "--data-dir", str(glue)])
+    assert "dev (39 examples)" in capsys.readouterr().out
+
+    # Where the run's folder is gone, the downloads stand in, if they hold the same.
+    moved = glue.rename(tmp_path / "moved")
+    eval_.main([str(folder)])
+    final = cli.show(result["final"])
+    assert f"dev (40 examples): {final}\ntraining reported {final}" in capsys.readouterr().out
+    shutil.copy(moved / "movies" / "dev.tsv", cached / "movies")
+    assert f"dev in {cache_folder} is not the run's" in fails(eval_.main, [folder])
+
+
+def test_regression_and_predictions_for_the_server(run, glue, tmp_path, capsys):
+    (glue / "STS-B").mkdir()
+    for split, n in (("train", 24), ("dev", 9)):
+        rows = [
+            f"{i}\ta film\t{('bad', 'good')[i % 2]}\t{i % 2 * 4 + i % 3 * 0.5:.3f}"
+            for i in range(n)
+        ]
+        content = "\n".join(["index\tsentence1\tsentence2\tscore", *rows])
+        (glue / "STS-B" / f"{split}.tsv").write_text(content)
+    (glue / "STS-B" / "test.tsv").write_text(
+        "index\tsentence1\tsentence2\n0\ta film\tgood\n1\ta film\tbad\n"
+    )
+    folder, result = run("--task", "stsb", "--method", "finetune", "--weight-lr", 0.01, steps=30)
+    assert (
+        result["final"].keys() == {"pearson", "spearman"} and result["final"]["pearson"] > 0.5
+    )  # 0.98
+    eval_.main([str(folder), "--predict"])
+    assert "STS-B.tsv: 2 predictions" in capsys.readouterr().out
+    header, *rows = (folder / "STS-B.tsv").read_text().splitlines()
+    assert header == "index\tprediction" and [row.split("\t")[0] for row in rows] == ["0", "1"]
+    assert all(0 <= float(row.split("\t")[1]) <= 5 for row in rows)
+    eval_.main([str(folder), "--text", "a film", "--pair", "good"])
+    assert capsys.readouterr().out.endswith("score\n")
+
+
+def test_predictions_are_label_strings_in_order_and_clipped(run, glue, tmp_path):
+    model = load_model(run.model, [5, 6])
+    tokenizer = cutting_tokenizer(run.model, 16)
+    examples = data.load_split("rte", "dev", glue, tokenizer)
+    logits = eval_.predict(model, {}, examples, "cpu")
+    write_predictions(tmp_path / "p.tsv", list(data.TASKS["rte"].words), data.predictions(logits))
+    names = [["not_entailment", "entailment"][c] for c in logits.argmax(1)]
+    expected = "".join(f"{n}\t{name}\n" for n, name in enumerate(names))
+    assert (tmp_path / "p.tsv").read_text() == "index\tprediction\n" + expected
+    far = {"cls.predictions.bias": torch.full((40,), 99.0)}
+    one = load_model(run.model, [6])
+    write_predictions(
+        tmp_path / "q.tsv", ["score"], data.predictions(eval_.predict(one, far, examples, "cpu"))
+    )
+    assert {line.split("\t")[1] for line in (tmp_path / "q.tsv").read_text().splitlines()[1:]} == {
+        "5.000"
+    }
+
+
+def test_mnli_reports_both_dev_sets_and_writes_both_test_files(run, glue, capsys):
+    (glue / "MNLI").mkdir()
+    names = ["train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched"]
+    for n, split in enumerate(names):
+        rows = [
+            f"a film\tgood\tneutral{chr(9)}{['neutral', 'entailment'][i % 2]}" for i in range(4 + n)
+        ]
+        head = "sentence1\tsentence2\tlabel1\tgold_label"
+        if split.startswith("test"):
+            head, rows = "sentence1\tsentence2", ["a film\tgood"] * (4 + n)
+        (glue / "MNLI" / f"{split}.tsv").write_text("\n".join([head, *rows]))
+    folder, result = run("--task", "mnli", steps=2)
+    assert result["final"].keys() == {"accuracy", "accuracy dev_mismatched"}
+    eval_.main([str(folder), "--predict"])
+    assert len((folder / "MNLI-m.tsv").read_text().splitlines()) == 8
+    assert len((folder / "MNLI-mm.tsv").read_text().splitlines()) == 9
+
+
+def test_predictions_without_a_test_file(run, glue, fails):
+    assert "--predict: movies has no test split" in fails(eval_.main, [run()[0], "--predict"])
+    folder, _ = run("--task", "rte", out="rte", steps=2)
+    assert f"--data-dir: there is no {glue}/RTE/test.tsv" in fails(
+        eval_.main, [folder, "--predict"]
+    )
+
+
+def test_answers_to_texts_and_to_the_lines_of_a_file(finished, tmp_path, capsys, fails):
+    folder = finished
+    texts = ["a good film", "dull and very bad", ""]
+    found = eval_.answers(load_run(folder), texts)
+    assert [sorted(label for _, label in rows) for rows in found] == [["0", "1"]] * 3
+    assert all(
+        rows[0][0] >= rows[1][0] and rows[0][0] + rows[1][0] == pytest.approx(1) for rows in found
+    )
+    (tmp_path / "f.txt").write_text("\n".join(texts) + "\n")
+    capsys.readouterr()
+    eval_.main([str(folder), "--text-file", str(tmp_path / "f.txt")])
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        [rows[0][1], f"{rows[0][0]:.4f}", text] for rows, text in zip(found, texts, strict=True)
+    ]
+    eval_.main([str(folder), "--text", texts[0]])
+    first = capsys.readouterr().out.splitlines()[0].split()
+    assert first[0] == lines[0][1] and first[2] == f"({lines[0][0]})"
+    (tmp_path / "f.txt").write_text("a \u2028 film\r\nx\x0by\n")  # two lines
+    eval_.main([str(folder), "--text-file", str(tmp_path / "f.txt")])
+    assert len(capsys.readouterr().out.split("\n")) == 2 + 1
+    for content, message in (
+        (b"a\nb\tc\n", "f.txt:2: the task takes 1 texts"),
+        (b"caf\xe9\n", "f.txt is not UTF-8: 'utf-8' codec"),
+    ):
+        (tmp_path / "f.txt").write_bytes(content)
+        assert message in fails(eval_.main, [folder, "--text-file", tmp_path / "f.txt"])
+
+
+def test_guessing_by_hand():
+    labels = [0] * 60 + [1] * 40  # two standard errors of 0.6 are 0.098
+    (said,) = guessing({"accuracy": 0.69}, labels, pruned=True)
+    assert (
+        "accuracy is 0.6900, and the commonest answer alone has 0.6000" in said
+        and "--sparsity" in said
+    )
+    assert guessing({"accuracy": 0.70, "f1": 0.0}, labels, True) == []
+    assert guessing({"mcc": 0.21}, labels, True) == guessing({"f1": 0.0}, labels, True) == []
+    (said,) = guessing({"mcc": 0.19}, labels, pruned=False)
+    assert "mcc is 0.1900, and one answer for all has 0" in said and "--sparsity" not in said
+    assert (
+        guessing({"accuracy": 1.0}, [0, 0, 1, 1], True)
+        == guessing({"accuracy": 1.0}, [1] * 9, True)
+        == []
+    )
+
+
+def test_a_result_that_is_a_guess_is_called_one(finished, tmp_path, capsys):
+    """The result is handed in, because rounding decides whether a short run only guesses."""
+    result = json.loads((finished / "result.json").read_text())
+    dev = {"dev": data.Examples([], [], [0, 1] * 20, 16)}
+    for value in (0.5, 1.0):
+        *_, last = summary(result | {"final": {"accuracy": value}}, finished, dev, texts=1)
+        assert last.startswith("the model only guesses: accuracy is 0.5000") == (value == 0.5)
+
+    # eval.py, on a table whose labels are the model's own answers, and on one where none is
+    table = finished.parent / "glue" / "movies" / "dev.tsv"
+    texts = [line.split("\t")[0] for line in table.read_text().splitlines()[1:]]
+    (tmp_path / "texts").write_text("\n".join(texts))
+    eval_.main([str(finished), "--text-file", str(tmp_path / "texts")])
+    answers = [int(line.split("\t")[0]) for line in capsys.readouterr().out.splitlines()]
+    for right in (True, False):
+        rows = [
+            f"{text}\t{answer if right else 1 - answer}"
+            for text, answer in zip(texts, answers, strict=True)
+        ]
+        table.write_text("\n".join(["sentence\tlabel", *rows]))
+        eval_.main([str(finished), "--data-dir", str(finished.parent / "glue")])
+        said = capsys.readouterr().out
+        assert f"dev (40 examples): accuracy {right:.4f}\n" in said
+        assert (
+            said.splitlines()[-1].startswith("the model only guesses: accuracy is 0.0000") != right
+        )
