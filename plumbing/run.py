@@ -41,6 +41,24 @@ NEW = {
     "seconds": 0.0,  # computed so far
     "log": 0,  # the size of the log in bytes
 }
+# What the description of a run holds, besides much else: a type, or one of several values.
+DESCRIBED = {
+    "task": str,
+    "method": str,
+    "model": str,
+    "words": dict,
+    "length": int,
+    "head": ("words", "classifier"),
+    "final": dict,
+    "fingerprint": str,
+    "tokenizer": str,
+    "config": str,
+    "sha256": dict,
+    "density": float,
+    "device": str,
+    "dtype": ("float32", "bfloat16"),
+    "data_dir": str | None,
+}
 
 
 class Run:
@@ -323,5 +341,16 @@ def read_description(run):
     mask = run / MASK if run.is_dir() else run
     if mask.exists():
         _, about = files.unseal(mask, files.MASKS)
-        return about["run"]
-    return files.read_signed_json(run / RESULT)
+        described = about["run"]
+    else:
+        described = files.read_signed_json(run / RESULT)
+
+    # A seal keeps damage out, but anybody can make one.
+    if not isinstance(described, dict):
+        described = {}
+    for name, expected in DESCRIBED.items():
+        value = described.get(name)
+        one_of = isinstance(expected, tuple)
+        if (one_of and value not in expected) or not (one_of or isinstance(value, expected)):
+            raise ValueError(f"{run} is not a run of this train.py: {name} is {value!r:.80}")
+    return described

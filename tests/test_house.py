@@ -138,6 +138,27 @@ def test_the_method_stands_without_its_wings(make_model, glue, tmp_path):
         assert re.search(r"^\d\d\d passed", tested.result(), re.M)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif("extras" not in WINGS, reason="extras/ is not there")
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not there")
+def test_a_file_of_ones_own_in_extras_breaks_no_test(tmp_path):
+    """The README's snippets, where it says to put them, in a checkout."""
+    house = tmp_path / "house"
+    python = copy_of_the_repository(house)
+    for words in (["init", "--quiet"], ["add", "."]):
+        subprocess.run(["git", *words], cwd=house, check=True)
+    section = (ROOT / "README.md").read_text().split("\n## Change it\n")[1].split("\n## ")[0]
+    snippets = re.findall(r"```python\n(.*?)```", section, re.S)
+    (house / "extras" / "mine.py").write_text("\n".join(snippets))
+    # The tests of tables, of the house, and of what is a test for each method.
+    methods = "tests/extras/test_methods.py::test_"
+    each = f"{methods}every_method_reaches_its_density_and_can_be_evaluated"
+    tests = ["tests/core/test_data.py", "tests/test_house.py", "tests/test_readme.py"]
+    tests += [f"{methods}what_scores_are_and_what_trains", f"{each}[smp-shared]"]
+    said = python("-m", "pytest", "-q", *tests)
+    assert len(snippets) == 3 and re.search(r"^\d\d\d passed", said, re.M)
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 2000
 

@@ -100,7 +100,9 @@ class Counts(Masks):
         return dict(zip(self.names, k, strict=True))
 
 
-@pytest.mark.parametrize("n", [3_266, 147_456, 589_824, 2_359_296, 10_616_832, 84_934_656])
+@pytest.mark.parametrize(
+    "n", [3_266, 147_456, 589_824, 1_000_000, 2_359_296, 10_616_832, 84_934_656]
+)
 def test_counts_are_those_of_the_decimal_that_was_asked_for(n):
     """Masks.choose keeps exactly as many. The reference code's int(v * n) is one less at times."""
     masks = Counts(groups(1), METHODS["smp-l"])

@@ -3,14 +3,18 @@
 import hashlib
 import io
 import os
+import random
+import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import left_in, write_tokenizer
+from fuzzing import TIMES, altered_bytes
 
 import data
 from extras import glue
-from plumbing import fetch
+from plumbing import cli, fetch
 from plumbing.checkpoints import cutting_tokenizer
 
 
@@ -166,3 +170,49 @@ def test_a_zip_that_unpacks_to_too_much(rte, tokenizer, monkeypatch):
     with pytest.raises(ValueError, match="would take more"):
         data.load_split("rte", "dev", None, tokenizer)
     assert left_in(fetch.cache()) == []
+
+
+def archive(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+        for name in (
+            "train.tsv",
+            "dev.tsv",
+            "test.tsv",
+            "../outside.tsv",
+            "../../outside.tsv",
+            "/tmp/smp-outside.tsv",
+        ):
+            made.writestr(
+                f"RTE/{name}" if name[0] != "/" else name,
+                "index\tsentence1\tsentence2\tlabel\n" * 50,
+            )
+    return path.read_bytes()
+
+
+def test_archives(survives, server, tmp_path, monkeypatch):
+    """Archives from a server. Their files land in their own folder of the cache, and only there."""
+    files, _ = server
+    whole, digest = (
+        archive(tmp_path / "RTE.zip"),
+        hashlib.md5(b"index\tsentence1\tsentence2\tlabel\n" * 50).hexdigest(),
+    )
+    monkeypatch.setitem(glue.GLUE, "RTE", ("RTE.zip", {"train.tsv": digest, "dev.tsv": digest}))
+    rng, outcomes = random.Random(0), []
+
+    def fetch_it():
+        try:
+            with cli.one_line_errors():
+                glue.fetch_glue(data.TASKS["rte"])
+        finally:
+            landed = {str(p.relative_to(fetch.cache())) for p in fetch.cache().rglob("*")}
+            assert landed <= {
+                "glue",
+                "glue/RTE",
+                *(f"glue/RTE/{name}.tsv" for name in ("train", "dev", "test")),
+            }
+            shutil.rmtree(fetch.cache(), ignore_errors=True)
+
+    for number in range(TIMES):
+        files["/glue/RTE.zip"] = altered_bytes(whole, rng) if number else whole
+        outcomes.append(survives(fetch_it))
+    assert outcomes[0] is None and any(outcomes) and not Path("/tmp/smp-outside.tsv").exists()
