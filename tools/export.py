@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data import TASKS
-from eval import load_run
+from eval import load_run, masked_weights
 from extras.pprune import modules, shrink
 from mask import METHODS
 from plumbing.checkpoints import (
@@ -231,9 +231,7 @@ def export_compact(folder, run):
     the smaller model would compute something else.
     """
     model = copy.deepcopy(run.model).eval()  # its biases will change
-    state = model.state_dict()
-    masked = {name: state[name] * mask for name, mask in run.masks.items()}
-    model.load_state_dict(masked, strict=False)
+    model.load_state_dict(masked_weights(run, "cpu", torch.float32), strict=False)
 
     # Compare the logits before and after on random tokens.
     ids = torch.randint(0, model.config.vocab_size, (32, min(64, run.result["length"])))

@@ -160,21 +160,16 @@ def finish(run, results, where):
     with run.folder as folder:
         if run.process.returncode:
             errors = Path(folder, "errors").read_text("utf-8", "replace").strip()
-            last = errors.split("\n")[-1]
-            return [f"{run.command}: {last} (exit status {run.process.returncode})"]
+            last = errors.split("\n")[-1] or f"exit status {run.process.returncode}"
+            return [f"failed: {run.command}: {last}"]
         result = json.loads(Path(folder, "run", "result.json").read_text("utf-8"))
 
-    result.pop("densities", None)  # of every matrix: too long for a line
+    for key in ("densities", "digest"):  # of every matrix, and of the file
+        result.pop(key, None)
     line = result | where | {"command": run.command}
     with open(results, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     return []
-
-
-def list_gpus():
-    """List the GPUs as CUDA_VISIBLE_DEVICES names them. Without any that is [""]."""
-    numbers = map(str, range(torch.cuda.device_count()))
-    return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(numbers)).split(",")
 
 
 def make_runs(commands, results, at_once):
@@ -182,9 +177,11 @@ def make_runs(commands, results, at_once):
 
     However this ends, no run outlives it.
     """
-    gpus = list_gpus()
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    where = {"gpu": name, "gpus": torch.cuda.device_count(), "at_once": at_once}
+    where = {"gpu": name, "at_once": at_once}
+    # The GPUs that this process may use, and without any [""].
+    numbers = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")
     free = [gpus[slot % len(gpus)] for slot in range(at_once)]
     waiting = list(commands)
     running = []
@@ -220,9 +217,8 @@ def make_missing(path, results, at_once):
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     failed = make_runs(missing, results, at_once)
-    for line in failed:
-        print(f"failed: {line}")
     if failed:
+        print("\n".join(failed))
         raise ValueError(
             f"{len(failed)} of {len(missing)} runs failed; the same command makes them again"
         )
@@ -244,12 +240,6 @@ def mean_of(lines, key):
     return statistics.mean(line[key] for line in lines)
 
 
-def mean_and_deviation(values):
-    """Mean and standard deviation, which is nan for a single value."""
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return statistics.mean(values), deviation
-
-
 # Each of these writes a cell of a table, given the lines of its row.
 
 
@@ -262,9 +252,10 @@ def metric_cell(task, metric, lines):
     values = [scale * line["final"][metric] for line in lines if line["task"] == task]
     if not values:
         return ""
-    mean, deviation = mean_and_deviation(values)
-    spread = f" ± {deviation:.1f}" if len(values) > 1 else ""
-    return f"{mean:.1f}{spread} ({len(values)})"
+    text = f"{statistics.mean(values):.1f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.1f}"
+    return f"{text} ({len(values)})"
 
 
 def average(tasks, lines):
@@ -329,8 +320,10 @@ def table(rows, averages=False):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in written)
 
 
-def setting_of(line):
-    return label_of(line["command"], (*IN_A_ROW, "--steps=", "--data-dir="))
+def setting_of(name, line):
+    """The name of a line's row, and the flags that it leaves open."""
+    label = label_of(line["command"], (*IN_A_ROW, "--steps=", "--data-dir="))
+    return " ".join([name, *(flag for flag in label.split() if flag not in name.split())])
 
 
 def standing(lines):
@@ -343,8 +336,8 @@ def standing(lines):
 def best_settings(rows, most):
     """Keep at most `most` settings of each row, the best first -> {setting: [lines]}."""
     found = {}
-    for lines in rows.values():
-        settings = group(lines, setting_of).items()
+    for name, lines in rows.items():
+        settings = group(lines, partial(setting_of, name)).items()
         ranked = sorted(settings, key=lambda setting: standing(setting[1]), reverse=True)
         found |= dict(ranked[:most])
     return found
@@ -353,12 +346,15 @@ def best_settings(rows, most):
 def curves(rows):
     """Collect curves of the first metric -> {"task, method": [(sparsity, mean, deviation)]}.
 
-    A row of one task is a point. Points are in the order of sparsity.
+    A row of one task is a point, and of a single seed the deviation is nan. Points are in the
+    order of sparsity.
     """
     found = {}
     for row in rows.values():
         for task, lines in group(row, task_of).items():
-            point = lines[0]["sparsity"], *mean_and_deviation(list(map(score, lines)))
+            scores = [score(line) for line in lines]
+            deviation = statistics.stdev(scores) if len(scores) > 1 else math.nan
+            point = (lines[0]["sparsity"], statistics.mean(scores), deviation)
             found.setdefault(f"{task}, {lines[0]['method']}", []).append(point)
     return {name: sorted(points) for name, points in found.items()}
 
@@ -396,7 +392,7 @@ def main(argv=None):
     )
     add = parser.add_argument
     add("do", choices=("run", "table", "plot", "holdout"))
-    add("what", metavar="LIST", help="a text file of commands; for holdout, a task")
+    add("list", type=Path, metavar="LIST", help="a text file of commands; for holdout, a task")
     add("--results", type=Path, default=RESULTS, metavar="FILE", help="(results/runs.jsonl)")
     add("--at-once", type=count, default=1, help="run: how many side by side, on all GPUs (1)")
     add("--average", action="store_true", help="table: add the mean over tasks")
@@ -405,18 +401,17 @@ def main(argv=None):
     add("--rows", type=count, default=600, help="holdout: rows of train that become dev (600)")
     args = parser.parse_args(argv)
 
-    path = Path(args.what)
     if args.do == "holdout":
-        hold_out(args.what, args.rows)
+        hold_out(str(args.list), args.rows)
     elif args.do == "run":
-        make_missing(path, args.results, args.at_once)
+        make_missing(args.list, args.results, args.at_once)
     elif args.do == "table":
-        rows = read_rows(path, args.results)
+        rows = read_rows(args.list, args.results)
         if args.best:
             rows = best_settings(rows, args.best)
         print(table(rows, args.average))
     else:
-        plot_curves(args.out, curves(read_rows(path, args.results)), "dev score")
+        plot_curves(args.out, curves(read_rows(args.list, args.results)), "dev score")
         print(args.out)
 
 

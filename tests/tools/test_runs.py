@@ -107,7 +107,7 @@ def test_missing_runs_are_made_and_a_failed_one_is_named(quick, tmp_path, capsys
     lines = read(tmp_path / "results.jsonl")
     assert [line["seed"] for line in lines] == [12, 14]  # the others went on
     assert lines[0]["command"] == "python train.py --task=movies --seed=12"
-    assert lines[0]["at_once"] == 1 and lines[0]["gpus"] == 0 and "densities" not in lines[0]
+    assert lines[0]["at_once"] == 1 and lines[0]["gpu"] is None and "densities" not in lines[0]
 
     script = tmp_path / "train.py"
     script.write_text(script.read_text().replace('"13"', '"none"'))
@@ -215,11 +215,11 @@ def test_the_best_settings_by_hand():
     lines = []
     for rate, seed, value in found:
         lines.append(line("rte", value, flags=f"--steps=9 --seed={seed} --lr={rate}"))
-    best = runs.best_settings({"row": lines}, most=2)
-    assert list(best) == ["smp-s --lr=2", "smp-s --lr=3"]
+    best = runs.best_settings({"smp-s": lines, "again": lines[3:4]}, most=2)
+    assert list(best) == ["smp-s --lr=2", "smp-s --lr=3", "again smp-s --lr=4"]
     assert [made["final"]["accuracy"] for made in best["smp-s --lr=2"]] == [0.8, 0.8]
     texts = [line("ptb", 40.0, flags="--lr=1"), line("ptb", 30.0, flags="--lr=2")]
-    assert list(runs.best_settings({"row": texts}, most=1)) == ["smp-s --lr=2"]  # lower is better
+    assert list(runs.best_settings({"smp-s": texts}, most=1)) == ["smp-s --lr=2"]  # lower is better
 
 
 def test_curves_by_hand():
