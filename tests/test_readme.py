@@ -16,11 +16,12 @@ README, EXERCISES, RESULTS = (
     (ROOT / name).read_text() for name in ("README.md", "EXERCISES.md", "results/README.md")
 )
 COMMANDS = {"train.py": "train", "eval.py": "eval"}
-for tool in ("bench", "experiments", "export", "fresh", "page", "picture", "split", "tune"):
+for tool in ("bench", "export", "fresh", "page", "picture", "runs"):
     COMMANDS[f"-m tools.{tool}"] = f"tools.{tool}"
 # extras/ and tools/ can be deleted.
 needs_extras = pytest.mark.skipif("extras" not in WINGS, reason="extras/ is not there")
 needs_tools = pytest.mark.skipif("tools" not in WINGS, reason="tools/ is not there")
+LISTS = ROOT / "results" / "lists"
 
 
 def section(title):
@@ -72,14 +73,18 @@ def test_methods_and_tasks_that_are_named_exist_in_this_order():
     assert len(named) == 14 and [name for name in data.TASKS if name in named] == named
 
 
+def test_lists_that_are_named_exist():
+    named = re.findall(r"lists/([\w-]+\.txt)", README + RESULTS)
+    assert {"main.txt", "curve.txt"} <= set(named)
+    assert all((LISTS / name).exists() for name in named)
+
+
 @needs_tools
 def test_the_table_of_steps_is_that_of_the_results():
-    from tools import experiments
+    from tools import runs
 
-    wanted, found = set(experiments.commands("steps")), {}
-    for line in experiments.read_lines(ROOT / "results" / "runs.jsonl"):
-        if line["command"] in wanted:
-            found.setdefault((line["method"], line["sparsity"]), []).append(line)
+    rows = runs.read_rows(LISTS / "steps.txt", runs.RESULTS).values()
+    found = runs.group(sum(rows, []), lambda line: (line["method"], line["sparsity"]))
     for (method, sparsity), lines in found.items():
         cells = {}
         for line in lines:
@@ -94,9 +99,9 @@ def test_the_table_of_steps_is_that_of_the_results():
 
 @needs_tools
 def test_the_short_table_has_its_cells_from_the_long_one(capsys):
-    from tools import experiments
+    from tools import runs
 
-    experiments.main(["table", "main"])
+    runs.main(["table", str(LISTS / "main.txt"), "--average"])
     long = capsys.readouterr().out
     rows = [
         line for line in section("Results").splitlines() if "±" in line and line.startswith("|")
@@ -184,10 +189,19 @@ def test_a_new_scoring_rule_is_a_row_of_its_own(make_model, tmp_path, glue, adde
 
 @needs_tools
 def test_the_table_of_budgets_is_that_of_the_results(capsys):
-    from tools import tune
+    """But for the sizes of the grids, which are in the list's comments."""
+    from tools import runs
 
-    tune.main(["table"])
-    assert f"\n\n{capsys.readouterr().out}\n" in RESULTS
+    runs.main(["table", str(LISTS / "tuning.txt"), "--best", "1", "--average"])
+    found = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    table = RESULTS.split("| method | settings in its grid |")[1].split("\n\n")[0]
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+    assert len(rows) == 21
+    for (setting, _, _, average, *_), row in zip(found, rows, strict=True):
+        method, size, tried, made, flags, accuracy = row
+        assert f"{method} {flags.strip('`')}" == setting and accuracy == average
+        assert f"# {size} settings: " in (LISTS / "tuning.txt").read_text()
+        assert (tried, made) == ("10", "32")  # tests/tools/test_runs.py counts them
 
 
 @needs_tools
@@ -196,7 +210,8 @@ def test_the_table_of_budgets_is_that_of_the_results(capsys):
     "name", ["main", "earlier", "ablations", "abandoned", "units", "rule", "language"]
 )
 def test_tables_are_those_of_the_results(name, capsys):
-    from tools import experiments
+    from tools import runs
 
-    experiments.main(["table", name])
-    assert f"\n\n{capsys.readouterr().out}\n" in README + RESULTS  # the whole of a table
+    averages = ["--average"] if name == "main" else []
+    runs.main(["table", str(LISTS / f"{name}.txt"), *averages])
+    assert f"\n\n{capsys.readouterr().out}\n" in RESULTS  # the whole of a table

@@ -6,7 +6,7 @@ a step reaches, how far it is from its floor (see lower_bound_ms), and one JSON 
     python -m tools.bench --layers 12 --hidden 768 --batch 32 --length 128 [--compile]   # bert-base
     python -m tools.bench --layers 6 --hidden 384 --batch 32 --length 64                 # MiniLM
     python -m tools.bench --gpt2 --layers 12 --hidden 768 --batch 32 --length 512        # GPT-2
-    python -m tools.bench --inference --model minilm                                     # inference
+    python -m tools.bench --model minilm                                                 # inference
 """
 
 import json
@@ -47,24 +47,21 @@ def parse_args(argv=None):
     cli.add_flags(parser, "machine", cli.MACHINE_FLAGS)
     add("--compile", action="store_true", help="as in train.py")
     add("--eager", action="store_true", help="as in train.py; also times the parts of a step")
-    add("--inference", action="store_true", help="time evaluation of --model instead")
-    add("--model", metavar="NAME", help="a name or a folder, for --inference")
+    add("--model", metavar="NAME", help="time the evaluation of this model, a name or a folder")
     args = parser.parse_args(argv)
 
-    if args.inference != (args.model is not None) or (args.inference and args.compile):
-        parser.error(
-            "--inference needs --model, --model needs --inference, and evaluation is not compiled"
-        )
     longest = 1024 if args.gpt2 else 512
-    if args.hidden % 64 or args.length > longest or args.batch % parallel.processes():
-        parser.error(
-            f"--hidden must be a multiple of 64, --length at most {longest}, "
-            "--batch a multiple of the processes"
-        )
+    if args.length > longest:
+        parser.error(f"--length must be at most {longest}")
+    if args.hidden % 64:
+        parser.error("--hidden must be a multiple of 64")
+    if args.batch % parallel.processes():
+        parser.error("--batch must be a multiple of the processes")
     return args
 
 
 def make_model(args):
+    """Make a frozen model of random weights."""
     heads = args.hidden // (64 if args.hidden >= 768 else 32)
     shape = args.hidden, args.layers, heads, 4 * args.hidden
     if args.gpt2:
@@ -78,10 +75,13 @@ def make_model(args):
 
 
 def make_batch(args, vocabulary, device):
-    batch = args.batch // parallel.processes()
-    ids = torch.randint(vocabulary, (batch, args.length), device=device)
+    """Make this process's part of a batch of random tokens, all of one length."""
+    rows = args.batch // parallel.processes()
+    ids = torch.randint(vocabulary, (rows, args.length), device=device)
     labels = ids if args.gpt2 else ids[:, 0] % 2
-    return Part(torch.stack([ids, torch.zeros_like(ids), torch.ones_like(ids)]), labels)
+    types = torch.zeros_like(ids)
+    attention = torch.ones_like(ids)
+    return Part(torch.stack([ids, types, attention]), labels)
 
 
 def flops(args):
@@ -94,24 +94,29 @@ def flops(args):
     """
     tokens = args.batch * args.length
     h = args.hidden
-    layer = 2 * tokens * 12 * h * h + 4 * tokens * args.length * h
+    matrices = 2 * 12 * h * h  # per token
+    layer = tokens * (matrices + 4 * args.length * h)
     if args.gpt2:
-        return 3 * args.layers * layer + 2 * 2 * tokens * h * GPT2_WORDS
-    last = 2 * tokens * 2 * h * h + 2 * args.batch * 10 * h * h
-    return 3 * ((args.layers - 1) * layer + last)
+        head = 2 * tokens * h * GPT2_WORDS
+        return 3 * args.layers * layer + 2 * head
+    keys_and_values = 2 * tokens * 2 * h * h
+    rest = 2 * args.batch * 10 * h * h
+    return 3 * ((args.layers - 1) * layer + keys_and_values + rest)
 
 
 def matrix_peak(device, dtype):
     """Measure the FLOP/s of a large square matrix product on this device."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    a = torch.randn(n, n, device=device).to(dtype)
+    b = torch.randn(n, n, device=device).to(dtype)
     seconds = min(time_calls(lambda: a @ b, device, 10)) / 1000
     return 2 * n**3 / seconds
 
 
 def copy_bandwidth(device):
     """Measure the bytes per second that copying a large tensor reads and writes."""
-    a = torch.randn(1 << (28 if device.type == "cuda" else 24), device=device)
+    size = 1 << (28 if device.type == "cuda" else 24)
+    a = torch.randn(size, device=device)
     b = torch.empty_like(a)
     seconds = min(time_calls(lambda: b.copy_(a), device, 10)) / 1000
     return 2 * a.nbytes / seconds
@@ -123,11 +128,16 @@ def lower_bound_ms(args, learner, peak, bandwidth):
     Adam reads values, gradients and two moments, and writes all but the gradients: seven passes
     over everything that trains. A mask also reads scores and weights.
     """
-    moved = 7 * sum(p.nbytes for p in learner.parameters())
+    moved = 7 * size_of(learner.parameters())
     if learner.masks:
-        moved += sum(scores.nbytes for scores in learner.masks.scores.values())
-        moved += sum(weights.nbytes for weights in learner.masks.weights.values())
-    return 1000 * (flops(args) / parallel.processes() / peak + moved / bandwidth)
+        moved += size_of(learner.masks.scores.values())
+        moved += size_of(learner.masks.weights.values())
+    products = flops(args) / parallel.processes() / peak
+    return 1000 * (products + moved / bandwidth)
+
+
+def size_of(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def time_calls(work, device, steps, warmup=3):
@@ -135,7 +145,11 @@ def time_calls(work, device, steps, warmup=3):
 
     On a GPU each entry is the mean of five calls, since in training too the host runs ahead.
     """
-    wait = (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
+
+    def wait():
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+
     group = 1 if device.type == "cpu" else 5
     for _ in range(warmup):
         work()
@@ -169,8 +183,9 @@ def time_step(args, method, device, dtype, peak, bandwidth):
     """Time whole training steps of a method, and the parts of masking -> {what: number}."""
     model = make_model(args).to(device).train()
     learner = Learner(model, METHODS[method], dtype)
-    for scores in learner.masks.scores.values() if learner.masks else ():
-        scores.data.normal_(0, 0.1)
+    if learner.masks:
+        for scores in learner.masks.scores.values():
+            scores.data.normal_(0, 0.1)
     forward_backward = make_forward_backward(model, learner)
     if args.compile:
         compile_step(model, learner.masks)
@@ -197,10 +212,10 @@ def time_step(args, method, device, dtype, peak, bandwidth):
 
 def describe_step(args, method, times, peak, lowest, memory):
     """Print a step's times, beside the peak and the lower bound -> {what: number}."""
-    seconds = statistics.median(times) / 1000
-    tokens = round(args.batch * args.length / seconds)
-    share = round(flops(args) / parallel.processes() / seconds / peak, 4)
-    over = round(1000 * seconds / lowest, 2)
+    milliseconds = statistics.median(times)
+    tokens = round(1000 * args.batch * args.length / milliseconds)
+    share = round(1000 * flops(args) / parallel.processes() / milliseconds / peak, 4)
+    over = round(milliseconds / lowest, 2)
     note = f"  {tokens:,} tokens/s, {share:.1%} of peak, {over} times its floor, {memory} GiB"
     return {
         method: print_median(f"{method} step", times, note),
@@ -282,19 +297,21 @@ def main(argv=None):
         name = torch.cuda.get_device_name()
     dtype_name = cli.dtype_name(dtype)
     processes = parallel.processes()
-    print(f"{name}, {dtype_name} ({why}), torch {torch.__version__}, {processes} process(es)")
-    print("This takes a minute or two. Medians, with the fastest and the slowest in brackets;")
-    print("parts are timed alone and overlap.")
+    print(
+        f"{name}, {dtype_name} ({why}), torch {torch.__version__}, {processes} process(es)\n"
+        "This takes a minute or two. Medians, with the fastest and the slowest in brackets;\n"
+        "parts are timed alone and overlap."
+    )
 
     settings = dict(vars(args))
-    if args.inference:
+    if args.model:
         for unused in ("layers", "hidden", "gpt2", "method", "compile", "eager"):
             del settings[unused]
         results = time_inference(args, device, dtype)
     else:
         results = compare(args, device, dtype)
-    machine = {"device": name, "dtype": dtype_name, "processes": processes}
-    print(json.dumps(settings | machine | results | cli.code_version()["versions"]))
+    settings |= {"device": name, "dtype": dtype_name, "processes": processes}
+    print(json.dumps(settings | results | cli.code_version()["versions"]))
     parallel.stop()
 
 

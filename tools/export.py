@@ -3,8 +3,8 @@
 An ordinary folder loads in other libraries. The removed weights are zeros in their places. Zeros
 alone make nothing smaller or faster: they are multiplied like other numbers. --compact takes out
 the heads and neurons that the mask cut off, and the rest computes the same; measure its speed with
-`python -m tools.bench --inference --model FOLDER`. --mask writes the mask alone, to share as
-adapters are shared. Each folder has a model card.
+`python -m tools.bench --model FOLDER`. --mask writes the mask alone, to share as
+adapters are shared. Each folder has a README.md with metadata, as model hubs read it.
 
     python -m tools.export RUN FOLDER [--compact | --mask]
 """
@@ -15,37 +15,50 @@ from pathlib import Path
 import torch
 
 from data import TASKS
-from eval import load_run
+from eval import load_run, masked_weights
 from extras.pprune import modules, shrink
 from mask import METHODS
 from plumbing.checkpoints import (
     PER_LAYER,
-    WEIGHTS,
     model_files,
     pack_weights,
     read_model,
     tokenizer_bytes,
     tokenizer_config,
 )
-from plumbing.cli import Parser, one_line_errors, show
-from plumbing.files import file_digest, json_bytes, partial_folder, sha256, write_whole
-from tools import card
+from plumbing.cli import Parser, one_line_errors, printable, show
+from plumbing.fetch import model_name
+from plumbing.files import partial_folder, sha256, signed_json, write_whole
 
-HEADING = """# {task}, pruned to a density of {density:.4f}
+OURS = "static-model-pruning"  # the library, for folders that only this code reads
+HUB = {  # the models' names on the hub
+    "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    "bert-base-uncased": "google-bert/bert-base-uncased",
+    "roberta-base": "FacebookAI/roberta-base",
+    "gpt2": "openai-community/gpt2",
+}
 
-{model}{changes}. Dev: {final} ({facts}).
+CARD = """---
+library_name: {library}
+tags: [pruning, sparsity, static-model-pruning, "{method}"]
+{base}---
 
-"""
-CLASSIFIER_USE = """The logit of a class is the logit of its label word, read at {where}: {words}.
+# {task}, pruned to a density of {density:.4f}
+
+{name}, method {method}; what trained: {trained} (vectors are biases and LayerNorms). Weights that
+were removed are zero. Dev: {scores} ({facts}).
+
+{use}"""
+FACTS = "seed {seed}, {steps} steps, {seconds} seconds, commit {commit}, {device}, {dtype}"
+CLASSIFIER_USE = """The logit of a class is that of its label word, read at the {where}: {words}.
 
 ```python
-import torch
 from transformers import AutoTokenizer, {loader}
 
 tokenizer = AutoTokenizer.from_pretrained(".")
-model = {loader}.from_pretrained("."{arguments}).eval()
-hidden = model(**tokenizer({text}, return_tensors="pt")){output}
-print({logits})
+model = {loader}.from_pretrained(".").eval()
+output = model(**tokenizer({texts}, return_tensors="pt"))
+print(({logits}){first}[..., {ids}])
 ```
 """
 LANGUAGE_MODEL_USE = """```python
@@ -57,13 +70,57 @@ inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=30)[0]))
 ```
 """
+COMPACT_USE = """{description}
+
+Layers may differ in size, so only the code that wrote this folder can load it: it is a RUN for
+eval.py.
+"""
+MASK_USE = """`mask.safetensors` has one bit per weight, and what trained beside the mask: a fresh
+classifier, or biases and LayerNorms. The backbone is not in this folder.
+
+You need the code of *Static Model Pruning, from scratch*. FOLDER is this folder:
+
+```sh
+python eval.py FOLDER/mask.safetensors --text "..."
+```
+
+Without `--text` this evaluates the dev split again. `--model` names the folder of the backbone, if
+the code cannot fetch it, and `--data-dir` that of the data. It refuses a file that was altered,
+and any backbone but the one that the mask was trained for. The fingerprint of its weights is
+{fingerprint}.
+"""
+
+
+# --- cards ----------------------------------------------------------------------------------------
+
+
+def card(result, library, use):
+    """Write the README.md of an exported folder -> bytes. use: the text that follows the facts."""
+    base = HUB.get(result["model"])  # a folder has no name there, and is named without its path
+    parts = {
+        "library": library,
+        "base": f"base_model: {base}\n" if base else "",
+        "name": printable(model_name(result["model"])),
+        "trained": ", ".join(METHODS[result["method"]].trains),
+        "scores": show(result["final"]),
+        "facts": facts(result),
+        "use": use,
+    }
+    return CARD.format_map(result | parts).encode()
+
+
+def facts(result):
+    """Say how a run was made, as far as it is known."""
+    return printable(FACTS.format_map({"commit": "unknown"} | result))
+
+
+# --- an ordinary model folder ---------------------------------------------------------------------
 
 
 def export(folder, run):
     """Fill a new folder: the loaded run's model with the mask applied, and a README.
 
-    Returns a description. Raises ValueError if other libraries cannot load such a model, because
-    of its head or because it has lost heads or neurons.
+    Returns a description. Raises ValueError if other libraries cannot load such a model.
     """
     if run.result["head"] != "words":
         raise ValueError(
@@ -75,17 +132,17 @@ def export(folder, run):
             "use the folder of the run"
         )
     _, tensors = read_model(run.folder)  # all of them, under their original names
-    has_pooler = any("pooler." in name for name in tensors)
     apply_run(tensors, run)
-
-    text = card.front_matter(run.result, "transformers")
-    text += describe(run.result, run.model, has_pooler)
+    use = classifier_use(run.result, run.model) if run.result["words"] else LANGUAGE_MODEL_USE
+    length = run.model.config.longest_input
     files = {
-        "README.md": text.encode(),
+        "README.md": card(run.result, "transformers", use),
         "config.json": (run.folder / "config.json").read_bytes(),
         "model.safetensors": pack_weights(tensors),
+        "tokenizer.json": tokenizer_bytes(run.folder),
+        "tokenizer_config.json": tokenizer_config(run.folder, length),
     }
-    write_files(folder, files | tokenizer_files(run))
+    write_files(folder, files)
     return "an ordinary model folder; its README.md says how to use it"
 
 
@@ -106,77 +163,30 @@ def apply_run(tensors, run):
             tensors[name] = tensor * found if found.ndim > 1 else found
 
 
-def tokenizer_files(run):
-    """Return the files of a run's tokenizer as {name: bytes}."""
-    length = run.model.config.longest_input
-    return {
-        "tokenizer.json": tokenizer_bytes(run.folder),
-        "tokenizer_config.json": tokenizer_config(run.folder, length),
-    }
-
-
 def write_files(folder, files):
     for name, content in files.items():
         write_whole(folder / name, content)
 
 
-def describe(result, model, has_pooler):
-    """Write the exported folder's README, below its metadata."""
-    method = METHODS[result["method"]]
-    changes = f", its weights trained ({result['method']})" if "weights" in method.trains else ""
-    changes += "; biases and LayerNorms trained" if "vectors" in method.trains else ""
-    changes += f"; the weights that {result['method']} removed are zero" if method.how_many else ""
-    if result["words"]:
-        note, use = describe_classes(result, model, has_pooler)
-        changes += note
-    else:
-        use = LANGUAGE_MODEL_USE
-    heading = HEADING.format(
-        task=result["task"],
-        density=result["density"],
-        model=card.backbone(result)[0],
-        changes=changes,
-        final=show(result["final"]),
-        facts=card.facts(result),
-    )
-    return heading + use
-
-
-def describe_classes(result, model, has_pooler):
-    """Write how a model with label words is used -> (a note on its head, text with code)."""
-    ids = model.words.tolist()
-    at = "" if model.every_token else "[:, 0]"
-    if hasattr(model, "cls"):
-        note = ""
-        loader, arguments = "AutoModelForMaskedLM", ""
-        output, logits = f".logits{at}", f"hidden[..., {ids}]"
-    else:
-        note = (
-            "; it has no masked-LM head, so the first state times the word's embedding is the logit"
-        )
-        loader, arguments = "AutoModel", "" if has_pooler else ", add_pooling_layer=False"
-        output = f".last_hidden_state{at}"
-        logits = f"hidden @ model.embeddings.word_embeddings.weight[{ids}].T"
-
-    words = []
-    for (label, word), i in zip(result["words"].items(), ids, strict=True):
-        words.append(f"{word!r} (id {i}) for {label}")
-    where = "the first token"
-    if model.every_token:
-        where = "every token, for start and end of the answer"
-    two_texts = len(TASKS[result["task"]].text) == 2
-    return note, CLASSIFIER_USE.format(
-        where=where,
-        words=", ".join(words),
+def classifier_use(result, model):
+    """Write how a model with label words is used."""
+    loader, logits = "AutoModelForMaskedLM", "output.logits"
+    if not hasattr(model, "cls"):  # without a masked-LM head, words are compared with the state
+        loader = "AutoModel"
+        logits = "output.last_hidden_state @ model.get_input_embeddings().weight.T"
+    two_texts = '"a text", "its pair"'
+    return CLASSIFIER_USE.format(
+        where="start and the end of an answer" if model.every_token else "first token",
+        first="" if model.every_token else "[:, 0]",
+        words=result["words"],
+        ids=model.words.tolist(),
+        texts=two_texts if len(TASKS[result["task"]].text) == 2 else '"a text"',
         loader=loader,
-        arguments=arguments,
-        text='"a text", "its pair"' if two_texts else '"a text"',
-        output=output,
         logits=logits,
     )
 
 
-# --- compact ----------------------------------------------------------------------------------
+# --- compact --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -209,7 +219,8 @@ def fold(incoming, constant, outer, size):
     no_input = ~rows.any(2).any(1)  # [units]
     no_output = ~columns.any(2).any(0)  # [units]
     outer.bias += outer.weight @ (constant * no_input.repeat_interleave(size))
-    return (~(no_input | no_output)).nonzero()[:, 0]
+    dead = no_input | no_output
+    return (~dead).nonzero()[:, 0]
 
 
 @torch.no_grad()
@@ -220,9 +231,7 @@ def export_compact(folder, run):
     the smaller model would compute something else.
     """
     model = copy.deepcopy(run.model).eval()  # its biases will change
-    state = model.state_dict()
-    masked = {name: state[name] * mask for name, mask in run.masks.items()}
-    model.load_state_dict(masked, strict=False)
+    model.load_state_dict(masked_weights(run, "cpu", torch.float32), strict=False)
 
     # Compare the logits before and after on random tokens.
     ids = torch.randint(0, model.config.vocab_size, (32, min(64, run.result["length"])))
@@ -237,23 +246,23 @@ def export_compact(folder, run):
             "nothing was written"
         )
 
-    description = describe_dead(model, heads, neurons)
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, smaller))
-    description += f"parameters {before:,} -> {after:,}; logits differ by at most {difference:.1e}"
+    description = describe_dead(model, smaller)
+    description += f"; logits differ by at most {difference:.1e}"
     write_compact(folder, run, smaller, description)
     return description
 
 
-def describe_dead(model, heads, neurons):
-    """Say how many of a model's heads and neurons are dead, given the indices of those alive."""
-    all_heads, all_neurons = map(sum, zip(*model.config.layers, strict=True))
-    dead_heads = all_heads - sum(map(len, heads))
-    dead_neurons = all_neurons - sum(map(len, neurons))
-    text = f"{dead_heads} of {all_heads} attention heads "
-    text += f"and {dead_neurons:,} of {all_neurons:,} neurons are dead"
-    if not dead_heads and not dead_neurons:
+def describe_dead(model, smaller):
+    """Say how much smaller a model is without its dead heads and neurons."""
+    all_heads, all_neurons = torch.tensor(model.config.layers).sum(0).tolist()
+    heads, neurons = torch.tensor(smaller.config.layers).sum(0).tolist()
+    text = f"{all_heads - heads} of {all_heads} attention heads "
+    text += f"and {all_neurons - neurons:,} of {all_neurons:,} neurons are dead"
+    before = sum(p.numel() for p in model.parameters())
+    after = sum(p.numel() for p in smaller.parameters())
+    if before == after:
         text += "; nothing is gained"
-    return text + "\n"
+    return f"{text}\nparameters {before:,} -> {after:,}"
 
 
 def write_compact(folder, run, model, description):
@@ -265,19 +274,17 @@ def write_compact(folder, run, model, description):
     result |= {"pruned_with": result["method"], "method": "finetune", "config": str(model.config)}
     result["sha256"] = {"model.safetensors": sha256(files["model.safetensors"])}
 
-    text = card.front_matter(run.result, card.OURS) + description
-    text += "\n\nLayers may differ in size, so only the code that wrote this folder can load it: "
-    text += "it is a RUN for eval.py.\n"
-    files["README.md"] = text.encode()
-    files["result.json"] = json_bytes(result)
+    use = COMPACT_USE.format(description=description)
+    files["README.md"] = card(run.result, OURS, use)
+    files["result.json"] = signed_json(result)
     write_files(folder, files)
 
 
-# --- the mask alone ---------------------------------------------------------------------------
+# --- the mask alone -------------------------------------------------------------------------------
 
 
 def export_mask(folder, run, mask_file):
-    """Fill a new folder: the loaded run's mask, a card and adapter_config.json.
+    """Fill a new folder: the loaded run's mask file and a README.
 
     Returns a description. Raises ValueError if the run trained more than a mask.
     """
@@ -285,15 +292,10 @@ def export_mask(folder, run, mask_file):
         raise ValueError(
             "--mask: this run trained weights too, which a mask does not hold; leave it out"
         )
-    kept = sum(mask.sum().item() for mask in run.masks.values())
-    total = sum(mask.numel() for mask in run.masks.values())
-    weights = run.folder / WEIGHTS
-    backbone = file_digest(weights) if weights.exists() else None  # None: in several files
-    config = card.adapter_config(run.result, backbone, kept / total)
+    use = MASK_USE.format(fingerprint=run.result["fingerprint"])
     files = {
         "mask.safetensors": mask_file.read_bytes(),
-        "README.md": card.mask_card(run.result, kept, total).encode(),
-        "adapter_config.json": json_bytes(config),
+        "README.md": card(run.result, OURS, use),
     }
     write_files(folder, files)
     return (

@@ -1,6 +1,6 @@
 """Make a GPT-2 with random weights, to train from scratch. A text gives it a tokenizer.
 
-In a folder that already has a config.json and a tokenizer.json, it makes only the weights.
+Without --text it makes only the weights, in a folder with a config.json and a tokenizer.json.
 
     python -m tools.fresh FOLDER --text wiki.train.tokens --vocabulary 8000 \\
         --layers 6 --hidden 384 --heads 6
@@ -27,24 +27,13 @@ from plumbing.files import (
     write_whole,
 )
 
-SHAPE = {
-    "vocabulary": 8000,
-    "layers": 6,
-    "hidden": 384,
-    "heads": 6,
-    "positions": 512,
-    "dropout": 0.1,
-}
-SMALLEST_VOCABULARY = 257  # all bytes, and the end of a text
-
 
 def make_tokenizer(path, vocabulary):
     """Train a byte-level BPE like GPT-2's on the lines of a text -> the bytes of tokenizer.json.
 
-    vocabulary: how many entries it has at most.
+    vocabulary: how many entries it has at most; all bytes are among them, and the end of a text.
     """
-    with prefix_errors(path):
-        text = require_regular_file(path).read_bytes().decode("utf-8-sig")
+    text = require_regular_file(path).read_bytes().decode("utf-8-sig")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,8 +55,11 @@ def make_tensors(config, seed):
     torch.manual_seed(seed)
     model = GPT2(config)
     for name, p in model.named_parameters():
+        deviation = 0.02
+        if "c_proj" in name:
+            deviation /= math.sqrt(2 * config.n_layer)
         if p.ndim == 2:
-            p.data.normal_(0, 0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+            p.data.normal_(0, deviation)
         elif name.endswith(".bias"):
             p.data.zero_()
     return model.published(model.state_dict())
@@ -98,61 +90,41 @@ def make_folder(folder, args):
 
 
 def write_weights(folder, seed):
-    with prefix_errors(folder / "config.json"):
-        config = gpt2_config(read_json(folder / "config.json"))
+    config = gpt2_config(read_json(folder / "config.json"))
     write_whole(folder / WEIGHTS, pack_weights(make_tensors(config, seed)))
 
 
-def make_parser():
+def parse_args(argv):
     parser = cli.Parser(prog="python -m tools.fresh", description="Make a GPT-2 of random weights.")
     add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="new, or missing only the weights")
-    add("--text", type=Path, metavar="FILE", help="train the tokenizer on this text")
-    entries = cli.number(
-        int,
-        f"a whole number, at least {SMALLEST_VOCABULARY}",
-        lambda x: SMALLEST_VOCABULARY <= x < 1 << 24,
-    )
-    add("--vocabulary", type=entries, help="most entries of the tokenizer (8000)")
-    add("--layers", type=cli.up_to(1000), help="(6)")
-    add("--hidden", type=cli.up_to(16384), help="width (384)")
-    add("--heads", type=cli.up_to(16384), help="attention heads per layer (6)")
-    add("--positions", type=cli.up_to(65536), help="longest input in tokens (512)")
-    add("--dropout", type=cli.fraction_below_one, help="the same everywhere (0.1)")
+    add("folder", type=Path, metavar="FOLDER", help="new, or a model's that lacks the weights")
     add("--seed", type=cli.seed, default=0, help="seed for the weights (0)")
-    return parser
+    add = parser.add_argument_group("for a new folder").add_argument
+    add("--text", type=Path, metavar="FILE", help="train the tokenizer on this text")
+    add("--vocabulary", type=cli.count, default=8000, help="most entries of the tokenizer (8000)")
+    add("--layers", type=cli.up_to(1000), default=6, help="(6)")
+    add("--hidden", type=cli.up_to(16384), default=384, help="width (384)")
+    add("--heads", type=cli.up_to(16384), default=6, help="attention heads per layer (6)")
+    add("--positions", type=cli.up_to(65536), default=512, help="longest input in tokens (512)")
+    add("--dropout", type=cli.fraction_below_one, default=0.1, help="the same everywhere (0.1)")
+    args = parser.parse_args(argv)
+
+    if not args.text and not (args.folder / "config.json").exists():
+        parser.error("--text: name a text to learn the tokenizer from")
+    return args
 
 
 @cli.one_line_errors()
 def main(argv=None):
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    given = [name for name in ("text", *SHAPE) if getattr(args, name) is not None]
-    for name, default in SHAPE.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    present = set()
-    if args.folder.is_dir():
-        present = {path.name for path in args.folder.iterdir()}
-
-    if {"config.json", "tokenizer.json"} <= present and WEIGHTS not in present:
-        if given:
-            parser.error(
-                f"{cli.flag(given[0])}: the files of {args.folder} decide that; name a new folder"
-            )
-        write_weights(args.folder, args.seed)
-    elif present or args.folder.is_file():
-        raise ValueError(
-            f"{args.folder} is neither new nor a model's folder that lacks weights alone; "
-            "name another"
-        )
-    elif args.text is None:
-        parser.error("--text: name a text to learn the tokenizer from")
-    elif args.hidden % args.heads:
-        parser.error(f"--hidden must be a multiple of --heads; got {args.hidden} and {args.heads}")
-    else:
-        with partial_folder(args.folder.resolve()) as part:
-            make_folder(part, args)
+    args = parse_args(argv)
+    if (args.folder / WEIGHTS).exists() or (args.text and args.folder.exists()):
+        raise ValueError(f"{args.folder} is there already; name a new folder")
+    with prefix_errors(args.folder):
+        if args.text:
+            with partial_folder(args.folder.resolve()) as part:
+                make_folder(part, args)
+        else:
+            write_weights(args.folder, args.seed)
     print(f"{args.folder}: random weights; train them with --model {args.folder} --method finetune")
 
 

@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from data import TASKS, encode
-from eval import densities, load_run, masked_weights, predict
+from eval import densities, load_run, masked_weights, predict, read_texts
 from plumbing.cli import Parser, one_line_errors, printable, show
+from plumbing.fetch import model_name
 from plumbing.files import write_whole
+from tools.export import facts
 from tools.picture import head_densities, read_log
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -39,6 +41,29 @@ YELLOW_TO_BLUE = np.array(
 ORANGE_TO_BLUE = np.array(
     [(230, 97, 1), (253, 184, 99), (255, 255, 255), (146, 178, 222), (33, 102, 172)]
 )
+
+CURVE = """<figure><svg viewBox="0 0 310 152" role="img" aria-label="{name}">
+<line x1="44" y1="130" x2="305" y2="130"/><line x1="44" y1="15" x2="305" y2="15"/>
+<text x="38" y="133" text-anchor="end">{low:.3g}</text>
+<text x="38" y="18" text-anchor="end">{high}</text>
+<text x="44" y="146">{first:.0f}</text>
+<text x="174" y="146" text-anchor="middle">step</text>
+<text x="305" y="146" text-anchor="end">{last:.0f}</text>
+<polyline points="{corners}"/>{dots}
+</svg><figcaption>{name}</figcaption></figure>"""
+DOT = '<circle cx="{:.1f}" cy="{:.1f}" r="3"><title>step {:.0f}: {:.4g}</title></circle>'
+SENTENCE = """<blockquote>{shown}</blockquote>
+<p>The pruned model says {answer}. The table shows how {what} when the output of one
+head is set to zero. Blue heads speak for the answer: without them it falls.
+Orange heads speak against it.{flips}</p>
+<div class="wide changes">{table}</div>
+{legend}"""
+CLASS = "<strong>{}</strong> ({}), with a probability of {:.4f}"
+FLIPS = " A frame marks heads without which it gives another answer."
+BUTTON = """<button type="button" class="matrix {group}" id="{group}-{layer}" {data}
+title="{caption}"><img alt="the mask of {caption}" src="data:image/png;base64,{image}"></button>"""
+WHAT = """Task {task}, backbone {name}, method {method}. {kept:,} of {total:,} weights are kept:
+density {density:.4f}, sparsity {sparsity:.4f}."""
 
 
 def escape_html(value):
@@ -68,11 +93,14 @@ def coloured_table(names, rows):
     names: the columns. rows: for each layer its cells, (text, HTML attributes).
     """
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    lines = [f'<tr><th scope="col">layer</th>{head}</tr>']
+    lines = ["<table>", f'<tr><th scope="col">layer</th>{head}</tr>']
     for i, row in enumerate(rows):
-        cells = "".join(f"<td {attributes}>{text}</td>" for text, attributes in row)
-        lines.append(f'<tr><th scope="row">{i}</th>{cells}</tr>')
-    return "<table>\n" + "\n".join(lines) + "\n</table>"
+        line = f'<tr><th scope="row">{i}</th>'
+        for text, attributes in row:
+            line += f"<td {attributes}>{text}</td>"
+        lines.append(f"{line}</tr>")
+    lines.append("</table>")
+    return "\n".join(lines)
 
 
 def legend(low, high, scale):
@@ -86,9 +114,12 @@ def density_table(names, table, write):
     low, high = table.min(), table.max()
     span = max(high - low, 0.01)
     rows = []
-    for row in table:
-        styles = [cell_style((v - low) / span, YELLOW_TO_BLUE) for v in row]
-        rows.append([(write(v), f'style="{style}"') for v, style in zip(row, styles, strict=True)])
+    for layer in table:
+        cells = []
+        for value in layer:
+            style = cell_style((value - low) / span, YELLOW_TO_BLUE)
+            cells.append((write(value), f'style="{style}"'))
+        rows.append(cells)
     return coloured_table(names, rows) + legend(write(low), write(high), YELLOW_TO_BLUE)
 
 
@@ -106,42 +137,38 @@ def curve(name, points, dots=False):
 
     The axis shows the lowest and the highest value.
     """
-    points = thinned(points)
-    steps, values = np.array(points).T
+    steps, values = np.array(thinned(points)).T
     first, last = steps.min(), steps.max()
     low, high = values.min(), values.max()
-    x = 44 + 261 * (steps - first) / max(last - first, 1)
-    y = 130 - 115 * (values - low) / (high - low if high > low else 1)
+    # A curve of one step, or of one value, is drawn without dividing by 0.
+    across = (steps - first) / max(last - first, 1)
+    up = (values - low) / (high - low if high > low else 1)
+    x = 44 + 261 * across
+    y = 130 - 115 * up
 
-    parts = ['<line x1="44" y1="130" x2="305" y2="130"/><line x1="44" y1="15" x2="305" y2="15"/>']
-    parts.append(f'<text x="38" y="133" text-anchor="end">{low:.3g}</text>')
-    if high > low:
-        parts.append(f'<text x="38" y="18" text-anchor="end">{high:.3g}</text>')
-    parts.append(f'<text x="44" y="146">{first:.0f}</text>')
-    parts.append(f'<text x="305" y="146" text-anchor="end">{last:.0f}</text>')
-    parts.append('<text x="174" y="146" text-anchor="middle">step</text>')
     corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    parts.append(f'<polyline points="{corners}"/>')
-    if dots:
-        for a, b, step, value in zip(x, y, steps, values, strict=True):
-            tip = f"<title>step {step:.0f}: {value:.4g}</title>"
-            parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3">{tip}</circle>')
-    name = escape_html(name)
-    svg = f'<svg viewBox="0 0 310 152" role="img" aria-label="{name}">{"".join(parts)}</svg>'
-    return f"<figure>{svg}<figcaption>{name}</figcaption></figure>"
+    points = zip(x, y, steps, values, strict=True)
+    return CURVE.format(
+        name=escape_html(name),
+        low=low,
+        high=f"{high:.3g}" if high > low else "",
+        first=first,
+        last=last,
+        corners=corners,
+        dots="".join(DOT.format(*point) for point in points) if dots else "",
+    )
 
 
 def curves(log):
     """Draw the training curves of a log.jsonl, or say that there is none."""
     losses, evaluations = read_log(log) if log.exists() else ([], [])
     found = []
-    if losses:
-        for name in ("density", "loss"):
-            found.append(curve(name, [(line["step"], line[name]) for line in losses]))
-    if evaluations:
-        for metric in evaluations[0]["dev"]:
-            points = [(line["step"], line["dev"][metric]) for line in evaluations]
-            found.append(curve(f"dev {metric}", points, dots=True))
+    for name in ("density", "loss") if losses else ():
+        points = [(line["step"], line[name]) for line in losses]
+        found.append(curve(name, points))
+    for metric in evaluations[0]["dev"] if evaluations else ():
+        points = [(line["step"], line["dev"][metric]) for line in evaluations]
+        found.append(curve(f"dev {metric}", points, dots=True))
     if not found:
         return "<p>A mask file has no curves: the curves are in log.jsonl of its run folder.</p>"
     return '<div class="side curves">\n' + "\n".join(found) + "\n</div>"
@@ -183,24 +210,31 @@ def change_rows(before, after, chosen):
     before, after: what without_heads() returns. chosen: the index of a class, or 0.
     """
     classes = len(before) > 1
-    change = (after[..., chosen] - before[chosen]).tolist()  # [layers, heads]
+    change = after[..., chosen] - before[chosen]  # [layers, heads]
     smallest = 0.01 if classes else 0.1  # the least change that gets the full colour
-    most = max(smallest, *(abs(by) for row in change for by in row))
+    most = max(smallest, change.abs().max().item())
 
     rows = []
-    for i, row in enumerate(change):
+    for layer, row in enumerate(change.tolist()):
         cells = []
         for head, by in enumerate(row):
-            number = f"{100 * by:+.1f}" if classes else f"{by:+.2f}"
-            if float(number) == 0:
-                number = number[1:]  # no sign
-            number = number.replace("-", "&minus;")
-            tip = f"without head {head} of layer {i}: {after[i, head, chosen]:.4f}"
-            flips = ' class="flips"' if int(after[i, head].argmax()) != chosen else ""
+            answer = after[layer, head]
+            tip = f"without head {head} of layer {layer}: {answer[chosen]:.4f}"
             style = cell_style(0.5 - 0.5 * by / most, ORANGE_TO_BLUE)
-            cells.append((number, f'title="{tip}" style="{style}"{flips}'))
+            attributes = f'title="{tip}" style="{style}"'
+            if int(answer.argmax()) != chosen:
+                attributes += ' class="flips"'
+            cells.append((signed(by, classes), attributes))
         rows.append(cells)
     return rows
+
+
+def signed(change, classes):
+    """Write a change with its sign, as HTML: "+1.5". That of a probability is in points."""
+    number = f"{100 * change:+.1f}" if classes else f"{change:+.2f}"
+    if float(number) == 0:
+        number = number[1:]  # no sign
+    return number.replace("-", "&minus;")
 
 
 def sentence(loaded, texts):
@@ -213,10 +247,9 @@ def sentence(loaded, texts):
     chosen = int(before.argmax())
     if len(before) > 1:
         label, word = list(task.words.items())[chosen]
-        answer = f"<strong>{escape_html(word)}</strong> ({escape_html(label)}), "
-        answer += f"with a probability of {before[chosen]:.4f}"
+        answer = CLASS.format(escape_html(word), escape_html(label), before[chosen])
         what = "that probability changes, in percentage points,"
-        flips = " A frame marks heads without which it gives another answer."
+        flips = FLIPS
     else:
         answer, what, flips = f"{before[0]:.2f}", "that score changes", ""
 
@@ -224,13 +257,13 @@ def sentence(loaded, texts):
     for text in texts:
         dots = " …" if len(text) > SHOWN else ""
         shown += f"<p>{escape_html(text[:SHOWN])}{dots}</p>"
-    table = coloured_table(range(after.shape[1]), change_rows(before, after, chosen))
-    return (
-        f"<blockquote>{shown}</blockquote>\n"
-        f"<p>The pruned model says {answer}. The table shows how {what} when the output of one "
-        "head is set to zero. Blue heads speak for the answer: without them it falls. "
-        f"Orange heads speak against it.{flips}</p>\n"
-        f'<div class="wide changes">{table}</div>\n' + legend("against", "for", ORANGE_TO_BLUE)
+    return SENTENCE.format(
+        shown=shown,
+        answer=answer,
+        what=what,
+        flips=flips,
+        table=coloured_table(range(after.shape[1]), change_rows(before, after, chosen)),
+        legend=legend("against", "for", ORANGE_TO_BLUE),
     )
 
 
@@ -267,10 +300,11 @@ def pictures(masks, side):
     if side == 1:
         return {name: png(~mask.numpy(), 1) for name, mask in masks.items()}, 1.0
     blocks = {}
+    highest = 1e-6
     for name, mask in masks.items():
         # ceil_mode: the blocks at the edges may be smaller
         blocks[name] = F.avg_pool2d(mask.float()[None], side, ceil_mode=True)[0]
-    highest = max(1e-6, *(block.max().item() for block in blocks.values()))
+        highest = max(highest, blocks[name].max().item())
     found = {}
     for name, block in blocks.items():
         grey = (255 - 255 * block / highest).round().byte()
@@ -281,35 +315,31 @@ def pictures(masks, side):
 def layer_cards(groups, masks, head_size, side):
     """Show the pictures of each layer, as buttons that open them."""
     images, highest = pictures(masks, side)
-    scale = f'data-side="{side}" data-highest="{highest}"'
+    # What the script of the page reads of a button, by group.
+    data = dict.fromkeys(groups, f'data-side="{side}" data-highest="{highest}"')
+    for group in ("query", "key", "value"):
+        data[group] += f' data-rows-per-head="{head_size}"'
+    data["attn_output"] += f' data-columns-per-head="{head_size}"'
+
     cards = []
-    for i, names in enumerate(zip(*groups.values(), strict=True)):
+    for layer, names in enumerate(zip(*groups.values(), strict=True)):
         buttons, notes = [], []
         for group, name in zip(groups, names, strict=True):
             title = group.replace("_", " ").replace("attn", "attention")
-            notes.append(f"{title} {masks[name].float().mean().item():.3f}")
-            data = scale
-            if group in ("query", "key", "value"):
-                data += f' data-rows-per-head="{head_size}"'
-            if group == "attn_output":
-                data += f' data-columns-per-head="{head_size}"'
-            caption = f"layer {i}, {title}"
-            buttons.append(matrix_button(group, i, caption, masks[name], images[name], data))
-        buttons.append(f"<div><h3>Layer {i}</h3>{', '.join(notes)}</div>")
+            density = masks[name].float().mean().item()
+            notes.append(f"{title} {density:.3f}")
+            rows, columns = masks[name].shape
+            button = BUTTON.format(
+                group=group,
+                layer=layer,
+                caption=f"layer {layer}, {title}: {rows} × {columns}, density {density:.4f}",
+                data=data[group],
+                image=base64.b64encode(images[name]).decode(),
+            )
+            buttons.append(button)
+        buttons.append(f"<div><h3>Layer {layer}</h3>{', '.join(notes)}</div>")
         cards.append('<div class="layer">\n' + "\n".join(buttons) + "\n</div>")
     return "\n".join(cards)
-
-
-def matrix_button(group, layer, caption, mask, image, data):
-    """Show one mask as a button. data: attributes for the script of the page."""
-    rows, columns = mask.shape
-    density = mask.float().mean().item()
-    caption += f": {rows} × {columns}, density {density:.4f}"
-    source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-    return (
-        f'<button type="button" class="matrix {group}" id="{group}-{layer}" title="{caption}" '
-        f'{data}><img alt="the mask of {caption}" src="{source}"></button>'
-    )
 
 
 # --- the page ---------------------------------------------------------------------------------
@@ -317,54 +347,50 @@ def matrix_button(group, layer, caption, mask, image, data):
 
 def heading(loaded):
     """Describe the run and its result -> {"title": ..., "what": ..., "found": ...}."""
-    result, masks = loaded.result, loaded.masks
-    model = printable(Path(result["model"]).name)  # without its path, as the page may be published
-    kept = sum(mask.sum().item() for mask in masks.values())
-    total = sum(mask.numel() for mask in masks.values())
+    result, masks = loaded.result, loaded.masks.values()
+    name = printable(model_name(result["model"]))  # without its path: the page may be published
+    kept = sum(mask.sum().item() for mask in masks)
+    total = sum(mask.numel() for mask in masks)
     density = kept / total
-    what = f"Task {result['task']}, backbone {model}, method {result['method']}. "
-    what += f"{kept:,} of {total:,} weights are kept: "
-    what += f"density {density:.4f}, sparsity {1 - density:.4f}."
-
-    known = {"seed": "seed {}", "steps": "{} steps", "seconds": "{} seconds", "commit": "commit {}"}
-    facts = []
-    for key, template in known.items():
-        if result.get(key) is not None:
-            facts.append(template.format(result[key]))
-    facts += [result["device"], result["dtype"]]
-    found = f"Dev {show(result['final'])} ({', '.join(facts)})."
-    title = f"{result['task']}: a mask for {model}"
-    return {"title": escape_html(title), "what": escape_html(what), "found": escape_html(found)}
+    counts = {"name": name, "kept": kept, "total": total}
+    counts |= {"density": density, "sparsity": 1 - density}
+    parts = {
+        "title": f"{result['task']}: a mask for {name}",
+        "what": WHAT.format_map(result | counts),
+        "found": f"Dev {show(result['final'])} ({facts(result)}).",
+    }
+    return {key: escape_html(text) for key, text in parts.items()}
 
 
-def make_page(loaded, log, texts):
-    """Make the page -> bytes. Its pictures are as fine as LARGEST allows."""
+def make_page(loaded, log, texts, largest=LARGEST):
+    """Make the page -> bytes. Its pictures are as fine as the largest size allows."""
     model, masks = loaded.model, loaded.masks
     groups = {group: list(weights) for group, weights in model.prunable().items()}
-    table = np.array(list(densities(groups, masks).values())).T  # [layers, groups]
-    heads = head_densities(groups, masks, model.config.layers[0][0])  # [layers, heads]
-    digits = 0 if heads.max() > 0.1 else 1  # decimal digits of the percentages
     names = []
     for group in groups:
         name = group.replace("attn_", "attention ")
         names.append(name.replace("intermediate", "inter&shy;mediate"))
-    parts = heading(loaded) | {
-        "densities": density_table(names, table, lambda v: f"{v:.3f}"),
-        "heads": density_table(range(heads.shape[1]), heads, lambda v: f"{100 * v:.{digits}f}"),
-        "curves": curves(log),
-        "sentence": sentence(loaded, texts),
-    }
+    table = np.array(list(densities(groups, masks).values())).T  # [layers, groups]
+    heads = head_densities(groups, masks, model.config.layers[0][0])  # [layers, heads]
+    digits = 0 if heads.max() > 0.1 else 1  # decimal digits of the percentages
+    parts = heading(loaded)
+    parts["densities"] = density_table(names, table, lambda v: f"{v:.3f}")
+    parts["heads"] = density_table(range(heads.shape[1]), heads, lambda v: f"{100 * v:.{digits}f}")
+    parts["curves"] = curves(log)
+    parts["sentence"] = sentence(loaded, texts)
 
     template = Template(TEMPLATE.read_text("utf-8"))
     side = 1
     while True:
-        note = "A pixel is a weight: black is kept, white is removed."
+        parts["pictures"] = "A pixel is a weight: black is kept, white is removed."
         if side > 1:
-            note = f"A pixel is a block of {side} × {side} weights. "
-            note += "White keeps none of them, and darker blocks keep more."
-        layers = layer_cards(groups, masks, model.config.head_size, side)
-        page = template.substitute(parts, pictures=note, layers=layers).encode()
-        if len(page) < LARGEST:
+            parts["pictures"] = (
+                f"A pixel is a block of {side} × {side} weights. "
+                "White keeps none of them, and darker blocks keep more."
+            )
+        parts["layers"] = layer_cards(groups, masks, model.config.head_size, side)
+        page = template.substitute(parts).encode()
+        if len(page) < largest:
             return page
         side *= 2
 
@@ -380,37 +406,28 @@ def main(argv=None):
     add("--text", help="show each attention head's part in the answer to this text")
     add("--pair", help="the second text, if the task takes two")
     add("--model", metavar="FOLDER", help="where the backbone is now")
+    parser.set_defaults(text_file=None)  # which eval.py takes too
     args = parser.parse_args(argv)
     loaded = load_run(args.run, args.model)
     if not loaded.masks:
         raise ValueError(f"{args.run} has no mask to look at")
-    texts = read_texts(TASKS[loaded.result["task"]], args)
+    texts = texts_of(TASKS[loaded.result["task"]], args)
     page = make_page(loaded, args.run / "log.jsonl", texts)
-    try:
-        write_whole(args.out, page)
-    except OSError as error:
-        raise ValueError(f"--out: {args.out} cannot be written: {error.strerror}") from None
+    write_whole(args.out, page)
     print(f"{args.out}: {len(page) / 1e6:.2f} MB, for any browser")
 
 
-def read_texts(task, args):
-    """Return --text and --pair, or an example.
-
-    Raises ValueError if the task takes another number of texts, or none.
-    """
-    if args.text is None and args.pair is not None:
-        raise ValueError("--pair needs --text")
+def texts_of(task, args):
+    """Return --text and --pair, or an example. Raises ValueError if the task takes others."""
     if args.text is None:
+        if args.pair is not None:
+            raise ValueError("--pair needs --text")
         return EXAMPLES[len(task.text)]
     if task.format_answer:
         raise ValueError(
             "--text: heads are shown for an answer of one class or score, which this task has not"
         )
-    texts = (args.text,) if args.pair is None else (args.text, args.pair)
-    if len(texts) != len(task.text):
-        flags = "--text without --pair" if len(task.text) == 1 else "--text and --pair"
-        raise ValueError(f"this task takes {flags}")
-    return texts
+    return read_texts(args, len(task.text))[0]
 
 
 if __name__ == "__main__":

@@ -24,11 +24,14 @@ def head_densities(groups, masks, heads):
 
     A head owns rows of query, key and value, and columns of the attention output.
     """
-    kinds = [[masks[name] for name in groups[group]] for group in ("query", "key", "value")]
-    kinds.append([masks[name].T for name in groups["attn_output"]])
     found = []  # [4 kinds, layers, heads]
-    for kind in kinds:
-        found.append([mask.float().reshape(heads, -1).mean(1).tolist() for mask in kind])
+    for group in ("query", "key", "value", "attn_output"):
+        layers = []
+        for name in groups[group]:
+            mask = masks[name].T if group == "attn_output" else masks[name]
+            by_head = mask.float().reshape(heads, -1)
+            layers.append(by_head.mean(1).tolist())
+        found.append(layers)
     return np.array(found).mean(0)
 
 
@@ -37,9 +40,13 @@ def head_map(found):
 
     found: what head_densities() returns.
     """
-    lines = ["heads, % " + "".join(f"{h:>4}" for h in range(found.shape[1]))]
-    for i, row in enumerate(found):
-        lines.append(f"layer {i:<3}" + "".join(f" {shade(v, found, 1)}{100 * v:2.0f}" for v in row))
+    layers, heads = found.shape
+    lines = ["heads, % " + "".join(f"{h:>4}" for h in range(heads))]
+    for i in range(layers):
+        line = f"layer {i:<3}"
+        for value in found[i]:
+            line += f" {shade(value, found, 1)}{100 * value:2.0f}"
+        lines.append(line)
     return lines
 
 
@@ -51,23 +58,29 @@ def comparison(groups, a, b):
     """
     if {n: m.shape for n, m in a.items()} != {n: m.shape for n, m in b.items()}:
         raise ValueError("the two masks are of models of different shapes; they cannot be compared")
-    kept = {name: mask.sum().item() for name, mask in a.items()}
-    shared = {name: (a[name] & b[name]).sum().item() for name in a}
-    chance = {name: mask.float().mean().item() for name, mask in b.items()}
-
     names = [group.replace("_", " ").replace("intermediate", "intermed.") for group in groups]
     lines = ["share of the first mask's weights that the second keeps too (by chance)"]
     lines.append(table_row("shared", names))
+
+    total = total_shared = total_by_chance = 0
     for i, layer in enumerate(zip(*groups.values(), strict=True)):
-        cells = [f"{shared[name] / max(kept[name], 1):.2f} ({chance[name]:.2f})" for name in layer]
+        cells = []
+        for name in layer:
+            kept = a[name].sum().item()
+            shared = (a[name] & b[name]).sum().item()
+            chance = b[name].float().mean().item()
+            cells.append(f"{shared / max(kept, 1):.2f} ({chance:.2f})")
+            total += kept
+            total_shared += shared
+            total_by_chance += kept * chance
         lines.append(table_row(f"layer {i}", cells))
 
-    total = max(sum(kept.values()), 1)
-    share = sum(shared.values()) / total
-    by_chance = sum(kept[name] * chance[name] for name in a) / total
+    share = total_shared / max(total, 1)
+    by_chance = total_by_chance / max(total, 1)
     text = "of what the first mask keeps is kept by the second too; chance would share"
-    note = "much is not the task: on movies, a mask of shuffled labels shared 0.76"
-    return [*lines, note, f"{share:.3f} {text} {by_chance:.3f}"]
+    lines.append("much is not the task: on movies, a mask of shuffled labels shared 0.76")
+    lines.append(f"{share:.3f} {text} {by_chance:.3f}")
+    return lines
 
 
 # --- pictures ---------------------------------------------------------------------------------
@@ -125,12 +138,12 @@ def read_log(path):
             if "dev" in line:
                 evaluations.append(line)
                 numbers = [line["step"], *line["dev"].values()]
+                same_metrics = line["dev"].keys() == evaluations[0]["dev"].keys()
             else:
                 losses.append(line)
                 numbers = [line["step"], line["density"], line["loss"]]
-            good = all(type(value) in (int, float) and abs(value) < LARGEST for value in numbers)
-            if evaluations and evaluations[-1]["dev"].keys() != evaluations[0]["dev"].keys():
-                good = False  # the same metrics must be in all evaluations
+                same_metrics = True
+            good = same_metrics and all(map(can_be_drawn, numbers))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             good = False
         if not good:
@@ -138,19 +151,27 @@ def read_log(path):
     return losses, evaluations
 
 
-def plot_run(path, title, found, losses, evaluations):
-    """Draw densities() beside the training curves that read_log() found."""
+def can_be_drawn(value):
+    return type(value) in (int, float) and abs(value) < LARGEST
+
+
+def plot_run(path, run, found, log):
+    """Draw densities() of a loaded run beside its training curves, if there is a log of them."""
+    losses, evaluations = read_log(log) if log.exists() else ([], [])
     figure = figure_of(11, 4.2)
     left, right = figure.subplots(1, 2)
     draw_densities(left, found)
+    result = run.result
+    title = f"{result['task']}, {result['method']}, density {result['density']:.2f}"
     left.set_title(f"{title}: share of weights kept", fontsize=10)
 
     steps = [line["step"] for line in losses]
     right.plot(steps, [line["density"] for line in losses], label="density")
     right.plot(steps, [line["loss"] for line in losses], label="training loss", lw=0.8)
+    steps = [line["step"] for line in evaluations]
     for metric in evaluations[0]["dev"] if evaluations else ():
-        points = [(line["step"], line["dev"][metric]) for line in evaluations]
-        right.plot(*zip(*points, strict=True), "o-", label=f"dev {metric}")
+        values = [line["dev"][metric] for line in evaluations]
+        right.plot(steps, values, "o-", label=f"dev {metric}")
     right.set_xlabel("step")
     right.xaxis.get_major_locator().set_params(integer=True)
     right.set_ylim(bottom=0)
@@ -161,13 +182,17 @@ def plot_run(path, title, found, losses, evaluations):
 def draw_densities(axes, found):
     """Draw densities {group: [value per layer]} as a heat map with numbers."""
     table = np.array(list(found.values())).T  # [layers, groups]
-    low, high = min(table.min(), table.max() - 0.01), table.max()
+    layers, columns = table.shape
+    high = table.max()
+    low = min(table.min(), high - 0.01)
     image = axes.imshow(table, vmin=low, vmax=high, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(found)), [name.replace("_", "\n") for name in found], fontsize=8)
-    axes.set_yticks(range(len(table)), [f"layer {i}" for i in range(len(table))], fontsize=8)
-    for (i, j), v in np.ndenumerate(table):
-        color = "black" if v > low + 0.6 * (high - low) else "white"
-        axes.text(j, i, f"{v:.3f}", ha="center", va="center", color=color, fontsize=8)
+    names = [name.replace("_", "\n") for name in found]
+    axes.set_xticks(range(columns), names, fontsize=8)
+    axes.set_yticks(range(layers), [f"layer {i}" for i in range(layers)], fontsize=8)
+    for (i, j), value in np.ndenumerate(table):
+        light = value > low + 0.6 * (high - low)
+        color = "black" if light else "white"
+        axes.text(j, i, f"{value:.3f}", ha="center", va="center", color=color, fontsize=8)
     axes.figure.colorbar(image, ax=axes)
 
 
@@ -184,25 +209,27 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if len(args.runs) > (1 if args.out else 2):
         parser.error("a picture is of one run, a comparison of two")
-    loaded = [load_run(run, args.model) for run in args.runs]
-    for path, run in zip(args.runs, loaded, strict=True):
+    loaded = []
+    for path in args.runs:
+        run = load_run(path, args.model)
         if not run.masks:
             raise ValueError(f"{path} has no mask to look at")
+        loaded.append(run)
 
-    result, _, model, _, masks = loaded[0]
-    groups = {group: list(weights) for group, weights in model.prunable().items()}
+    first = loaded[0]
+    groups = {group: list(weights) for group, weights in first.model.prunable().items()}
+    found = densities(groups, first.masks)
     if len(loaded) == 2:
-        print("\n".join(comparison(groups, masks, loaded[1].masks)))
+        lines = comparison(groups, first.masks, loaded[1].masks)
     elif args.out:
         log = args.runs[0] / "log.jsonl"
-        curves = read_log(log) if log.exists() else ([], [])
-        title = f"{result['task']}, {result['method']}, density {result['density']:.2f}"
-        plot_run(args.out, title, densities(groups, masks), *curves)
-        print(f"{args.out}: the mask{' and the training curves' if any(curves) else ''}")
+        plot_run(args.out, first, found, log)
+        lines = [f"{args.out}: the mask{' and the training curves' if log.exists() else ''}"]
     else:
-        heads = head_densities(groups, masks, model.config.layers[0][0])
-        print("\n".join(shaded_table("density", densities(groups, masks))))
-        print("\n".join(head_map(heads)))
+        heads = head_densities(groups, first.masks, first.model.config.layers[0][0])
+        lines = shaded_table("density", found) + head_map(heads)
+    for line in lines:
+        print(line)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,15 @@ SMALL = ["--layers", "3", "--hidden", "64", "--batch", "2", "--length", "8", "--
 SMALL += ["--device", "cpu"]
 
 
-@pytest.mark.parametrize("method", ["smp-s", "movement"])
-def test_a_line_of_json_comes_last(capsys, monkeypatch, method):
+@pytest.fixture
+def peaks_are_known(monkeypatch):
+    """Measuring them takes seconds."""
     monkeypatch.setattr(bench, "matrix_peak", lambda *_: 1e12)
     monkeypatch.setattr(bench, "copy_bandwidth", lambda *_: 1e12)
-    monkeypatch.setattr(bench, "BERT_WORDS", 100)
+
+
+@pytest.mark.parametrize("method", ["smp-s", "movement"])
+def test_a_line_of_json_comes_last(capsys, peaks_are_known, method):
     bench.main([*SMALL, "--dtype", "float32", "--method", method])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (
@@ -30,7 +34,7 @@ def test_a_line_of_json_comes_last(capsys, monkeypatch, method):
 
 def test_a_model_of_ones_own(capsys, make_model, fails):
     folder = str(make_model())
-    bench.main([*SMALL[4:], "--inference", "--model", folder])
+    bench.main([*SMALL[4:], "--model", folder])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (
         line["model"] == folder
@@ -38,18 +42,10 @@ def test_a_model_of_ones_own(capsys, make_model, fails):
         and "layers" not in line
         and "method" not in line
     )
-    for wrong in (
-        ["--model", folder],
-        ["--inference"],
-        ["--inference", "--model", folder, "--compile"],
-    ):
-        assert "--inference needs --model" in fails(bench.main, wrong)
-    assert "there is no folder" in fails(
-        bench.main, ["--inference", "--model", f"{folder}/x", "--device", "cpu"]
-    )
-    assert "--length: " in fails(
-        bench.main, ["--inference", "--model", folder, "--length", 64, "--device", "cpu"]
-    )
+    missing = ["--model", f"{folder}/x", "--device", "cpu"]
+    assert "there is no folder" in fails(bench.main, missing)
+    long = ["--model", folder, "--length", 64, "--device", "cpu"]
+    assert "--length: " in fails(bench.main, long)
 
 
 def test_operations_by_hand():
@@ -75,10 +71,7 @@ def test_the_floor_by_hand():
     assert bench.lower_bound_ms(args, learner, 1, 1) == 1000 * (bench.flops(args) + moved)
 
 
-def test_a_language_model_is_timed_too(capsys, make_gpt2, monkeypatch):
-    monkeypatch.setattr(bench, "matrix_peak", lambda *_: 1e12)
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda *_: 1e12)
-    monkeypatch.setattr(bench, "GPT2_WORDS", 50)
+def test_a_language_model_is_timed_too(capsys, make_gpt2, peaks_are_known):
     bench.main([*SMALL, "--dtype", "float32", "--gpt2"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (
@@ -87,8 +80,9 @@ def test_a_language_model_is_timed_too(capsys, make_gpt2, monkeypatch):
     # All layers see all tokens. The head is a product forward and one for the gradients of its
     # inputs.
     layer = 16 * 2 * (12 * 64 * 64 + 2 * 8 * 64)
-    assert bench.flops(bench.parse_args([*SMALL, "--gpt2"])) == 3 * 3 * layer + 2 * 2 * 16 * 64 * 50
-    bench.main([*SMALL[4:], "--inference", "--model", str(make_gpt2())])
+    head = 2 * 2 * 16 * 64 * 50257
+    assert bench.flops(bench.parse_args([*SMALL, "--gpt2"])) == 3 * 3 * layer + head
+    bench.main([*SMALL[4:], "--model", str(make_gpt2())])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["evaluation"] > 0
 
 

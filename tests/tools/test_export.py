@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import eval as eval_
 import train
 from eval import load_run
-from plumbing import checkpoints, fetch
-from tools import card, export
+from plumbing import fetch
+from tools import export
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_the_exported_model_is_the_pruned_one(make_model, trained, tmp_path, nam
     assert (
         "AutoModel" if names == "encoder" else "AutoModelForMaskedLM"
     ) + ".from_pretrained" in readme
-    assert "'great' (id 8) for 1" in readme
+    assert "'1': 'great'" in readme and "[..., [7, 8]])" in readme
     assert (out / "config.json").read_bytes() == (model / "config.json").read_bytes()
 
 
@@ -106,8 +106,8 @@ def test_what_was_trained_is_not_called_unchanged(make_model, trained, tmp_path,
     )
     export.main([str(run), str(out)])
     readme = (out / "README.md").read_text()
-    assert f"its weights trained ({method})" in readme and "add_pooling_layer=False" in readme
-    assert ("removed are zero" in readme) == (method == "movement")
+    trained_what = readme.split(f"m, method {method}; what trained: ")[1]
+    assert "weights" in trained_what.split(" (vectors")[0]
 
 
 def test_biases_that_trained_beside_a_mask_are_exported(make_model, trained, tmp_path):
@@ -129,11 +129,7 @@ def test_biases_that_trained_beside_a_mask_are_exported(make_model, trained, tmp
             tensor, weight * loaded.masks.get(loaded.model.canonical(name), torch.tensor(True))
         )
     assert any((found[name] != before[name]).any() for name in found if "LayerNorm.bias" in name)
-    assert (
-        "biases and LayerNorms trained; the weights" in (tmp_path / "out" / "README.md").read_text()
-    )
-    export.main([str(run), str(tmp_path / "mask"), "--mask"])
-    assert "its biases and LayerNorms trained too" in (tmp_path / "mask" / "README.md").read_text()
+    assert "what trained: scores, vectors" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_cannot_be_exported_is_refused(make_model, trained, fails, tmp_path):
@@ -148,50 +144,43 @@ def test_a_failed_export_leaves_nothing_and_can_be_made_again(
     folder, out = finished, tmp_path / "out"
     before = sorted(path.name for path in tmp_path.iterdir())
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write_files, disk_is_full = export.write_files, [True]
 
-    for flags in ([], ["--compact"]):
-        with monkeypatch.context() as patched:
-            for place in (export, checkpoints):  # --compact packs there
-                patched.setattr(place, "pack_weights", full)
-            assert "No space left" in fails(export.main, [folder, out, *flags])
+    def write(*given):
+        if disk_is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_files(*given)
+
+    monkeypatch.setattr(export, "write_files", write)
+    for flags in ([], ["--compact"], ["--mask"]):
+        assert "No space left" in fails(export.main, [folder, out, *flags])
         assert sorted(path.name for path in tmp_path.iterdir()) == before
+    disk_is_full.clear()
     out.mkdir()  # empty: may be filled
     export.main([str(folder), str(out)])
     assert (out / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("main", [train.main, eval_.main, export.main])
+@pytest.mark.parametrize("main", [eval_.main, export.main])
 def test_weights_of_a_run_are_checked_wherever_they_are_read(
-    make_model, trained, fails, glue, tmp_path, main
+    make_model, trained, fails, tmp_path, main
 ):
     folder = trained(make_model(), "--method", "finetune")
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-9] ^= 1
     (folder / "model.safetensors").write_bytes(content)
-    argv = {
-        train.main: ["--model", folder, "--data-dir", glue, "--out", tmp_path / "x", "--length", 16]
-    }
-    argv |= {eval_.main: [folder], export.main: [folder, tmp_path / "x"]}
-    assert "model.safetensors: sha256 is" in fails(main, argv[main])
+    argv = [folder] if main == eval_.main else [folder, tmp_path / "x"]
+    assert "model.safetensors: sha256 is" in fails(main, argv)
 
 
 # --- cards ----------------------------------------------------------------------------------------
 
 
 def metadata(readme):
-    """A card -> {key: value} of its metadata.
-
-    Values are JSON, and so are those of the one list of mappings.
-    """
+    """A card -> {key: value} of its metadata, all as text."""
     assert readme.startswith("---\n")
     lines = readme.split("---\n")[1].splitlines()
-    pairs = [
-        line.strip().removeprefix("- ").split(": ", 1) for line in lines if not line.endswith(":")
-    ]
-    assert [line for line in lines if line.endswith(":")] == ["model-index:", "  results:"]
-    return {key: json.loads(value) for key, value in pairs}
+    return dict(line.split(": ", 1) for line in lines)
 
 
 @pytest.mark.parametrize("head", ["words", "classifier"])
@@ -201,82 +190,53 @@ def test_a_mask_that_was_exported_gives_the_same_result_elsewhere(
     model = make_model("secret")
     run, out = trained(model, "--head", head, "--seed", 7), tmp_path / "shared"
     export.main([str(run), str(out), "--mask"])
-    assert sorted(path.name for path in out.iterdir()) == [
-        "README.md",
-        "adapter_config.json",
-        "mask.safetensors",
-    ]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "mask.safetensors"]
     out = out.rename(tmp_path / "elsewhere")
     assert (out / "mask.safetensors").read_bytes() == (run / "mask.safetensors").read_bytes()
-    (run / "result.json").unlink()
+    (run / "result.json").rename(run / "moved.json")
     model = model.rename(tmp_path / "moved")
     capsys.readouterr()
     eval_.main([f"{out}/mask.safetensors", "--model", str(model), "--device", "cpu"])
     told = [line for line in capsys.readouterr().out.splitlines() if "accuracy" in line]
     assert told[0].split(": ")[1] == told[1].removeprefix("training reported ")
 
-    adapter = json.loads((out / "adapter_config.json").read_text())
-    loaded = load_run(out / "mask.safetensors", str(model))
-    weights = (model / "model.safetensors").read_bytes()
-    assert adapter["base_model_sha256"] == export.sha256(weights)
-    assert adapter["base_model_fingerprint"] == loaded.result["fingerprint"]
-    assert adapter["label_words"] == {"0": "terrible", "1": "great"} and adapter["max_length"] == 16
-    kept = sum(mask.sum().item() for mask in loaded.masks.values())
-    assert adapter["density"] == kept / sum(mask.numel() for mask in loaded.masks.values()) == 0.5
+    result = json.loads((run / "moved.json").read_text())
     readme = (out / "README.md").read_text()
-    for text in (readme, json.dumps(adapter)):  # a folder's name, but not where it stood
-        assert "secret" in text and str(tmp_path) not in text
-    assert "base_model:" not in readme and "--model BACKBONE" in readme and "--data-dir" in readme
-    assert ("in the mask's file" in readme) == (head == "classifier")
-    known = loaded.result["final"]["accuracy"]
-    (found,) = metadata(readme)["metrics"]  # the last line of that name: of the results
-    assert found["value"] == known and "seed 7" in found["name"] and found["type"] == "accuracy"
-    assert metadata(readme)["library_name"] == card.OURS
+    assert "secret" in readme and str(tmp_path) not in readme  # a folder's name, not its place
+    assert "density of 0.5000" in readme and "seed 7, 3 steps" in readme
+    assert f"accuracy {result['final']['accuracy']:.4f}" in readme
+    assert result["fingerprint"] in readme and "base_model" not in readme
+    assert metadata(readme)["library_name"] == export.OURS
 
 
 def test_a_card_names_what_the_hub_knows(finished):
     result = json.loads((finished / "result.json").read_text())
-    assert "base_model" not in metadata(card.front_matter(result, "transformers", "adapter"))
     for model, base in [
         ("minilm", "sentence-transformers/all-MiniLM-L6-v2"),
         ("gpt2", "openai-community/gpt2"),
     ]:
-        known = metadata(card.front_matter(result | {"model": model}, "transformers", "adapter"))
-        assert known["base_model"] == base and known["base_model_relation"] == "adapter"
-    assert "--model" not in card.mask_card(result | {"model": "minilm"}, 1, 2)
-    for name in fetch.MODELS:  # all that can be fetched have a name there
-        assert "/" in card.backbone({"model": name})[1]
-
-    glue = result | {"task": "mnli", "words": {}, "data_dir": None}
-    glue["final"] = {"accuracy": 0.5, "accuracy dev_mismatched": 0.25}
-    text = card.front_matter(glue, "transformers")
-    assert metadata(text)["datasets"] == ["nyu-mll/glue"] and text.count("- task") == 2
-    assert (
-        '"config": "mnli", "split": "dev_matched"' in text and '"split": "dev_mismatched"' in text
-    )
-    assert "datasets" not in metadata(
-        card.front_matter(glue | {"data_dir": "mine"}, "transformers")
-    )
+        card = export.card(result | {"model": model}, "transformers", "Use it.").decode()
+        assert metadata(card)["base_model"] == base
+        assert metadata(card)["tags"] == '[pruning, sparsity, static-model-pruning, "smp-s"]'
+        assert f"\n{model}, method smp-s; what trained: scores" in card and card.endswith("Use it.")
+    assert fetch.MODELS.keys() <= export.HUB.keys()  # all that can be fetched have a name there
 
 
 def test_no_name_breaks_a_card(finished):
     result = json.loads((finished / "result.json").read_text())
     bad = 'a: "b"\n---\n\x85\u2028- {x} \ud800 \U0001f600'
     result |= {"model": bad, "seed": bad, "commit": bad, "final": {bad: 1.0}}
-    for text in (card.front_matter(result, card.OURS), card.mask_card(result, 1, 2)):
-        text.encode()
-        assert text.count("\n---\n") == 1 and metadata(text)["metrics"][0]["value"] == 1.0
-        assert "\x85" not in text and "\u2028" not in text
+    card = export.card(result, export.OURS, "").decode()
+    assert card.count("\n---\n") == 1 and metadata(card)["library_name"] == export.OURS
+    assert "\x85" not in card and "\u2028" not in card
 
 
 @pytest.mark.parametrize("way", [[], ["--compact"]])
 def test_every_exported_folder_has_a_card(finished, tmp_path, way):
     export.main([str(finished), str(tmp_path / "out"), *way])
     known = metadata((tmp_path / "out" / "README.md").read_text())
-    assert (
-        known["library_name"] == (card.OURS if way else "transformers") and "smp-s" in known["tags"]
-    )
-    assert known["metrics"][0]["name"].startswith("accuracy, seed 0, 20 steps")
+    assert known["library_name"] == (export.OURS if way else "transformers")
+    assert "seed 0, 20 steps" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("method", ["finetune", "movement"])

@@ -163,15 +163,15 @@ def test_the_page_holds_the_run_and_nothing_from_elsewhere(made):
         assert word in parsed.words
 
 
-def test_a_page_is_small_whatever_the_model(run, make_model, tmp_path, monkeypatch):
+def test_a_page_is_small_whatever_the_model(run, make_model, tmp_path):
     loaded = load_run(run(model=make_model(**WIDE)))
     log = tmp_path / "run" / "log.jsonl"
     whole = page.make_page(loaded, log, ("good",)).decode()
     assert pictures(Balanced(whole))["query-0"].shape == (64, 64)
-    monkeypatch.setattr(page, "LARGEST", len(whole) - 1000)
-    text = page.make_page(loaded, log, ("good",)).decode()
+    largest = len(whole) - 1000
+    text = page.make_page(loaded, log, ("good",), largest).decode()
     side = int(re.search(r"block of (\d+) × \1 weights", text)[1])
-    assert side > 1 and len(text.encode()) < page.LARGEST
+    assert side > 1 and len(text.encode()) < largest
     found = pictures(Balanced(text))
     assert (
         found["query-0"].shape == (64 // side, 64 // side)
@@ -195,7 +195,7 @@ def test_long_logs_are_thinned():
         and found[0] == (4.5, 0.5)
         and page.thinned(points[:3]) == points[:3]
     )
-    assert page.curve("flat", [(1, 2.0), (2, 2.0)]).count("<text") == 4  # no axis from 2 to 2
+    assert page.curve("flat", [(1, 2.0), (2, 2.0)]).count(">2</text") == 2  # a step and one value
     assert "NaN" not in page.curve("one", [(1, 2.0)]) and "nan" not in page.curve("one", [(1, 2.0)])
 
 
@@ -283,9 +283,10 @@ def test_errors(run, finished, fails, tmp_path):
     )
     assert "--pair needs --text" in fails(page.main, [folder, "--out", out, "--pair", "b"])
     assert "--out" in fails(page.main, [folder])
-    assert f"--out: {tmp_path} cannot be written" in fails(page.main, [folder, "--out", tmp_path])
+    assert f"'{tmp_path}'" in fails(page.main, [folder, "--out", tmp_path])
     (tmp_path / "file").write_text("")
-    assert "--out: " in fails(page.main, [folder, "--out", tmp_path / "file" / "page.html"])
+    said = fails(page.main, [folder, "--out", tmp_path / "file" / "page.html"])
+    assert f"{tmp_path}/file" in said
     write_whole(folder / "log.jsonl", b"no log\n")
     assert "log.jsonl:1 is not a line" in fails(page.main, [folder, "--out", out])
     assert not out.exists()
@@ -305,14 +306,14 @@ CONFINED = bool(CHROMIUM) and Path(CHROMIUM).resolve().name == "snap"  # it read
     not CHROMIUM or CONFINED, reason="there is no chromium here that reads any file"
 )
 @pytest.mark.parametrize("side", [1, 2])
-def test_the_page_opens_in_a_browser(run, make_model, tmp_path, monkeypatch, side):
+def test_the_page_opens_in_a_browser(run, make_model, tmp_path, side):
     """Its script reads a picture, and finds what the mask has; the console stays empty."""
     loaded = load_run(run(model=make_model(**WIDE)))
     texts = ("</script><script>document.title = 'broken'</script>",)
     text = page.make_page(loaded, tmp_path / "run" / "log.jsonl", texts)
     if side == 2:
-        monkeypatch.setattr(page, "LARGEST", len(text) - 1000)
-        text = page.make_page(loaded, tmp_path / "run" / "log.jsonl", texts)
+        largest = len(text) - 1000
+        text = page.make_page(loaded, tmp_path / "run" / "log.jsonl", texts, largest)
     assert text.count(b"describe(0, 0)") == 1
     (tmp_path / "page.html").write_bytes(text.replace(b"describe(0, 0)", b"describe(9, 21)"))
 

@@ -1,0 +1,419 @@
+"""Make the runs of a list, several side by side, and show them as a table or as curves.
+
+A list is a text file with one command of train.py per line, and `--seed=10-14` stands for five. A
+line [NAME] names a row of the table, for the commands below it. Without one, a row is named by its
+flags. Lines that begin with # are comments. Results have one JSON line per run. A run is missing
+when no line has its flags.
+
+    python -m tools.runs run results/lists/main.txt --at-once 4   # make what is missing
+    python -m tools.runs table results/lists/main.txt --average   # mean and deviation over seeds
+    python -m tools.runs plot results/lists/curve.txt --out curve.png
+
+To choose settings without dev, hold out rows of train, and name their folder in the list:
+
+    python -m tools.runs holdout mrpc --rows 600                  # then --data-dir=held
+    python -m tools.runs table results/lists/tuning.txt --best 1 --average
+"""
+
+import json
+import math
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data import TASKS, split_path
+from plumbing.cli import Parser, count, one_line_errors
+from plumbing.files import read_lines, write_whole
+from plumbing.progress import progress
+from tools.picture import plot_curves
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ROOT / "train.py"
+RESULTS = ROOT / "results" / "runs.jsonl"
+HELD = Path("held")  # where holdout writes
+TOGETHER = ("movies", "sst2")  # they share sentences, so averages count them as one task
+
+IN_A_ROW = ("--task=", "--model=", "--seed=")  # the flags that differ within a row of a table
+
+# --- lists and results ----------------------------------------------------------------------------
+
+
+def flags_of(command):
+    """Split a command into its flags.
+
+    "python train.py --lr 0.01 --dropout --seed=3" -> ["--lr=0.01", "--dropout", "--seed=3"]
+    """
+    flags = re.split(r"\s--", command)[1:]
+    return ["--" + "=".join(flag.split()) for flag in flags]
+
+
+def key_of(command):
+    """What identifies a run: its flags, in any order."""
+    return frozenset(flags_of(command))
+
+
+def label_of(command, hidden=IN_A_ROW):
+    """Name the row of a run: its flags, but for those that begin with one of `hidden`."""
+    label = [flag for flag in flags_of(command) if not flag.startswith(hidden)]
+    return " ".join(label).removeprefix("--method=")
+
+
+def expand(command):
+    """List the commands that `--seed=10-14` stands for."""
+    seeds = re.search(r"--seed[= ](\d+)-(\d+)", command)
+    if not seeds:
+        return [command]
+    first, last = map(int, seeds.groups())
+    return [command.replace(seeds[0], f"--seed={seed}") for seed in range(first, last + 1)]
+
+
+def read_list(path):
+    """Read a list -> {row: {key: command}}. Raises ValueError that names a line it cannot read."""
+    rows = {}
+    name = None
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        line = line.strip()
+        if line.startswith("["):
+            name = line.strip("[]")
+        elif line.startswith("python train.py"):
+            row = rows.setdefault(name or label_of(line), {})
+            row.update({key_of(command): command for command in expand(line)})
+        elif line and not line.startswith("#"):
+            raise ValueError(f"{path}:{number} is not a command of train.py, [NAME] or # comment")
+    return rows
+
+
+def read_results(path):
+    """Read results -> {key: line, a dict}.
+
+    Raises ValueError that names a line which is not the result of a run.
+    """
+    found = {}
+    for number, text in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            score(line)
+            found[key_of(line["command"])] = line
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is not the result of a run: {error!r}") from None
+    return found
+
+
+def read_rows(path, results):
+    """Read what to show -> {row: [lines]}. path: a list, or results, of which all are shown."""
+    if path.suffix == ".jsonl":
+        return group(read_results(path).values(), lambda line: label_of(line["command"]))
+    done = read_results(results)
+    rows = {}
+    for name, commands in read_list(path).items():
+        lines = [done[key] for key in commands if key in done]
+        if lines:
+            rows[name] = lines
+    if not rows:
+        raise ValueError(f"{results} has no run of {path}: python -m tools.runs run {path}")
+    return rows
+
+
+def group(lines, name_of):
+    """Group lines of results -> {name_of(line): [lines]}."""
+    groups = {}
+    for line in lines:
+        groups.setdefault(name_of(line), []).append(line)
+    return groups
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+class Started(NamedTuple):
+    command: str
+    gpu: str
+    folder: tempfile.TemporaryDirectory
+    process: subprocess.Popen
+
+
+def start(command, gpu):
+    """Start a run on a GPU, in a new folder."""
+    folder = tempfile.TemporaryDirectory()
+    home = Path(folder.name)
+    words = [sys.executable, TRAIN, *flags_of(command), "--out", home / "run"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+    with open(home / "errors", "wb") as errors:
+        output = {"stdout": subprocess.DEVNULL, "stderr": errors}
+        process = subprocess.Popen(words, env=environment, **output)
+    return Started(command, gpu, folder, process)
+
+
+def finish(run, results, where):
+    """Append the line of a run that has ended to the results -> [], or [the error] if it failed."""
+    with run.folder as folder:
+        if run.process.returncode:
+            errors = Path(folder, "errors").read_text("utf-8", "replace").strip()
+            last = errors.split("\n")[-1] or f"exit status {run.process.returncode}"
+            return [f"failed: {run.command}: {last}"]
+        result = json.loads(Path(folder, "run", "result.json").read_text("utf-8"))
+
+    for key in ("densities", "digest"):  # of every matrix, and of the file
+        result.pop(key, None)
+    line = result | where | {"command": run.command}
+    with open(results, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    return []
+
+
+def make_runs(commands, results, at_once):
+    """Make runs, `at_once` side by side -> the errors of those that failed, a line each.
+
+    However this ends, no run outlives it.
+    """
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    where = {"gpu": name, "at_once": at_once}
+    # The GPUs that this process may use, and without any [""].
+    numbers = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")
+    free = [gpus[slot % len(gpus)] for slot in range(at_once)]
+    waiting = list(commands)
+    running = []
+    failed = []
+    try:
+        with progress(None, "runs", total=len(commands), unit="run", leave=True) as bar:
+            while waiting or running:
+                while waiting and free:
+                    running.append(start(waiting.pop(0), free.pop(0)))
+                time.sleep(0.1)
+                for run in list(running):
+                    if run.process.poll() is not None:
+                        running.remove(run)
+                        free.append(run.gpu)
+                        failed += finish(run, results, where)
+                        bar.update()
+    finally:
+        for run in running:
+            run.process.kill()
+            run.process.wait()
+    return failed
+
+
+def make_missing(path, results, at_once):
+    """Make the runs of a list that the results lack. Raises ValueError if some fail."""
+    wanted = {}  # each once, though several rows may have it
+    for commands in read_list(path).values():
+        wanted |= commands
+    results.touch()
+    done = read_results(results)
+    missing = [command for key, command in wanted.items() if key not in done]
+    print(f"{path}: {len(missing)} of {len(wanted)} runs are missing in {results}", flush=True)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    failed = make_runs(missing, results, at_once)
+    if failed:
+        print("\n".join(failed))
+        raise ValueError(
+            f"{len(failed)} of {len(missing)} runs failed; the same command makes them again"
+        )
+
+
+# --- tables and curves ----------------------------------------------------------------------------
+
+
+def score(line):
+    """The first metric of a run's task, on the first dev set."""
+    return line["final"][TASKS[line["task"]].metrics[0]]
+
+
+def task_of(line):
+    return line["task"]
+
+
+def mean_of(lines, key):
+    return statistics.mean(line[key] for line in lines)
+
+
+# Each of these writes a cell of a table, given the lines of its row.
+
+
+def metric_cell(task, metric, lines):
+    """Mean ± standard deviation of a metric, and the number of seeds: "81.2 ± 0.4 (5)".
+
+    Shares are in percent. Where lower is better, as for perplexity, nothing is a share.
+    """
+    scale = 1 if TASKS[task].best is min else 100
+    values = [scale * line["final"][metric] for line in lines if line["task"] == task]
+    if not values:
+        return ""
+    text = f"{statistics.mean(values):.1f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.1f}"
+    return f"{text} ({len(values)})"
+
+
+def average(tasks, lines):
+    """The mean over tasks, in percent. The tasks of TOGETHER count as one. "" if one is missing."""
+    mine = group(lines, task_of)
+    if mine.keys() != tasks:
+        return ""
+    means = {}
+    for task, of_task in mine.items():
+        name = TOGETHER if task in TOGETHER else task
+        means.setdefault(name, []).append(statistics.mean(map(score, of_task)))
+    mean = statistics.mean(map(statistics.mean, means.values()))
+    return f"{100 * round(mean, 12):.1f}"  # the order of sums must not decide how 0.7405 is rounded
+
+
+def stored(lines):
+    """The mean size of what a task stores: trained numbers, and bits of the mask."""
+    numbers = mean_of(lines, "stored_numbers")
+    bits = mean_of(lines, "stored_bits")
+    parts = []
+    if numbers >= 1e5:
+        parts.append(f"{numbers / 1e6:.1f} M numbers")
+    elif numbers:
+        parts.append(f"{numbers:,.0f} numbers")
+    if bits:
+        parts.append(f"{bits / 1e6:.1f} Mbit")
+    return " + ".join(parts)
+
+
+def reached(lines):
+    """The density that training reached without trimming, or its range."""
+    densities = [line.get("reached", line["density"]) for line in lines]
+    low, high = min(densities), max(densities)
+    if high - low > 0.01:
+        return f"{low:.2f} to {high:.2f}"
+    return f"{densities[0]:.2f}"
+
+
+def minutes(lines):
+    return f"{mean_of(lines, 'seconds') / 60:.1f}"
+
+
+def table(rows, averages=False):
+    """Write {row: [lines]} as a Markdown table: the tasks, then what a run costs.
+
+    averages: whether to add the mean over tasks.
+    """
+    tasks = group(sum(rows.values(), []), task_of)
+    columns = {}  # {heading: the function that writes a cell}
+    for task in sorted(tasks, key=list(TASKS).index):
+        for metric in tasks[task][0]["final"]:
+            if metric.split()[0] == TASKS[task].metrics[0]:  # on every dev set
+                columns[f"{task}, {metric} (seeds)"] = partial(metric_cell, task, metric)
+    if averages:
+        columns["average"] = partial(average, tasks.keys())
+    columns |= {"stored a task": stored, "density reached": reached, "minutes": minutes}
+
+    written = [["method", *columns]]
+    written.append(["---"] * len(written[0]))
+    for name, lines in rows.items():
+        written.append([name] + [write(lines) for write in columns.values()])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in written)
+
+
+def setting_of(name, line):
+    """The name of a line's row, and the flags that it leaves open."""
+    label = label_of(line["command"], (*IN_A_ROW, "--steps=", "--data-dir="))
+    return " ".join([name, *(flag for flag in label.split() if flag not in name.split())])
+
+
+def standing(lines):
+    """Rank a setting: first by how many rounds it went through, then by its mean score."""
+    mean = statistics.mean(map(score, lines))
+    lower_is_better = TASKS[lines[0]["task"]].best is min
+    return len(lines), -mean if lower_is_better else mean
+
+
+def best_settings(rows, most):
+    """Keep at most `most` settings of each row, the best first -> {setting: [lines]}."""
+    found = {}
+    for name, lines in rows.items():
+        settings = group(lines, partial(setting_of, name)).items()
+        ranked = sorted(settings, key=lambda setting: standing(setting[1]), reverse=True)
+        found |= dict(ranked[:most])
+    return found
+
+
+def curves(rows):
+    """Collect curves of the first metric -> {"task, method": [(sparsity, mean, deviation)]}.
+
+    A row of one task is a point, and of a single seed the deviation is nan. Points are in the
+    order of sparsity.
+    """
+    found = {}
+    for row in rows.values():
+        for task, lines in group(row, task_of).items():
+            scores = [score(line) for line in lines]
+            deviation = statistics.stdev(scores) if len(scores) > 1 else math.nan
+            point = (lines[0]["sparsity"], statistics.mean(scores), deviation)
+            found.setdefault(f"{task}, {lines[0]['method']}", []).append(point)
+    return {name: sorted(points) for name, points in found.items()}
+
+
+# --- rows to tune on ------------------------------------------------------------------------------
+
+
+def hold_out(name, rows):
+    """Split the train file of a task in two -> HELD/FOLDER/train.tsv and dev.tsv.
+
+    The lines are always shuffled alike, and the last `rows` of them become dev.
+    """
+    if name not in TASKS or TASKS[name].read:
+        raise ValueError(f"{name} is not a task with a train.tsv")
+    task = TASKS[name]
+    source = split_path(name, "train", None)
+    if not source.exists():  # in the cache, on first use
+        task.fetch(task, "train")
+    lines = read_lines(source)
+    header = [lines.pop(0)] if isinstance(task.label, str) else []
+    random.Random(0).shuffle(lines)
+    for split, part in (("train", lines[:-rows]), (task.dev[0], lines[-rows:])):
+        path = HELD / task.folder / task.file.format(split)
+        write_whole(path, "\n".join([*header, *part, ""]).encode())
+        print(f"{path}: {len(part)} rows")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@one_line_errors()
+def main(argv=None):
+    parser = Parser(
+        prog="python -m tools.runs", description="Make the runs of a list, or show them."
+    )
+    add = parser.add_argument
+    add("do", choices=("run", "table", "plot", "holdout"))
+    add("list", type=Path, metavar="LIST", help="a text file of commands; for holdout, a task")
+    add("--results", type=Path, default=RESULTS, metavar="FILE", help="(results/runs.jsonl)")
+    add("--at-once", type=count, default=1, help="run: how many side by side, on all GPUs (1)")
+    add("--average", action="store_true", help="table: add the mean over tasks")
+    add("--best", type=count, metavar="N", help="table: only the N best settings of each row")
+    add("--out", type=Path, default=Path("curve.png"), metavar="FILE", help="plot: (curve.png)")
+    add("--rows", type=count, default=600, help="holdout: rows of train that become dev (600)")
+    args = parser.parse_args(argv)
+
+    if args.do == "holdout":
+        hold_out(str(args.list), args.rows)
+    elif args.do == "run":
+        make_missing(args.list, args.results, args.at_once)
+    elif args.do == "table":
+        rows = read_rows(args.list, args.results)
+        if args.best:
+            rows = best_settings(rows, args.best)
+        print(table(rows, args.average))
+    else:
+        plot_curves(args.out, curves(read_rows(args.list, args.results)), "dev score")
+        print(args.out)
+
+
+if __name__ == "__main__":
+    main()
