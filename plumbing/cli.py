@@ -33,6 +33,7 @@ ADVICE = {
     "BackendCompilerFailed": COMPILE,
     "No space left": "the disk is full; use another (train.py: --out; for downloads: SMP_CACHE)",
     "PanicException": "the model folder's tokenizer.json is damaged",  # from tokenizers
+    "home directory": "SMP_CACHE: name a folder for downloads",
     "stream is capturing": CAPTURE,
     "during capture": CAPTURE,
     "AcceleratorError": "the device failed; python train.py --resume RUN_DIR continues",
