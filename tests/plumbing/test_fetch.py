@@ -22,7 +22,7 @@ REPOSITORY = "/someone/tiny-bert/resolve"
 
 @pytest.fixture
 def hub(server, tmp_path):
-    """(files, folder): a hub that serves tiny-bert, whose main branch is at COMMIT, and its folder."""
+    """(files, folder): a hub that serves tiny-bert, and the folder that it serves."""
     files, _ = server
     folder = write_model(tmp_path / "original")
     for path in folder.iterdir():
