@@ -118,7 +118,7 @@ def add_flags(parser, title, flags, defaults=None, exclusive=False):
         group = group.add_mutually_exclusive_group()
     for name, (kind, text) in flags.items():
         default = (defaults or {}).get(name)
-        if default is not None:
+        if default is not None and default is not False:
             text += f" ({default})"
 
         if kind is bool:
