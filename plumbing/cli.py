@@ -184,10 +184,10 @@ def shaded_table(title, columns):
     """
     table = np.column_stack(list(columns.values()))  # [layers, columns]
     names = [name.replace("_", " ").replace("intermediate", "intermed.") for name in columns]
-    yield table_row(title, names)
+    lines = [table_row(title, names)]
     for i, row in enumerate(table):
-        yield table_row(f"layer {i}", [f"{shade(x, table, 5)} {x:.3f}" for x in row])
-    yield table_row("all", [f"{mean:.4f}" for mean in table.mean(0)])
+        lines.append(table_row(f"layer {i}", [f"{shade(x, table, 5)} {x:.3f}" for x in row]))
+    return [*lines, table_row("all", [f"{mean:.4f}" for mean in table.mean(0)])]
 
 
 # Six cells fit into 80 columns.
