@@ -65,6 +65,7 @@ class Task:
     # The splits beside "train", and their files.
     dev: tuple = ("dev",)
     file: str = "{}.tsv"  # the file name of a split
+    scores: tuple = (-1e30, 1e30)  # of a regression: the lowest and the highest that may occur
     skip_broken: bool = False  # leave out rows with the wrong number of columns
     fetch: Callable = fetch.by_hand  # (task, split): put the file of a split into the cache
 
@@ -95,7 +96,10 @@ TASKS = {
     "rte": Task("RTE", PAIR, "label", ENTAILMENT, ACCURACY, {"epochs": 100}),
     "mrpc": Task("MRPC", MRPC_PAIR, "Quality", NO_YES, ("accuracy", "f1"), {"epochs": 60}),
     "cola": Task("CoLA", (3,), 1, ACCEPTABLE, ("mcc",), {"epochs": 60}),  # it has no header
-    "stsb": Task("STS-B", PAIR, "score", {"score": "yes"}, ("pearson", "spearman"), {"epochs": 60}),
+    "stsb": Task(
+        "STS-B", PAIR, "score", {"score": "yes"}, ("pearson", "spearman"), {"epochs": 60},
+        scores=(0, 5),
+    ),
     "sst2": Task("SST-2", ("sentence",), "label", SENTIMENT, ACCURACY, LARGE),
     "qnli": Task("QNLI", QNLI_PAIR, "label", ENTAILMENT, ACCURACY, LARGE),
     "qqp": Task(
@@ -156,15 +160,18 @@ def read_rows(path, task):
     # The texts first, the label last.
     columns = [*task.text, task.label]
 
-    first, width = 0, 4  # CoLA: four columns, no header
+    # By name in a header, or by number, as in CoLA, which has none.
+    header = rows[0] if rows else []
+    first, width = 0, len(header)
     if isinstance(columns[-1], str):
-        header = rows[0] if rows else []
-        first, width = 1, len(header)
+        first = 1
         for name in columns:
-            if name not in header:
-                found = f"no column {name!r} in the header {header}"
+            if header.count(name) != 1:
+                found = f"{header.count(name)} columns {name!r} in the header {header}"
                 raise ValueError(f"{path}:1: {found} (tabs separate columns)")
         columns = [header.index(name) for name in columns]  # by number from here on
+    if max(columns) >= width:
+        raise ValueError(f"{path}:1: {width} columns, and the task reads column {max(columns)}")
 
     # Lines count from 1, the header included, as an editor shows them.
     texts, labels = [], []
@@ -187,19 +194,20 @@ def read_cells(path):
 
 
 def read_label(task, cell, place):
-    """A cell -> class number, or for regression a score from 0 to 5. place: for the ValueError."""
+    """A cell -> class number, or for regression a score. place: for the ValueError."""
     if len(task.words) > 1:
         if cell not in task.words:
             known = ", ".join(task.words)
             raise ValueError(f"{place}: unknown label {cell!r}; the task has {known}")
         return list(task.words).index(cell)
 
+    lowest, highest = task.scores
     try:
         score = float(cell)
     except ValueError:
-        score = -1.0
-    if not 0 <= score <= 5:  # so that nan is refused, too
-        raise ValueError(f"{place}: {cell!r} is not a score from 0 to 5")
+        score = math.nan
+    if not lowest <= score <= highest:  # so that nan is refused, too
+        raise ValueError(f"{place}: {cell!r} is not a score from {lowest} to {highest}")
     return score
 
 

@@ -34,19 +34,33 @@ def accuracy(predicted, true):
 
 
 def f1(predicted, true):
-    """F1 of class 1. It is 0 without a true positive."""
-    # Twice the true positives, over all that were found and all that are there.
-    found, real = predicted == 1, true == 1
-    return float(2 * (found & real).sum() / max(found.sum() + real.sum(), 1))
+    """F1 of class 1, of more than two classes their mean (macro). 0 without a true positive."""
+    classes = np.union1d(predicted, true)
+    scores = []
+    for c in classes if classes.max() > 1 else [1]:
+        # Twice the true positives, over all that were found and all that are there.
+        found, real = predicted == c, true == c
+        scores.append(2 * (found & real).sum() / max(found.sum() + real.sum(), 1))
+    return float(np.mean(scores))
 
 
 def correlation(predicted, true):
-    """Pearson's r, for two classes Matthews' coefficient. It is 0 when one side is constant."""
+    """Pearson's r of [N] and [N], or of rows [C, N] together. It is 0 when one side is constant."""
+    p, t = predicted.astype(np.float64), true.astype(np.float64)
+    # Exact: deviations from a rounded mean would not be 0.
+    if not np.ptp(p, -1).any() or not np.ptp(t, -1).any():
+        return 0.0
     # The sum of products of deviations, over the square root of the product of their squares.
-    p = predicted - predicted.mean()
-    t = true - true.mean()
-    spread = np.sqrt((p * p).sum() * (t * t).sum())
-    return float((p * t).sum() / spread) if spread else 0.0
+    p -= p.mean(-1, keepdims=True)
+    t -= t.mean(-1, keepdims=True)
+    return float((p * t).sum() / np.sqrt((p * p).sum() * (t * t).sum()))
+
+
+def mcc(predicted, true):
+    """Matthews' coefficient, for three or more classes Gorodkin's R_K (2004)."""
+    # Both as one-hot rows [C, N]: for two classes this is Pearson's r of the class numbers.
+    classes = np.union1d(predicted, true)[:, None]
+    return correlation(predicted == classes, true == classes)
 
 
 def ranks(values):
@@ -64,7 +78,7 @@ def spearman(predicted, true):
 METRICS = {
     "accuracy": accuracy,
     "f1": f1,
-    "mcc": correlation,
+    "mcc": mcc,
     "pearson": correlation,
     "spearman": spearman,
 }
@@ -336,7 +350,7 @@ def evaluate_run(run, args):
             print(line)
     else:
         sets = load_sets(result, task.dev, args.data_dir, tokenizer)
-        method = cli.printable(str(result.get("pruned_with", result["method"])))
+        method = result.get("pruned_with", result["method"])
         print(f"{run}: {result['task']}, {method} on {device} in {cli.dtype_name(dtype)} ({why})")
         metrics = evaluate(loaded.model, weights, sets, task.metrics, device)
         show_run(loaded, sets, metrics)

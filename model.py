@@ -348,10 +348,15 @@ def load_backbone(folder, task, length, head="words", fresh=True):
             )
         tokenizer = cutting_tokenizer(folder, length)
         # Does the tokenizer fit the model? Ids out of range would end in an index error.
-        text = tokenizer.encode(*("a", "b")[: len(task.text)])  # one, or a pair
+        text = tokenizer.encode(*["a " * length] * len(task.text))  # one, or a pair, and cut
         largest = max(*tokenizer.get_vocab().values(), *text.ids)
         if largest >= config.vocab_size or max(text.type_ids) >= config.type_vocab_size:
             raise ValueError("tokenizer.json has more words or segments than config.json allows")
+        if not text.special_tokens_mask[0]:
+            raise ValueError("tokenizer.json puts no [CLS] first, where the answer is read")
+        # Each token says which text it is of; special tokens are of none.
+        if len({*text.sequence_ids} - {None}) < len(task.text):
+            raise ValueError(f"--length {length} leaves no room for every text")
         # One row of the vocabulary for each class. A classifier does not read them.
         words = [0] * len(task.words)
         if head == "words":
@@ -360,19 +365,19 @@ def load_backbone(folder, task, length, head="words", fresh=True):
 
 
 def label_word_ids(words, tokenizer):
-    """Label words -> their token ids. Raises ValueError for a word of more than one token.
+    """Label words -> their token ids. Raises ValueError for a word of more than one token, or two.
 
-    Words follow a space, as in running text: RoBERTa's vocabulary knows "Ġyes", and BERT's does
-    not see the space.
+    Words follow a space, as in running text: RoBERTa's vocabulary knows "Ġyes", XLM-R's "▁yes", and
+    BERT's does not see the space.
     """
-    # RoBERTa writes the space before a word as Ġ.
     ids = []
     for word in words:
         encoded = tokenizer.encode(f" {word}", add_special_tokens=False)
-        if len(encoded.ids) != 1 or encoded.tokens[0].removeprefix("Ġ") != word:
+        # Two classes with one word would have one logit.
+        if len(encoded.ids) != 1 or encoded.tokens[0].lstrip("Ġ▁") != word or encoded.ids[0] in ids:
             raise ValueError(
-                f"label word {word!r} is {encoded.tokens} in tokenizer.json, not one token: "
-                "change TASKS"
+                f"label word {word!r} is {encoded.tokens} in tokenizer.json, not one token of its "
+                "own: change TASKS"
             )
         ids += encoded.ids
     return ids
@@ -393,6 +398,12 @@ def load_model(stored, tensors, words, head="words", every_token=False, fresh=Tr
             raise ValueError(f"{known} is there twice, once as {name}")
         ours[known] = tensor
 
+    # Leave out what this head does not read; whatever else is unknown is an error.
+    unused = NEVER_USED + UNUSED[head]
+    if fresh:
+        unused += ("classifier.",)
+    ours = {name: tensor for name, tensor in ours.items() if not name.startswith(unused)}
+
     # Either of two tied tensors may be stored, or both.
     for copy, original in TIED.items():
         if copy in ours:
@@ -402,11 +413,6 @@ def load_model(stored, tensors, words, head="words", every_token=False, fresh=Tr
                     f"{copy} differs from {original}; only tied decoders are supported"
                 )
 
-    # Leave out what this head does not read; whatever else is unknown is an error.
-    unused = NEVER_USED + UNUSED[head]
-    if fresh:
-        unused += ("classifier.",)
-    ours = {name: tensor for name, tensor in ours.items() if not name.startswith(unused)}
     if head == "classifier" and fresh:  # initialised by the rule of BERT's authors
         ours["classifier.weight"] = 0.02 * torch.randn(len(words), config.hidden_size)
         ours["classifier.bias"] = torch.zeros(len(words))

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
+from tokenizers.models import BPE
 
 from plumbing.files import json_bytes, read_json, read_lines, require_regular_file
 
@@ -23,6 +24,9 @@ WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these
 # Some checkpoints carry buffers that are not weights: position numbers, and GPT-2's causal mask.
 BUFFERS = ("position_ids", "token_type_ids", ".attn.bias", ".attn.masked_bias")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# How the names of a family's tensors begin, if they have a prefix.
+PREFIX = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "camembert": "roberta"}
 
 # The special tokens of BERT, those of RoBERTa, and GPT-2's only one.
 SPECIAL = {
@@ -61,6 +65,12 @@ def read_model(folder):
     tensors = {}
     for path in weight_files(folder):
         tensors |= read_tensors(path)
+
+    # The names of the tensors tell BERT from RoBERTa, whose positions begin elsewhere.
+    for kind in {name.split(".")[0] for name in tensors} & set(PREFIX.values()):
+        family = stored.setdefault("model_type", kind)
+        if PREFIX.get(str(family), kind) != kind:
+            raise ValueError(f"{folder}: model_type is {family!r}, but its tensors are {kind}.*")
     return stored, tensors
 
 
@@ -132,7 +142,10 @@ def open_tokenizer(folder):
     """Open the Tokenizer of a model folder. Raises ValueError that says why it cannot be read."""
     content = tokenizer_bytes(folder)
     try:
-        return Tokenizer.from_str(content.decode("utf-8-sig"))
+        tokenizer = Tokenizer.from_str(content.decode("utf-8-sig"))
+        if isinstance(tokenizer.model, BPE):
+            tokenizer.model.dropout = None  # it would read each text otherwise every time
+        return tokenizer
     except Exception as error:  # the library raises bare Exceptions
         hint = ""
         if "variant" in str(error):
@@ -166,21 +179,15 @@ def tokenizer_config(folder, length):
 def cutting_tokenizer(folder, length):
     """Open a model folder's tokenizer, and set it to cut at `length` tokens and not to pad.
 
-    It cuts the longer text of a pair first. Raises ValueError if it cannot read every text, or puts
-    no [CLS] first.
+    It cuts the longer text of a pair first. Raises ValueError if it cannot read every text.
     """
     tokenizer = open_tokenizer(folder)
     try:
         tokenizer.enable_truncation(length, strategy="longest_first")
         tokenizer.no_padding()  # published files carry settings of their own
         tokenizer.encode("a \u2603", "b")  # fails if no token stands for unknown characters
-        starts_with_cls = tokenizer.encode("a").special_tokens_mask[0]
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"{folder}: its tokenizer.json is not valid: {error}") from None
-    if not starts_with_cls:
-        raise ValueError(
-            f"{folder}: its tokenizer.json puts no [CLS] before a text, where the answer is read"
-        )
     return tokenizer
 
 
@@ -259,7 +266,8 @@ def build_from(make, tensors):
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:  # its second line names the first such tensor
-        raise ValueError(str(error).splitlines()[1].strip()[:200]) from None
+        reason = str(error).splitlines()[1].strip()[:200]
+        raise ValueError(f"the weights do not fit config.json: {reason}") from None
     return model
 
 

@@ -1,14 +1,16 @@
 """data.py: readers and their traps, and batches."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from conftest import write_tokenizer
+from tokenizers import Tokenizer, models, normalizers
 
 import data
-from data import RECIPE, TASKS, batch_rows, collate, read_rows, training_batches
-from model import label_word_ids
+from data import RECIPE, TASKS, Task, batch_rows, collate, read_rows, training_batches
+from model import label_word_ids, load_backbone
 from plumbing.checkpoints import cutting_tokenizer
 
 RTE = TASKS["rte"]
@@ -132,9 +134,9 @@ def test_recipes_are_those_that_were_published():
             "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tyes\n",
             ":2: unknown label 'yes'; .* not_entailment, entail",
         ),
-        ("index\tsentence1\tlabel\n0\ta\tentailment\n", ":1: no column 'sentence2'"),
+        ("index\tsentence1\tlabel\n0\ta\tentailment\n", ":1: 0 columns 'sentence2'"),
         ("index\tsentence1\tsentence2\tlabel\n", "holds no examples"),
-        ("", "no column 'sentence1'"),
+        ("", "0 columns 'sentence1'"),
         (b"\xff\xfe", "is not UTF-8"),
     ],
 )
@@ -165,15 +167,69 @@ def test_pairs_are_cut_at_the_longer_one_and_not_padded(tokenizer):
     assert e.types == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
 
 
-def test_a_tokenizer_that_puts_nothing_before_a_text_is_refused(tmp_path, tokenizer):
-    stored = json.loads((tmp_path / "tokenizer.json").read_text())
-    for processor in (
-        None,
-        stored["post_processor"] | {"single": [{"Sequence": {"id": "A", "type_id": 0}}]},
-    ):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(stored | {"post_processor": processor}))
-        with pytest.raises(ValueError, match="puts no .CLS. before a text"):
-            cutting_tokenizer(tmp_path, 7)
+@pytest.mark.parametrize(
+    ("task", "part"), [("movies", "single"), ("rte", "single"), ("rte", "pair")]
+)
+def test_a_tokenizer_that_puts_nothing_before_a_text_is_refused(make_model, task, part):
+    """A pair has a template of its own, which counts for tasks of two texts."""
+    folder = make_model()
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    bare = [{"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B")]
+    stored["post_processor"][part] = bare[:1] if part == "single" else bare
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    if (task, part) == ("rte", "single"):  # no single text is read
+        load_backbone(folder, TASKS[task], 16)
+    else:
+        with pytest.raises(ValueError, match="tokenizer.json puts no .CLS. first"):
+            load_backbone(folder, TASKS[task], 16)
+
+
+def test_a_length_without_room_for_every_text_is_refused(make_model):
+    """[CLS] a [SEP] b [SEP]: five tokens hold a pair, and three a single text."""
+    folder = make_model()
+    with pytest.raises(ValueError, match="--length 4 leaves no room for every text"):
+        load_backbone(folder, TASKS["rte"], 4)
+    load_backbone(folder, TASKS["rte"], 5)
+    load_backbone(folder, TASKS["movies"], 4)
+
+
+def test_two_labels_need_two_words(tokenizer):
+    with pytest.raises(ValueError, match="label word 'yes' .*not one token of its own"):
+        label_word_ids(["yes", "no", "yes"], tokenizer)
+
+
+@pytest.mark.parametrize("mark", ["\u0120", "\u2581"])  # RoBERTa's, and SentencePiece's
+def test_a_words_mark_of_the_space_before_it_is_no_part_of_it(mark):
+    vocab = {f"{mark}yes": 0, "yes": 1, "<unk>": 2}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", mark)
+    assert label_word_ids(["yes"], tokenizer) == [0]
+
+
+def test_columns_by_number_in_a_file_of_any_width(tmp_path):
+    task = Task("mine", (1,), 0, {"0": "no", "1": "yes"}, ("accuracy",))
+    read = read_rows(write(tmp_path / "f", "0\ta film\n1\tb\n"), task)
+    assert read == ([("a film",), ("b",)], [0, 1])
+    with pytest.raises(ValueError, match="f:2: 3 columns instead of 2"):
+        read_rows(write(tmp_path / "f", "0\ta\n1\tb\tc\n"), task)
+    with pytest.raises(ValueError, match="f:1: 1 columns, and the task reads column 1"):
+        read_rows(write(tmp_path / "f", "0\n"), task)
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    rows = "label\tsentence\tlabel\n1\ta\t0\n"
+    with pytest.raises(ValueError, match="2 columns 'label' in the header"):
+        read_rows(write(tmp_path / "f", rows), TASKS["sst2"])
+
+
+def test_scores_have_the_range_that_the_task_says(tmp_path):
+    free = Task("mine", ("text",), "score", {"score": "yes"}, ("pearson",))
+    file = write(tmp_path / "f", "text\tscore\na\t-7.5\nb\t1e3\n")
+    assert read_rows(file, free)[1] == [-7.5, 1000.0]
+    with pytest.raises(ValueError, match="f:2: '-7.5' is not a score from 0 to 5"):
+        read_rows(file, dataclasses.replace(free, scores=(0, 5)))
+    with pytest.raises(ValueError, match="f:2: 'nan' is not a score"):
+        read_rows(write(tmp_path / "f", "text\tscore\na\tnan\n"), free)
 
 
 def test_label_words_must_be_one_token(tokenizer):

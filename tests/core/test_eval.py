@@ -11,7 +11,7 @@ from conftest import CONFIG, bert_tensors, load_model
 
 import data
 import eval as eval_
-from eval import accuracy, correlation, f1, load_run, ranks, spearman
+from eval import accuracy, correlation, f1, load_run, mcc, ranks, spearman
 from plumbing import cli
 from plumbing.checkpoints import cutting_tokenizer
 from plumbing.files import MASKS, seal, unseal
@@ -227,6 +227,28 @@ def test_answers_to_texts_and_to_the_lines_of_a_file(finished, tmp_path, capsys,
     ):
         (tmp_path / "f.txt").write_bytes(content)
         assert message in fails(eval_.main, [folder, "--text-file", tmp_path / "f.txt"])
+
+
+def test_three_classes_by_hand():
+    """R_K from its confusion matrix: covariances of one-hot classes, as Gorodkin defines it."""
+    true = np.array([0, 0, 1, 1, 2, 2])
+    assert mcc(true, true) == pytest.approx(1)
+    # Each class is found once and missed once, always for another class.
+    predicted = np.array([0, 1, 1, 2, 2, 0])
+    # c s - sum t p = 3 * 6 - 12 = 6; (s^2 - sum p^2) = (s^2 - sum t^2) = 36 - 12 = 24
+    assert mcc(predicted, true) == pytest.approx(6 / 24)
+    assert mcc((2 - true) % 3, np.array([2, 2, 1, 1, 0, 0])) == pytest.approx(1)
+    assert f1(predicted, true) == pytest.approx(0.5)  # 0.5 of each class
+    assert f1(np.array([0, 1, 1]), np.array([0, 0, 1])) == pytest.approx(2 / 3)  # of class 1
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 2.7182817, -5.3])
+def test_a_constant_correlates_with_nothing(value):
+    """In float32 the mean of equal numbers may differ from them."""
+    true = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    constant = np.full(1000, value, np.float32)
+    assert correlation(constant, true) == correlation(true, constant) == 0
+    assert spearman(constant, true) == mcc(np.ones(9), np.arange(9) % 2) == 0
 
 
 def test_guessing_by_hand():

@@ -175,7 +175,9 @@ def test_every_tensor_is_used_once_or_named(make_model, change, message):
         ({"hidden_size": 16.0}, "hidden_size is 16.0"),
         ({"layer_norm_eps": math.nan}, "layer_norm_eps is nan"),
         ({"layer_norm_eps": -1e-5}, "layer_norm_eps is -1e-05"),
-        ({"model_type": "roberta", "pad_token_id": -1}, "pad_token_id is -1"),
+        ({"pad_token_id": -1}, "pad_token_id is -1"),
+        ({"model_type": "roberta"}, "model_type is 'roberta', but its tensors are bert"),
+        ({"num_hidden_layers": 1}, "the weights do not fit config.json: Unexpected key.*layer.1"),
     ],
 )
 def test_config_is_checked(make_model, changes, message):

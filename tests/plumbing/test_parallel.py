@@ -52,7 +52,7 @@ def learn(folder, glue, parts):
         set_rates(adam, t, TOTAL)
         density, penalty = torch.tensor([density_at(t, 9, 0.5), penalty_at(t, TOTAL)])
         losses = train_step(forward_backward, adam, batch, density, penalty)
-    parallel.check_equal(dict(learner.named_parameters()))
+    parallel.check_equal(learner.parameters())
     (losses,) = parallel.all_reduce([losses])
     return learner.masks.choose(0.5), losses
 
