@@ -64,9 +64,7 @@ class Task:
 
     # The splits beside "train", and their files.
     dev: tuple = ("dev",)
-    test: tuple = ("test",)  # without labels
     file: str = "{}.tsv"  # the file name of a split
-    test_text: tuple = ()  # columns of the text in test files, where they have other names
     skip_broken: bool = False  # leave out rows with the wrong number of columns
     fetch: Callable = fetch.by_hand  # (task, split): put the file of a split into the cache
 
@@ -92,14 +90,11 @@ QNLI_PAIR = ("question", "sentence")
 
 TASKS = {
     "movies": Task(
-        "movies", ("sentence",), "label", SENTIMENT, ACCURACY, MOVIES,
-        test=(), fetch=fetch.fetch_movies,
+        "movies", ("sentence",), "label", SENTIMENT, ACCURACY, MOVIES, fetch=fetch.fetch_movies,
     ),
     "rte": Task("RTE", PAIR, "label", ENTAILMENT, ACCURACY, {"epochs": 100}),
     "mrpc": Task("MRPC", MRPC_PAIR, "Quality", NO_YES, ("accuracy", "f1"), {"epochs": 60}),
-    "cola": Task(  # no header, but its test file has one
-        "CoLA", (3,), 1, ACCEPTABLE, ("mcc",), {"epochs": 60}, test_text=("sentence",),
-    ),
+    "cola": Task("CoLA", (3,), 1, ACCEPTABLE, ("mcc",), {"epochs": 60}),  # it has no header
     "stsb": Task("STS-B", PAIR, "score", {"score": "yes"}, ("pearson", "spearman"), {"epochs": 60}),
     "sst2": Task("SST-2", ("sentence",), "label", SENTIMENT, ACCURACY, LARGE),
     "qnli": Task("QNLI", QNLI_PAIR, "label", ENTAILMENT, ACCURACY, LARGE),
@@ -108,7 +103,7 @@ TASKS = {
     ),
     "mnli": Task(
         "MNLI", PAIR, "gold_label", NLI, ACCURACY, LARGE,
-        dev=("dev_matched", "dev_mismatched"), test=("test_matched", "test_mismatched"),
+        dev=("dev_matched", "dev_mismatched"),
     ),
     "wnli": Task("WNLI", PAIR, "label", NO_YES, ACCURACY, {"epochs": 60}),
 }  # fmt: skip
@@ -144,30 +139,22 @@ class Examples:
 
     def score(self, logits, names, metrics):
         """Logits [N, C] -> {metric: number}. metrics: {name: (predicted, true) -> number}."""
-        predicted = predictions(logits)
-        true = np.array(self.labels)
+        # A single logit (regression) is the answer itself. Otherwise the class with the largest.
+        predicted = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1)
+        predicted, true = predicted.numpy(), np.array(self.labels)
         return {name: metrics[name](predicted, true) for name in names}
 
 
-def predictions(logits):
-    """Logits [N, C] -> classes [N]. With a single logit (regression) it is the answer itself."""
-    if logits.shape[1] == 1:
-        return logits[:, 0].numpy()
-    return logits.argmax(1).numpy()
-
-
-def read_rows(path, task, labelled=True):
+def read_rows(path, task):
     """Rows of a TSV file -> (list of text tuples, list of labels: class numbers, or scores).
 
-    Without labels (GLUE's test files) every label is 0. A quote is an ordinary character. Lines end
-    at \\n alone, as a text may hold other separators. Raises ValueError with file and line for a
-    row of the wrong width, an unknown label, or a file without rows.
+    A quote is an ordinary character. Lines end at \\n alone, as a text may hold other separators.
+    Raises ValueError with file and line for a row of the wrong width, an unknown label, or a file
+    without rows.
     """
     rows = read_cells(path)
     # The texts first, the label last.
     columns = [*task.text, task.label]
-    if not labelled:
-        columns = list(task.test_text or task.text)
 
     first, width = 0, 4  # CoLA: four columns, no header
     if isinstance(columns[-1], str):
@@ -183,14 +170,11 @@ def read_rows(path, task, labelled=True):
     texts, labels = [], []
     for number, row in enumerate(rows[first:], first + 1):
         if len(row) != width:
-            if task.skip_broken and labelled:  # without labels, each answer must keep its number
+            if task.skip_broken:
                 continue
             raise ValueError(f"{path}:{number}: {len(row)} columns instead of {width}")
         cells = [row[column] for column in columns]
-        label = 0
-        if labelled:
-            label = read_label(task, cells.pop(), f"{path}:{number}")
-        labels.append(label)
+        labels.append(read_label(task, cells.pop(), f"{path}:{number}"))
         texts.append(tuple(cells))
     if not texts:
         raise ValueError(f"{path} holds no examples")
@@ -237,7 +221,7 @@ def split_path(name, split, data_dir):
 
 
 def load_split(name, split, data_dir, tokenizer):
-    """Examples of a split ("train", or one of the task's dev and test) of data_dir/FOLDER/FILE.
+    """Examples of a split ("train", or one of the task's dev) of data_dir/FOLDER/FILE.
 
     data_dir None: the cache, which is filled on first use.
     """
@@ -247,8 +231,7 @@ def load_split(name, split, data_dir, tokenizer):
         task.fetch(task, split)
     if task.read:
         return task.read(task, path, tokenizer)
-    texts, labels = read_rows(path, task, labelled=split not in task.test)
-    return encode(texts, labels, tokenizer)
+    return encode(*read_rows(path, task), tokenizer)
 
 
 # --- batches --------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from plumbing import cli, fetch, parallel
 from plumbing.files import check_digest, load_masks
 from plumbing.progress import progress
 from plumbing.run import identity, read_description
-from plumbing.summary import guessing, write_predictions
+from plumbing.summary import guessing
 
 # --- metrics: (predicted classes or scores [N], true ones [N]) -> a number ------------------------
 
@@ -83,7 +83,7 @@ def predict(model, weights, examples, device):
     # Rows of similar length stand together, so that little is computed on padding.
     batches = data.batch_rows(examples, examples.eval_batch)
     outputs = []
-    for rows in progress(parallel.shard(batches), "evaluating", delay=2):
+    for rows in progress(batches, "evaluating", delay=2):
         inputs, labels = data.collate(examples, rows, device)
         # A forward pass as in training, with the given weights.
         logits = functional_call(model, weights, tuple(inputs), tie_weights=False).float()
@@ -91,8 +91,8 @@ def predict(model, weights, examples, device):
         outputs.append(examples.reduce_logits(logits, labels).cpu())
     model.train(training)
 
-    outputs = torch.cat(parallel.gather(outputs))  # in the order of the batches
-    return outputs[np.concatenate(batches).argsort()]  # back to the order of the examples
+    # From the order of the batches back to that of the examples.
+    return torch.cat(outputs)[np.concatenate(batches).argsort()]
 
 
 def evaluate(model, weights, sets, metrics, device):
@@ -287,11 +287,10 @@ def read_texts(args, width):
 INSTEAD_FLAGS = {
     "text": (str, "classify, answer or continue this text"),
     "text_file": (Path, "the same for each line of a file, as TSV"),
-    "predict": (bool, "write the test split's answers for the GLUE server"),
 }
 TEXT_FLAGS = {
     "pair": (str, "the second sentence, or the paragraph, where the task takes two texts"),
-    "temperature": (cli.warmth, "draw the tokens of a language model; below 1 likelier ones"),
+    "temperature": (cli.number(float, 0.01, 100), "draw tokens of a language model; 1 as it says"),
     "seed": (cli.seed, "for what is drawn"),
 }
 DATA_FLAGS = {
@@ -314,32 +313,23 @@ def parse_args(argv):
     return args
 
 
-# GLUE's server wants MNLI-m.tsv and MNLI-mm.tsv.
-SUBMISSION = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
-
-
 def evaluate_run(run, args):
     """Do with a run what the arguments ask for."""
     loaded = load_run(run, args.model)
     result, tokenizer = loaded.result, loaded.tokenizer
     task = TASKS[result["task"]]
-    device, dtype, why = cli.choose_device(args.device, args.dtype, result)
+    device, dtype, why = cli.choose_device(args.device, args.dtype)
+    if args.dtype is None and device.type == result["device"]:  # as in training
+        dtype = getattr(torch, result["dtype"])
     weights = masked_weights(loaded, device, dtype)
     logits_of = partial(predict, loaded.model, weights, device=device)
 
-    # One of three: answer texts, write predictions for the server, or evaluate.
+    # One of two: answer texts, or evaluate.
     if args.text is not None or args.text_file:
         if len(args.runs) > 1:
             print(run)
         for line in answer_texts(loaded, read_texts(args, len(task.text)), logits_of, args):
             print(line)
-    elif args.predict:  # one file for each test split
-        if not task.test:
-            raise ValueError(f"--predict: {result['task']} has no test split")
-        folder = run if run.is_dir() else run.parent
-        for split, examples in load_sets(result, task.test, args.data_dir, tokenizer).items():
-            path = folder / f"{task.folder}{SUBMISSION[split]}.tsv"
-            write_predictions(path, list(task.words), data.predictions(logits_of(examples)))
     else:
         sets = load_sets(result, task.dev, args.data_dir, tokenizer)
         method = cli.printable(str(result.get("pruned_with", result["method"])))
@@ -363,7 +353,7 @@ def show_run(loaded, sets, metrics):
     print(f"dev ({questions} examples): {cli.show(metrics)}")
     print(f"training reported {cli.show(loaded.result['final'])}")
     labels = next(iter(sets.values())).labels
-    for line in guessing(metrics, labels, bool(loaded.result.get("sparsity"))):
+    for line in guessing(metrics, labels):
         print(line)
 
 

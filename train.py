@@ -27,7 +27,7 @@ from mask import METHODS, density_at, penalty_at
 from model import load_backbone
 from plumbing import cli, fetch, parallel
 from plumbing.checkpoints import model_files
-from plumbing.cli import count, fraction, fraction_below_one, not_negative, passes, positive
+from plumbing.cli import count, fraction, fraction_below_one, not_negative, positive
 from plumbing.files import digest, pack_masks, sha256
 from plumbing.graphs import Recorded, compile_step
 from plumbing.progress import progress
@@ -52,8 +52,8 @@ METHOD = "method (not every method takes all of these)"
 # {group: {name: (type or choices, help)}}. The defaults are recipe()'s, and --help prints them.
 FLAGS = {
     "what": {
-        "task": (TASKS, ", ".join(TASKS)),
-        "method": (METHODS, ", ".join(METHODS)),
+        "task": (TASKS, "what to learn"),
+        "method": (METHODS, "which weights stay, and which train"),
         "model": (str, f"{', '.join(fetch.MODELS)}, a hub id, or a folder"),
         "data_dir": (str, "folder with the tasks' folders, instead of downloads"),
         "head": (("words", "classifier"), "label words, or a fresh linear layer"),
@@ -70,7 +70,7 @@ FLAGS = {
         "temperature": (positive, "p of SMP-S: larger values even the layers out"),
     },
     "length": {
-        "epochs": (passes, "passes over the training set"),
+        "epochs": (positive, "passes over the training set"),
         "steps": (count, "train for so many steps; overrides --epochs"),
         "batch": (count, "examples per step"),
         "length": (count, "longest input in tokens; longer ones are cut"),
@@ -82,7 +82,6 @@ FLAGS = {
         "dropout": (cli.YES_OR_NO, "drop at the model's own rates in training"),
         "out": (Path, "folder of the run"),
         "resume": (Path, "continue the interrupted run in a folder; no other flags"),
-        "help": (bool, "show these flags, with the defaults of --task and --method"),
     },
     "machine": cli.MACHINE_FLAGS
     | {
@@ -95,7 +94,16 @@ FLAGS = {
 
 
 def make_parser(defaults):
-    parser = cli.Parser(usage=USAGE, description=ABOUT, epilog=EXAMPLES, add_help=False)
+    formatter = argparse.RawDescriptionHelpFormatter  # keeps the lines of EXAMPLES
+    parser = cli.Parser(
+        usage=USAGE,
+        description=ABOUT,
+        epilog=EXAMPLES,
+        formatter_class=formatter,
+        add_help=False,
+    )
+    about = "show these flags, with the defaults of --task and --method"
+    parser.add_argument("-h", "--help", action="store_true", help=about)
     for title, flags in FLAGS.items():
         cli.add_flags(parser, title, flags, defaults)
     others = sorted(method_flags() - FLAGS[METHOD].keys())  # such as --ffn-share
@@ -355,7 +363,7 @@ def train_step(forward_backward, optimizer, parts, density, penalty):
 
     # Gradients add up over processes, too. Each has computed its part of the batch.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parallel.all_reduce_gradients(parameters)
+    parallel.all_reduce([p.grad for p in parameters])
     nn.utils.clip_grad_norm_(parameters, 1.0)  # one norm for all of them (reference code)
     optimizer.step()
     optimizer.zero_grad()
@@ -416,7 +424,7 @@ def prepare(args, run):
     # Say what will run, and whether its steps are too few to learn anything.
     machine = f"{parallel.processes()} x {device} in {facts['dtype']}: {why}"
     needed = 1 if "weights" in method.trains else least_steps(args.sparsity)
-    for line in opening(args, run, train, sets, total, density, machine, needed):
+    for line in opening(args, train, total, density, machine, needed):
         print(line)
     return Job(
         model, learner, teacher, train, sets, device, total, density, folder, frozen_sha256, facts
@@ -539,8 +547,8 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
             scores = evaluate_learner(args, job, done, reached)
             run.evaluated(step=done, density=reached, dev=scores)
             bar.write(evaluation(**run.evaluations[-1]))
-        if (done in eval_steps or run.stopped) and done < total:
-            run.save(done, learner, optimizer)  # raises KeyboardInterrupt if asked to stop
+        if done < total and not recent:
+            run.save(done, learner, optimizer)  # once a minute
 
 
 def evaluate_learner(args, job, step, density):
@@ -550,8 +558,7 @@ def evaluate_learner(args, job, step, density):
             raise FloatingPointError(
                 f"scores or weights are not finite at step {step}: try a smaller --lr"
             )
-    # Several processes must still hold the same numbers, to the bit.
-    parallel.check_equal(dict(job.learner.named_parameters()))
+    parallel.check_equal(job.learner.parameters())  # several processes still hold the same
     weights = job.learner.final_weights(density)
     with torch.compiler.set_stance("force_eager"):  # so that eval.py finds the same numbers
         return evaluate(job.model, weights, job.dev, TASKS[args.task].metrics, job.device)
@@ -582,7 +589,8 @@ def finish(args, run, job):
     if masks:  # one bit per weight, and what trained beside it
         files["mask.safetensors"] = pack_masks(masks, result, trained)
     run.finish(files, result)
-    for line in summary(result, run.folder, job.dev, texts=len(TASKS[args.task].text)):
+    labels = next(iter(job.dev.values())).labels
+    for line in summary(result, run.folder, files, labels):
         print(line)
 
 

@@ -20,8 +20,7 @@ FONT = """
 #.#.# ..#.. ...#. ...#. #..#. ....# ####. ..#.. .###. .####
 ##..# ..#.. ..#.. ....# ##### ....# #...# .#... #...# ....#
 #...# ..#.. .#... #...# ...#. #...# #...# .#... #...# ...#.
-.###. .###. ##### .###. ...#. .###. .###. .#... .###. .##..
-"""
+.###. .###. ##### .###. ...#. .###. .###. .#... .###. .##.."""
 DIGITS = torch.tensor([[c == "#" for c in five] for five in FONT.split()]).view(7, 10, 5)
 
 
@@ -86,5 +85,6 @@ for step in range(STEPS + 1):
 
 print("A new digit, and how many weights of each pixel are kept. Where there is only noise: none.")
 kept = masks[0].float().mean(0)  # [512, 99] -> [99]
-for rows in zip(test_pictures[0].view(11, 9), (kept / kept.max()).view(11, 9), strict=True):
-    print("   ".join("".join(2 * " ░▒▓█"[int(4.99 * v)] for v in row.clamp(0, 1)) for row in rows))
+both = (test_pictures[0].view(11, 9), torch.zeros(11, 1), (kept / kept.max()).view(11, 9))
+for row in torch.cat(both, dim=1).clamp(0, 1):
+    print("".join(2 * " ░▒▓█"[int(4.99 * v)] for v in row))

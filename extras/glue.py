@@ -60,14 +60,13 @@ def fetch_glue(task, split=None):
     """
     archive, sums = GLUE[task.folder]
     folder = cache() / "glue" / task.folder
-    tests = [f"{split}.tsv" for split in task.test]
     remedy = (
-        f"put GLUE's {', '.join([*sums, *tests])} into {folder} by hand, or name your copy of GLUE "
+        f"put GLUE's {', '.join(sums)} into {folder} by hand, or name your copy of GLUE "
         "with --data-dir; the default task, movies, comes from the package index"
     )
     base = (os.environ.get("GLUE_URL") or URL).rstrip("/")
     if archive:
-        fetch_zip(f"{base}/{archive}", folder, sums, tests, remedy)
+        fetch_zip(f"{base}/{archive}", folder, sums, remedy)
     else:
         fill_checked(folder, assemble_mrpc(base, remedy), sums)
 
@@ -85,20 +84,17 @@ def fetch_file(url, path, md5, remedy):
     fill_checked(path.parent, {path.name: download(url, remedy)}, {path.name: md5})
 
 
-def fetch_zip(url, folder, sums, tests, remedy):
-    """Download a zip and take the files in its FOLDER/; nothing else in it is touched.
+def fetch_zip(url, folder, sums, remedy):
+    """Download a zip and take files in its FOLDER/; nothing else in it is touched.
 
-    sums: see fill_checked; these files must be there. tests: names of files that may be missing.
+    sums: the files, see fill_checked.
     """
     content = download(url, remedy)
     files = {}
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            present = set(archive.namelist())
-            for name in [*sums, *tests]:
+            for name in sums:
                 member = f"{folder.name}/{name}"
-                if name in tests and member not in present:
-                    continue
                 if archive.getinfo(member).file_size > LARGEST:  # never more than it says is read
                     raise zipfile.BadZipFile(f"{name} would take more than a gibibyte")
                 files[name] = archive.read(member)
@@ -108,30 +104,21 @@ def fetch_zip(url, folder, sums, tests, remedy):
 
 
 def assemble_mrpc(base, remedy):
-    """Build MRPC in GLUE's layout from three downloads -> {file name: bytes}.
+    """Build MRPC in GLUE's layout from two downloads -> {file name: bytes}.
 
-    mrpc_dev_ids.tsv lists the pairs of ids that make the dev set, out of the training file. The
-    test file loses its labels.
+    mrpc_dev_ids.tsv lists the pairs of ids that make the dev set, out of the training file.
     """
     rows = []
-    for place in (
-        "mrpc_dev_ids.tsv",
-        "../../senteval/senteval_data/msr_paraphrase_train.txt",
-        "../../senteval/senteval_data/msr_paraphrase_test.txt",
-    ):
+    for place in ("mrpc_dev_ids.tsv", "../../senteval/senteval_data/msr_paraphrase_train.txt"):
         text = download(urljoin(f"{base}/", place), remedy).decode("utf-8")
         rows.append([line.strip().split("\t") for line in split_lines(text)])
-    dev_ids, pairs, test_pairs = rows
+    dev_ids, pairs = rows
 
     train, dev = [pairs[0]], [pairs[0]]  # each with the header
     for row in pairs[1:]:
         part = dev if row[1:3] in dev_ids else train
         part.append(row)
-    test = [["index", "#1 ID", "#2 ID", "#1 String", "#2 String"]]
-    for number, row in enumerate(test_pairs[1:]):
-        test.append([str(number), *row[1:]])
-
-    parts = {"train.tsv": train, "dev.tsv": dev, "test.tsv": test}
+    parts = {"train.tsv": train, "dev.tsv": dev}
     return {name: join("\t".join(row) for row in part) for name, part in parts.items()}
 
 

@@ -117,7 +117,7 @@ def fetch_text(task, split):
     else:
         url = f"{mirror or WIKITEXT_URL}/{task.folder}-v1.zip"
         md5 = {name: MD5.get(f"{task.folder}/{name}") for name in names}
-        fetch_zip(url, folder, md5, [], remedy)
+        fetch_zip(url, folder, md5, remedy)
 
 
 def read_blocks(task, path, tokenizer):
@@ -222,7 +222,7 @@ def add_task(name, folder, file, epochs, weight_lr):
     }
     TASKS[name] = Task(
         folder, ("text",), "", {}, ("perplexity", "word_perplexity", "accuracy"), recipe,
-        dev=("valid", "test"), test=(), file=file, fetch=fetch_text, best=min, load=load,
+        dev=("valid", "test"), file=file, fetch=fetch_text, best=min, load=load,
         read=read_blocks, format_answer=format_answer,
     )  # fmt: skip
 

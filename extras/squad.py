@@ -301,6 +301,6 @@ def format_answer(texts, tokenizer, logits_of, args):
 
 TASKS["squad"] = Task(
     "squad", ("question", "context"), "answers", {"start": "no", "end": "yes"}, ("f1", "em"),
-    {"epochs": 10, "length": 384, "ramp": 0.82}, test=(), file="{}-v1.1.json", fetch=fetch_squad,
+    {"epochs": 10, "length": 384, "ramp": 0.82}, file="{}-v1.1.json", fetch=fetch_squad,
     every_token=True, read=read_windows, format_answer=format_answer,
 )  # fmt: skip

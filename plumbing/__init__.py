@@ -7,6 +7,4 @@ spin for a thirtieth of that.
 
 import os
 
-if "OMP_WAIT_POLICY" not in os.environ:
-    # For GNU OpenMP, which torch uses on Linux. Its own default is 300,000.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -7,7 +7,6 @@ of everything. Masks and checkpoints are sealed files.
     tensors, description = unseal(path, "smp-checkpoint-3")
 """
 
-import errno
 import hashlib
 import json
 import lzma
@@ -22,7 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 MASKS = "smp-mask-3"
 
 # --- files, whole or not at all ---------------------------------------------------------------

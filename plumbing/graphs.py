@@ -31,14 +31,14 @@ class Recorded:
 
     def __init__(self, function, parameters):
         self.function = function
-        self.parameters = list(parameters)
-        self.gradients = [torch.empty_like(p) for p in self.parameters]
+        # parameter -> where all graphs leave its gradient
+        self.gradients = {p: torch.empty_like(p) for p in parameters}
         self.graphs = {}  # kind of arguments -> (graph, its static arguments, its result)
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *arguments):
-        kind = tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in arguments)
+        kind = tuple(getattr(a, "shape", a) for a in arguments)
         if kind not in self.graphs:
             self.graphs[kind] = self.record(arguments)
 
@@ -49,11 +49,11 @@ class Recorded:
                 static.copy_(argument)
 
         # A gradient from an earlier part of this step is in the tensor that the replay overwrites.
-        for p, gradient in zip(self.parameters, self.gradients, strict=True):
+        for p, gradient in self.gradients.items():
             if p.grad is gradient:
                 p.grad = gradient.clone()
         graph.replay()
-        for p, gradient in zip(self.parameters, self.gradients, strict=True):
+        for p, gradient in self.gradients.items():
             p.grad = gradient if p.grad is None else p.grad + gradient
         return result.clone()
 
@@ -63,35 +63,24 @@ class Recorded:
         The gradients so far stay as they are.
         """
         arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-        before = [p.grad for p in self.parameters]
+        before = {p: p.grad for p in self.gradients}
 
         # In their first two calls, libraries choose their kernels and workspaces.
-        self.set_gradients([None] * len(before))
-        self.stream.wait_stream(torch.cuda.current_stream())
+        for p in self.gradients:
+            p.grad = None
+        torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
-            for _ in range(2):
-                self.function(*arguments)
-        torch.cuda.current_stream().wait_stream(self.stream)
+            self.function(*arguments)
+            self.function(*arguments)
 
-        self.set_gradients([None] * len(before))
-        graph = torch.cuda.CUDAGraph()
         # thread_local: NCCL's threads may query the device while this one records.
-        mode = "thread_local"
-        try:
-            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
-                result = self.function(*arguments)
-                torch._foreach_copy_(self.gradients, [p.grad for p in self.parameters])
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            error.add_note(
-                "A step that waits for the GPU, in .item() say, cannot be recorded: try --eager."
-            )
-            raise
+        for p in self.gradients:
+            p.grad = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"):
+            result = self.function(*arguments)
+            torch._foreach_copy_(list(self.gradients.values()), [p.grad for p in self.gradients])
 
-        self.set_gradients(before)
-        return graph, arguments, result
-
-    def set_gradients(self, gradients):
-        for p, gradient in zip(self.parameters, gradients, strict=True):
+        for p, gradient in before.items():
             p.grad = gradient
+        return graph, arguments, result

@@ -27,15 +27,7 @@ class LogProgress(tqdm):
         if msg is None and self.format_dict["elapsed"] >= self.delay:
             print(self, file=self.fp, flush=True)
 
-    def clear(self, *_, **__):
-        pass
-
-    def moveto(self, n):
-        pass
-
-    @classmethod
-    def write(cls, text):
-        print(text, flush=True)
+    write = print  # tqdm's own would draw the bar again
 
 
 def progress(items=None, name="", leave=False, **settings):
@@ -45,7 +37,7 @@ def progress(items=None, name="", leave=False, **settings):
     """
     settings |= {"desc": name, "disable": parallel.rank() > 0}
     if sys.stderr.isatty():
-        return tqdm(items, leave=leave, dynamic_ncols=True, **settings)
+        return tqdm(items, leave=leave, **settings)
     # miniters 1: look at the clock in every step, and keep tqdm's monitor thread from printing.
     settings |= {"delay": LOG_SECONDS, "mininterval": LOG_SECONDS, "miniters": 1}
     return LogProgress(items, leave=False, bar_format=LINE, **settings)

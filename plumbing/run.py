@@ -17,7 +17,6 @@ import json
 import math
 import os
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -64,9 +63,8 @@ DESCRIBED = {
 class Run:
     """A run in `folder`. argv: the words of its command. state: from a checkpoint, see NEW.
 
-    Without a state the run is new. Its folder must be new or empty, or the folder of a run that
-    saved nothing, which the new run replaces. Otherwise this raises ValueError, here or when it is
-    entered.
+    Without a state the run is new, and its folder must be new or empty. Otherwise this raises
+    ValueError, here or when it is entered.
     """
 
     def __init__(self, folder, argv, state=None):
@@ -74,7 +72,6 @@ class Run:
         self.checkpoint = self.folder / CHECKPOINT
         self.argv = argv
         self.resumed = state is not None
-        self.stopped = False  # whether SIGINT or SIGTERM has arrived
         state = state or NEW
         self.step = state["step"]  # done before this process began
         self.evaluations = list(state["evaluations"])
@@ -93,23 +90,20 @@ class Run:
         """Raise ValueError if the run must not write into its folder."""
         if parallel.rank() > 0 or not self.folder.is_dir():
             return
-        found = {path.name for path in self.folder.iterdir()}
-        if RESULT in found:
+        if (self.folder / RESULT).exists():
             raise ValueError(
                 f"{self.folder} holds a finished run: python eval.py {self.folder} shows it; "
                 "for a new one, name another --out or --seed, or delete it"
             )
         if self.resumed:
             return
-        if CHECKPOINT in found:
+        if self.checkpoint.exists():
             raise ValueError(
                 f"--out: {self.folder} holds an interrupted run; --resume {self.folder} "
                 "continues it, or delete it"
             )
-
-        # A run that ended before its first checkpoint leaves a log, and perhaps a partial file.
-        others = {name for name in found - {LOG} if not name.startswith(".part-")}
-        if found and (others or not is_log(self.folder / LOG)):
+        # A run that ended before its first checkpoint leaves an empty log.
+        if any(path.is_dir() or path.stat().st_size for path in self.folder.iterdir()):
             raise ValueError(
                 f"--out: {self.folder} holds other files; name another folder, or delete it"
             )
@@ -133,8 +127,6 @@ class Run:
 
     def __enter__(self):
         self.file = self.hold() if parallel.rank() == 0 else None
-        signal.signal(signal.SIGINT, self.stop)
-        signal.signal(signal.SIGTERM, self.stop)
         return self
 
     def hold(self):
@@ -156,18 +148,8 @@ class Run:
         return file
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.file:
             self.file.close()
-
-    def stop(self, *_):
-        """Let the loop finish its step and save. The second time, stop at once."""
-        if self.stopped:
-            raise KeyboardInterrupt(
-                "--resume RUN_DIR continues from the last evaluation, if there was one"
-            )
-        self.stopped = True
 
     # --- writing ---
 
@@ -201,31 +183,26 @@ class Run:
         self.log(**line)
 
     def save(self, step, learner, optimizer):
-        """Write a checkpoint, if the last is old. Several processes write none.
+        """Write a checkpoint, if the last is a minute old. Several processes write none.
 
-        One that cannot be written is said, and training goes on. Raises KeyboardInterrupt if the
-        run was asked to stop.
+        One that cannot be written is said, and training goes on.
         """
-        due = self.stopped or time.time() - self.saved > SAVE_EVERY
-        how = ""
-        if due and parallel.processes() == 1:
-            state = {
-                "step": step,
-                "evaluations": self.evaluations,
-                "argv": self.argv,
-                "identity": self.identity,
-                "seconds": self.seconds,
-                "log": os.fstat(self.file.fileno()).st_size,
-            }
-            tensors = random_states() | training_state(learner, optimizer)
-            try:
-                files.write_whole(self.checkpoint, files.seal(FORMAT, tensors, state))
-                how = f"python train.py --resume {self.folder} continues"
-            except OSError as error:
-                say(f"no checkpoint ({error}): training goes on, but could not be resumed")
-            self.saved = time.time()
-        if self.stopped:
-            raise KeyboardInterrupt(how)
+        if time.time() - self.saved < SAVE_EVERY or parallel.processes() > 1:
+            return
+        state = {
+            "step": step,
+            "evaluations": self.evaluations,
+            "argv": self.argv,
+            "identity": self.identity,
+            "seconds": self.seconds,
+            "log": os.fstat(self.file.fileno()).st_size,
+        }
+        tensors = random_states() | training_state(learner, optimizer)
+        try:
+            files.write_whole(self.checkpoint, files.seal(FORMAT, tensors, state))
+        except OSError as error:
+            say(f"no checkpoint ({error}): training goes on, but could not be resumed")
+        self.saved = time.time()
 
     def restore(self, learner, optimizer):
         """Load the checkpoint of a resumed run. A new run has none to load.
@@ -292,7 +269,7 @@ def read_checkpoint(path):
     """-> (tensors, state). Raises ValueError if the file was altered or is not a checkpoint."""
     if not path.exists():
         raise ValueError(
-            f"--resume: there is no {path}; the run is finished, or had no evaluation yet"
+            f"--resume: there is no {path}; the run is finished, or was a few steps old"
         )
     return files.unseal(path, FORMAT)
 
@@ -302,14 +279,6 @@ def interrupted_run(folder):
     parallel.require_one_process("--resume")
     _, state = read_checkpoint(folder / CHECKPOINT)
     return Run(folder, state["argv"], state)
-
-
-def is_log(path):
-    """Whether a file begins as a run's log does. It may be empty: the run was killed early."""
-    if path.is_symlink() or not path.is_file():
-        return False
-    beginning = path.read_bytes()[:9]
-    return beginning in (b"", b'{"step": ')
 
 
 # --- finished runs --------------------------------------------------------------------------------

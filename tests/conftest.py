@@ -164,11 +164,17 @@ def machine(monkeypatch, request):
     {"cuda": False, "mps": False, "bf16": False}: a test may say that the machine has one of them.
     """
     has = dict.fromkeys(("cuda", "mps", "bf16"), False)
-    if request.module.__name__ != "test_cuda":
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: has["cuda"])
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has["mps"])
-    monkeypatch.setattr("plumbing.cli.cpu_computes_bf16", lambda: has["bf16"])
+    if request.module.__name__ == "test_cuda":
+        return has
+
+    def accelerator(*_, **__):
+        found = [torch.device(name) for name in ("cuda", "mps") if has[name]]
+        return found[0] if found else None
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", accelerator)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has["cuda"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has["bf16"]})
     monkeypatch.setattr("plumbing.run.code_version", code_version)
     return has
 
@@ -188,8 +194,9 @@ def as_process(monkeypatch):
     """as_process(rank, processes): from now on this is one process of several."""
 
     def become(rank, processes):
-        for name, number in (("RANK", rank), ("WORLD_SIZE", processes)):
-            monkeypatch.setenv(name, str(number))
+        told = {"RANK": rank, "WORLD_SIZE": processes, "TORCHELASTIC_RUN_ID": "test"}
+        for name, value in told.items():
+            monkeypatch.setenv(name, str(value))
 
     return become
 

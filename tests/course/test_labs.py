@@ -12,7 +12,7 @@ from house import ARROWS, CORE, ROOT, WINGS
 
 LABS = sorted((ROOT / "exercises").glob("*.ipynb"))
 MACHINE = re.compile(
-    r"(?<![\w.])/(home|root|tmp|usr|work|Users|content)/|[A-Z]:\\"
+    r"(?<![\w.])/(home|root|tmp|usr|work|Users|content)/|(?<!\w)[A-Z]:\\"
 )  # where paths of a machine begin
 
 every_lab = pytest.mark.parametrize("lab", LABS, ids=lambda path: path.stem)

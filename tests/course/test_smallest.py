@@ -45,8 +45,8 @@ def test_it_learns_and_only_the_mask_did(capsys, steps, reached):
         assert kept.sum() == int(0.1 * weight.numel())  # exactly
 
     picture = said.splitlines()[-11:]  # left a digit, right the mask, whose frame is empty
-    assert {len(line) for line in picture} == {39} and any("█" in line[21:] for line in picture)
-    assert not picture[0][21:].strip() and not picture[-1][21:].strip()
+    assert {len(line) for line in picture} == {38} and any("█" in line[20:] for line in picture)
+    assert not picture[0][20:].strip() and not picture[-1][20:].strip()
     frame = names["kept"].view(11, 9).clone()
     frame[1:-1, 1:-1] = 0
     assert (

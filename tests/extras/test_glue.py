@@ -56,7 +56,6 @@ def test_glue_zip_gives_its_splits_and_nothing_else(rte, tokenizer):
     assert len(data.load_split("rte", "dev", None, tokenizer)) == 2
     assert left_in(folder.parent.parent / "cache") == [
         "glue/RTE/dev.tsv",
-        "glue/RTE/test.tsv",
         "glue/RTE/train.tsv",
     ]
 
@@ -92,7 +91,7 @@ def test_a_file_put_in_place_by_hand_stays(rte, tokenizer):
         ),
         (
             lambda files, cut: files.clear(),
-            "404.*GLUE's train.tsv, dev.tsv, test.tsv into .*RTE by hand.*--data-dir",
+            "404.*GLUE's train.tsv, dev.tsv into .*RTE by hand.*--data-dir",
         ),
     ],
 )
@@ -117,16 +116,11 @@ def test_mrpc_is_put_together(server, monkeypatch, tokenizer):
     files, _ = server
     sent = "\r\n".join([head.strip("\n"), *rows]) + " \r\n"
     files["/senteval/senteval_data/msr_paraphrase_train.txt"] = sent.encode()
-    test = f"{head.strip()}\r\n1\t9\t10\te\tf\r\n"
-    files["/senteval/senteval_data/msr_paraphrase_test.txt"] = test.encode()
     files["/glue/mrpc_dev_ids.tsv"] = b"7\t8\n"
     assert data.load_split("mrpc", "dev", None, tokenizer).labels == [0]
     folder = fetch.cache() / "glue" / "MRPC"
     assert [(folder / f"{n}.tsv").read_text() for n in ("train", "dev")] == list(made)
-    assert (
-        folder / "test.tsv"
-    ).read_text() == "index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t9\t10\te\tf\n"
-    assert left_in(folder) == ["dev.tsv", "test.tsv", "train.tsv"]
+    assert left_in(folder) == ["dev.tsv", "train.tsv"]
 
 
 def test_a_line_ends_at_a_newline_alone(server, monkeypatch):
@@ -134,22 +128,16 @@ def test_a_line_ends_at_a_newline_alone(server, monkeypatch):
     files, _ = server
     head = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
     rows = ["1\t5\t6\ta\x85b\tc\u2028d\n", "0\t7\t8\te\x0cf\tg\x1ch\n"]
-    place = "/senteval/senteval_data/msr_paraphrase_"
-    files[f"{place}train.txt"] = files[f"{place}test.txt"] = (head + "".join(rows)).encode()
+    files["/senteval/senteval_data/msr_paraphrase_train.txt"] = (head + "".join(rows)).encode()
     files["/glue/mrpc_dev_ids.tsv"] = b"7\t8\n"
     made = glue.assemble_mrpc(os.environ["GLUE_URL"].rstrip("/"), "")
     assert made["train.tsv"].decode() == head + rows[0]
     assert made["dev.tsv"].decode() == head + rows[1]
-    assert made["test.tsv"].decode().count("\n") == 3
 
 
 def test_an_empty_answer_for_mrpc_is_not_kept(server, tokenizer):
     files, _ = server
-    for name in (
-        "senteval/senteval_data/msr_paraphrase_train.txt",
-        "senteval/senteval_data/msr_paraphrase_test.txt",
-    ):
-        files[f"/{name}"] = b" "
+    files["/senteval/senteval_data/msr_paraphrase_train.txt"] = b" "
     files["/glue/mrpc_dev_ids.tsv"] = b" "
     with pytest.raises(ValueError, match="MRPC/train.tsv: md5"):
         data.load_split("mrpc", "dev", None, tokenizer)

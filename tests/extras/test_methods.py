@@ -326,12 +326,11 @@ def test_what_a_method_uses_is_taken(fails):
         train.main, ["--method", "p-pruning", "--schedule", "linear"]
     )
     assert "--hold: finetune does not" in fails(train.main, ["--method", "finetune", "--hold", "0"])
-    for flag in ("--epochs", "--steps"):
-        assert "10,000,000; got" in fails(train.main, [flag, "10000001"])
-    assert "--weight-lr: must be greater than 0" in fails(
+    assert "--steps: must be a whole number from 1 to 1e+07" in fails(train.main, ["--steps", "0"])
+    assert "--weight-lr: must be a number from 1e-100" in fails(
         train.main, ["--method", "random", "--weight-lr", "-1"]
     )
-    assert "--warmup: must be a fraction" in fails(train.main, ["--warmup", "1"])
+    assert "must be a number from 0 to 0.9999; got 1" in fails(train.main, ["--warmup", "1"])
 
 
 def test_learning_rates_rise_and_fall():
@@ -375,28 +374,6 @@ def test_torch_compile_sees_masks_as_one_piece(method, monkeypatch):
 def test_a_mask_is_not_all_of_a_run_whose_weights_trained(run, fails):
     folder, _ = run("--method", "movement", steps=2)
     assert "name its folder" in fails(eval_.main, [folder / "mask.safetensors"])
-
-
-@pytest.mark.slow
-def test_no_altered_result_makes_a_run_whose_weights_trained_another(run, fails):
-    """As in test_eval.py. But the weights in its folder have the mask's zeros in them."""
-    folder, result = run("--method", "movement", steps=2)
-    for key in result:
-        renamed = {name if name != key else f"{name}x": value for name, value in result.items()}
-        (folder / "result.json").write_text(json.dumps(renamed))
-        fails(eval_.main, [folder, "--text", "a good film"])
-        kept = (folder / "mask.safetensors").rename(folder / "kept")
-        fails(eval_.main, [folder, "--text", "a good film"])
-        kept.rename(folder / "mask.safetensors")
-    (folder / "result.json").write_text(json.dumps(result))
-    eval_.main([str(folder), "--text", "a good film"])
-
-
-def test_the_dense_reference_learns_as_fast_as_the_methods_own_weights(run, capsys):
-    run("--method", "movement", "--weight-lr", 1e-4, "--seed", 3, steps=2)
-    named = "python train.py --method=finetune --task=movies"
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if named in line]
-    assert " --batch=8 --length=16 --weight-lr=0.0001 --no-dropout" in line
 
 
 def test_settings_of_a_method_come_before_those_of_movies():

@@ -37,7 +37,7 @@ def test_a_folder_that_cannot_be_written(argv, fails):
     [
         (
             torch.AcceleratorError("CUDA error: launch failure\nlong advice"),
-            "launch failure); python train.py --resume",
+            "the device failed; python train.py --resume RUN_DIR continues: CUDA error: launch",
         ),
         (torch.OutOfMemoryError("CUDA out of memory"), "--accumulate 2, --batch, --length"),
         (MemoryError(), "--accumulate 2, --batch, --length"),
@@ -137,26 +137,12 @@ def test_names_that_the_terminal_cannot_show(argv, tmp_path, monkeypatch):
     assert (tmp_path / "r\u00e9sum\u00e9" / "result.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"RANK": "1"}, None),
-        ({"RANK": "", "WORLD_SIZE": ""}, None),
-        ({"RANK": "abc", "WORLD_SIZE": "2"}, "RANK is 'abc'"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
-    ],
-)
-def test_what_torchrun_sets_and_others_may(
-    argv, fails, tmp_path, monkeypatch, environment, message
-):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    if message:
-        assert message in fails(train.main, argv)
-    else:
-        train.main(argv)
-        assert (tmp_path / "run" / "result.json").exists()
+def test_ranks_that_torchrun_did_not_set(argv, tmp_path, monkeypatch):
+    """A cluster's own variables make no second process."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    train.main(argv)
+    assert (tmp_path / "run" / "result.json").exists()
 
 
 def test_names_are_printed_without_their_controls(fails):
@@ -164,11 +150,6 @@ def test_names_are_printed_without_their_controls(fails):
     assert "a\\x1b[31mb c\\u202ed" in said
     assert cli.show({"a\x1b]0;x": 1.0}) == "a\\x1b]0;x 1.0000"
     assert "\\x1b" in fails(train.main, ["--task", "\x1b[31m"])
-
-
-@pytest.mark.parametrize("flag", ["--out=--", "--model=--", "--lr=--"])
-def test_two_dashes_are_no_value(fails, flag):
-    assert f"{flag}: -- is not a value" in fails(train.main, [flag])
 
 
 def test_pipes_and_devices_are_not_read(argv, fails, tmp_path):
@@ -194,4 +175,4 @@ def test_no_compiler(argv, fails, monkeypatch):
 
     monkeypatch.setattr(Bert, "compile_layers", no_compiler)
     said = fails(train.main, [*argv, "--compile"])
-    assert "--compile: torch cannot compile here (InvalidCxxCompiler: No working C++" in said
+    assert "--compile: torch cannot compile here; leave it out: InvalidCxxCompiler: No" in said

@@ -77,10 +77,9 @@ def test_a_terminal_gets_tqdms_bar(stderr):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_other_processes_show_nothing(stderr, monkeypatch, terminal):
+def test_other_processes_show_nothing(stderr, monkeypatch, as_process, terminal):
     monkeypatch.setattr(module, "LOG_SECONDS", 0)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    as_process(1, 2)
     stream = stderr(terminal)
     assert list(progress(range(5), "smp-s", mininterval=0) if terminal else progress(range(5)))
     assert stream.getvalue() == ""

@@ -300,17 +300,6 @@ def test_a_log_makes_no_folder_a_runs(flags, tmp_path, fails, name, log):
     assert (out / name).read_text() == "mine" and (out / "log.jsonl").read_text() == log
 
 
-def test_a_run_that_saved_nothing_is_replaced(flags, tmp_path):
-    """Its log is all that it left, and perhaps a file that was not yet whole."""
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "log.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
-    (out / ".part-0123abcd-mask.safetensors").write_text("half")
-    train.main([*flags, "--steps", "2", "--evals", "1", "--out", str(out)])
-    assert {path.name for path in out.iterdir()} == {"log.jsonl", "mask.safetensors", "result.json"}
-    assert '"step": 10' not in (out / "log.jsonl").read_text()
-
-
 def test_from_another_folder_a_relative_one_is_not_found(flags, tmp_path, fails, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
