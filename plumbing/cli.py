@@ -143,7 +143,7 @@ def number(kind, low, high):
             if low <= kind(text) <= high:
                 return kind(text)
         what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {what} from {low:g} to {high:g}; got {text}")
+        raise argparse.ArgumentTypeError(f"must be {what} from {low:,} to {high:,}; got {text}")
 
     return read
 
@@ -197,8 +197,10 @@ def table_row(first, cells):
 def shade(value, table, width):
     """A bar in one of four shades, from light for the table's lowest value to dark for its highest.
 
-    Values that differ by less than a hundredth look alike.
+    Values that differ by less than a hundredth look alike. 0 gets an empty bar.
     """
+    if not value:
+        return " " * width
     place = (value - table.min()) / (np.ptp(table) + 0.01)  # from 0 to almost 1
     return "░▒▓█"[int(4 * place)] * width
 

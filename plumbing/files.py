@@ -32,7 +32,7 @@ def partial_folder(folder):
 
     After an error it is removed.
     """
-    part = part_of(folder)
+    part = part_path(folder)
     part.mkdir(parents=True)
     try:
         yield part
@@ -44,7 +44,7 @@ def partial_folder(folder):
 def write_whole(path, content):
     """Write bytes atomically: the file appears whole or not at all. Its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = part_of(path)
+    part = part_path(path)
     try:
         with open(part, "wb") as file:
             file.write(content)
@@ -55,7 +55,7 @@ def write_whole(path, content):
         part.unlink(missing_ok=True)
 
 
-def part_of(path):
+def part_path(path):
     """A new name beside a path, for what is not yet whole."""
     return path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
 

@@ -326,7 +326,8 @@ def test_what_a_method_uses_is_taken(fails):
         train.main, ["--method", "p-pruning", "--schedule", "linear"]
     )
     assert "--hold: finetune does not" in fails(train.main, ["--method", "finetune", "--hold", "0"])
-    assert "--steps: must be a whole number from 1 to 1e+07" in fails(train.main, ["--steps", "0"])
+    said = fails(train.main, ["--steps", "0"])
+    assert "--steps: must be a whole number from 1 to 10,000,000" in said
     assert "--weight-lr: must be a number from 1e-100" in fails(
         train.main, ["--method", "random", "--weight-lr", "-1"]
     )

@@ -89,9 +89,9 @@ def test_a_language_model_is_timed_too(capsys, make_gpt2, peaks_are_known):
 def test_shapes_that_cannot_be_are_refused(fails):
     assert "--hidden must be a multiple of 64" in fails(bench.main, ["--hidden", "100"])
     assert "--steps: must be a whole number from 1" in fails(bench.main, ["--steps", "0"])
-    assert "--steps: must be a whole number from 1 to 10000" in fails(
+    assert "--steps: must be a whole number from 1 to 10,000" in fails(
         bench.main, ["--steps", "99999999999999999999"]
     )
-    assert "--layers: must be a whole number from 1 to 1000" in fails(
+    assert "--layers: must be a whole number from 1 to 1,000" in fails(
         bench.main, ["--layers", "10000000"]
     )

@@ -69,7 +69,7 @@ def test_compact_export_takes_out_what_is_dead(run_on_texts, make_gpt2, tmp_path
     said = capsys.readouterr().out
     assert "layer 0    4 heads    17 neurons" in said and "layer 1    3 heads    24 neurons" in said
     found, reported = (
-        float(said.split(words)[1].split()[0].strip(","))
+        float(said.split(words)[1].split(",")[0])
         for words in (": perplexity ", "reported perplexity ")
     )
     assert found == pytest.approx(reported, rel=1e-4)

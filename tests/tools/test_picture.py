@@ -49,8 +49,8 @@ def test_maps_fit_the_terminal(masks):
     assert [line.split()[-1] for line in lines[1:]] == ["0.000", "0.000", "0.0000"]
     assert "█████ 0.500" in lines[1] and "░░░░░ 0.062" in lines[2] and "0.2500" in lines[3]
     (row,) = picture.head_map(np.full((1, 16), 0.5))[1:]
-    assert len(row) <= 80 and row.count("░50") == 16
-    assert picture.head_map(np.array([[0.0, 1.0]]))[1] == "layer 0   ░ 0 █100"
+    assert len(row) <= 80 and row.count("░50") == 16  # all alike
+    assert picture.head_map(np.array([[0.0, 1.0]]))[1] == "layer 0     0 █100"  # nothing, and all
     lines = list(shaded_table("density", {"a": [0.42, 0.46, 0.5, 0.54]}))
     assert [line.split()[2] for line in lines[1:-1]] == ["░" * 5, "▒" * 5, "▓" * 5, "█" * 5]
     lines = list(shaded_table("density", {"a": [0.5, 0.501]}))
