@@ -102,6 +102,7 @@ def evaluate(model, weights, sets, metrics, device):
     """
     values = {}  # {"accuracy": 0.84, "accuracy dev_mismatched": 0.85}
     for name, examples in sets.items():
+        # The first set's metrics have plain names.
         logits = predict(model, weights, examples, device)
         suffix = f" {name}" if values else ""
         for metric, value in examples.score(logits, metrics, METRICS).items():
@@ -156,6 +157,7 @@ def read_result(run):
     # Whether it is a result at all is plumbing's question. Here: do we know its task and method?
     result = read_description(run)
     task, words = result["task"], result["words"]
+    # Other label words would read the same logits as other answers.
     if result["method"] not in METHODS:
         raise ValueError(f"{run}: METHODS has no method {result['method']}")
     if task not in TASKS or words != TASKS[task].words:
@@ -207,6 +209,7 @@ def load_sets(result, splits, data_dir, tokenizer):
 def densities(groups, masks):
     """{group: matrix names}, {name: bool [out, in]} -> {group: [density of each layer]}."""
     found = {}
+    # Groups and layers come in the model's order.
     for group, names in groups.items():
         found[group] = [masks[name].float().mean().item() for name in names]
     return found
@@ -215,6 +218,7 @@ def densities(groups, masks):
 def masked_weights(loaded, device, dtype):
     """Move a loaded run's model to a device -> {name: weight under the mask [out, in]}."""
     model = loaded.model.to(device, dtype)
+    # W' = W * M, once and for all. Without masks this is empty, and the model's own weights count.
     masks = loaded.masks.items()
     return {name: model.get_parameter(name).detach() * mask.to(device) for name, mask in masks}
 
@@ -348,7 +352,7 @@ def show_run(loaded, sets, metrics):
     for i, (heads, neurons) in enumerate(model.config.layers):
         if model.config.heads_per_layer:  # some were taken out
             print(f"layer {i}  {heads:3} heads {neurons:5} neurons")
-    # Other dev sets stand in brackets behind the first.
+    # The metrics of further dev sets follow, with their names.
     questions = sum(examples.num_questions() for examples in sets.values())
     print(f"dev ({questions} examples): {cli.show(metrics)}")
     print(f"training reported {cli.show(loaded.result['final'])}")

