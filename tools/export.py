@@ -45,8 +45,8 @@ tags: [pruning, sparsity, static-model-pruning, "{method}"]
 
 # {task}, pruned to a density of {density:.4f}
 
-{name}, method {method}; what trained: {trained} (vectors are biases and LayerNorms). Weights that
-were removed are zero. Dev: {scores} ({facts}).
+Backbone {name}, method {method}. What trained: {trained} (vectors are biases and LayerNorms).
+Removed weights are zero. Dev: {scores} ({facts}).
 
 {use}"""
 FACTS = "seed {seed}, {steps} steps, {seconds} seconds, commit {commit}, {device}, {dtype}"
@@ -58,7 +58,8 @@ from transformers import AutoTokenizer, {loader}
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = {loader}.from_pretrained(".").eval()
 output = model(**tokenizer({texts}, return_tensors="pt"))
-print(({logits}){first}[..., {ids}])
+logits = {logits}  # of every token and word
+print(logits{first}[..., {ids}])
 ```
 """
 LANGUAGE_MODEL_USE = """```python

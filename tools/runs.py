@@ -379,7 +379,7 @@ def hold_out(name, rows):
     for split, part in (("train", lines[:-rows]), (task.dev[0], lines[-rows:])):
         path = HELD / task.folder / task.file.format(split)
         write_whole(path, "\n".join([*header, *part, ""]).encode())
-        print(f"{path}: {len(part)} rows")
+        print(path)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -391,9 +391,15 @@ def main(argv=None):
         prog="python -m tools.runs", description="Make the runs of a list, or show them."
     )
     add = parser.add_argument
-    add("do", choices=("run", "table", "plot", "holdout"))
+    add("do", choices=("run", "table", "plot", "holdout"), help="make, show or draw its runs")
     add("list", type=Path, metavar="LIST", help="a text file of commands; for holdout, a task")
-    add("--results", type=Path, default=RESULTS, metavar="FILE", help="(results/runs.jsonl)")
+    add(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="FILE",
+        help="JSON lines (results/runs.jsonl)",
+    )
     add("--at-once", type=count, default=1, help="run: how many side by side, on all GPUs (1)")
     add("--average", action="store_true", help="table: add the mean over tasks")
     add("--best", type=count, metavar="N", help="table: only the N best settings of each row")

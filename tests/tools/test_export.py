@@ -106,7 +106,7 @@ def test_what_was_trained_is_not_called_unchanged(make_model, trained, tmp_path,
     )
     export.main([str(run), str(out)])
     readme = (out / "README.md").read_text()
-    trained_what = readme.split(f"m, method {method}; what trained: ")[1]
+    trained_what = readme.split(f"Backbone m, method {method}. What trained: ")[1]
     assert "weights" in trained_what.split(" (vectors")[0]
 
 
@@ -129,7 +129,7 @@ def test_biases_that_trained_beside_a_mask_are_exported(make_model, trained, tmp
             tensor, weight * loaded.masks.get(loaded.model.canonical(name), torch.tensor(True))
         )
     assert any((found[name] != before[name]).any() for name in found if "LayerNorm.bias" in name)
-    assert "what trained: scores, vectors" in (tmp_path / "out" / "README.md").read_text()
+    assert "What trained: scores, vectors" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_cannot_be_exported_is_refused(make_model, trained, fails, tmp_path):
@@ -218,7 +218,9 @@ def test_a_card_names_what_the_hub_knows(finished):
         card = export.card(result | {"model": model}, "transformers", "Use it.").decode()
         assert metadata(card)["base_model"] == base
         assert metadata(card)["tags"] == '[pruning, sparsity, static-model-pruning, "smp-s"]'
-        assert f"\n{model}, method smp-s; what trained: scores" in card and card.endswith("Use it.")
+        assert f"\nBackbone {model}, method smp-s. What trained: scores" in card and card.endswith(
+            "Use it."
+        )
     assert fetch.MODELS.keys() <= export.HUB.keys()  # all that can be fetched have a name there
 
 
