@@ -184,25 +184,27 @@ def format_answer(texts, tokenizer, logits_of, args):
         raise ValueError("a language model needs something to continue, and this text is empty")
 
     end = tokenizer.token_to_id(END)
-    for token in next_tokens(ids, size, logits_of, args.temperature, args.seed):
+    words = max(tokenizer.get_vocab().values()) + 1
+    for token in next_tokens(ids, size, words, logits_of, args.temperature, args.seed):
         if token == end:
             break
         ids.append(token)
     return [printable(line) for line in tokenizer.decode(ids).split("\n")]
 
 
-def next_tokens(ids, size, logits_of, temperature, seed, count=CONTINUED):
+def next_tokens(ids, size, words, logits_of, temperature, seed, count=CONTINUED):
     """Yield up to `count` tokens that continue ids. The caller appends each one to ids.
 
-    The model reads the last `size` of them. Without a temperature, take the likeliest token each
-    time. With one, draw tokens by their probability (1) or by one that is sharper (below 1) or
-    flatter (above).
+    The model reads the last `size` of them. words: the size of the vocabulary. Without a
+    temperature, take the likeliest token each time. With one, draw tokens by their probability (1)
+    or by one that is sharper (below 1) or flatter (above).
     """
     rng = np.random.default_rng(seed)
     for _ in progress(range(count), "writing", delay=2):
         seen = ids[-size:]  # read again for every token: slow, but plain
         prompt = Prompt([seen], [[0]], [len(seen) - 1], size)
         (logits,) = logits_of(prompt).double().numpy()  # [1, V] -> [V]
+        logits[words:] = -np.inf  # a model may have more rows, which pad its vocabulary
         token = int(logits.argmax())
         if temperature:
             odds = np.exp((logits - logits.max()) / temperature)

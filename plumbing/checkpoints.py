@@ -6,6 +6,7 @@ Only safetensors are read, because other formats could run code.
     tokenizer = open_tokenizer(folder)
 """
 
+import math
 import warnings
 from dataclasses import MISSING, fields, replace
 
@@ -127,22 +128,48 @@ def tokenizer_bytes(folder):
     path = folder / "tokenizer.json"
     if path.exists():
         return require_regular_file(path).read_bytes()
-    settings = {}
-    if (folder / "tokenizer_config.json").exists():
-        settings = read_json(folder / "tokenizer_config.json")
     path = folder / "vocab.txt"
     words = {word: i for i, word in enumerate(read_lines(path))}
     if not {"[CLS]", "[SEP]"} <= words.keys():
         raise ValueError(f"{path} has no [CLS] and [SEP]; give the folder a tokenizer.json")
-    lowercase = settings.get("do_lower_case", True) is not False
-    return BertWordPieceTokenizer(words, lowercase=lowercase).to_str().encode()
+    settings, added = vocabulary_settings(folder)
+    tokenizer = BertWordPieceTokenizer(words, **settings)
+    # Each of these is one token, whatever is in it. In the order of their ids.
+    for token in sorted(added, key=added.get):
+        tokenizer.add_special_tokens([token])
+        if added[token] not in (math.inf, tokenizer.token_to_id(token)):
+            raise ValueError(f"{path} leaves no id {added[token]} for the added token {token!r}")
+    return tokenizer.to_str().encode()
+
+
+def vocabulary_settings(folder):
+    """What stands beside a vocab.txt -> (its tokenizer's settings, {added token: id, inf: any})."""
+    settings, added = {}, {}
+    if (folder / "tokenizer_config.json").exists():
+        settings = read_json(folder / "tokenizer_config.json")
+    if (folder / "added_tokens.json").exists():
+        added = read_json(folder / "added_tokens.json")
+    for number, token in settings.get("added_tokens_decoder", {}).items():
+        added[token["content"]] = int(number)
+    for token in settings.get("additional_special_tokens", []):
+        added.setdefault(token, math.inf)
+    if settings.get("do_basic_tokenize", True) is not True or settings.get("never_split"):
+        raise ValueError(
+            f"{folder}: do_basic_tokenize and never_split are not supported with a vocab.txt; "
+            "give the folder a tokenizer.json"
+        )
+    chosen = {
+        "lowercase": settings.get("do_lower_case", True),
+        "strip_accents": settings.get("strip_accents"),
+        "handle_chinese_chars": settings.get("tokenize_chinese_chars", True),
+    }
+    return chosen, added
 
 
 def open_tokenizer(folder):
     """Open the Tokenizer of a model folder. Raises ValueError that says why it cannot be read."""
-    content = tokenizer_bytes(folder)
     try:
-        tokenizer = Tokenizer.from_str(content.decode("utf-8-sig"))
+        tokenizer = Tokenizer.from_str(tokenizer_bytes(folder).decode("utf-8-sig"))
         if isinstance(tokenizer.model, BPE):
             tokenizer.model.dropout = None  # it would read each text otherwise every time
         return tokenizer
@@ -150,7 +177,7 @@ def open_tokenizer(folder):
         hint = ""
         if "variant" in str(error):
             hint = "; a newer version of tokenizers may have written it"
-        raise ValueError(f"{folder}: its tokenizer.json is not valid: {error}{hint}") from None
+        raise ValueError(f"{folder}: its tokenizer is not valid: {error}{hint}") from None
 
 
 def encode_texts(tokenizer, texts, **options):
@@ -161,14 +188,21 @@ def encode_texts(tokenizer, texts, **options):
         raise ValueError(f"tokenizer.json cannot read a text: {error}") from None
 
 
-def tokenizer_config(folder, length):
-    """Build tokenizer_config.json for a folder's tokenizer and inputs of up to `length` tokens.
+def tokenizer_config(folder, config):
+    """Build tokenizer_config.json for a folder's tokenizer and a model with this config.
 
     PreTrainedTokenizerFast has transformers take tokenizer.json as it is. Any other class would
     override some of its settings, and the one for BERT lowercases the text.
     """
     vocabulary = open_tokenizer(folder).get_vocab()
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
+    inputs = ["input_ids", "attention_mask"]
+    if getattr(config, "type_vocab_size", 1) > 1:  # BERT tells the texts of a pair apart
+        inputs.insert(1, "token_type_ids")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.longest_input,
+        "model_input_names": inputs,  # versions of transformers differ in what they assume
+    }
     for name, tokens in SPECIAL.items():
         for token in tokens:
             if token in vocabulary:
@@ -187,7 +221,7 @@ def cutting_tokenizer(folder, length):
         tokenizer.no_padding()  # published files carry settings of their own
         tokenizer.encode("a \u2603", "b")  # fails if no token stands for unknown characters
     except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"{folder}: its tokenizer.json is not valid: {error}") from None
+        raise ValueError(f"{folder}: its tokenizer is not valid: {error}") from None
     return tokenizer
 
 
@@ -272,16 +306,18 @@ def build_from(make, tensors):
 
 
 def model_files(folder, tensors, config):
-    """Pack a model -> {name: bytes}, a folder like `folder`, but with these tensors.
+    """Pack a model -> {name: bytes}, a folder like `folder`, but with these float32 tensors.
 
     The layer sizes are those of config.
     """
     stored = read_json(folder / "config.json")
+    stored |= {"dtype": "float32", "torch_dtype": "float32"}  # for transformers 5, and for 4
     for name in PER_LAYER:
-        stored[name] = getattr(config, name)
+        if getattr(config, name):
+            stored[name] = getattr(config, name)
     return {
         WEIGHTS: pack_weights(tensors),
         "config.json": json_bytes(stored),
         "tokenizer.json": tokenizer_bytes(folder),
-        "tokenizer_config.json": tokenizer_config(folder, config.longest_input),
+        "tokenizer_config.json": tokenizer_config(folder, config),
     }

@@ -21,10 +21,7 @@ from mask import METHODS
 from plumbing.checkpoints import (
     PER_LAYER,
     model_files,
-    pack_weights,
     read_model,
-    tokenizer_bytes,
-    tokenizer_config,
 )
 from plumbing.cli import Parser, one_line_errors, printable, show
 from plumbing.fetch import model_name
@@ -135,14 +132,8 @@ def export(folder, run):
     _, tensors = read_model(run.folder)  # all of them, under their original names
     apply_run(tensors, run)
     use = classifier_use(run.result, run.model) if run.result["words"] else LANGUAGE_MODEL_USE
-    length = run.model.config.longest_input
-    files = {
-        "README.md": card(run.result, "transformers", use),
-        "config.json": (run.folder / "config.json").read_bytes(),
-        "model.safetensors": pack_weights(tensors),
-        "tokenizer.json": tokenizer_bytes(run.folder),
-        "tokenizer_config.json": tokenizer_config(run.folder, length),
-    }
+    files = model_files(run.folder, tensors, run.model.config)
+    files["README.md"] = card(run.result, "transformers", use)
     write_files(folder, files)
     return "an ordinary model folder; its README.md says how to use it"
 

@@ -9,10 +9,11 @@ import torch
 from conftest import CONFIG, bert_tensors, load_config, load_model
 from oracle import IDS, MASK, TYPES, plain_bert, roberta_name
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 from torch import nn
 
 import model
-from plumbing.checkpoints import cutting_tokenizer
+from plumbing.checkpoints import cutting_tokenizer, open_tokenizer
 from plumbing.run import identity
 
 
@@ -370,6 +371,94 @@ def test_a_tokenizer_is_made_of_vocab_txt(make_model):
     (folder / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match="vocab.txt has no .CLS. and .SEP."):
         cutting_tokenizer(folder, 16)
+
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def words_of(folder, vocabulary, text, settings=None, added=None):
+    """The tokens of a text, for a folder with this vocab.txt and what stands beside it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in vocabulary))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings or {}))
+    (folder / "added_tokens.json").write_text(json.dumps(added or {}))
+    encoded = cutting_tokenizer(folder, 16).encode(text)
+    return encoded.tokens[1:-1], encoded.ids[1:-1]
+
+
+def test_a_line_of_a_vocabulary_ends_at_a_newline_alone(tmp_path):
+    """bert-base-chinese has U+2028 as a word. What stands behind it keeps its id."""
+    odd = ["\u2028", "\x85", "\x0c", "\x1c"]
+    vocabulary = [*SPECIAL, *odd, "film"]
+    assert words_of(tmp_path / "m", vocabulary, "film") == (["film"], [len(SPECIAL) + len(odd)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({}, "mochte"),
+        ({"do_lower_case": False}, "M\u00f6chte"),
+        ({"strip_accents": False}, "m\u00f6chte"),
+        ({"do_lower_case": False, "strip_accents": True}, "Mochte"),
+    ],
+)
+def test_settings_beside_a_vocabulary_are_heeded(tmp_path, settings, word):
+    """By default accents go with the capitals, as BERT's authors have it."""
+    vocabulary = [*SPECIAL, "mochte", "M\u00f6chte", "m\u00f6chte", "Mochte"]
+    assert words_of(tmp_path / "m", vocabulary, "M\u00f6chte", settings)[0] == [word]
+
+
+def test_chinese_characters_are_words_unless_the_settings_say_otherwise(tmp_path):
+    vocabulary = [*SPECIAL, "\u4e00", "\u4e01", "\u4e00\u4e01"]
+    text = "\u4e00\u4e01"
+    assert words_of(tmp_path / "m", vocabulary, text)[0] == ["\u4e00", "\u4e01"]
+    settings = {"tokenize_chinese_chars": False}
+    assert words_of(tmp_path / "m", vocabulary, text, settings)[0] == [text]
+
+
+def test_added_tokens_are_one_token_each(tmp_path):
+    vocabulary = [*SPECIAL, "a", "film", "[unused1]"]
+    decoder = {"added_tokens_decoder": {"8": {"content": "[ENT]"}}}
+    for settings, added in ((decoder, {}), ({}, {"[ENT]": 8})):
+        found = words_of(tmp_path / "m", vocabulary, "a [ENT] film", settings, added)
+        assert found == (["a", "[ENT]", "film"], [5, 8, 6])
+    settings = {"additional_special_tokens": ["[unused1]"]}
+    assert words_of(tmp_path / "m", vocabulary, "a [unused1] film", settings)[1] == [5, 7, 6]
+    with pytest.raises(ValueError, match="leaves no id 11 for the added token '.ENT.'"):
+        words_of(tmp_path / "m", vocabulary, "a", {}, {"[ENT]": 11})
+    with pytest.raises(ValueError, match="never_split are not supported with a vocab.txt"):
+        words_of(tmp_path / "m", vocabulary, "a", {"never_split": ["a"]})
+
+
+def test_a_tokenizer_drops_nothing(tmp_path):
+    """A BPE with dropout would merge a and b now and then only."""
+    vocab = {"[UNK]": 0, "a": 1, "b": 2, "ab": 3}
+    stored = Tokenizer(models.BPE(vocab, [("a", "b")], dropout=0.5, unk_token="[UNK]"))
+    stored.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = open_tokenizer(tmp_path)
+    assert all(tokenizer.encode("ab").ids == [3] for _ in range(50))
+
+
+@pytest.mark.parametrize("family", [None, "roberta", "bert"])
+def test_robertas_tensors_make_a_roberta(make_model, family):
+    """Its positions begin behind the padding, so reading it as BERT gives other logits."""
+    tensors = {roberta_name(name): tensor for name, tensor in bert_tensors(CONFIG).items()}
+    folder = make_model("m", tensors, model_type=family)
+    if family is None:
+        stored = json.loads((folder / "config.json").read_text())
+        del stored["model_type"]
+        (folder / "config.json").write_text(json.dumps(stored))
+    if family == "bert":
+        with pytest.raises(ValueError, match="model_type is 'bert', but its tensors are roberta"):
+            load_model(folder, [5, 6])
+    else:
+        assert load_model(folder, [5, 6]).config.model_type == "roberta"
+
+
+def test_a_classifier_needs_no_tied_decoder(make_model):
+    tensors = bert_tensors(CONFIG)
+    tensors["cls.predictions.decoder.weight"] = tensors[WORDS] + 1
+    load_model(make_model("m", tensors), [0, 0], "classifier")
 
 
 def test_classifier_logits_by_hand(make_model):

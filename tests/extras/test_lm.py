@@ -296,13 +296,17 @@ def test_tokens_are_drawn_by_their_probabilities():
     """Three tokens have 0.6, 0.3 and 0.1. Temperature 1/2 draws them by the squares of these."""
     logits = torch.tensor([[0.6, 0.3, 0.1, 0.0]]).log() + 5
 
-    def shares(temperature):
-        drawn = list(lm.next_tokens([0], 8, lambda prompt: logits, temperature, seed=0, count=3000))
+    def shares(temperature, words=4):
+        tokens = lm.next_tokens([0], 8, words, lambda _: logits, temperature, 0, count=3000)
+        drawn = list(tokens)
         return [drawn.count(token) / 3000 for token in range(4)]
 
     assert shares(1.0) == pytest.approx([0.6, 0.3, 0.1, 0], abs=0.03)
     assert shares(0.5) == pytest.approx([0.36 / 0.46, 0.09 / 0.46, 0.01 / 0.46, 0], abs=0.03)
     assert shares(None) == [1, 0, 0, 0]
+    # A row of the model that no token has is never drawn, however likely it seems.
+    logits = logits.flip(1)
+    assert shares(1.0, words=3)[3] == shares(None, words=3)[3] == 0
 
 
 # --- downloads ------------------------------------------------------------------------------------
@@ -358,7 +362,7 @@ def test_what_is_refused(make_gpt2, make_model, glue, texts, tmp_path, fails):
     assert "was trained on movies, not on ptb" in error("--teacher", tmp_path / "bert")
     config = (gpt2 / "config.json").read_text()
     (gpt2 / "config.json").write_text(json.dumps(json.loads(config) | {"vocab_size": 100}))
-    assert "gpt2: size mismatch for wte.weight" in error()
+    assert "do not fit config.json: size mismatch for wte.weight" in error()
     (gpt2 / "config.json").write_text(config)
     (texts / "ptb" / "ptb.test.txt").write_text("a\n")
     assert "ptb.test.txt is shorter than a block of 16 tokens (it has 2); lower --length" in error()
