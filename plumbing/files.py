@@ -13,7 +13,6 @@ import lzma
 import math
 import os
 import secrets
-import shutil
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,21 +23,6 @@ from safetensors.torch import save
 MASKS = "smp-mask-3"
 
 # --- files, whole or not at all ---------------------------------------------------------------
-
-
-@contextmanager
-def partial_folder(folder):
-    """Yield a new folder to fill. It then replaces `folder`, which must be missing or empty.
-
-    After an error it is removed.
-    """
-    part = part_path(folder)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_whole(path, content):

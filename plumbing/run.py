@@ -97,16 +97,12 @@ class Run:
             )
         if self.resumed:
             return
+        what = "other files"
         if self.checkpoint.exists():
-            raise ValueError(
-                f"--out: {self.folder} holds an interrupted run; --resume {self.folder} "
-                "continues it, or delete it"
-            )
+            what = f"an interrupted run, which --resume {self.folder} continues"
         # A run that ended before its first checkpoint leaves an empty log.
         if any(path.is_dir() or path.stat().st_size for path in self.folder.iterdir()):
-            raise ValueError(
-                f"--out: {self.folder} holds other files; name another folder, or delete it"
-            )
+            raise ValueError(f"--out: {self.folder} holds {what}; name another, or delete it")
 
     def check_identity(self, flags, description):
         """Raise ValueError if a resumed run depends on anything that is different now.
@@ -136,12 +132,8 @@ class Run:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         file = open(self.folder / LOG, "ab", buffering=0)  # noqa: SIM115 (closed in __exit__)
-        try:
-            files.lock(file)
-            self.check_folder()  # again: another process may have written before it was locked
-        except ValueError:
-            file.close()
-            raise
+        files.lock(file)
+        self.check_folder()  # again: another process may have written before it was locked
         for part in self.folder.glob(".part-*"):  # of a run that was killed
             part.unlink()
         file.truncate(self.log_size)

@@ -10,6 +10,8 @@ adapters are shared. Each folder has a README.md with metadata, as model hubs re
 """
 
 import copy
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from plumbing.checkpoints import (
 )
 from plumbing.cli import Parser, one_line_errors, printable, show
 from plumbing.fetch import model_name
-from plumbing.files import partial_folder, sha256, signed_json, write_whole
+from plumbing.files import part_path, sha256, signed_json, write_whole
 
 OURS = "static-model-pruning"  # the library, for folders that only this code reads
 HUB = {  # the models' names on the hub
@@ -294,6 +296,21 @@ def export_mask(folder, run, mask_file):
         "a mask to share; its README.md says how to use it. "
         "The mask's file also names the run's command and folders"
     )
+
+
+@contextmanager
+def partial_folder(folder):
+    """Yield a new folder to fill. It then replaces `folder`, which must be missing or empty.
+
+    After an error it is removed.
+    """
+    part = part_path(folder)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @one_line_errors()

@@ -20,12 +20,12 @@ from plumbing import cli
 from plumbing.checkpoints import WEIGHTS, open_tokenizer, pack_weights
 from plumbing.files import (
     json_bytes,
-    partial_folder,
     prefix_errors,
     read_json,
     require_regular_file,
     write_whole,
 )
+from tools.export import partial_folder
 
 
 def make_tokenizer(path, vocabulary):

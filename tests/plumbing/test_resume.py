@@ -133,7 +133,7 @@ def test_what_cannot_be_resumed(flags, tmp_path, fails):
     checkpoint.write_bytes(seal(FORMAT, tensors, state))
     assert "when the run began" in fails(train.main, ["--resume", tmp_path])
     said = fails(train.main, [*flags, "--out", tmp_path])  # nothing is lost
-    assert "holds an interrupted run; --resume" in said
+    assert "holds an interrupted run, which --resume" in said
 
 
 @pytest.fixture(scope="module")
