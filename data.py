@@ -1,7 +1,7 @@
-"""Tasks, TSV readers, and batches of texts of similar length.
+"""Tasks, metrics, TSV readers, and batches of texts of similar length.
 
-TASKS is the one table of tasks. RECIPE holds the defaults that all tasks share, and each row says
-what it does otherwise. Source of the tasks: Wang et al., GLUE (ICLR 2019).
+TASKS is the one table of tasks; extras/ adds rows to it. RECIPE holds the defaults that all tasks
+share, and each row says what it does otherwise. Source: Wang et al., GLUE (ICLR 2019).
 
     train = load_split("movies", "train", None, tokenizer)
     for parts in training_batches(train, size=32, steps=600, seed=0):
@@ -21,6 +21,15 @@ import torch
 from plumbing import fetch, parallel
 from plumbing.checkpoints import encode_texts
 from plumbing.files import read_lines, sha256
+
+# --- metrics: (predicted classes or scores [N], true ones [N]) -> a number ------------------------
+
+
+def accuracy(predicted, true):
+    return float((predicted == true).mean())
+
+
+METRICS = {"accuracy": accuracy}  # extras/glue.py has more
 
 # --- tasks ----------------------------------------------------------------------------------------
 
@@ -59,7 +68,7 @@ class Task:
     text: tuple  # columns of the text (and of its pair), by header name, or number without a header
     label: str | int  # column of the label
     words: dict  # label in the file -> label word, in class order; a single entry means regression
-    metrics: tuple  # in eval.METRICS, or its Examples have them; the first chooses the best step
+    metrics: tuple  # in METRICS, or its Examples have them; the first chooses the best step
     recipe: dict = field(default_factory=dict)  # {flag: default} where it differs from RECIPE
 
     # The splits beside "train", and their files.
@@ -78,15 +87,12 @@ class Task:
 
 
 SENTIMENT = {"0": "terrible", "1": "great"}
-ACCEPTABLE = {"0": "incorrect", "1": "correct"}
 NO_YES = {"0": "no", "1": "yes"}
 ENTAILMENT = {"not_entailment": "no", "entailment": "yes"}
 NLI = {"contradiction": "no", "neutral": "maybe", "entailment": "yes"}
 
 ACCURACY = ("accuracy",)
 PAIR = ("sentence1", "sentence2")
-MRPC_PAIR = ("#1 String", "#2 String")
-QQP_PAIR = ("question1", "question2")
 QNLI_PAIR = ("question", "sentence")
 
 TASKS = {
@@ -94,17 +100,8 @@ TASKS = {
         "movies", ("sentence",), "label", SENTIMENT, ACCURACY, MOVIES, fetch=fetch.fetch_movies,
     ),
     "rte": Task("RTE", PAIR, "label", ENTAILMENT, ACCURACY, {"epochs": 100}),
-    "mrpc": Task("MRPC", MRPC_PAIR, "Quality", NO_YES, ("accuracy", "f1"), {"epochs": 60}),
-    "cola": Task("CoLA", (3,), 1, ACCEPTABLE, ("mcc",), {"epochs": 60}),  # it has no header
-    "stsb": Task(
-        "STS-B", PAIR, "score", {"score": "yes"}, ("pearson", "spearman"), {"epochs": 60},
-        scores=(0, 5),
-    ),
     "sst2": Task("SST-2", ("sentence",), "label", SENTIMENT, ACCURACY, LARGE),
     "qnli": Task("QNLI", QNLI_PAIR, "label", ENTAILMENT, ACCURACY, LARGE),
-    "qqp": Task(
-        "QQP", QQP_PAIR, "is_duplicate", NO_YES, ("accuracy", "f1"), LARGE, skip_broken=True,
-    ),
     "mnli": Task(
         "MNLI", PAIR, "gold_label", NLI, ACCURACY, LARGE,
         dev=("dev_matched", "dev_mismatched"),
@@ -141,12 +138,12 @@ class Examples:
         """What evaluation keeps of a batch: logits [B, C], labels [B] -> [B, ...]."""
         return logits
 
-    def score(self, logits, names, metrics):
-        """Logits [N, C] -> {metric: number}. metrics: {name: (predicted, true) -> number}."""
+    def score(self, logits, metrics):
+        """Logits [N, C] -> {metric: number}. metrics: names in METRICS."""
         # A single logit (regression) is the answer itself. Otherwise the class with the largest.
         predicted = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1)
         predicted, true = predicted.numpy(), np.array(self.labels)
-        return {name: metrics[name](predicted, true) for name in names}
+        return {name: METRICS[name](predicted, true) for name in metrics}
 
 
 def read_rows(path, task):

@@ -26,63 +26,6 @@ from plumbing.progress import progress
 from plumbing.run import identity, read_description
 from plumbing.summary import guessing
 
-# --- metrics: (predicted classes or scores [N], true ones [N]) -> a number ------------------------
-
-
-def accuracy(predicted, true):
-    return float((predicted == true).mean())
-
-
-def f1(predicted, true):
-    """F1 of class 1, of more than two classes their mean (macro). 0 without a true positive."""
-    classes = np.union1d(predicted, true)
-    scores = []
-    for c in classes if classes.max() > 1 else [1]:
-        # Twice the true positives, over all that were found and all that are there.
-        found, real = predicted == c, true == c
-        scores.append(2 * (found & real).sum() / max(found.sum() + real.sum(), 1))
-    return float(np.mean(scores))
-
-
-def correlation(predicted, true):
-    """Pearson's r of [N] and [N], or of rows [C, N] together. It is 0 when one side is constant."""
-    p, t = predicted.astype(np.float64), true.astype(np.float64)
-    # Exact: deviations from a rounded mean would not be 0.
-    if not np.ptp(p, -1).any() or not np.ptp(t, -1).any():
-        return 0.0
-    # The sum of products of deviations, over the square root of the product of their squares.
-    p -= p.mean(-1, keepdims=True)
-    t -= t.mean(-1, keepdims=True)
-    return float((p * t).sum() / np.sqrt((p * p).sum() * (t * t).sum()))
-
-
-def mcc(predicted, true):
-    """Matthews' coefficient, for three or more classes Gorodkin's R_K (2004)."""
-    # Both as one-hot rows [C, N]: for two classes this is Pearson's r of the class numbers.
-    classes = np.union1d(predicted, true)[:, None]
-    return correlation(predicted == classes, true == classes)
-
-
-def ranks(values):
-    """Ranks from 1. Equal values share their mean rank."""
-    # [3, 1, 3] -> distinct values 1 and 3, index [1, 0, 1], counts [1, 2], ranks [2.5, 1, 2.5]
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    mean_ranks = counts.cumsum() - (counts - 1) / 2  # one for each distinct value
-    return mean_ranks[index]
-
-
-def spearman(predicted, true):
-    return correlation(ranks(predicted), ranks(true))
-
-
-METRICS = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "mcc": mcc,
-    "pearson": correlation,
-    "spearman": spearman,
-}
-
 # --- evaluation -----------------------------------------------------------------------------------
 
 
@@ -119,7 +62,7 @@ def evaluate(model, weights, sets, metrics, device):
         # The first set's metrics have plain names.
         logits = predict(model, weights, examples, device)
         suffix = f" {name}" if values else ""
-        for metric, value in examples.score(logits, metrics, METRICS).items():
+        for metric, value in examples.score(logits, metrics).items():
             values[metric + suffix] = value
     return values
 

@@ -1,7 +1,7 @@
-"""Where GLUE's tasks come from: its server's archives, and for MRPC the files that it is made of.
+"""The rest of GLUE (Wang et al., ICLR 2019): tasks whose metric is not accuracy, and the downloads.
 
-Without this file the tasks are the same, and their files are put in place by hand. MRPC is by Dolan
-and Brockett, IWP 2005; GLUE by Wang et al., ICLR 2019.
+Without this file, data.py's tasks are the same, and their files are put in place by hand. Archives
+come from GLUE's server. MRPC (Dolan and Brockett, IWP 2005) is made of two files.
 
     python train.py --task rte
 """
@@ -13,9 +13,79 @@ import zlib
 from dataclasses import replace
 from urllib.parse import urljoin
 
-from data import TASKS
+import numpy as np
+
+from data import LARGE, METRICS, NO_YES, PAIR, TASKS, Task
 from plumbing.fetch import cache, download, fill_folder, join
 from plumbing.files import check_digest, split_lines
+
+# --- metrics: (predicted classes or scores [N], true ones [N]) -> a number ------------------------
+
+
+def f1(predicted, true):
+    """F1 of class 1, of more than two classes their mean (macro). 0 without a true positive."""
+    classes = np.union1d(predicted, true)
+    scores = []
+    for c in classes if classes.max() > 1 else [1]:
+        # Twice the true positives, over all that were found and all that are there.
+        found, real = predicted == c, true == c
+        scores.append(2 * (found & real).sum() / max(found.sum() + real.sum(), 1))
+    return float(np.mean(scores))
+
+
+def correlation(predicted, true):
+    """Pearson's r of [N] and [N], or of rows [C, N] together. It is 0 when one side is constant."""
+    p, t = predicted.astype(np.float64), true.astype(np.float64)
+    # Exact: deviations from a rounded mean would not be 0.
+    if not np.ptp(p, -1).any() or not np.ptp(t, -1).any():
+        return 0.0
+    # The sum of products of deviations, over the square root of the product of their squares.
+    p -= p.mean(-1, keepdims=True)
+    t -= t.mean(-1, keepdims=True)
+    return float((p * t).sum() / np.sqrt((p * p).sum() * (t * t).sum()))
+
+
+def mcc(predicted, true):
+    """Matthews' coefficient, for three or more classes Gorodkin's R_K (2004)."""
+    # Both as one-hot rows [C, N]: for two classes this is Pearson's r of the class numbers.
+    classes = np.union1d(predicted, true)[:, None]
+    return correlation(predicted == classes, true == classes)
+
+
+def ranks(values):
+    """Ranks from 1. Equal values share their mean rank."""
+    # [3, 1, 3] -> distinct values 1 and 3, index [1, 0, 1], counts [1, 2], ranks [2.5, 1, 2.5]
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    mean_ranks = counts.cumsum() - (counts - 1) / 2  # one for each distinct value
+    return mean_ranks[index]
+
+
+def spearman(predicted, true):
+    return correlation(ranks(predicted), ranks(true))
+
+
+METRICS |= {"f1": f1, "mcc": mcc, "pearson": correlation, "spearman": spearman}
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+MRPC_PAIR = ("#1 String", "#2 String")
+QQP_PAIR = ("question1", "question2")
+ACCEPTABLE = {"0": "incorrect", "1": "correct"}
+ACCURACY_AND_F1 = ("accuracy", "f1")
+
+TASKS |= {
+    "mrpc": Task("MRPC", MRPC_PAIR, "Quality", NO_YES, ACCURACY_AND_F1, {"epochs": 60}),
+    "cola": Task("CoLA", (3,), 1, ACCEPTABLE, ("mcc",), {"epochs": 60}),  # it has no header
+    "stsb": Task(
+        "STS-B", PAIR, "score", {"score": "yes"}, ("pearson", "spearman"), {"epochs": 60},
+        scores=(0, 5),
+    ),
+    "qqp": Task(
+        "QQP", QQP_PAIR, "is_duplicate", NO_YES, ACCURACY_AND_F1, LARGE, skip_broken=True,
+    ),
+}  # fmt: skip
+
+# --- downloads ------------------------------------------------------------------------------------
 
 URL = "https://dl.fbaipublicfiles.com/glue/data"
 LARGEST = 1 << 30  # most bytes of a split, unzipped

@@ -72,7 +72,7 @@ class Blocks(Examples):
         hit = logits.argmax(2) == labels  # the likeliest token was the right one
         return torch.stack([loss.view_as(labels), hit.float()], dim=2)
 
-    def score(self, reduced, names, metrics):
+    def score(self, reduced, metrics):
         """Losses and hits [N, S, 2] -> {name: number}.
 
         perplexity: exp of the mean loss per token. word_perplexity: exp of the mean loss per word,

@@ -56,7 +56,7 @@ class Windows(Examples):
         """Pad logits [B, 2, S] to the longest S that is allowed, so that batches can be joined."""
         return F.pad(logits, (0, self.limit - logits.shape[2]), value=-1e4)
 
-    def score(self, logits, names, metrics):
+    def score(self, logits, metrics):
         """{"f1": F1, "em": exact match}, both from 0 to 1, averaged over the questions.
 
         A question with several true answers counts the one that fits best.

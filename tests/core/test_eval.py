@@ -1,40 +1,19 @@
-"""eval.py: metrics, finished runs, answers to texts, predictions for the server, bad input."""
+"""eval.py: finished runs, answers to texts, predictions for the server, bad input."""
 
 import json
-import math
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from conftest import CONFIG, bert_tensors, load_model
 
 import data
 import eval as eval_
-from eval import accuracy, correlation, f1, load_run, mcc, ranks, spearman
+from eval import load_run
 from plumbing import cli
 from plumbing.checkpoints import cutting_tokenizer
 from plumbing.files import MASKS, seal, unseal
 from plumbing.summary import guessing, summary
-
-
-def test_metrics_by_hand():
-    p, t = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 0, 1, 1, 0])
-    assert accuracy(p, t) == pytest.approx(4 / 6)
-    assert f1(p, t) == pytest.approx(2 * (2 / 3) * (2 / 3) / (4 / 3))
-    assert correlation(p, t) == pytest.approx(
-        (2 * 2 - 1 * 1) / 9
-    )  # (TP TN - FP FN) / sqrt(3 * 3 * 3 * 3)
-    assert correlation(p * 0, t) == f1(p * 0, t) == 0.0
-    x, y = np.array([1.0, 2.0, 4.0]), np.array([0.0, 3.0, 3.0])
-    assert correlation(x, y) == pytest.approx(
-        4 / math.sqrt(42 / 9 * 6)
-    )  # sums of (dx dy), dx^2, dy^2: 4, 42/9, 6
-    assert ranks(np.array([5.0, 1.0, 5.0, 0.0])).tolist() == [3.5, 2.0, 3.5, 1.0]
-    assert spearman(np.array([1.0, 10.0, 100.0]), np.array([-3.0, 0.0, 9.0])) == pytest.approx(1)
-    assert spearman(np.array([1, 2, 3]), np.array([2, 2, 1])) == pytest.approx(
-        -1.5 / math.sqrt(2 * 1.5)
-    )
 
 
 def test_evaluation_is_the_same_every_time(run, make_model, capsys):
@@ -170,26 +149,6 @@ def test_other_data_than_the_runs_only_where_it_is_asked_for(
     assert f"dev in {cache_folder} is not the run's" in fails(eval_.main, [folder])
 
 
-def test_regression_and_predictions_for_the_server(run, glue, tmp_path, capsys):
-    (glue / "STS-B").mkdir()
-    for split, n in (("train", 24), ("dev", 9)):
-        rows = [
-            f"{i}\ta film\t{('bad', 'good')[i % 2]}\t{i % 2 * 4 + i % 3 * 0.5:.3f}"
-            for i in range(n)
-        ]
-        content = "\n".join(["index\tsentence1\tsentence2\tscore", *rows])
-        (glue / "STS-B" / f"{split}.tsv").write_text(content)
-    (glue / "STS-B" / "test.tsv").write_text(
-        "index\tsentence1\tsentence2\n0\ta film\tgood\n1\ta film\tbad\n"
-    )
-    folder, result = run("--task", "stsb", "--method", "finetune", "--weight-lr", 0.01, steps=30)
-    assert (
-        result["final"].keys() == {"pearson", "spearman"} and result["final"]["pearson"] > 0.5
-    )  # 0.98
-    eval_.main([str(folder), "--text", "a film", "--pair", "good"])
-    assert capsys.readouterr().out.endswith("score\n")
-
-
 def test_mnli_reports_both_dev_sets(run, glue):
     (glue / "MNLI").mkdir()
     for n, split in enumerate(["train", "dev_matched", "dev_mismatched"]):
@@ -227,28 +186,6 @@ def test_answers_to_texts_and_to_the_lines_of_a_file(finished, tmp_path, capsys,
     ):
         (tmp_path / "f.txt").write_bytes(content)
         assert message in fails(eval_.main, [folder, "--text-file", tmp_path / "f.txt"])
-
-
-def test_three_classes_by_hand():
-    """R_K from its confusion matrix: covariances of one-hot classes, as Gorodkin defines it."""
-    true = np.array([0, 0, 1, 1, 2, 2])
-    assert mcc(true, true) == pytest.approx(1)
-    # Each class is found once and missed once, always for another class.
-    predicted = np.array([0, 1, 1, 2, 2, 0])
-    # c s - sum t p = 3 * 6 - 12 = 6; (s^2 - sum p^2) = (s^2 - sum t^2) = 36 - 12 = 24
-    assert mcc(predicted, true) == pytest.approx(6 / 24)
-    assert mcc((2 - true) % 3, np.array([2, 2, 1, 1, 0, 0])) == pytest.approx(1)
-    assert f1(predicted, true) == pytest.approx(0.5)  # 0.5 of each class
-    assert f1(np.array([0, 1, 1]), np.array([0, 0, 1])) == pytest.approx(2 / 3)  # of class 1
-
-
-@pytest.mark.parametrize("value", [0.1, 1 / 3, 2.7182817, -5.3])
-def test_a_constant_correlates_with_nothing(value):
-    """In float32 the mean of equal numbers may differ from them."""
-    true = np.random.default_rng(0).normal(size=1000).astype(np.float32)
-    constant = np.full(1000, value, np.float32)
-    assert correlation(constant, true) == correlation(true, constant) == 0
-    assert spearman(constant, true) == mcc(np.ones(9), np.arange(9) % 2) == 0
 
 
 def test_guessing_by_hand():

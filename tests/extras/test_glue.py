@@ -1,21 +1,32 @@
-"""extras/glue.py: archives from a server on loopback, and what faults leave behind."""
+"""extras/glue.py: metrics, tables, archives from a server on loopback, what faults leave behind."""
 
 import hashlib
 import io
+import math
 import os
 import random
+import re
 import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import left_in, write_tokenizer
 from fuzzing import TIMES, altered_bytes
 
 import data
+import eval as eval_
+from data import TASKS, accuracy, read_rows
 from extras import glue
+from extras.glue import correlation, f1, mcc, ranks, spearman
 from plumbing import cli, fetch
 from plumbing.checkpoints import cutting_tokenizer
+
+
+def write(path, text):
+    path.write_bytes(text.encode())
+    return path
 
 
 @pytest.fixture
@@ -204,3 +215,91 @@ def test_archives(survives, server, tmp_path, monkeypatch):
         files["/glue/RTE.zip"] = altered_bytes(whole, rng) if number else whole
         outcomes.append(survives(fetch_it))
     assert outcomes[0] is None and any(outcomes) and not Path("/tmp/smp-outside.tsv").exists()
+
+
+# --- metrics and tables ---
+
+
+def test_metrics_by_hand():
+    p, t = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 0, 1, 1, 0])
+    assert accuracy(p, t) == pytest.approx(4 / 6)
+    assert f1(p, t) == pytest.approx(2 * (2 / 3) * (2 / 3) / (4 / 3))
+    assert correlation(p, t) == pytest.approx(
+        (2 * 2 - 1 * 1) / 9
+    )  # (TP TN - FP FN) / sqrt(3 * 3 * 3 * 3)
+    assert correlation(p * 0, t) == f1(p * 0, t) == 0.0
+    x, y = np.array([1.0, 2.0, 4.0]), np.array([0.0, 3.0, 3.0])
+    assert correlation(x, y) == pytest.approx(
+        4 / math.sqrt(42 / 9 * 6)
+    )  # sums of (dx dy), dx^2, dy^2: 4, 42/9, 6
+    assert ranks(np.array([5.0, 1.0, 5.0, 0.0])).tolist() == [3.5, 2.0, 3.5, 1.0]
+    assert spearman(np.array([1.0, 10.0, 100.0]), np.array([-3.0, 0.0, 9.0])) == pytest.approx(1)
+    assert spearman(np.array([1, 2, 3]), np.array([2, 2, 1])) == pytest.approx(
+        -1.5 / math.sqrt(2 * 1.5)
+    )
+
+
+def test_three_classes_by_hand():
+    """R_K from its confusion matrix: covariances of one-hot classes, as Gorodkin defines it."""
+    true = np.array([0, 0, 1, 1, 2, 2])
+    assert mcc(true, true) == pytest.approx(1)
+    # Each class is found once and missed once, always for another class.
+    predicted = np.array([0, 1, 1, 2, 2, 0])
+    # c s - sum t p = 3 * 6 - 12 = 6; (s^2 - sum p^2) = (s^2 - sum t^2) = 36 - 12 = 24
+    assert mcc(predicted, true) == pytest.approx(6 / 24)
+    assert mcc((2 - true) % 3, np.array([2, 2, 1, 1, 0, 0])) == pytest.approx(1)
+    assert f1(predicted, true) == pytest.approx(0.5)  # 0.5 of each class
+    assert f1(np.array([0, 1, 1]), np.array([0, 0, 1])) == pytest.approx(2 / 3)  # of class 1
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 2.7182817, -5.3])
+def test_a_constant_correlates_with_nothing(value):
+    """In float32 the mean of equal numbers may differ from them."""
+    true = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    constant = np.full(1000, value, np.float32)
+    assert correlation(constant, true) == correlation(true, constant) == 0
+    assert spearman(constant, true) == mcc(np.ones(9), np.arange(9) % 2) == 0
+
+
+def test_byte_order_mark_and_crlf(tmp_path):
+    text = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t5\t6\tone\ttwo\r\n"
+    assert read_rows(write(tmp_path / "f", text), TASKS["mrpc"]) == ([("one", "two")], [1])
+
+
+def test_headers_and_recipes(tmp_path):
+    rows = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+    rows += "1\t2\t3\ta?\tb?\t1\n4\t5\t6\tbroken\n7\t8\t9\tc\td\t0\n"
+    assert read_rows(write(tmp_path / "f", rows), TASKS["qqp"]) == (
+        [("a?", "b?"), ("c", "d")],
+        [1, 0],
+    )
+    head = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"
+    rows = head + "\n0\tg\tf\t2012\t1\tnone\tnone\ta\tb\t4.750\n"
+    assert read_rows(write(tmp_path / "f", rows), TASKS["stsb"]) == ([("a", "b")], [4.75])
+    for score in ("5.1", "-1", "nan", "x"):
+        with pytest.raises(ValueError, match=f":2: '{score}' is not a score"):
+            read_rows(write(tmp_path / "f", rows.replace("4.750", score)), TASKS["stsb"])
+    expected = {"mrpc": {"epochs": 60}, "cola": {"epochs": 60}, "stsb": {"epochs": 60}}
+    expected["qqp"] = {"epochs": 12, "batch": 64}
+    assert {name: TASKS[name].recipe for name in expected} == expected
+    assert TASKS["qqp"].words == {"0": "no", "1": "yes"}
+    assert TASKS["stsb"].words == {"score": "yes"}
+
+
+def test_cola_has_no_header(tmp_path):
+    assert read_rows(write(tmp_path / "f", "gj04\t1\t\tThe\ngj04\t0\t*\tHe"), TASKS["cola"]) == (
+        [("The",), ("He",)], [1, 0])  # fmt: skip
+
+
+def test_a_regression(run, tmp_path, capsys):
+    folder = tmp_path / "glue" / "STS-B"  # run() reads the tasks' folders there
+    folder.mkdir()
+    for split, n in (("train", 24), ("dev", 9)):
+        rows = [f"{i}\ta film\t{('bad', 'good')[i % 2]}\t{i % 6 * 0.9:.3f}" for i in range(n)]
+        content = "\n".join(["index\tsentence1\tsentence2\tscore", *rows])
+        write(folder / f"{split}.tsv", content)
+    folder, result = run("--task", "stsb", "--method", "finetune", steps=2)
+    assert result["final"].keys() == {"pearson", "spearman"}
+    capsys.readouterr()
+    eval_.main([str(folder), "--text", "a film", "--pair", "good"])
+    assert re.fullmatch(r" *-?\d+\.\d{4}  score\n", capsys.readouterr().out)

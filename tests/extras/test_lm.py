@@ -96,7 +96,7 @@ def test_perplexity_by_hand(make_gpt2):
     logits = torch.randn(2, 4, 10, generator=torch.Generator().manual_seed(0))
     logits[0, 1, 4] = 9.0  # a hit
     blocks = lm.Blocks.of(ids.numpy(), tokens_per_word=1.5)
-    found = blocks.score(blocks.reduce_logits(logits, torch.from_numpy(blocks.labels)), (), {})
+    found = blocks.score(blocks.reduce_logits(logits, torch.from_numpy(blocks.labels)), ())
     losses = [
         -logits[n, s].log_softmax(0)[ids[n, s + 1]].item() for n in range(2) for s in range(3)
     ]
@@ -108,7 +108,7 @@ def test_perplexity_by_hand(make_gpt2):
     assert train.task_loss(logits, torch.from_numpy(blocks.labels)).item() == pytest.approx(
         mean, rel=1e-5
     )
-    far = blocks.score(torch.full((2, 4, 2), 1e4), (), {})
+    far = blocks.score(torch.full((2, 4, 2), 1e4), ())
     assert far["perplexity"] == math.exp(700)  # finite: JSON has no infinity
 
 

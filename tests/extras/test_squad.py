@@ -113,7 +113,7 @@ def test_perfect_logits_give_perfect_scores_and_the_best_window_wins(tokenizer, 
     for n, (start, end) in enumerate(w.labels):
         logits[n, 0, start] = logits[n, 1, end] = 5.0
     assert squad.answers(logits, w) == ["it was fun", "very bad"]
-    assert w.score(logits, (), {}) == {"f1": 1.0, "em": 1.0}
+    assert w.score(logits, ()) == {"f1": 1.0, "em": 1.0}
 
 
 def test_metrics_by_hand():
@@ -124,7 +124,7 @@ def test_metrics_by_hand():
         {"context": "ab cd", "answers": a} for a in ([(0, "AB"), (3, "xx")], [(0, "ab cd")])
     ]
     w = squad.Windows([[1]], [[0]], [(0, 0)], 4, [0, 1], [np.array([[0, 2]])] * 2, questions)
-    assert w.score(torch.zeros(2, 2, 4), (), {}) == {
+    assert w.score(torch.zeros(2, 2, 4), ()) == {
         "f1": pytest.approx((1 + 2 / 3) / 2),
         "em": 0.5,
     }
