@@ -578,15 +578,16 @@ def finish(args, run, job):
         result |= mask_facts(job.learner.masks, masks, job.density)
 
     if "weights" in METHODS[args.method].trains:  # a whole model
+        whole = {name: tensor.float() for name, tensor in job.model.state_dict().items()} | trained
         if masks:
-            trained |= job.learner.masks.final_weights(job.density, torch.float32)
+            whole |= job.learner.masks.final_weights(job.density, torch.float32)
             result["stored_numbers"] += result["kept"]
-        files = model_files(job.folder, job.model.published(trained), job.model.config)
+        files = model_files(job.folder, job.model.published(whole), job.model.config)
         result["sha256"] = {"model.safetensors": sha256(files["model.safetensors"])}
         trained = {}  # all of it is in that model
     elif frozen_digest(job.model, job.learner) != job.frozen_sha256:
         raise ValueError("a frozen weight has moved, so the run counts as unfinished")
-    if masks:  # one bit per weight, and what trained beside it
+    if masks or trained:  # one bit per weight, and what trained beside it
         files["mask.safetensors"] = pack_masks(masks, result, trained)
     run.finish(files, result)
     labels = next(iter(job.dev.values())).labels
