@@ -105,9 +105,7 @@ def load_run(run, model_name=None):
                 f"--model: the {what} of {folder} is not the one that {run} was trained with"
             )
     # The method decides whether there must be a mask, not the file.
-    masks = {}
-    if method.how_many or not own:
-        masks = load_masks_into(model, run, result)
+    masks = load_masks_into(model, run, result) if method.how_many or not own else {}
     return Loaded(result, folder, model, tokenizer, masks)
 
 
@@ -132,10 +130,8 @@ def load_masks_into(model, run, result):
     path = run if run.is_file() else run / "mask.safetensors"
     method = METHODS[result["method"]]
     # The masks must be those of this model's matrices, of this run, and nothing else.
-    groups = model.prunable().values()
-    shapes = {}
-    for group in groups if method.how_many else []:
-        shapes |= {name: weight.shape for name, weight in group.items()}
+    groups = model.prunable().values() if method.how_many else []
+    shapes = {name: weight.shape for group in groups for name, weight in group.items()}
     masks, others = load_masks(path, shapes)
 
     # A fresh classifier, or biases and LayerNorms, may have trained beside the mask.

@@ -578,7 +578,7 @@ def finish(args, run, job):
         result |= mask_facts(job.learner.masks, masks, job.density)
 
     if "weights" in METHODS[args.method].trains:  # a whole model
-        whole = {name: tensor.float() for name, tensor in job.model.state_dict().items()} | trained
+        whole = job.model.state_dict() | trained
         if masks:
             whole |= job.learner.masks.final_weights(job.density, torch.float32)
             result["stored_numbers"] += result["kept"]

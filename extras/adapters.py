@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from extras.rivals import FrozenEmbeddings
 from mask import METHODS, Method
 from plumbing.checkpoints import read_model
 
@@ -159,5 +158,4 @@ METHODS |= {
         None, trains=("weights",), recipe={"weight_lr": 1e-3, "rank": 8.0}, before=low_rank
     ),
     "bitdelta": Adapter(None, trains=("weights",), recipe={"weight_lr": 1e-4}, before=one_bit),
-    "finetune-encoder": FrozenEmbeddings(None, trains=("weights",), recipe={"weight_lr": None}),
 }

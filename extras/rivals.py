@@ -7,7 +7,7 @@ stay frozen, as in the paper's Table 1.
 - Movement and soft movement pruning: Sanh et al., NeurIPS 2020 (arXiv 2005.07683).
 - L0 regularization: Louizos et al., ICLR 2018 (arXiv 1712.01312).
 - Lottery tickets: Chen et al., NeurIPS 2020 (arXiv 2007.12223).
-- Random masks.
+- Random masks, and dense fine-tuning (finetune-encoder).
 - smp-weights: SMP-S with weights that train as well, which the paper says is not needed.
 - Piggyback: Mallya et al., ECCV 2018 (arXiv 1801.06519), and for BERT Zhao et al., EMNLP 2020
   (arXiv 2004.12406). It trains masks alone, with a threshold and without a regularizer.
@@ -150,6 +150,7 @@ BOTH = replace(FIXED, trains=("scores", "weights"), recipe=LEARNED)
 SOFT = replace(BOTH, how_many=partial(above_threshold, least=0.005))
 SMP_S = METHODS["smp-s"].recipe
 METHODS |= {
+    "finetune-encoder": FrozenEmbeddings(None, trains=("weights",), recipe={"weight_lr": None}),
     "magnitude": replace(FIXED, masks=Magnitude),
     "movement": replace(BOTH, recipe=LEARNED | {"penalty": 0.0}),
     "soft-movement": SOFT,
