@@ -109,6 +109,7 @@ def fisher(model, examples, device, seed):
     is the mean of g^2 over inputs.
     """
     rows = np.random.default_rng(seed).permutation(len(examples))[:INPUTS]
+    rows = sorted(rows, key=lambda row: len(examples.ids[row]))  # so that batches need less padding
     groups = modules(model)
     projections = groups["attn_output"] + groups["output"]
     heads, neurons = zip(*model.config.layers, strict=True)
@@ -127,7 +128,8 @@ def fisher(model, examples, device, seed):
         summed_loss(model(*inputs), labels).backward()
         for i, projection in enumerate(projections):
             x = seen[projection]  # [B * S, units * D], where a neuron has D = 1
-            by_unit = (x * x.grad).view(len(labels), -1, counts[i], x.shape[-1] // counts[i])
+            by_unit = x.detach() * x.grad  # detached, or the sums would keep every graph alive
+            by_unit = by_unit.view(len(labels), -1, counts[i], x.shape[-1] // counts[i])
             gates = by_unit.sum((1, 3))  # [B, units]
             sums[i] = sums[i] + gates.square().sum(0).cpu()
         model.zero_grad()
