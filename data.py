@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from plumbing import fetch, parallel
-from plumbing.checkpoints import encode_texts
+from plumbing.checkpoints import encode_rows
 from plumbing.files import read_lines, sha256
 
 # --- metrics: (predicted classes or scores [N], true ones [N]) -> a number ------------------------
@@ -74,8 +74,9 @@ class Task:
     # The splits beside "train", and their files.
     dev: tuple = ("dev",)
     file: str = "{}.tsv"  # the file name of a split
-    scores: tuple = (-1e30, 1e30)  # of a regression: the lowest and the highest that may occur
+    scores: tuple = (-1e18, 1e18)  # of a regression: the lowest and the highest that may occur
     skip_broken: bool = False  # leave out rows with the wrong number of columns
+    predict: Callable = fetch.no_test_server  # (path, Loaded, logits_of) -> {file name: bytes}
     fetch: Callable = fetch.by_hand  # (task, split): put the file of a split into the cache
 
     # Hooks for tasks that do more than classify [CLS].
@@ -121,6 +122,7 @@ class Examples:
     types: list  # N lists of segment ids: 0 for the first text, 1 for its pair
     labels: list  # N class numbers, or scores
     limit: int  # longest input allowed, in tokens
+    cut: int = field(default=0, kw_only=True)  # how many of the texts were longer
     eval_batch = 64  # rows per batch of evaluation; another number would round differently
 
     def __len__(self):
@@ -149,40 +151,49 @@ class Examples:
 def read_rows(path, task):
     """Rows of a TSV file -> (list of text tuples, list of labels: class numbers, or scores).
 
+    Raises ValueError with file and line for an unknown label, and see read_columns.
+    """
+    texts, labels = [], []
+    columns = [*task.text, task.label]
+    for place, (*text, label) in read_columns(path, columns, task.skip_broken):
+        texts.append(tuple(text))
+        labels.append(read_label(task, label, place))
+    return texts, labels
+
+
+def read_columns(path, columns, skip_broken=False):
+    """Some columns of a TSV file -> [(place, [cell of each column])] of its rows.
+
     A quote is an ordinary character. Lines end at \\n alone, as a text may hold other separators.
-    Raises ValueError with file and line for a row of the wrong width, an unknown label, or a file
-    without rows.
+    Raises ValueError with file and line for a row of the wrong width, or a file without rows.
     """
     rows = read_cells(path)
-    # The texts first, the label last.
-    columns = [*task.text, task.label]
-
-    # By name in a header, or by number, as in CoLA, which has none.
     header = rows[0] if rows else []
     first, width = 0, len(header)
-    if isinstance(columns[-1], str):
-        first = 1
-        for name in columns:
-            if header.count(name) != 1:
-                found = f"{header.count(name)} columns {name!r} in the header {header}"
+    numbers = []
+    for column in columns:
+        # By name in a header, or by number, as in CoLA, which has none.
+        if isinstance(column, str):
+            first = 1
+            if header.count(column) != 1:
+                found = f"{header.count(column)} columns {column!r} in the header {header}"
                 raise ValueError(f"{path}:1: {found} (tabs separate columns)")
-        columns = [header.index(name) for name in columns]  # by number from here on
-    if max(columns) >= width:
-        raise ValueError(f"{path}:1: {width} columns, and the task reads column {max(columns)}")
+            column = header.index(column)
+        if column >= width:
+            raise ValueError(f"{path}:1: {width} columns, and the task reads column {column}")
+        numbers.append(column)
 
     # Lines count from 1, the header included, as an editor shows them.
-    texts, labels = [], []
-    for number, row in enumerate(rows[first:], first + 1):
-        if len(row) != width:
-            if task.skip_broken:
-                continue
-            raise ValueError(f"{path}:{number}: {len(row)} columns instead of {width}")
-        cells = [row[column] for column in columns]
-        labels.append(read_label(task, cells.pop(), f"{path}:{number}"))
-        texts.append(tuple(cells))
-    if not texts:
+    found = []
+    for line, row in enumerate(rows[first:], first + 1):
+        place = f"{path}:{line}"
+        if len(row) == width:
+            found.append((place, [row[number] for number in numbers]))
+        elif not skip_broken:
+            raise ValueError(f"{place}: {len(row)} columns instead of {width}")
+    if not found:
         raise ValueError(f"{path} holds no examples")
-    return texts, labels
+    return found
 
 
 def read_cells(path):
@@ -211,9 +222,9 @@ def read_label(task, cell, place):
 def encode(texts, labels, tokenizer):
     """Tokenise texts (tuples of one sentence or a pair) once -> Examples."""
     # To the library a tuple is a pair, and a single text is a string.
-    encoded = encode_texts(tokenizer, [text if len(text) == 2 else text[0] for text in texts])
-    limit = tokenizer.truncation["max_length"]
-    return Examples([e.ids for e in encoded], [e.type_ids for e in encoded], labels, limit)
+    texts = [text if len(text) == 2 else text[0] for text in texts]
+    ids, types, cut = encode_rows(tokenizer, texts)
+    return Examples(ids, types, labels, tokenizer.truncation["max_length"], cut=cut)
 
 
 def split_path(name, split, data_dir):

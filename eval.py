@@ -23,8 +23,8 @@ from model import load_backbone
 from plumbing import cli, fetch, parallel
 from plumbing.files import check_digest, load_masks
 from plumbing.progress import progress
-from plumbing.run import identity, read_description
-from plumbing.summary import guessing
+from plumbing.run import identity, read_description, say, write_beside
+from plumbing.summary import cut_texts, guessing
 
 # --- evaluation -----------------------------------------------------------------------------------
 
@@ -189,6 +189,8 @@ def answers(loaded, texts, logits_of=None):
     A regression gives [(score, "")]. logits_of: Examples -> logits [N, C], by default on the CPU in
     float32. Not for tasks that answer with spans.
     """
+    if not texts:
+        return []
     labels = list(TASKS[loaded.result["task"]].words)  # in class order
     if logits_of is None:
         weights = masked_weights(loaded, "cpu", torch.float32)
@@ -248,6 +250,7 @@ def read_texts(args, width):
 INSTEAD_FLAGS = {
     "text": (str, "classify, answer or continue this text"),
     "text_file": (Path, "the same for each line of a file, as TSV"),
+    "predict": (Path, "answer GLUE's test.tsv, or a file of SQuAD, as its server takes it"),
 }
 TEXT_FLAGS = {
     "pair": (str, "the second sentence, or the paragraph, where the task takes two texts"),
@@ -283,14 +286,19 @@ def evaluate_run(run, args):
     if args.dtype is None and device.type == result["device"]:  # as in training
         dtype = getattr(torch, result["dtype"])
     weights = masked_weights(loaded, device, dtype)
-    logits_of = partial(predict, loaded.model, weights, device=device)
 
-    # One of two: answer texts, or evaluate.
+    def logits_of(examples):
+        say(cut_texts(result["length"], {"given": examples}))
+        return predict(loaded.model, weights, examples, device)
+
+    # One of three: answer texts, answer a whole test file, or evaluate.
     if args.text is not None or args.text_file:
         if len(args.runs) > 1:
             print(run)
         for line in answer_texts(loaded, read_texts(args, len(task.text)), logits_of, args):
             print(line)
+    elif args.predict:
+        write_beside(run, task.predict(args.predict, loaded, logits_of))
     else:
         sets = load_sets(result, task.dev, args.data_dir, tokenizer)
         method = result.get("pruned_with", result["method"])

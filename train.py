@@ -424,7 +424,7 @@ def prepare(args, run):
     # Say what will run, and whether its steps are too few to learn anything.
     machine = f"{parallel.processes()} x {device} in {facts['dtype']}: {why}"
     needed = 1 if "weights" in method.trains else least_steps(args.sparsity)
-    for line in opening(args, train, total, density, machine, needed):
+    for line in opening(args, train, sets, total, density, machine, needed):
         print(line)
     return Job(
         model, learner, teacher, train, sets, device, total, density, folder, frozen_sha256, facts

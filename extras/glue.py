@@ -1,9 +1,11 @@
-"""The rest of GLUE (Wang et al., ICLR 2019): tasks whose metric is not accuracy, and the downloads.
+"""The rest of GLUE (Wang et al., ICLR 2019): tasks whose metric is not accuracy, the downloads, and
+answers to its test server.
 
 Without this file, data.py's tasks are the same, and their files are put in place by hand. Archives
 come from GLUE's server. MRPC (Dolan and Brockett, IWP 2005) is made of two files.
 
     python train.py --task rte
+    python eval.py RUN --predict RTE/test.tsv
 """
 
 import io
@@ -15,7 +17,7 @@ from urllib.parse import urljoin
 
 import numpy as np
 
-from data import LARGE, METRICS, NO_YES, PAIR, TASKS, Task
+from data import LARGE, METRICS, NO_YES, PAIR, TASKS, Task, encode, read_cells, read_columns
 from plumbing.fetch import cache, download, fill_folder, join
 from plumbing.files import check_digest, split_lines
 
@@ -192,6 +194,42 @@ def assemble_mrpc(base, remedy):
     return {name: join("\t".join(row) for row in part) for name, part in parts.items()}
 
 
+# --- the test server ------------------------------------------------------------------------------
+
+INDEX = ("index", "id")  # what a test file's own column of numbers is called
+TEST_TEXT = {"CoLA": ("sentence",)}  # its test file has a header, unlike the others
+# MNLI's test files, and GLUE's diagnostic set (AX), which a run of MNLI answers.
+MNLI_FILES = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "diagnostic": "AX"}
+
+
+def predict(path, loaded, logits_of):
+    """Task.predict: answer a test file -> {file name: bytes}, as GLUE's server takes them.
+
+    Each row keeps the index that it has in the file. Without such a column, rows count from 0.
+    """
+    task = TASKS[loaded.result["task"]]
+    text = TEST_TEXT.get(task.folder, task.text)
+    header = read_cells(path)[0]
+    index = [name for name in INDEX if name in header][:1]
+    rows = [cells for _, cells in read_columns(path, [*text, *index])]
+    texts = [tuple(cells[: len(text)]) for cells in rows]
+
+    logits = logits_of(encode(texts, [0] * len(texts), loaded.tokenizer))  # [N, C]
+    if len(task.words) > 1:
+        labels = list(task.words)  # in class order
+        predicted = [labels[number] for number in logits.argmax(1).tolist()]
+    else:
+        predicted = [f"{score:.3f}" for score in logits[:, 0].clip(*task.scores).tolist()]
+
+    lines = ["index\tprediction"]
+    for number, answer in enumerate(predicted):
+        lines.append(f"{rows[number][-1] if index else number}\t{answer}")
+    name = task.folder
+    if name == "MNLI":
+        name = MNLI_FILES.get(path.stem, name)
+    return {f"{name}.tsv": join(lines)}
+
+
 for name, task in TASKS.items():
     if task.folder in GLUE:
-        TASKS[name] = replace(task, fetch=fetch_glue)
+        TASKS[name] = replace(task, fetch=fetch_glue, predict=predict)

@@ -178,7 +178,8 @@ def format_answer(texts, tokenizer, logits_of, args):
     """Task.format_answer: continue a text by up to CONTINUED tokens -> its lines."""
     size = tokenizer.truncation["max_length"]
     tokenizer.no_truncation()
-    ids = encode_texts(tokenizer, texts, add_special_tokens=False)[0].ids
+    (encoded,) = encode_texts(tokenizer, texts, add_special_tokens=False)
+    ids = encoded.ids
     tokenizer.enable_truncation(size)
     if not ids:
         raise ValueError("a language model needs something to continue, and this text is empty")

@@ -1,10 +1,13 @@
-"""SQuAD v1.1: find the answer to a question as a span of a paragraph.
+"""SQuAD: find the answer to a question as a span of a paragraph.
 
 The model scores two label words at every token, one for the start of the answer and one for its
-end. Questions without an answer (SQuAD 2.0) are not supported. Data and metrics follow Rajpurkar et
-al., EMNLP 2016. Windows over long paragraphs and n-best decoding follow Devlin et al. 2019.
+end. In v2.0, a third of the questions has no answer: theirs is the span from [CLS] to [CLS]. Data
+and metrics follow Rajpurkar et al., EMNLP 2016 and ACL 2018. Windows over long paragraphs and
+n-best decoding follow Devlin et al. 2019.
 
-    python train.py --task squad
+    python train.py --task squad   # v1.1
+    python train.py --task squad2  # v2.0
+    python eval.py RUN --predict dev-v2.0.json
 """
 
 import os
@@ -12,22 +15,26 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 
 from data import TASKS, Examples, Task
 from extras.glue import fetch_file
 from plumbing import fetch
 from plumbing.checkpoints import encode_texts
-from plumbing.files import read_json
+from plumbing.files import json_bytes, read_json
 from plumbing.progress import progress
 
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
 MD5 = {
     "train-v1.1.json": "981b29407e0affa3b1b156f72073b945",
     "dev-v1.1.json": "3e85deb501d4e538b6bc56f786231552",
+    "train-v2.0.json": "62108c273c268d70893182d5cf8df740",
+    "dev-v2.0.json": "246adae8b7002f8679c027697b0b7cf8",
 }
 # All in tokens.
 STRIDE = 128  # neighbouring windows share so many, or a third of a short window
@@ -41,13 +48,15 @@ N_BEST = 20  # candidates for the start, and for the end
 class Windows(Examples):
     """Examples that are windows: a question and a part of its paragraph.
 
-    The label is the (start, end) token of the answer, (0, 0) if the window does not contain it.
+    The label is the (start, end) token of the answer. It is (0, 0), which is [CLS], if the window
+    does not contain the answer, or if there is none.
     """
 
     owner: list  # per window the index of its question
     # Per window [S, 2]: where each token begins and ends in the paragraph, or -1 outside it.
     spans: list
-    questions: list  # dicts: id, question, context, answers [(first character, text)]
+    # Dicts: id, question, context, impossible, answers [(first character, text)].
+    questions: list
 
     def num_questions(self):
         return len(self.questions)
@@ -61,19 +70,47 @@ class Windows(Examples):
 
         A question with several true answers counts the one that fits best.
         """
-        best, exact = [], []
-        for text, question in zip(answers(logits, self), self.questions, strict=True):
-            true = [answer for _, answer in question["answers"]]
-            best.append(max(f1(text, answer) for answer in true))
-            exact.append(any(normalise(text) == normalise(answer) for answer in true))
-        return {"f1": float(np.mean(best)), "em": float(np.mean(exact))}
+        texts, _ = answers(logits, self)
+        f1_mean, em_mean = grades(texts, self.questions).mean(0)
+        return {"f1": float(f1_mean), "em": float(em_mean)}
+
+
+class PartlyAnswerable(Windows):
+    """Windows of questions of which some have no answer, as in SQuAD v2.0."""
+
+    def score(self, logits, metrics):
+        """-> {metric: number from 0 to 1}, means over the questions.
+
+        f1, em: a question gets no answer where that is more probable than 0.5. best_f1, best_em:
+        where it is more probable than a threshold, each with the best one for these questions, as
+        the official evaluation finds it. threshold: that of best_f1. has_answer_f1, no_answer_f1:
+        F1 at this threshold, of the questions with and without an answer.
+        """
+        texts, null = answers(logits, self)
+        given = grades(texts, self.questions)  # [Q, 2]
+        right = np.array([not question["answers"] for question in self.questions])  # to give none
+        best_f1, threshold = best_threshold(null, given[:, 0], right)
+        best_em, _ = best_threshold(null, given[:, 1], right)
+
+        tuned = np.where(null > threshold, right, given[:, 0])  # [Q]
+        f1_mean, em_mean = np.where(null[:, None] > 0.5, right[:, None], given).mean(0)
+        found = {
+            "best_f1": best_f1,
+            "best_em": best_em,
+            "threshold": threshold,
+            "f1": f1_mean,
+            "em": em_mean,
+            "has_answer_f1": tuned[~right].sum() / max((~right).sum(), 1),
+            "no_answer_f1": tuned[right].sum() / max(right.sum(), 1),
+        }
+        return {name: float(value) for name, value in found.items()}
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
 def fetch_squad(task, split):
-    """Task.fetch: download a split of SQuAD v1.1 into the cache."""
+    """Task.fetch: download a split of SQuAD into the cache."""
     name = task.file.format(split)
     path = fetch.cache() / "glue" / task.folder / name
     url = f"{(os.environ.get('SQUAD_URL') or URL).rstrip('/')}/{name}"
@@ -85,14 +122,14 @@ def read_articles(path):
     """Return the list of articles in a SQuAD file. Raises ValueError if it has none."""
     stored = read_json(path)
     if not isinstance(stored, dict) or not isinstance(stored.get("data"), list):
-        raise ValueError(f"{path} is not a SQuAD v1.1 file: it has no list of articles under data")
+        raise ValueError(f"{path} is not a SQuAD file: it has no list of articles under data")
     return stored["data"]
 
 
 def read_squad(path):
     """Read the questions of a file -> (list of dicts, notes on oddities that are not fatal).
 
-    Raises ValueError that names the file if it is not SQuAD v1.1 or has no questions.
+    Raises ValueError that names the file if it is not of SQuAD's form or has no questions.
     """
     questions = []
     empty = 0
@@ -103,18 +140,12 @@ def read_squad(path):
             for paragraph in paragraphs:
                 questions += read_paragraph(paragraph)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(
-            f"{path} is not a SQuAD v1.1 file ({type(error).__name__}: {error})"
-        ) from None
+        raise ValueError(f"{path} is not a SQuAD file ({type(error).__name__}: {error})") from None
     if not questions:
         raise ValueError(f"{path} holds no questions")
 
     elsewhere = 0
     for question in questions:
-        if not question["answers"]:
-            raise ValueError(
-                f"{path}: question {question['id']} has no answer; SQuAD 2.0 is not supported"
-            )
         elsewhere += sum(misplaced(question, answer) for answer in question["answers"])
     notes = {
         "answers that are not where the file says": elsewhere,
@@ -124,15 +155,32 @@ def read_squad(path):
 
 
 def read_paragraph(paragraph):
-    """Yield the questions about a paragraph, see Windows.questions."""
+    """Yield the questions about a paragraph, see Windows.questions. A test file has no answers."""
     for asked in paragraph["qas"]:
-        found = [(int(a["answer_start"]), str(a["text"])) for a in asked["answers"]]
+        answers = asked.get("answers", [])
+        found = [(int(a["answer_start"]), str(a["text"])) for a in answers]
         yield {
             "id": str(asked["id"]),
             "question": str(asked["question"]).strip(),
             "context": str(paragraph["context"]),
+            "impossible": bool(asked.get("is_impossible", not found)),
             "answers": found,
         }
+
+
+def check_answers(path, questions, kind):
+    """Raise ValueError for a question without an answer, unless it says so and kind allows it."""
+    for question in questions:
+        count, impossible = len(question["answers"]), question["impossible"]
+        if kind is Windows and not count:
+            raise ValueError(
+                f"{path}: question {question['id']} has no answer; --task squad2 takes such files"
+            )
+        if kind is not Windows and impossible == bool(count):
+            raise ValueError(
+                f"{path}: question {question['id']} has {count} answers, "
+                f"and is_impossible is {impossible}"
+            )
 
 
 def misplaced(question, answer):
@@ -170,17 +218,12 @@ def label(spans, answer):
     return 0, 0
 
 
-def cut(question, tokenizer):
-    """The part of a question that the tokenizer keeps when it truncates."""
-    (encoded,) = encode_texts(tokenizer, [question])
-    return question[: max(end for _, end in encoded.offsets)]
-
-
-def make_windows(questions, tokenizer, length, training=False):
+def make_windows(questions, tokenizer, length, training=False, kind=Windows):
     """Cut questions and their paragraphs into Windows of `length` tokens.
 
-    Each is labelled with the first of its answers. In training, a question is left out if none of
-    its windows contains the answer. Raises ValueError if the windows are too short.
+    Each is labelled with the first of its answers. In training, a question is left out if it has an
+    answer, but none of its windows contains it. kind: Windows or PartlyAnswerable. Raises
+    ValueError if the windows are too short.
     """
     if length < SHORTEST_WINDOW:
         raise ValueError(
@@ -188,29 +231,32 @@ def make_windows(questions, tokenizer, length, training=False):
         )
     special = tokenizer.num_special_tokens_to_add(False)
     tokenizer.enable_truncation(min(LONGEST_QUESTION, length // 3) + special)
-    texts = [(cut(q["question"], tokenizer), q["context"]) for q in questions]
+    texts, cut = [], 0
+    asked = encode_texts(tokenizer, [question["question"] for question in questions])
+    for question, encoding in zip(questions, asked, strict=True):
+        kept = max(end for _, end in encoding.offsets)  # characters of the question
+        texts.append((question["question"][:kept], question["context"]))
+        cut += bool(encoding.overflowing)
     tokenizer.enable_truncation(length, stride=min(STRIDE, length // 3), strategy="only_second")
 
-    windows = Windows([], [], [], length, [], [], [])
-    for start in progress(range(0, len(questions), 256), "cutting windows"):
-        part = slice(start, start + 256)  # encodings are large, so take some at a time
-        encodings = encode_texts(tokenizer, texts[part])
-        for question, encoding in zip(questions[part], encodings, strict=True):
-            add_windows(windows, question, [encoding, *encoding.overflowing], training)
+    windows = kind([], [], [], length, [], [], [], cut=cut)
+    pairs = zip(questions, encode_texts(tokenizer, texts), strict=True)
+    for question, encoding in progress(pairs, "cutting windows", total=len(questions)):
+        add_windows(windows, question, [encoding, *encoding.overflowing], training)
     return windows
 
 
 def add_windows(windows, question, encodings, training):
     """Append a question's windows. In training, skip a question that would teach nonsense."""
-    answer = question["answers"][0]
+    answer = next(iter(question["answers"]), None)
     spans, labels = [], []
     for encoding in encodings:
         # Text 0 is the question, text 1 the paragraph. Special tokens belong to neither.
         inside = np.array([text == 1 for text in encoding.sequence_ids])  # [S]
         spans.append(np.where(inside[:, None], np.array(encoding.offsets), -1))  # [S, 2]
-        labels.append(label(spans[-1], answer))
+        labels.append(label(spans[-1], answer) if answer else (0, 0))
     nowhere = set(labels) == {(0, 0)}
-    if training and (nowhere or misplaced(question, answer)):
+    if training and answer and (nowhere or misplaced(question, answer)):
         return
 
     windows.ids.extend(encoding.ids for encoding in encodings)
@@ -221,14 +267,16 @@ def add_windows(windows, question, encodings, training):
     windows.questions.append(question)
 
 
-def read_windows(task, path, tokenizer):
+def read_windows(task, path, tokenizer, kind=Windows):
     """Task.read: a SQuAD file -> Windows, as long as the tokenizer's truncation. Prints oddities.
 
-    Raises ValueError if every question would be left out.
+    kind: Windows or PartlyAnswerable. Raises ValueError if every question would be left out.
     """
     questions, notes = read_squad(path)
+    check_answers(path, questions, kind)
     training = path.name == task.file.format("train")
-    windows = make_windows(questions, tokenizer, tokenizer.truncation["max_length"], training)
+    length = tokenizer.truncation["max_length"]
+    windows = make_windows(questions, tokenizer, length, training, kind)
     if lost := len(questions) - windows.num_questions():
         notes.append(
             f"{path}: left out {lost} of {len(questions)} questions; their answers are not "
@@ -267,21 +315,58 @@ def best_spans(logits, spans, longest=LONGEST_ANSWER):
 
 
 def answers(logits, windows):
-    """Logits [N, 2, S] of Windows -> per question the text of the best answer in its windows."""
-    texts = [""] * len(windows.questions)
-    best = [-np.inf] * len(windows.questions)  # the score of each text
+    """Logits [N, 2, S] of Windows -> the best answer to each question, in any of its windows.
+
+    Beside the texts, the probability [Q] that there is none: the sigmoid of how much more [CLS] as
+    start and end scores than the best span. Of several windows, the one where [CLS] scores least
+    counts (BERT's code).
+    """
+    count = len(windows.questions)
+    texts = [""] * count
+    best = np.full(count, -np.inf)  # the score of each text
+    cls = np.full(count, np.inf)
     for window, owner, spans in zip(logits.numpy(), windows.owner, windows.spans, strict=True):
+        cls[owner] = min(cls[owner], window[0, 0] + window[1, 0])
         score, first, last = best_spans(window, spans)
         if score > best[owner]:
             best[owner] = score
             texts[owner] = windows.questions[owner]["context"][first:last]
-    return texts
+    return texts, torch.from_numpy(cls - best).sigmoid().numpy()
+
+
+def best_threshold(null, given, right):
+    """-> the best mean score that a threshold gives, and that threshold.
+
+    A question whose null probability [Q] is above the threshold is left without an answer. Its
+    score is then right [Q] instead of given [Q], that of its best span. The lowest of equally good
+    thresholds counts, and 0 leaves all questions without an answer (official evaluation).
+    """
+    order = np.argsort(null, kind="stable")
+    thresholds = np.append(0, null[order])  # [Q + 1]: the n-th answers n questions
+    totals = right.sum() + np.append(0, np.cumsum((given - right)[order]))
+    # Equal probabilities are answered together: only the last of them is a threshold.
+    totals[:-1][thresholds[:-1] == thresholds[1:]] = -np.inf
+    n = totals.argmax()
+    return totals[n] / len(null), thresholds[n]
 
 
 def normalise(text):
     """Normalise an answer like the official evaluation: no case, punctuation or articles."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def grades(texts, questions):
+    """Texts and what was asked -> [Q, 2]: F1 and exact match with the true answer that fits best.
+
+    The true answer to a question without answers is an empty text.
+    """
+    found = []
+    for text, question in zip(texts, questions, strict=True):
+        true = [answer for _, answer in question["answers"]] or [""]
+        exact = any(normalise(text) == normalise(answer) for answer in true)
+        found.append((max(f1(text, answer) for answer in true), exact))
+    return np.array(found, dtype=np.float64)
 
 
 def f1(predicted, true):
@@ -292,15 +377,48 @@ def f1(predicted, true):
     return 2 * shared / (len(predicted) + len(true)) if shared else 0.0
 
 
-def format_answer(texts, tokenizer, logits_of, args):
-    """Task.format_answer: answer a question (texts[0]) from a paragraph (texts[1]) -> [answer]."""
-    question = {"id": "--text", "question": texts[0], "context": texts[1], "answers": [(0, "")]}
+def format_answer(texts, tokenizer, logits_of, args, kind=Windows):
+    """Task.format_answer: answer a question (texts[0]) from a paragraph (texts[1]) -> [answer].
+
+    PartlyAnswerable adds how probable it is that there is none.
+    """
+    question = {"id": "--text", "question": texts[0], "context": texts[1], "answers": []}
     windows = make_windows([question], tokenizer, tokenizer.truncation["max_length"])
-    return answers(logits_of(windows), windows)
+    (text,), (null,) = answers(logits_of(windows), windows)
+    return [text if kind is Windows else f"{text} (no answer: {null:.4f})"]
+
+
+def predict(path, loaded, logits_of):
+    """Task.predict: answer a SQuAD file -> {file name: bytes}, as the official evaluation reads it.
+
+    A run of squad2 answers "" above the threshold that was tuned on its dev set. It also writes the
+    probability that there is no answer.
+    """
+    questions, _ = read_squad(path)
+    tokenizer, final = loaded.tokenizer, loaded.result["final"]
+    windows = make_windows(questions, tokenizer, tokenizer.truncation["max_length"])
+    texts, null = answers(logits_of(windows), windows)
+    ids = [question["id"] for question in questions]
+    if "threshold" not in final:
+        return {"predictions.json": json_bytes(dict(zip(ids, texts, strict=True)))}
+
+    for i in np.flatnonzero(null > final["threshold"]):
+        texts[i] = ""
+    return {
+        "predictions.json": json_bytes(dict(zip(ids, texts, strict=True))),
+        "na_prob.json": json_bytes(dict(zip(ids, null.tolist(), strict=True))),
+    }
 
 
 TASKS["squad"] = Task(
     "squad", ("question", "context"), "answers", {"start": "no", "end": "yes"}, ("f1", "em"),
     {"epochs": 10, "length": 384, "ramp": 0.82}, file="{}-v1.1.json", fetch=fetch_squad,
-    every_token=True, read=read_windows, format_answer=format_answer,
+    every_token=True, read=read_windows, format_answer=format_answer, predict=predict,
 )  # fmt: skip
+TASKS["squad2"] = replace(
+    TASKS["squad"],
+    metrics=("best_f1", "best_em"),
+    file="{}-v2.0.json",
+    read=partial(read_windows, kind=PartlyAnswerable),
+    format_answer=partial(format_answer, kind=PartlyAnswerable),
+)

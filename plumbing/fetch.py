@@ -282,6 +282,11 @@ def join(lines):
     return "".join(f"{line}\n" for line in lines).encode()
 
 
+def no_test_server(path, loaded, logits_of):
+    """Task.predict for data without a test server."""
+    raise ValueError("--predict: this task has no test server; --text-file answers texts")
+
+
 def by_hand(task, split):
     """Task.fetch for data that cannot be downloaded."""
     raise ValueError(f"--data-dir: name the folder that holds {task.folder}/")

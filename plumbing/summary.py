@@ -29,15 +29,25 @@ def evaluation(step, density, dev):
     return f"step {step:5}  density {density:.3f}  dev {show(dev)}"
 
 
-def opening(args, train, total, density, machine, needed):
+def opening(args, train, dev, total, density, machine, needed):
     """Yield the lines to print before a run begins or continues.
 
-    train: Examples. needed: with fewer steps, such a run only guesses.
+    train: Examples. dev: {split: Examples}. needed: with fewer steps, such a run only guesses.
     """
     found = {"rows": len(train), "total": total, "density": density, "machine": machine}
     yield OPENING.format(**vars(args), **found)
+    if cut := cut_texts(args.length, {"train": train} | dev):
+        yield cut
     if total < needed:
         yield FEW.format(total, needed)
+
+
+def cut_texts(length, sets):
+    """Say how many texts of {name: Examples} --length cuts, or nothing if it cuts none."""
+    if not any(examples.cut for examples in sets.values()):
+        return ""
+    cut = [f"{e.cut:,} of {e.num_questions():,} {name}" for name, e in sets.items()]
+    return f"--length {length} cuts {', '.join(cut)} texts"
 
 
 def summary(result, folder, files, labels):
