@@ -89,6 +89,7 @@ class PartlyAnswerable(Windows):
         texts, null = answers(logits, self)
         given = grades(texts, self.questions)  # [Q, 2]
         right = np.array([not question["answers"] for question in self.questions])  # to give none
+        given[right, 0] = given[right, 1]  # an empty text has no words to share
         best_f1, threshold = best_threshold(null, given[:, 0], right)
         best_em, _ = best_threshold(null, given[:, 1], right)
 

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import left_in, write_tokenizer
 from fuzzing import TIMES, altered_bytes
 
 import data
 import eval as eval_
+import train
 from data import TASKS, accuracy, read_rows
+from eval import Loaded, main
 from extras import glue
 from extras.glue import correlation, f1, mcc, ranks, spearman
 from plumbing import cli, fetch
@@ -303,3 +306,71 @@ def test_a_regression(run, tmp_path, capsys):
     capsys.readouterr()
     eval_.main([str(folder), "--text", "a film", "--pair", "good"])
     assert re.fullmatch(r" *-?\d+\.\d{4}  score\n", capsys.readouterr().out)
+
+
+# --- the test server ---
+
+HEADS = {  # the headers of GLUE's test files, and what a row of them holds
+    "cola": ("index\tsentence", "{}\tgood"),
+    "mrpc": ("index\t#1 ID\t#2 ID\t#1 String\t#2 String", "{}\t8\t9\tgood\tbad"),
+    "qqp": ("id\tquestion1\tquestion2", "{}\tgood\tbad"),
+    "rte": ("index\tsentence1\tsentence2", "{}\tgood\tbad"),
+    "qnli": ("index\tquestion\tsentence", "{}\tgood\tbad"),
+    "sst2": ("index\tsentence", "{}\tgood"),
+    "stsb": ("index\tgenre\told_index\tsentence1\tsentence2", "{}\tg\t7\tgood\tbad"),
+    "mnli": ("index\tpairID\tsentence1\tsentence2", "{}\t12e\tgood\tbad"),
+}
+ANSWERS = {"rte": ("not_entailment", "entailment"), "qnli": ("not_entailment", "entailment")}
+ANSWERS |= {"stsb": ("0.000", "5.000"), "mnli": ("contradiction", "neutral")}
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_answers_have_the_indices_of_the_file(tmp_path, tokenizer, task):
+    head, row = HEADS[task]
+    path = tmp_path / "test.tsv"
+    path.write_text("\ufeff" + "\n".join([head, *map(row.format, (17, 4, 99))]) + "\n")
+    texts = ("good", "bad")[: len(data.TASKS[task].text)]
+
+    def logits_of(examples):  # the second answer is the second class; scores are out of range
+        assert examples.ids == data.encode([texts] * 3, [0] * 3, tokenizer).ids
+        if task == "stsb":
+            return torch.tensor([[-1.0], [7.0], [-1.0]])
+        return torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 0, 0]])
+
+    loaded = Loaded({"task": task}, None, None, tokenizer, {})
+    found = data.TASKS[task].predict(path, loaded, logits_of)
+    no, yes = ANSWERS.get(task, ("0", "1"))
+    expected = f"index\tprediction\n17\t{no}\n4\t{yes}\n99\t{no}\n".encode()
+    assert found == {f"{data.TASKS[task].folder}.tsv": expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [("test_matched", "MNLI-m"), ("test_mismatched", "MNLI-mm"), ("diagnostic", "AX")],
+)
+def test_a_run_of_mnli_answers_the_diagnostic_set_too(tmp_path, tokenizer, name, made):
+    path = tmp_path / f"{name}.tsv"
+    path.write_text("index\tsentence1\tsentence2\n0\tgood\tbad\n1\tbad\tgood\n")
+    loaded = Loaded({"task": "mnli"}, None, None, tokenizer, {})
+    found = glue.predict(path, loaded, lambda examples: torch.eye(3)[1:])
+    assert found == {f"{made}.tsv": b"index\tprediction\n0\tneutral\n1\tentailment\n"}
+
+
+def test_predict_from_end_to_end(make_model, glue, tmp_path, capsys, fails):
+    flags = ["--data-dir", glue, "--model", make_model(), "--length", 16, "--device", "cpu"]
+    flags += ["--out", tmp_path / "run", "--steps", 2, "--evals", 1, "--batch", 8]
+    train.main([str(flag) for flag in ["--task", "rte", *flags]])
+    capsys.readouterr()
+    # dev.tsv does as a test file. Its labels are not read.
+    for run in (tmp_path / "run", tmp_path / "run" / "mask.safetensors"):
+        main([str(run), "--predict", str(glue / "RTE" / "dev.tsv")])
+        assert capsys.readouterr().out == f"{tmp_path / 'run' / 'RTE.tsv'}\n"
+    rows = (tmp_path / "run" / "RTE.tsv").read_text().splitlines()
+    assert [row.split("\t")[0] for row in rows] == ["index", *map(str, range(40))]
+    error = fails(main, [tmp_path / "run", "--predict", glue / "movies" / "dev.tsv"])
+    assert "dev.tsv:1: 0 columns 'sentence1' in the header" in error
+
+
+def test_predict_without_a_test_server(finished, fails):
+    file = finished.parent / "glue" / "movies" / "dev.tsv"
+    assert "--predict: this task has no test server" in fails(main, [finished, "--predict", file])

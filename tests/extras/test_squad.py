@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -112,7 +113,10 @@ def test_perfect_logits_give_perfect_scores_and_the_best_window_wins(tokenizer, 
     logits = torch.full((len(w), 2, 16), -5.0)
     for n, (start, end) in enumerate(w.labels):
         logits[n, 0, start] = logits[n, 1, end] = 5.0
-    assert squad.answers(logits, w) == ["it was fun", "very bad"]
+    texts, null = squad.answers(logits, w)
+    assert texts == ["it was fun", "very bad"]
+    # [CLS] scores -5 twice, or 5 twice where a window lacks the answer; the span scores 10.
+    assert null == pytest.approx(1 / (1 + np.exp(20)))
     assert w.score(logits, ()) == {"f1": 1.0, "em": 1.0}
 
 
@@ -147,14 +151,10 @@ def test_misplaced_answers_are_counted_not_fatal(tokenizer, tmp_path, capsys):
     ("content", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "not a SQuAD v1.1 file"),
+        ("[]", "not valid JSON"),
         ('{"data": [{"paragraphs": [{"context": "x"}]}]}', "KeyError: 'qas'"),
+        ('{"data": {}}', "not a SQuAD file: it has no list"),
         ('{"data": []}', "holds no questions"),
-        (
-            '{"data": [{"paragraphs": [{"context": "x", '
-            '"qas": [{"id": 7, "question": "", "answers": []}]}]}]}',
-            "question 7 has no answer",
-        ),
     ],
 )
 def test_bad_files_are_named(tmp_path, content, message):
@@ -167,6 +167,7 @@ def test_bad_files_are_named(tmp_path, content, message):
 def test_a_long_question_is_cut_and_windows_share_a_third(tokenizer, tmp_path, length):
     asked = question("is it fun " * 40, "fun"), question("is it", "dull")
     w = windows_of(tokenizer, *asked, length=length, folder=tmp_path)
+    assert w.cut == 1
     assert max(map(len, w.ids)) == length and w.num_questions() == 2
     sizes = {types.index(1) - 2 for types in w.types}  # of the questions, without [CLS] and [SEP]
     assert sizes == {length // 3, 2}
@@ -278,6 +279,135 @@ def test_a_run_from_end_to_end(make_model, tmp_path, capsys, method):
     assert f"{reported}\ntraining reported {reported}" in capsys.readouterr().out
     eval_.main([str(out), "--text", "is it fun", "--pair", CONTEXT])
     assert capsys.readouterr().out.strip() in CONTEXT
+
+    # The official evaluation of v1.1 reads {id: text}. A test file has no answers.
+    for one in asked:
+        del one["answers"]
+    eval_.main([str(out), "--predict", str(write_squad(tmp_path / "test.json", asked))])
+    predicted = json.loads((out / "predictions.json").read_text())
+    assert list(predicted) == ["q0", "q1", "q2", "q3"] and not (out / "na_prob.json").exists()
+    assert all(text in CONTEXT for text in predicted.values())
+
+
+# --- v2.0: questions without an answer ---
+
+
+def unanswerable(text, number):
+    plausible = [{"answer_start": 0, "text": "the film"}]
+    more = {"answers": [], "is_impossible": True, "plausible_answers": plausible}
+    return {"id": f"q{number}", "question": text} | more
+
+
+def read_v2(folder, tokenizer, *questions, split="dev"):
+    write_squad(folder / "squad" / f"{split}-v2.0.json", questions)
+    return data.load_split("squad2", split, folder, tokenizer)
+
+
+def test_the_answer_to_an_impossible_question_is_cls(tokenizer, tmp_path):
+    asked = question("is it fun", "fun"), unanswerable("was it", 1), question("is it", "x", 0)
+    for split, kept in (("dev", 3), ("train", 2)):  # a misplaced answer teaches nothing
+        w = read_v2(tmp_path, tokenizer, *asked, split=split)
+        assert w.num_questions() == kept
+        labels = [[w.labels[i] for i in range(len(w)) if w.owner[i] == q] for q in range(2)]
+        assert set(labels[0]) > {(0, 0)} and set(labels[1]) == {(0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            question("is it", "fun") | {"is_impossible": True},
+            "1 answers, and is_impossible is True",
+        ),
+        (unanswerable("is it", 0) | {"is_impossible": False}, "0 answers, and is_impossible is F"),
+    ],
+)
+def test_contradictions_are_refused(tokenizer, tmp_path, asked, message):
+    with pytest.raises(ValueError, match=f"dev-v2.0.json: question q0 has {message}"):
+        read_v2(tmp_path, tokenizer, asked)
+
+
+def test_v1_takes_no_impossible_questions(tokenizer, tmp_path):
+    write_squad(tmp_path / "squad" / "dev-v1.1.json", [unanswerable("is it", 7)])
+    with pytest.raises(ValueError, match="question q7 has no answer; --task squad2 takes"):
+        data.load_split("squad", "dev", tmp_path, tokenizer)
+
+
+def test_scores_of_both_kinds_by_hand():
+    """Five questions about "ab cd", each one window of [CLS], ab and cd."""
+    spans = np.array([[-1, -1], [0, 2], [3, 5]])
+    given = [[(0, "ab")], [(0, "ab cd")], [], [], [(3, "cd")]]
+    questions = [{"context": "ab cd", "answers": answers} for answers in given]
+    more = [range(5), [spans] * 5, questions]
+    w = squad.PartlyAnswerable([[1]] * 5, [[0]] * 5, [(0, 0)] * 5, 3, *more)
+    # The best span is "ab" everywhere, with 2 + 2. The others have 0 and less.
+    logits = torch.zeros(5, 2, 3)
+    logits[:, :, 1], logits[:, :, 2] = 2.0, -1.0
+    logits[:, 0, 0] = torch.tensor([1.0, 3.0, 4.5, 2.0, 6.0])  # minus 4: -3, -1, 0.5, -2, 2
+    texts, null = squad.answers(logits, w)
+    assert texts == ["ab"] * 5
+    assert null == pytest.approx(1 / (1 + np.exp(-np.array([-3, -1, 0.5, -2, 2]))))
+    # By null: 0 (F1 1, EM 1), 3 (none is right), 1 (F1 2/3, EM 0), 2 (none is right), 4 (F1 0).
+    # Of five, 0, 1, 2, ... answered have F1 2, 3, 2, 2 2/3, 1 2/3, 1 2/3; EM 2, 3, 2, 2, 1, 1.
+    found = w.score(logits, ())
+    expected = {"best_f1": 3 / 5, "best_em": 3 / 5, "threshold": null[0]}
+    # Above 0.5 are 2 and 4: those answered are 0, 1 and 3.
+    expected |= {"f1": (1 + 2 / 3 + 1) / 5, "em": 2 / 5}
+    # At the threshold only 0 is answered.
+    expected |= {"has_answer_f1": 1 / 3, "no_answer_f1": 1.0}
+    assert found == pytest.approx(expected)
+
+
+def test_of_several_windows_the_lowest_cls_counts():
+    spans = np.array([[-1, -1], [0, 2], [3, 5]])
+    questions = [{"context": "ab cd", "answers": []}]
+    more = [[0, 0], [spans] * 2, questions]
+    w = squad.PartlyAnswerable([[1]] * 2, [[0]] * 2, [(0, 0)] * 2, 3, *more)
+    logits = torch.tensor([[[5.0, 0, 1], [5, 0, 1]], [[1, 3, 0], [1, 3, 0]]])
+    texts, null = squad.answers(logits, w)  # the span with 6 is in the second, and so is 1 + 1
+    assert texts == ["ab"] and null == pytest.approx([1 / (1 + np.exp(4))])
+
+
+def test_the_threshold_equals_a_search_of_all():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        null = rng.integers(1, 8, 12) / 8  # some are equal
+        right = rng.integers(0, 2, 12).astype(bool)
+        given = np.where(right, 0, rng.random(12))
+        every = [
+            (np.where(null > threshold, right, given).mean(), -threshold)
+            for threshold in (0, *null)
+        ]
+        score, threshold = squad.best_threshold(null, given, right)
+        assert score == pytest.approx(max(every)[0])
+        assert np.where(null > threshold, right, given).mean() == pytest.approx(score)
+
+
+def test_a_run_of_v2_from_end_to_end(make_model, tmp_path, capsys):
+    asked = [question("is it fun", word, number=n) for n, word in enumerate(["fun", "dull"])]
+    asked += [unanswerable("was it", n) for n in (2, 3)]
+    for name in ("train", "dev"):
+        path = write_squad(tmp_path / "squad" / f"{name}-v2.0.json", asked)
+    out = tmp_path / "run"
+    flags = ["--steps", 6, "--batch", 4, "--length", 16, "--device", "cpu", "--evals", 1]
+    argv = ["--task", "squad2", "--model", make_model(), "--data-dir", tmp_path, "--out", out]
+    train.main([str(a) for a in [*argv, *flags]])
+    final = json.loads((out / "result.json").read_text())["final"]
+    assert 0 <= final["threshold"] <= 1 and final["best_f1"] >= max(final["f1"], 0.5)
+    capsys.readouterr()
+    eval_.main([str(out)])
+    assert f"dev (4 examples): {cli.show(final)}" in capsys.readouterr().out
+    eval_.main([str(out), "--text", "is it fun", "--pair", CONTEXT])
+    assert re.fullmatch(r".+ \(no answer: 0\.\d{4}\)\n", capsys.readouterr().out)
+
+    # The predictions have the reported score, by the official rule.
+    eval_.main([str(out), "--predict", str(path)])
+    predicted = json.loads((out / "predictions.json").read_text())
+    null = json.loads((out / "na_prob.json").read_text())
+    assert all((text == "") == (null[key] > final["threshold"]) for key, text in predicted.items())
+    scores = [squad.f1(predicted[f"q{n}"], word) for n, word in enumerate(["fun", "dull"])]
+    scores += [predicted[f"q{n}"] == "" for n in (2, 3)]
+    assert np.mean(scores) == pytest.approx(final["best_f1"])
 
 
 def test_download_is_checked(server, tokenizer, monkeypatch):
