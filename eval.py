@@ -23,7 +23,7 @@ from model import load_backbone
 from plumbing import cli, fetch, parallel
 from plumbing.files import check_digest, load_masks
 from plumbing.progress import progress
-from plumbing.run import identity, read_description, say, write_beside
+from plumbing.run import identity, read_description, say
 from plumbing.summary import cut_texts, guessing
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def evaluate_run(run, args):
     weights = masked_weights(loaded, device, dtype)
 
     def logits_of(examples):
-        say(cut_texts(result["length"], {"given": examples}))
+        say(*cut_texts(result["length"], {"given": examples}))
         return predict(loaded.model, weights, examples, device)
 
     # One of three: answer texts, answer a whole test file, or evaluate.
@@ -298,7 +298,7 @@ def evaluate_run(run, args):
         for line in answer_texts(loaded, read_texts(args, len(task.text)), logits_of, args):
             print(line)
     elif args.predict:
-        write_beside(run, task.predict(args.predict, loaded, logits_of))
+        task.predict(args.predict, run, loaded, logits_of)
     else:
         sets = load_sets(result, task.dev, args.data_dir, tokenizer)
         method = result.get("pruned_with", result["method"])

@@ -19,7 +19,7 @@ import numpy as np
 
 from data import LARGE, METRICS, NO_YES, PAIR, TASKS, Task, encode, read_cells, read_columns
 from plumbing.fetch import cache, download, fill_folder, join
-from plumbing.files import check_digest, split_lines
+from plumbing.files import check_digest, split_lines, write_whole
 
 # --- metrics: (predicted classes or scores [N], true ones [N]) -> a number ------------------------
 
@@ -202,8 +202,8 @@ TEST_TEXT = {"CoLA": ("sentence",)}  # its test file has a header, unlike the ot
 MNLI_FILES = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "diagnostic": "AX"}
 
 
-def predict(path, loaded, logits_of):
-    """Task.predict: answer a test file -> {file name: bytes}, as GLUE's server takes them.
+def predict(path, run, loaded, logits_of):
+    """Task.predict: write answers to a test file as GLUE's server takes them, beside the run.
 
     Each row keeps the index that it has in the file. Without such a column, rows count from 0.
     """
@@ -227,7 +227,14 @@ def predict(path, loaded, logits_of):
     name = task.folder
     if name == "MNLI":
         name = MNLI_FILES.get(path.stem, name)
-    return {f"{name}.tsv": join(lines)}
+    write_beside(run, f"{name}.tsv", join(lines))
+
+
+def write_beside(run, name, content):
+    """Write a file into the folder of a run, or beside its mask file, and print where it is."""
+    path = (run if run.is_dir() else run.parent) / name
+    write_whole(path, content)
+    print(path)
 
 
 for name, task in TASKS.items():

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from data import TASKS, Examples, Task
-from extras.glue import fetch_file
+from extras.glue import fetch_file, write_beside
 from plumbing import fetch
 from plumbing.checkpoints import encode_texts
 from plumbing.files import json_bytes, read_json
@@ -389,26 +389,22 @@ def format_answer(texts, tokenizer, logits_of, args, kind=Windows):
     return [text if kind is Windows else f"{text} (no answer: {null:.4f})"]
 
 
-def predict(path, loaded, logits_of):
-    """Task.predict: answer a SQuAD file -> {file name: bytes}, as the official evaluation reads it.
+def predict(path, run, loaded, logits_of):
+    """Task.predict: write answers to a SQuAD file as the official evaluation reads them.
 
     A run of squad2 answers "" above the threshold that was tuned on its dev set. It also writes the
-    probability that there is no answer.
+    probabilities that there is no answer.
     """
     questions, _ = read_squad(path)
     tokenizer, final = loaded.tokenizer, loaded.result["final"]
     windows = make_windows(questions, tokenizer, tokenizer.truncation["max_length"])
     texts, null = answers(logits_of(windows), windows)
     ids = [question["id"] for question in questions]
-    if "threshold" not in final:
-        return {"predictions.json": json_bytes(dict(zip(ids, texts, strict=True)))}
-
-    for i in np.flatnonzero(null > final["threshold"]):
-        texts[i] = ""
-    return {
-        "predictions.json": json_bytes(dict(zip(ids, texts, strict=True))),
-        "na_prob.json": json_bytes(dict(zip(ids, null.tolist(), strict=True))),
-    }
+    if "threshold" in final:
+        for i in np.flatnonzero(null > final["threshold"]):
+            texts[i] = ""
+        write_beside(run, "na_prob.json", json_bytes(dict(zip(ids, null.tolist(), strict=True))))
+    write_beside(run, "predictions.json", json_bytes(dict(zip(ids, texts, strict=True))))
 
 
 TASKS["squad"] = Task(

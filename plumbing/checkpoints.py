@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
-from tokenizers.models import BPE
 
 from plumbing.files import json_bytes, read_json, read_lines, require_regular_file
 
@@ -39,6 +38,7 @@ SPECIAL = {
     "mask_token": ("[MASK]", "<mask>"),
     "eos_token": ("<|endoftext|>",),
 }
+BERT = ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]")
 
 
 def describe_missing(folder):
@@ -128,11 +128,16 @@ def tokenizer_bytes(folder):
     """Return the folder's tokenizer.json, or build one from its vocab.txt as BERT's authors did.
 
     Where there is a tokenizer.json, it alone counts: tokenizer_config.json may say something else
-    about lower-casing, and is not read.
+    about lower-casing, and is not read. Dropout is switched off, with which a BPE would read a text
+    otherwise every time.
     """
     path = folder / "tokenizer.json"
     if path.exists():
-        return require_regular_file(path).read_bytes()
+        stored = read_json(path)
+        if not stored["model"].get("dropout"):
+            return path.read_bytes()
+        stored["model"]["dropout"] = None
+        return json_bytes(stored)
     path = folder / "vocab.txt"
     words = {word: i for i, word in enumerate(read_lines(path))}
     if not {"[CLS]", "[SEP]"} <= words.keys():
@@ -148,21 +153,29 @@ def tokenizer_bytes(folder):
 
 
 def vocabulary_settings(folder):
-    """What stands beside a vocab.txt -> (its tokenizer's settings, {added token: id, inf: any})."""
+    """What stands beside a vocab.txt -> (its tokenizer's settings, {added token: id, inf: any}).
+
+    Raises ValueError that names a setting which would be ignored.
+    """
     settings, added = {}, {}
-    if (folder / "tokenizer_config.json").exists():
-        settings = read_json(folder / "tokenizer_config.json")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            settings |= read_json(folder / name)
     if (folder / "added_tokens.json").exists():
         added = read_json(folder / "added_tokens.json")
     for number, token in settings.get("added_tokens_decoder", {}).items():
-        added[token["content"]] = int(number)
-    for token in settings.get("additional_special_tokens", []):
-        added.setdefault(token, math.inf)
-    if settings.get("do_basic_tokenize", True) is not True or settings.get("never_split"):
-        raise ValueError(
-            f"{folder}: do_basic_tokenize and never_split are not supported with a vocab.txt; "
-            "give the folder a tokenizer.json"
-        )
+        added[content_of(token)] = int(number)
+    for token in settings.get("additional_special_tokens") or []:
+        added.setdefault(content_of(token), math.inf)
+
+    allowed = {"do_basic_tokenize": (None, True), "never_split": (None, [])}
+    allowed |= dict.fromkeys((*SPECIAL, "bos_token"), (None, *BERT))
+    for key, values in allowed.items():
+        if content_of(settings.get(key)) not in values:
+            raise ValueError(
+                f"{folder}: {key} is {settings[key]!r}, which is not supported with a vocab.txt; "
+                "give the folder a tokenizer.json"
+            )
     chosen = {
         "lowercase": settings.get("do_lower_case", True),
         "strip_accents": settings.get("strip_accents"),
@@ -171,13 +184,15 @@ def vocabulary_settings(folder):
     return chosen, added
 
 
+def content_of(token):
+    """A token as settings have it, as a text or as a dict -> its text."""
+    return token["content"] if isinstance(token, dict) else token
+
+
 def open_tokenizer(folder):
     """Open the Tokenizer of a model folder. Raises ValueError that says why it cannot be read."""
     try:
-        tokenizer = Tokenizer.from_str(tokenizer_bytes(folder).decode("utf-8-sig"))
-        if isinstance(tokenizer.model, BPE):
-            tokenizer.model.dropout = None  # it would read each text otherwise every time
-        return tokenizer
+        return Tokenizer.from_str(tokenizer_bytes(folder).decode("utf-8-sig"))
     except Exception as error:  # the library raises bare Exceptions
         hint = ""
         if "variant" in str(error):

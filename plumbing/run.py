@@ -232,17 +232,9 @@ class Run:
         self.checkpoint.unlink(missing_ok=True)
 
 
-def write_beside(run, contents):
-    """Write files {name: bytes} into the folder of a run, or beside a mask file, and name them."""
-    for name, content in contents.items():
-        path = (run if run.is_dir() else run.parent) / name
-        files.write_whole(path, content)
-        print(path)
-
-
-def say(line):
-    """Print a line for people, unless it is empty. What is for programs goes to stdout."""
-    if line:
+def say(*lines):
+    """Print lines for people. What is for programs goes to stdout."""
+    for line in lines:
         print(line, file=sys.stderr, flush=True)
 
 

@@ -36,18 +36,17 @@ def opening(args, train, dev, total, density, machine, needed):
     """
     found = {"rows": len(train), "total": total, "density": density, "machine": machine}
     yield OPENING.format(**vars(args), **found)
-    if cut := cut_texts(args.length, {"train": train} | dev):
-        yield cut
+    yield from cut_texts(args.length, {"train": train} | dev)
     if total < needed:
         yield FEW.format(total, needed)
 
 
 def cut_texts(length, sets):
-    """Say how many texts of {name: Examples} --length cuts, or nothing if it cuts none."""
-    if not any(examples.cut for examples in sets.values()):
-        return ""
-    cut = [f"{e.cut:,} of {e.num_questions():,} {name}" for name, e in sets.items()]
-    return f"--length {length} cuts {', '.join(cut)} texts"
+    """Yield a line for each of {name: Examples} of which --length cuts texts."""
+    for name, examples in sets.items():
+        if examples.cut:
+            count = examples.num_questions()
+            yield f"--length {length} cuts {examples.cut:,} of {count:,} {name} texts"
 
 
 def summary(result, folder, files, labels):

@@ -22,7 +22,7 @@ from plumbing.files import (
     json_bytes,
     prefix_errors,
     read_json,
-    require_regular_file,
+    read_lines,
     write_whole,
 )
 from tools.export import partial_folder
@@ -33,7 +33,7 @@ def make_tokenizer(path, vocabulary):
 
     vocabulary: how many entries it has at most; all bytes are among them, and the end of a text.
     """
-    text = require_regular_file(path).read_bytes().decode("utf-8-sig")
+    lines = [line + "\n" for line in read_lines(path)]  # as extras/lm.py reads them
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def make_tokenizer(path, vocabulary):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all bytes: no token is unknown
         show_progress=False,
     )
-    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    tokenizer.train_from_iterator(lines, trainer)
     return tokenizer.to_str().encode()
 
 

@@ -8,13 +8,14 @@ The drawing shows the mask beside the training curves.
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 
 from eval import densities, load_run
 from plumbing.cli import Parser, one_line_errors, shade, shaded_table, table_row
-from plumbing.files import require_regular_file
+from plumbing.files import require_regular_file, split_lines
 
 LARGEST = 1e9  # matplotlib would take for ever to place the ticks of larger numbers
 
@@ -88,6 +89,8 @@ def comparison(groups, a, b):
 
 def figure_of(width, height):
     """Make an empty matplotlib Figure. Raises ValueError if matplotlib is missing."""
+    # A figure needs no backend. A notebook names its own here, which may not be installed.
+    os.environ.pop("MPLBACKEND", None)
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -127,7 +130,7 @@ def read_log(path):
     """
     losses, evaluations = [], []
     text = require_regular_file(path).read_text("utf-8", "replace")
-    for number, content in enumerate(text.splitlines(), 1):
+    for number, content in enumerate(split_lines(text), 1):
         try:
             line = json.loads(content)
             if "dev" in line:

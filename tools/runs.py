@@ -87,7 +87,7 @@ def read_list(path):
     """Read a list -> {row: {key: command}}. Raises ValueError that names a line it cannot read."""
     rows = {}
     name = None
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         line = line.strip()
         if line.startswith("["):
             name = line.strip("[]")
@@ -105,7 +105,7 @@ def read_results(path):
     Raises ValueError that names a line which is not the result of a run.
     """
     found = {}
-    for number, text in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, text in enumerate(read_lines(path), 1):
         try:
             line = json.loads(text)
             score(line)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers
 import data
 from data import RECIPE, TASKS, Task, batch_rows, collate, read_rows, training_batches
 from model import label_word_ids, load_backbone
-from plumbing.checkpoints import cutting_tokenizer
+from plumbing.checkpoints import PORTION, cutting_tokenizer
 
 RTE = TASKS["rte"]
 
@@ -145,6 +145,15 @@ def test_pairs_are_cut_at_the_longer_one_and_not_padded(tokenizer):
         "[CLS] good [SEP] un ##happ ##y [SEP]".split(),
     ]
     assert e.types == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
+    assert e.cut == 1  # the second fits just so
+
+
+def test_cut_texts_are_counted_over_all_portions(tokenizer):
+    """[CLS] and [SEP] leave room for five tokens."""
+    texts = [("good " * (n % 8),) for n in range(3 * PORTION + 1)]
+    e = data.encode(texts, [0] * len(texts), tokenizer)
+    assert [len(ids) for ids in e.ids] == [min(n % 8, 5) + 2 for n in range(len(texts))]
+    assert e.cut == sum(n % 8 > 5 for n in range(len(texts)))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +205,16 @@ def test_columns_by_number_in_a_file_of_any_width(tmp_path):
         read_rows(write(tmp_path / "f", "0\n"), task)
 
 
+def test_columns_by_name_and_by_number(tmp_path):
+    """A name says that there is a header. A number counts its columns."""
+    path = write(tmp_path / "f", "id\ttext\tlabel\n7\ta film\t1\n8\tb\t0\n")
+    for text, label in ((("text",), 2), ((1,), "label")):
+        task = Task("mine", text, label, {"0": "no", "1": "yes"}, ("accuracy",))
+        assert read_rows(path, task) == ([("a film",), ("b",)], [1, 0])
+    with pytest.raises(ValueError, match="f:1: 3 columns, and the task reads column 3"):
+        read_rows(path, Task("mine", ("text",), 3, {"0": "no", "1": "yes"}, ("accuracy",)))
+
+
 def test_a_column_that_is_there_twice_is_refused(tmp_path):
     rows = "label\tsentence\tlabel\n1\ta\t0\n"
     with pytest.raises(ValueError, match="2 columns 'label' in the header"):
@@ -208,8 +227,9 @@ def test_scores_have_the_range_that_the_task_says(tmp_path):
     assert read_rows(file, free)[1] == [-7.5, 1000.0]
     with pytest.raises(ValueError, match="f:2: '-7.5' is not a score from 0 to 5"):
         read_rows(file, dataclasses.replace(free, scores=(0, 5)))
-    with pytest.raises(ValueError, match="f:2: 'nan' is not a score"):
-        read_rows(write(tmp_path / "f", "text\tscore\na\tnan\n"), free)
+    for score in ("nan", "inf", "1e30"):  # the square of 1e30 is infinite in float32
+        with pytest.raises(ValueError, match=f"f:2: '{score}' is not a score"):
+            read_rows(write(tmp_path / "f", f"text\tscore\na\t{score}\n"), free)
 
 
 def test_label_words_must_be_one_token(tokenizer):

@@ -188,6 +188,26 @@ def test_answers_to_texts_and_to_the_lines_of_a_file(finished, tmp_path, capsys,
         assert message in fails(eval_.main, [folder, "--text-file", tmp_path / "f.txt"])
 
 
+def test_no_texts_have_no_answers(finished):
+    assert eval_.answers(load_run(finished), []) == []
+
+
+def test_texts_that_are_cut_are_counted(run, glue, tmp_path, capsys):
+    """With --length 8, [CLS] and [SEP] leave room for six words."""
+    folder, _ = run("--length", 8, "--evals", 1, steps=1)
+    out = capsys.readouterr().out
+    for split in ("train", "dev"):
+        rows = (glue / "movies" / f"{split}.tsv").read_text().splitlines()[1:]
+        cut = sum(len(row.split()) - 1 > 6 for row in rows)  # the label is the last word
+        assert cut > 0 and f"--length 8 cuts {cut} of {len(rows)} {split} texts\n" in out
+    (tmp_path / "f.txt").write_text("a good film\n" + "a very good film " * 2 + "\n")
+    eval_.main([str(folder), "--text-file", str(tmp_path / "f.txt")])
+    said = capsys.readouterr()
+    assert said.err == "--length 8 cuts 1 of 2 given texts\n" and len(said.out.splitlines()) == 2
+    eval_.main([str(folder), "--text", "a good film"])
+    assert capsys.readouterr().err == ""
+
+
 def test_guessing_by_hand():
     labels = [0] * 60 + [1] * 40  # two standard errors of 0.6 are 0.098
     (said,) = guessing({"accuracy": 0.69}, labels)

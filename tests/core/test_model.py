@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from torch import nn
 
 import model
-from plumbing.checkpoints import cutting_tokenizer, open_tokenizer
+from plumbing.checkpoints import cutting_tokenizer, open_tokenizer, tokenizer_bytes
 from plumbing.run import identity
 
 
@@ -426,17 +426,41 @@ def test_added_tokens_are_one_token_each(tmp_path):
     assert words_of(tmp_path / "m", vocabulary, "a [unused1] film", settings)[1] == [5, 7, 6]
     with pytest.raises(ValueError, match="leaves no id 11 for the added token '.ENT.'"):
         words_of(tmp_path / "m", vocabulary, "a", {}, {"[ENT]": 11})
-    with pytest.raises(ValueError, match="never_split are not supported with a vocab.txt"):
-        words_of(tmp_path / "m", vocabulary, "a", {"never_split": ["a"]})
+
+
+def test_special_tokens_beside_a_vocabulary_are_heeded_or_refused(tmp_path):
+    """Published folders have them as texts or as dicts, and null where there are none."""
+    folder = tmp_path / "m"
+    vocabulary = [*SPECIAL, "a", "film", "[unused1]", "<s>"]
+    names = dict(zip(("pad", "unk", "cls", "sep", "mask"), SPECIAL, strict=True))
+    usual = {f"{name}_token": {"content": token} for name, token in names.items()}
+    usual |= {"bos_token": "[CLS]", "eos_token": None, "add_bos_token": False}
+    folder.mkdir()
+    more = {"additional_special_tokens": [{"content": "[unused1]", "lstrip": False}]}
+    (folder / "special_tokens_map.json").write_text(json.dumps(usual | more))
+    assert words_of(folder, vocabulary, "a [unused1] film", usual)[1] == [5, 7, 6]
+
+    refused = [("cls_token", "<s>"), ("eos_token", {"content": "<s>"}), ("bos_token", "<s>")]
+    for name, value in [*refused, ("never_split", ["a"]), ("do_basic_tokenize", False)]:
+        (folder / "special_tokens_map.json").write_text(json.dumps(usual | {name: value}))
+        with pytest.raises(ValueError, match=f"{name} is .*not supported with a vocab.txt"):
+            words_of(folder, vocabulary, "a")
 
 
 def test_a_tokenizer_drops_nothing(tmp_path):
     """A BPE with dropout would merge a and b now and then only."""
-    vocab = {"[UNK]": 0, "a": 1, "b": 2, "ab": 3}
+    vocab = {"[UNK]": 0, "a": 1, "b": 2, "ab": 3, "dropout": 4}
     stored = Tokenizer(models.BPE(vocab, [("a", "b")], dropout=0.5, unk_token="[UNK]"))
     stored.save(str(tmp_path / "tokenizer.json"))
     tokenizer = open_tokenizer(tmp_path)
     assert all(tokenizer.encode("ab").ids == [3] for _ in range(50))
+
+    # Nor does what a run takes along. A file without dropout stays as it is, to the byte.
+    cleaned = json.loads((tmp_path / "tokenizer.json").read_text())
+    cleaned["model"]["dropout"] = None
+    assert json.loads(tokenizer_bytes(tmp_path)) == cleaned
+    (tmp_path / "tokenizer.json").write_text(json.dumps(cleaned))
+    assert tokenizer_bytes(tmp_path).decode() == json.dumps(cleaned)
 
 
 @pytest.mark.parametrize("family", [None, "roberta", "bert"])

@@ -338,10 +338,10 @@ def test_answers_have_the_indices_of_the_file(tmp_path, tokenizer, task):
         return torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 0, 0]])
 
     loaded = Loaded({"task": task}, None, None, tokenizer, {})
-    found = data.TASKS[task].predict(path, loaded, logits_of)
+    data.TASKS[task].predict(path, tmp_path, loaded, logits_of)
     no, yes = ANSWERS.get(task, ("0", "1"))
     expected = f"index\tprediction\n17\t{no}\n4\t{yes}\n99\t{no}\n".encode()
-    assert found == {f"{data.TASKS[task].folder}.tsv": expected}
+    assert (tmp_path / f"{data.TASKS[task].folder}.tsv").read_bytes() == expected
 
 
 @pytest.mark.parametrize(
@@ -352,8 +352,9 @@ def test_a_run_of_mnli_answers_the_diagnostic_set_too(tmp_path, tokenizer, name,
     path = tmp_path / f"{name}.tsv"
     path.write_text("index\tsentence1\tsentence2\n0\tgood\tbad\n1\tbad\tgood\n")
     loaded = Loaded({"task": "mnli"}, None, None, tokenizer, {})
-    found = glue.predict(path, loaded, lambda examples: torch.eye(3)[1:])
-    assert found == {f"{made}.tsv": b"index\tprediction\n0\tneutral\n1\tentailment\n"}
+    glue.predict(path, tmp_path, loaded, lambda examples: torch.eye(3)[1:])
+    expected = "index\tprediction\n0\tneutral\n1\tentailment\n"
+    assert (tmp_path / f"{made}.tsv").read_text() == expected
 
 
 def test_predict_from_end_to_end(make_model, glue, tmp_path, capsys, fails):

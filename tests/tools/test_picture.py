@@ -1,11 +1,14 @@
 """tools.picture and density maps: numbers by hand, 80 columns, and what is drawn."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from house import ROOT
 
 import eval as eval_
 from plumbing.cli import shaded_table
@@ -112,6 +115,19 @@ def test_plot_without_matplotlib(both, fails, monkeypatch, tmp_path):
     assert "drawn with matplotlib: pip install" in fails(
         picture.main, [both[0], "--out", tmp_path / "x.png"]
     )
+
+
+def test_a_figure_needs_no_backend(tmp_path):
+    """A notebook's own may be unknown here, so that matplotlib itself would refuse it."""
+    pytest.importorskip("matplotlib")
+    code = f"""
+from pathlib import Path
+from tools.picture import plot_curves
+plot_curves(Path({str(tmp_path / "x.png")!r}), {{"a": [(0.5, 1.0, 0.0)]}}, "dev score")
+"""
+    environment = os.environ | {"MPLBACKEND": "nowhere", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_plot(both, fails, tmp_path, capsys):

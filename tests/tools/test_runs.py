@@ -82,7 +82,7 @@ def test_a_list_by_hand(tmp_path, fails):
         "python train.py --method=smp-s --task=rte --seed=4 --lr 0.1",
     ]
     assert len(rows["dense"]) == 2
-    path.write_text("# a comment\ntrain.py --seed 3\n")
+    path.write_text("# a comment\u2028 in two parts\ntrain.py --seed 3\n")
     assert f"{path}:2 is not a command" in fails(runs.main, ["run", path])
 
 
