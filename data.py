@@ -76,7 +76,7 @@ class Task:
     file: str = "{}.tsv"  # the file name of a split
     scores: tuple = (-1e18, 1e18)  # of a regression: the lowest and the highest that may occur
     skip_broken: bool = False  # leave out rows with the wrong number of columns
-    predict: Callable = fetch.no_test_server  # (path, run, Loaded, logits_of): write answers
+    predict: Callable = fetch.no_test_server  # (test file, run, Loaded, logits_of): write answers
     fetch: Callable = fetch.by_hand  # (task, split): put the file of a split into the cache
 
     # Hooks for tasks that do more than classify [CLS].

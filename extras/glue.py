@@ -1,5 +1,4 @@
-"""The rest of GLUE (Wang et al., ICLR 2019): tasks whose metric is not accuracy, the downloads, and
-answers to its test server.
+"""The rest of GLUE (Wang et al., ICLR 2019): tasks with other metrics, downloads, the test server.
 
 Without this file, data.py's tasks are the same, and their files are put in place by hand. Archives
 come from GLUE's server. MRPC (Dolan and Brockett, IWP 2005) is made of two files.

@@ -157,12 +157,9 @@ def vocabulary_settings(folder):
 
     Raises ValueError that names a setting which would be ignored.
     """
-    settings, added = {}, {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).exists():
-            settings |= read_json(folder / name)
-    if (folder / "added_tokens.json").exists():
-        added = read_json(folder / "added_tokens.json")
+    settings = read_settings(folder / "tokenizer_config.json")
+    settings |= read_settings(folder / "special_tokens_map.json")
+    added = read_settings(folder / "added_tokens.json")
     for number, token in settings.get("added_tokens_decoder", {}).items():
         added[content_of(token)] = int(number)
     for token in settings.get("additional_special_tokens") or []:
@@ -182,6 +179,10 @@ def vocabulary_settings(folder):
         "handle_chinese_chars": settings.get("tokenize_chinese_chars", True),
     }
     return chosen, added
+
+
+def read_settings(path):
+    return read_json(path) if path.exists() else {}
 
 
 def content_of(token):
