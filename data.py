@@ -168,7 +168,7 @@ def read_columns(path, columns, skip_broken=False):
     Raises ValueError with file and line for a row of the wrong width, or a file without rows.
     """
     rows = read_cells(path)
-    header = rows[0]  # even an empty file has one line
+    header = rows[0] if rows else []
     first, width = 0, len(header)
     numbers = []
     for column in columns:

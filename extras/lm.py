@@ -133,7 +133,7 @@ def read_blocks(task, path, tokenizer):
     # Tokenise each line on its own, without special tokens, as the authors' code does.
     size = tokenizer.truncation["max_length"]
     tokenizer.no_truncation()
-    parts = []
+    parts = [np.zeros(0, dtype=np.int32)]
     for start in progress(range(0, len(lines), LINES), f"tokenising {path.name}", delay=2):
         encoded = encode_texts(tokenizer, lines[start : start + LINES], add_special_tokens=False)
         parts += [np.array(e.ids, dtype=np.int32) for e in encoded]

@@ -77,7 +77,9 @@ def read_lines(path):
 
 def split_lines(text):
     """A text -> its lines, which end at \\n or \\r\\n alone: it may hold other separators."""
-    lines = text.removesuffix("\n").split("\n")
+    *lines, rest = text.split("\n")
+    if rest:  # the last line need not end
+        lines.append(rest)
     return [line.removesuffix("\r") for line in lines]
 
 

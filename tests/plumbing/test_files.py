@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from plumbing.files import MASKS, load_masks, pack_masks, seal
+from plumbing.files import MASKS, load_masks, pack_masks, seal, split_lines
 
 RUN = {"task": "movies", "sparsity": 0.5}
 
@@ -101,3 +101,10 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "m").write_bytes(seal("smp-checkpoint-2", {"a": TWO}, {"step": 3}))
     with pytest.raises(ValueError, match="not a file of format smp-mask"):
         load_masks(tmp_path / "m", {})
+
+
+def test_lines_end_at_a_newline_alone():
+    odd = "a\u2028\x85\x0c\x1cb"
+    for text, lines in (("", []), ("\n", [""]), ("a\nb", ["a", "b"]), ("a\r\n\n", ["a", ""])):
+        assert split_lines(text) == lines == text.splitlines()
+    assert split_lines(f"{odd}\n{odd}") == [odd, odd]
