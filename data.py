@@ -154,8 +154,7 @@ def read_rows(path, task):
     Raises ValueError with file and line for an unknown label, and see read_columns.
     """
     texts, labels = [], []
-    columns = [*task.text, task.label]
-    for place, (*text, label) in read_columns(path, columns, task.skip_broken):
+    for place, (*text, label) in read_columns(path, [*task.text, task.label], task.skip_broken):
         texts.append(tuple(text))
         labels.append(read_label(task, label, place))
     return texts, labels

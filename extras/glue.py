@@ -198,7 +198,8 @@ def assemble_mrpc(base, remedy):
 INDEX = ("index", "id")  # what a test file's own column of numbers is called
 TEST_TEXT = {"CoLA": ("sentence",)}  # its test file has a header, unlike the others
 # MNLI's test files, and GLUE's diagnostic set (AX), which a run of MNLI answers.
-MNLI_FILES = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "diagnostic": "AX"}
+MNLI_FILES = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"}
+MNLI_FILES |= dict.fromkeys(("diagnostic", "AX"), "AX")  # it is published under both names
 
 
 def predict(path, run, loaded, logits_of):

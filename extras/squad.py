@@ -88,21 +88,22 @@ class PartlyAnswerable(Windows):
         """
         texts, null = answers(logits, self)
         given = grades(texts, self.questions)  # [Q, 2]
-        right = np.array([not question["answers"] for question in self.questions])  # to give none
-        given[right, 0] = given[right, 1]  # an empty text has no words to share
-        best_f1, threshold = best_threshold(null, given[:, 0], right)
-        best_em, _ = best_threshold(null, given[:, 1], right)
+        none = np.array([not question["answers"] for question in self.questions])  # [Q]
+        given[none, 0] = given[none, 1]  # an empty text has no words to share
+        best_f1, threshold = best_threshold(null, given[:, 0], none)
+        best_em, _ = best_threshold(null, given[:, 1], none)
 
-        tuned = np.where(null > threshold, right, given[:, 0])  # [Q]
-        f1_mean, em_mean = np.where(null[:, None] > 0.5, right[:, None], given).mean(0)
+        # To give no answer scores 1 where there is none, and 0 elsewhere.
+        tuned = np.where(null > threshold, none, given[:, 0])  # [Q]
+        f1_mean, em_mean = np.where(null[:, None] > 0.5, none[:, None], given).mean(0)
         found = {
             "best_f1": best_f1,
             "best_em": best_em,
             "threshold": threshold,
             "f1": f1_mean,
             "em": em_mean,
-            "has_answer_f1": tuned[~right].sum() / max((~right).sum(), 1),
-            "no_answer_f1": tuned[right].sum() / max(right.sum(), 1),
+            "has_answer_f1": tuned[~none].sum() / max((~none).sum(), 1),
+            "no_answer_f1": tuned[none].sum() / max(none.sum(), 1),
         }
         return {name: float(value) for name, value in found.items()}
 
@@ -335,16 +336,17 @@ def answers(logits, windows):
     return texts, torch.from_numpy(cls - best).sigmoid().numpy()
 
 
-def best_threshold(null, given, right):
+def best_threshold(null, given, none):
     """-> the best mean score that a threshold gives, and that threshold.
 
-    A question whose null probability [Q] is above the threshold is left without an answer. Its
-    score is then right [Q] instead of given [Q], that of its best span. The lowest of equally good
-    thresholds counts, and 0 leaves all questions without an answer (official evaluation).
+    null [Q]: the probability that a question has no answer. given [Q]: the score of its best span.
+    none [Q]: whether it has no answer. Above the threshold, a question gets no answer, and its
+    score is `none` instead. The lowest of equally good thresholds counts, and 0 leaves all
+    questions without an answer (official evaluation).
     """
     order = np.argsort(null, kind="stable")
     thresholds = np.append(0, null[order])  # [Q + 1]: the n-th answers n questions
-    totals = right.sum() + np.append(0, np.cumsum((given - right)[order]))
+    totals = none.sum() + np.append(0, np.cumsum((given - none)[order]))
     # Equal probabilities are answered together: only the last of them is a threshold.
     totals[:-1][thresholds[:-1] == thresholds[1:]] = -np.inf
     n = totals.argmax()

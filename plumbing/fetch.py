@@ -282,7 +282,7 @@ def join(lines):
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def no_test_server(path, run, loaded, logits_of):
+def no_test_server(*_):
     """Task.predict for data without a test server."""
     raise ValueError("--predict: this task has no test server; --text-file answers texts")
 

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from fuzzing import fuzz
 
 import data
@@ -9,17 +10,21 @@ from plumbing import cli
 from plumbing.checkpoints import cutting_tokenizer
 
 
-def test_squad_files(finished, survives, tmp_path):
+@pytest.mark.parametrize("task", ["squad", "squad2"])
+def test_squad_files(finished, survives, tmp_path, task):
     (tmp_path / "squad").mkdir()
-    path = tmp_path / "squad" / "dev-v1.1.json"
+    path = tmp_path / "squad" / data.TASKS[task].file.format("dev")
     context = "the film was good , it was fun . a bad film is dull and very bad"
     answer = {"answer_start": context.index("fun"), "text": "fun"}
     asked = {"id": "q0", "question": "is it", "answers": [answer]}
-    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": context, "qas": [asked]}]}]}))
+    both = [asked]
+    if task == "squad2":
+        both.append({"id": "q1", "question": "is it", "answers": [], "is_impossible": True})
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": context, "qas": both}]}]}))
 
     def read():
         with cli.one_line_errors():
             tokenizer = cutting_tokenizer(finished.parent / "model", 16)
-            data.load_split("squad", "dev", str(tmp_path), tokenizer)
+            data.load_split(task, "dev", str(tmp_path), tokenizer)
 
     fuzz(path, survives, read)

@@ -346,10 +346,16 @@ def test_answers_have_the_indices_of_the_file(tmp_path, tokenizer, task):
 
 @pytest.mark.parametrize(
     ("name", "made"),
-    [("test_matched", "MNLI-m"), ("test_mismatched", "MNLI-mm"), ("diagnostic", "AX")],
+    [
+        ("test_matched", "MNLI-m"),
+        ("test_mismatched", "MNLI-mm"),
+        ("diagnostic", "AX"),
+        ("AX", "AX"),
+    ],
 )
 def test_a_run_of_mnli_answers_the_diagnostic_set_too(tmp_path, tokenizer, name, made):
-    path = tmp_path / f"{name}.tsv"
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / f"{name}.tsv"
     path.write_text("index\tsentence1\tsentence2\n0\tgood\tbad\n1\tbad\tgood\n")
     loaded = Loaded({"task": "mnli"}, None, None, tokenizer, {})
     glue.predict(path, tmp_path, loaded, lambda examples: torch.eye(3)[1:])
