@@ -165,12 +165,13 @@ def vocabulary_settings(folder):
     for token in settings.get("additional_special_tokens") or []:
         added.setdefault(content_of(token), math.inf)
 
-    allowed = {"do_basic_tokenize": (None, True), "never_split": (None, [])}
+    allowed = {"do_basic_tokenize": (None, True)}
+    allowed |= dict.fromkeys(("never_split", "extra_special_tokens"), (None, [], {}))
     allowed |= dict.fromkeys((*SPECIAL, "bos_token"), (None, *BERT))
     for key, values in allowed.items():
         if content_of(settings.get(key)) not in values:
             raise ValueError(
-                f"{folder}: {key} is {settings[key]!r}, which is not supported with a vocab.txt; "
+                f"{key} is {settings[key]!r}, which is not supported with a vocab.txt; "
                 "give the folder a tokenizer.json"
             )
     chosen = {

@@ -440,8 +440,9 @@ def test_special_tokens_beside_a_vocabulary_are_heeded_or_refused(tmp_path):
     (folder / "special_tokens_map.json").write_text(json.dumps(usual | more))
     assert words_of(folder, vocabulary, "a [unused1] film", usual)[1] == [5, 7, 6]
 
+    others = [("never_split", ["a"]), ("do_basic_tokenize", False), ("extra_special_tokens", ["a"])]
     refused = [("cls_token", "<s>"), ("eos_token", {"content": "<s>"}), ("bos_token", "<s>")]
-    for name, value in [*refused, ("never_split", ["a"]), ("do_basic_tokenize", False)]:
+    for name, value in [*refused, *others]:
         (folder / "special_tokens_map.json").write_text(json.dumps(usual | {name: value}))
         with pytest.raises(ValueError, match=f"{name} is .*not supported with a vocab.txt"):
             words_of(folder, vocabulary, "a")
