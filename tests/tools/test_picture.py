@@ -122,8 +122,8 @@ def test_a_figure_needs_no_backend(tmp_path):
     pytest.importorskip("matplotlib")
     code = f"""
 from pathlib import Path
-from tools.picture import plot_curves
-plot_curves(Path({str(tmp_path / "x.png")!r}), {{"a": [(0.5, 1.0, 0.0)]}}, "dev score")
+from tools.picture import figure_of, save
+save(figure_of(2, 2), Path({str(tmp_path / "x.png")!r}))
 """
     environment = os.environ | {"MPLBACKEND": "nowhere", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
