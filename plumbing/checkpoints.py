@@ -6,9 +6,8 @@ Only safetensors are read, because other formats could run code.
     tokenizer = open_tokenizer(folder)
 """
 
-import math
 import warnings
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 
 import torch
 from safetensors import SafetensorError
@@ -136,38 +135,32 @@ def tokenizer_bytes(folder):
     words = {word: i for i, word in enumerate(read_lines(path))}
     if not {"[CLS]", "[SEP]"} <= words.keys():
         raise ValueError(f"{path} has no [CLS] and [SEP]; give the folder a tokenizer.json")
-    settings, added = vocabulary_settings(folder)
-    tokenizer = BertWordPieceTokenizer(words, **settings)
-    # Each of these is one token, whatever is in it. In the order of their ids.
-    for token in sorted(added, key=added.get):
-        tokenizer.add_special_tokens([token])
-        if added[token] not in (math.inf, tokenizer.token_to_id(token)):
-            raise ValueError(f"{path} leaves no id {added[token]} for the added token {token!r}")
-    return tokenizer.to_str().encode()
 
-
-def vocabulary_settings(folder):
-    """What stands beside a vocab.txt -> (its tokenizer's settings, {added token: id, inf: any})."""
-    settings, added = {}, {}
-    if (folder / "tokenizer_config.json").exists():
-        settings = read_json(folder / "tokenizer_config.json")
-    if (folder / "added_tokens.json").exists():
-        added = read_json(folder / "added_tokens.json")
-    for number, token in settings.get("added_tokens_decoder", {}).items():
-        added[token["content"]] = int(number)
-    for token in settings.get("additional_special_tokens", []):
-        added.setdefault(token, math.inf)
-    if settings.get("do_basic_tokenize", True) is not True or settings.get("never_split"):
+    settings = optional_json(folder / "tokenizer_config.json")
+    if settings.get("do_basic_tokenize") is False or settings.get("never_split"):
         raise ValueError(
             f"{folder}: do_basic_tokenize and never_split are not supported with a vocab.txt; "
             "give the folder a tokenizer.json"
         )
-    chosen = {
-        "lowercase": settings.get("do_lower_case", True),
-        "strip_accents": settings.get("strip_accents"),
-        "handle_chinese_chars": settings.get("tokenize_chinese_chars", True),
-    }
-    return chosen, added
+    tokenizer = BertWordPieceTokenizer(
+        words,
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+    # Each added token is one token, whatever is in it.
+    added = {i: token["content"] for i, token in settings.get("added_tokens_decoder", {}).items()}
+    added |= {i: token for token, i in optional_json(folder / "added_tokens.json").items()}
+    for i in sorted(added, key=int):  # the next token gets the next id
+        tokenizer.add_special_tokens([added[i]])
+        if tokenizer.token_to_id(added[i]) != int(i):
+            raise ValueError(f"{path} leaves no id {i} for the added token {added[i]!r}")
+    tokenizer.add_special_tokens(settings.get("additional_special_tokens", []))
+    return tokenizer.to_str().encode()
+
+
+def optional_json(path):
+    return read_json(path) if path.exists() else {}
 
 
 def open_tokenizer(folder):
@@ -178,10 +171,9 @@ def open_tokenizer(folder):
             tokenizer.model.dropout = None  # it would read each text otherwise every time
         return tokenizer
     except Exception as error:  # the library raises bare Exceptions
-        hint = ""
-        if "variant" in str(error):
-            hint = "; a newer version of tokenizers may have written it"
-        raise ValueError(f"{folder}: its tokenizer is not valid: {error}{hint}") from None
+        raise ValueError(
+            f"{folder}: its tokenizer is not valid, or of a newer version of tokenizers: {error}"
+        ) from None
 
 
 def encode_texts(tokenizer, texts, **options):
@@ -229,6 +221,7 @@ def cutting_tokenizer(folder, length):
 # --- configurations -------------------------------------------------------------------------------
 
 PER_LAYER = ("heads_per_layer", "neurons_per_layer")
+LARGEST = 1 << 24  # no number of a model is larger, and torch can multiply any two of these
 
 
 def read_config(stored, kind, families, only):
@@ -249,34 +242,18 @@ def read_config(stored, kind, families, only):
     values = {"model_type": family}
     for field in fields(kind):
         if field.type in (int, float):
-            values[field.name] = read_number(stored, field)
-    whole = kind(**values)  # the model before it lost any heads or neurons
-    heads, _ = whole.layers[0]
-    if whole.hidden_size % heads:
-        raise ValueError("its width is not divisible by its number of attention heads")
+            lowest = 1 if field.default is MISSING else 0
+            highest = 1000 if "layer" in field.name else LARGEST
+            value = stored.get(field.name, field.default)
+            values[field.name] = check_number(field.name, value, lowest, highest, field.type)
 
-    counts = {}
-    for name, most in zip(PER_LAYER, whole.layers[0], strict=True):
-        counts[name] = read_counts(stored, name, len(whole.layers), most)
-    return replace(whole, **counts)
-
-
-def read_number(stored, field):
-    """Read the number of a field. Raises ValueError if it is missing or out of range."""
-    value = stored.get(field.name, field.default)
-    lowest = 1 if field.default is MISSING else 0
-    highest = 1000 if "layer" in field.name else 1 << 24
-    if field.type is float:
-        highest = 1
-    return check_number(field.name, value, lowest, highest, field.type)
-
-
-def read_counts(stored, name, layers, most):
-    """Read heads_per_layer or neurons_per_layer: a number from 0 to `most` per layer, or none."""
-    counts = stored.get(name, [])
-    if not isinstance(counts, list) or len(counts) not in (0, layers):
-        raise ValueError(f"{name} is {counts!r}, not a list of one number per layer")
-    return tuple(check_number(name, count, 0, most) for count in counts)
+    layers = values.get("num_hidden_layers") or values["n_layer"]  # BERT's name, and GPT-2's
+    for name in PER_LAYER:
+        counts = stored.get(name, [])
+        if not isinstance(counts, list) or len(counts) not in (0, layers):
+            raise ValueError(f"{name} is {counts!r}, not a list of one number per layer")
+        values[name] = tuple(check_number(name, count, 0, LARGEST) for count in counts)
+    return kind(**values)
 
 
 def check_number(name, value, lowest, highest, kind=int):

@@ -40,39 +40,25 @@ NEW = {
     "seconds": 0.0,  # computed so far
     "log": 0,  # the size of the log in bytes
 }
-# What the description of a run holds, besides much else: a type, or one of several values.
+# What the code reads of the description of a run. Older versions left some of it out.
 DESCRIBED = {
-    "task": str,
-    "method": str,
-    "model": str,
-    "words": dict,
-    "length": int,
-    "head": ("words", "classifier"),
-    "final": dict,
-    "fingerprint": str,
-    "tokenizer": str,
-    "config": str,
-    "sha256": dict,
-    "density": float,
-    "device": str,
-    "dtype": ("float32", "bfloat16"),
-    "data_dir": str | None,
-}
+    "task", "method", "model", "words", "length", "head", "final", "fingerprint", "tokenizer",
+    "config", "sha256", "density", "device", "dtype", "data_dir",
+}  # fmt: skip
 
 
 class Run:
-    """A run in `folder`. argv: the words of its command. state: from a checkpoint, see NEW.
+    """A run in `folder`. argv: the words of its command. state, see NEW, and tensors: a checkpoint.
 
-    Without a state the run is new, and its folder must be new or empty. Otherwise this raises
+    Without them the run is new, and its folder must be new or empty. Otherwise this raises
     ValueError, here or when it is entered.
     """
 
-    def __init__(self, folder, argv, state=None):
+    def __init__(self, folder, argv, state=NEW, tensors=None):
         self.folder = Path(folder)
         self.checkpoint = self.folder / CHECKPOINT
         self.argv = argv
-        self.resumed = state is not None
-        state = state or NEW
+        self.tensors = tensors
         self.step = state["step"]  # done before this process began
         self.evaluations = list(state["evaluations"])
         self.identity = state["identity"]
@@ -95,7 +81,7 @@ class Run:
                 f"{self.folder} holds a finished run: python eval.py {self.folder} shows it; "
                 "for a new one, name another --out or --seed, or delete it"
             )
-        if self.resumed:
+        if self.tensors:
             return
         what = "other files"
         if self.checkpoint.exists():
@@ -113,7 +99,7 @@ class Run:
         del identity["--out"], identity["--resume"]
         for what, value in identity.items():
             before = self.identity.get(what)
-            if self.resumed and before != value:
+            if self.tensors and before != value:
                 raise ValueError(
                     f"--resume: {what} is {value} now, and was {before} when the run began"
                 )
@@ -197,15 +183,10 @@ class Run:
         self.saved = time.time()
 
     def restore(self, learner, optimizer):
-        """Load the checkpoint of a resumed run. A new run has none to load.
-
-        Raises ValueError if another process has continued the run meanwhile.
-        """
-        if not self.resumed:
+        """Load the checkpoint of a resumed run. A new run has none to load."""
+        if not self.tensors:
             return
-        stored, state = read_checkpoint(self.checkpoint)
-        if state["step"] != self.step:
-            raise ValueError(f"--resume: another process has continued {self.folder}; try again")
+        stored, self.tensors = self.tensors, None  # not needed again
         torch.set_rng_state(stored["random.cpu"])
         if "random.cuda" in stored:
             torch.cuda.set_rng_state(stored["random.cuda"])
@@ -257,20 +238,16 @@ def training_state(learner, optimizer):
     return tensors
 
 
-def read_checkpoint(path):
-    """-> (tensors, state). Raises ValueError if the file was altered or is not a checkpoint."""
+def interrupted_run(folder):
+    """The interrupted Run in a folder. Raises ValueError if it cannot continue."""
+    parallel.require_one_process("--resume")
+    path = folder / CHECKPOINT
     if not path.exists():
         raise ValueError(
             f"--resume: there is no {path}; the run is finished, or was a few steps old"
         )
-    return files.unseal(path, FORMAT)
-
-
-def interrupted_run(folder):
-    """The interrupted Run in a folder. Raises ValueError if it cannot continue."""
-    parallel.require_one_process("--resume")
-    _, state = read_checkpoint(folder / CHECKPOINT)
-    return Run(folder, state["argv"], state)
+    tensors, state = files.unseal(path, FORMAT)
+    return Run(folder, state["argv"], state, tensors)
 
 
 # --- finished runs --------------------------------------------------------------------------------
@@ -305,13 +282,7 @@ def read_description(run):
         described = about["run"]
     else:
         described = files.read_signed_json(run / RESULT)
-
-    # A seal keeps damage out, but anybody can make one.
-    if not isinstance(described, dict):
-        described = {}
-    for name, expected in DESCRIBED.items():
-        value = described.get(name)
-        one_of = isinstance(expected, tuple)
-        if (one_of and value not in expected) or not (one_of or isinstance(value, expected)):
-            raise ValueError(f"{run} is not a run of this train.py: {name} is {value!r:.80}")
+    missing = DESCRIBED - described.keys()
+    if missing:
+        raise ValueError(f"{run} is of another version of train.py: it lacks {sorted(missing)}")
     return described

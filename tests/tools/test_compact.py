@@ -86,7 +86,7 @@ def test_cutting_a_head_is_zeroing_its_output(model):
     [
         ({"heads_per_layer": [4]}, "heads_per_layer is .4., not a list of one number per layer"),
         ({"neurons_per_layer": 4}, "neurons_per_layer is 4, not a list"),
-        ({"heads_per_layer": [4, 5, 4]}, "heads_per_layer is 5, not a number from 0 to 4"),
+        ({"heads_per_layer": [4, "5", 4]}, "heads_per_layer is '5', not a number from 0 to"),
         ({"neurons_per_layer": [48, -1, 3.0]}, "neurons_per_layer is -1, not"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_fresh_folder(tmp_path, texts, fails):
     flags = ["--text", tmp_path / "t.txt", "--vocabulary", 270, "--layers", 2, "--hidden", 16]
     flags += ["--heads", 2]
     said = fails(fresh.main, [tmp_path / "a", *flags[:-1], 3])
-    assert "its width is not divisible by its number of attention heads" in said
+    assert "--hidden must be a multiple of --heads" in said
     assert not (tmp_path / "a").exists()  # nothing half-made is left
     for name in ("a", "b"):
         fresh.main([str(a) for a in (tmp_path / name, *flags, "--positions", 32, "--dropout", 0.2)])
