@@ -418,11 +418,8 @@ def prepare(args, run):
     if args.compile:
         compile_step(model, learner.masks)
 
-    # Say what will run, and whether its steps are too few to learn anything.
     machine = f"{parallel.processes()} x {device} in {facts['dtype']}: {why}"
-    needed = 1 if "weights" in method.trains else least_steps(args.sparsity)
-    for line in opening(args, train, total, facts["density"], machine, needed):
-        print(line)
+    print(opening(args, len(train), total, facts["density"], machine))
     return Job(model, learner, teacher, train, sets, device, total, folder, frozen_sha256, facts)
 
 
@@ -484,16 +481,12 @@ def frozen_digest(model, learner):
 # --- act two: learn -------------------------------------------------------------------------------
 
 
-def make_schedule(args, total, facts):
-    """[(density, penalty)] for steps 0 to total, inclusive.
-
-    facts: {"density": in the end, "schedule": how it falls, if it does}.
-    """
+def make_schedule(args, total, final, schedule="cubic"):
+    """[(density, penalty)] for steps 0 to total, inclusive. final: the density in the end."""
     # From shares of all steps to steps.
     hold = round(args.hold * total)
     ramp = round(args.ramp * total)
-    final = facts["density"]
-    power = POWERS[facts.get("schedule", "cubic")]  # without a ramp, any will do
+    power = POWERS[schedule]
     return [
         (density_at(t, ramp, final, power, hold), penalty_at(t, total, args.penalty))
         for t in range(total + 1)
@@ -513,7 +506,8 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
     """Train and evaluate. Raises FloatingPointError if a loss, score or weight is not finite."""
     learner, total = job.learner, job.total
     # All densities and penalties are known in advance.
-    schedule = make_schedule(args, total, job.facts)
+    facts = job.facts
+    schedule = make_schedule(args, total, facts["density"], facts.get("schedule", "cubic"))
     densities, penalties = schedule_on_device(schedule, job.device)
     # Evaluations at equal distances, the last one after the last step.
     evals = min(args.evals, math.ceil(total / args.least_steps_per_eval))
@@ -558,7 +552,6 @@ def evaluate_learner(args, job, step, density):
             raise FloatingPointError(
                 f"scores or weights are not finite at step {step}: try a smaller --lr"
             )
-    parallel.check_equal(job.learner.parameters())  # several processes still hold the same
     weights = job.learner.final_weights(density)
     with torch.compiler.set_stance("force_eager"):  # so that eval.py finds the same numbers
         return evaluate(job.model, weights, job.dev, TASKS[args.task].metrics, job.device)

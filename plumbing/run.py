@@ -40,11 +40,6 @@ NEW = {
     "seconds": 0.0,  # computed so far
     "log": 0,  # the size of the log in bytes
 }
-# What the code reads of the description of a run. Older versions left some of it out.
-DESCRIBED = {
-    "task", "method", "model", "words", "length", "head", "final", "fingerprint", "tokenizer",
-    "config", "sha256", "density", "device", "dtype", "data_dir",
-}  # fmt: skip
 
 
 class Run:
@@ -83,12 +78,12 @@ class Run:
             )
         if self.tensors:
             return
-        what = "other files"
-        if self.checkpoint.exists():
-            what = f"an interrupted run, which --resume {self.folder} continues"
         # A run that ended before its first checkpoint leaves an empty log.
         if any(path.is_dir() or path.stat().st_size for path in self.folder.iterdir()):
-            raise ValueError(f"--out: {self.folder} holds {what}; name another, or delete it")
+            raise ValueError(
+                f"--out: {self.folder} holds other files; name another, or delete it. If they are "
+                f"those of an interrupted run, --resume {self.folder} continues it"
+            )
 
     def check_identity(self, flags, description):
         """Raise ValueError if a resumed run depends on anything that is different now.
@@ -279,10 +274,5 @@ def read_description(run):
     mask = run / MASK if run.is_dir() else run
     if mask.exists():
         _, about = files.unseal(mask, files.MASKS)
-        described = about["run"]
-    else:
-        described = files.read_signed_json(run / RESULT)
-    missing = DESCRIBED - described.keys()
-    if missing:
-        raise ValueError(f"{run} is of another version of train.py: it lacks {sorted(missing)}")
-    return described
+        return about["run"]
+    return files.read_signed_json(run / RESULT)

@@ -14,7 +14,6 @@ OPENING = """\
 {task}: {rows} train examples; {total} steps of {batch}
 {model}, {method}, sparsity {sparsity:g} (density {density:.4g}) -> {out}
 on {machine}"""
-FEW = "{} steps are few: on movies, smp-s needs about {} at this sparsity to do more than guess"
 KEPT = "kept   {kept:,} of {prunable:,} weights: density {density:.6f}"
 REACHED = "the training mask keeps a share of {:.4f}; {:.4g} was asked for"
 FROZEN = "frozen weights are bit-identical to those of {model} ({fingerprint:.12})"
@@ -29,15 +28,10 @@ def evaluation(step, density, dev):
     return f"step {step:5}  density {density:.3f}  dev {show(dev)}"
 
 
-def opening(args, train, total, density, machine, needed):
-    """Yield the lines to print before a run begins or continues.
-
-    train: Examples. needed: with fewer steps, such a run only guesses.
-    """
-    found = {"rows": len(train), "total": total, "density": density, "machine": machine}
-    yield OPENING.format(**vars(args), **found)
-    if total < needed:
-        yield FEW.format(total, needed)
+def opening(args, rows, total, density, machine):
+    """Format the lines to print before a run begins or continues. rows: how many examples."""
+    found = {"rows": rows, "total": total, "density": density, "machine": machine}
+    return OPENING.format(**vars(args), **found)
 
 
 def summary(result, folder, files, labels):

@@ -22,7 +22,6 @@ from plumbing.files import (
     json_bytes,
     prefix_errors,
     read_json,
-    require_regular_file,
     write_whole,
 )
 from tools.export import partial_folder
@@ -33,7 +32,7 @@ def make_tokenizer(path, vocabulary):
 
     vocabulary: how many entries it has at most; all bytes are among them, and the end of a text.
     """
-    text = require_regular_file(path).read_bytes().decode("utf-8-sig")
+    text = path.read_bytes().decode("utf-8-sig")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

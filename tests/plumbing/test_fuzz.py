@@ -18,7 +18,6 @@ from safetensors.torch import save_file as save_torch
 import eval as eval_
 import train
 from plumbing.files import MASKS, seal, unseal
-from plumbing.run import DESCRIBED
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -48,17 +47,6 @@ def unsealed(path):
     return {name: tensor.clone() for name, tensor in tensors.items()}, description
 
 
-def test_descriptions_that_lack_something(finished, survives):
-    """As an older version may have written them."""
-    path = finished / "mask.safetensors"
-    tensors, description = unsealed(path)
-    for name in DESCRIBED:
-        about = {key: value for key, value in description["run"].items() if key != name}
-        path.write_bytes(seal(MASKS, tensors, description | {"run": about}))
-        said = survives(lambda: eval_.main([str(path), "--text", "a good film"]))
-        assert said.endswith(f"is of another version of train.py: it lacks ['{name}']")
-
-
 def test_tables(finished, survives):
     glue = finished.parent / "glue"
     argv = [
@@ -84,15 +72,10 @@ def test_checkpoints(run, survives):
     train.main(["--resume", str(folder)])
 
 
-def test_mask_files_of_other_numbers(finished, survives):
+def test_mask_files_that_unpack_to_gigabytes(finished, survives):
     path = finished / "mask.safetensors"
     packed, description = unsealed(path)
     names = list(packed)
-    for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64):
-        path.write_bytes(
-            seal(MASKS, {name: torch.zeros(8).to(dtype) for name in names}, description)
-        )
-        assert survives(lambda: eval_.main([str(path), "--text", "a good film"]))
     bomb = torch.tensor(np.frombuffer(lzma.compress(bytes(10**8), preset=0), np.uint8))
     for shapes in ({"b": [1, 8 * 10**8], "a": [-1, 8 * 10**8]}, {"b": [1, 8 * 10**8]}):
         lying = {"b": bomb} | ({"a": packed[names[0]]} if "a" in shapes else {})

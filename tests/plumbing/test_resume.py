@@ -133,7 +133,7 @@ def test_what_cannot_be_resumed(flags, tmp_path, fails):
     checkpoint.write_bytes(seal(FORMAT, tensors, state))
     assert "when the run began" in fails(train.main, ["--resume", tmp_path])
     said = fails(train.main, [*flags, "--out", tmp_path])  # nothing is lost
-    assert "holds an interrupted run, which --resume" in said
+    assert f"an interrupted run, --resume {tmp_path} continues it" in said
 
 
 @pytest.fixture(scope="module")
@@ -344,5 +344,5 @@ def test_a_mask_that_does_not_fit_is_written_once_there_is_room(
             train.finish(args, run, job)
     assert "a line of" in capsys.readouterr().err
     largest_file(10**6)
-    assert "holds an interrupted run" in fails(train.main, [*flags, "--out", tmp_path / "run"])
+    assert "holds other files" in fails(train.main, [*flags, "--out", tmp_path / "run"])
     assert resumed(tmp_path / "run", 16)
