@@ -380,9 +380,10 @@ class Job(NamedTuple):
     dev: dict  # {split: data.Examples}
     device: torch.device
     total: int  # steps
+    density: float  # share of weights that stay in the end
     folder: Path  # where the model is
     frozen_sha256: str  # the digest of what must not move
-    facts: dict  # what the run depends on besides its settings; the density that it will reach
+    facts: dict  # what the run depends on besides its settings
 
 
 def prepare(args, run):
@@ -391,8 +392,7 @@ def prepare(args, run):
     torch.manual_seed(args.seed)  # for a fresh classifier
     device, dtype, why = cli.choose_device(args.device, args.dtype)
     parallel.start(device)
-    with parallel.first_process_first():  # only one downloads
-        model, folder, teacher, sets = load_inputs(args)
+    model, folder, teacher, sets = load_inputs(args)
     total = count_steps(args, len(sets["train"]))
     cli.set_up(args.deterministic, 0 if args.eager else total)
 
@@ -418,9 +418,12 @@ def prepare(args, run):
     if args.compile:
         compile_step(model, learner.masks)
 
+    density = facts["density"]
     machine = f"{parallel.processes()} x {device} in {facts['dtype']}: {why}"
-    print(opening(args, len(train), total, facts["density"], machine))
-    return Job(model, learner, teacher, train, sets, device, total, folder, frozen_sha256, facts)
+    print(opening(args, len(train), total, density, machine))
+    return Job(
+        model, learner, teacher, train, sets, device, total, density, folder, frozen_sha256, facts
+    )
 
 
 def load_inputs(args):
@@ -506,8 +509,7 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
     """Train and evaluate. Raises FloatingPointError if a loss, score or weight is not finite."""
     learner, total = job.learner, job.total
     # All densities and penalties are known in advance.
-    facts = job.facts
-    schedule = make_schedule(args, total, facts["density"], facts.get("schedule", "cubic"))
+    schedule = make_schedule(args, total, job.density, job.facts.get("schedule", "cubic"))
     densities, penalties = schedule_on_device(schedule, job.device)
     # Evaluations at equal distances, the last one after the last step.
     evals = min(args.evals, math.ceil(total / args.least_steps_per_eval))
@@ -563,18 +565,17 @@ def evaluate_learner(args, job, step, density):
 def finish(args, run, job):
     """Write what was learned, then result.json, and say what came of it."""
     result = describe(args, run, job)
-    density = job.facts["density"]
     trained = job.learner.trained
     files, masks = {}, {}
     # The mask of exactly the density that was asked for, and what it keeps of each matrix.
     if job.learner.masks:
-        masks = job.learner.masks.choose(density)
-        result |= mask_facts(job.learner.masks, masks, density)
+        masks = job.learner.masks.choose(job.density)
+        result |= mask_facts(job.learner.masks, masks, job.density)
 
     if "weights" in METHODS[args.method].trains:  # a whole model
         whole = job.model.state_dict() | trained
         if masks:
-            whole |= job.learner.masks.final_weights(density, torch.float32)
+            whole |= job.learner.masks.final_weights(job.density, torch.float32)
             result["stored_numbers"] += result["kept"]
         files = model_files(job.folder, job.model.published(whole), job.model.config)
         result["sha256"] = {"model.safetensors": sha256(files["model.safetensors"])}

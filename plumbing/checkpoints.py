@@ -11,21 +11,16 @@ from dataclasses import MISSING, fields
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 from tokenizers.models import BPE
 
-from plumbing.files import json_bytes, pack, read_json, read_lines
+from plumbing.files import json_bytes, read_json, read_lines
 
 WEIGHTS = "model.safetensors"
-WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before names
 # Some checkpoints carry buffers that are not weights: position numbers, and GPT-2's causal mask.
 BUFFERS = ("position_ids", "token_type_ids", ".attn.bias", ".attn.masked_bias")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# How the names of a family's tensors begin, if they have a prefix.
-PREFIX = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "camembert": "roberta"}
 
 # The special tokens of BERT, those of RoBERTa, and GPT-2's only one.
 SPECIAL = {
@@ -66,10 +61,13 @@ def read_model(folder):
         tensors |= read_tensors(path)
 
     # The names of the tensors tell BERT from RoBERTa, whose positions begin elsewhere.
-    for kind in {name.split(".")[0] for name in tensors} & set(PREFIX.values()):
-        family = stored.setdefault("model_type", kind)
-        if PREFIX.get(str(family), kind) != kind:
-            raise ValueError(f"{folder}: model_type is {family!r}, but its tensors are {kind}.*")
+    for kind in ("bert", "roberta"):
+        if any(name.startswith(f"{kind}.") for name in tensors):
+            family = stored.setdefault("model_type", kind)  # or a relative, such as camembert
+            if family in ("bert", "roberta") and family != kind:
+                raise ValueError(
+                    f"{folder}: model_type is {family!r}, but its tensors are {kind}.*"
+                )
     return stored, tensors
 
 
@@ -96,21 +94,21 @@ def read_tensors(path):
     for name, tensor in stored.items():
         if name.endswith(BUFFERS):
             continue
-        if tensor.dtype not in FLOATS or not tensor.isfinite().all():
+        if tensor.itemsize == 1 or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(
                 f"{path}: weights must be finite floats of 16 bits or more, and {name} "
                 f"({tensor.dtype}) is not"
             )
-        for wrapper in WRAPPERS:
-            name = name.removeprefix(wrapper)
+        # DataParallel and torch.compile put these before names.
+        name = name.removeprefix("module.").removeprefix("_orig_mod.")
         tensors[name] = tensor.float()
     return tensors
 
 
 def pack_weights(tensors):
     """Pack weights {name: tensor} -> the bytes of a model.safetensors file, in float32."""
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    return pack(tensors, {"format": "pt"})  # older versions of transformers insist on a format
+    tensors = {name: t.detach().cpu().float().contiguous() for name, t in tensors.items()}
+    return save(tensors, {"format": "pt"})  # older versions of transformers insist on a format
 
 
 # --- tokenizers -----------------------------------------------------------------------------------
@@ -131,10 +129,7 @@ def tokenizer_bytes(folder):
     settings = optional_json(folder / "tokenizer_config.json")
     added = optional_json(folder / "added_tokens.json")  # {token: its id}
     if settings.get("do_basic_tokenize") is False or settings.get("never_split"):
-        raise ValueError(
-            f"{folder}: do_basic_tokenize and never_split are not supported with a vocab.txt; "
-            "give the folder a tokenizer.json"
-        )
+        raise ValueError("do_basic_tokenize and never_split need a tokenizer.json")
     for number, token in settings.get("added_tokens_decoder", {}).items():
         added[token["content"]] = int(number)
     tokenizer = BertWordPieceTokenizer(  # which insists on [CLS] and [SEP] among the words

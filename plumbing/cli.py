@@ -258,8 +258,9 @@ def code_version():
     found = {"versions": {"python": platform.python_version(), "torch": torch.__version__}}
     words = "git describe --always --dirty --exclude=*".split()
     with suppress(OSError):  # git is not installed
-        here = os.path.dirname(__file__)
-        commit = subprocess.run(words, cwd=here, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(
+            words, cwd=os.path.dirname(__file__), capture_output=True, text=True
+        ).stdout.strip()
         if commit:  # empty outside of a checkout
             found["commit"] = commit
     return found

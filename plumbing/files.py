@@ -13,7 +13,7 @@ import lzma
 import math
 import os
 import secrets
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -50,21 +50,17 @@ def json_bytes(value):
 
 def read_json(path):
     """Read a JSON file that holds an object -> dict. Raises ValueError if it does not."""
-    try:
+    with prefix_errors(f"{path} is not valid JSON"):
         stored = json.loads(path.read_text("utf-8-sig"))
         if not isinstance(stored, dict):
             raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError too
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    return stored
+        return stored
 
 
 def read_lines(path):
     """Read a text -> its lines. Raises ValueError if it is not UTF-8."""
-    try:
+    with prefix_errors(f"{path} is not UTF-8"):
         return split_lines(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
 
 
 def split_lines(text):
@@ -78,7 +74,7 @@ def prefix_errors(path):
     """Put a path in front of the message of any ValueError raised inside."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # JSON may be nested too deeply
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
@@ -88,18 +84,15 @@ def lock(file):
     Windows has no such locks, and neither do some network file systems. There, let only one process
     write to a folder.
     """
-    try:
+    with suppress(ImportError, OSError):  # no locks here
         import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"another process is writing to {file.name}; wait for it, or name another --out"
-        ) from None
-    except OSError:  # no locks here
-        return
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is writing to {file.name}; wait for it, or name another --out"
+            ) from None
 
 
 # --- digests and seals ------------------------------------------------------------------------
@@ -143,18 +136,13 @@ def read_signed_json(path):
 
 def seal(file_format, tensors, description):
     """Tensors {name: tensor} and a description that JSON can hold -> the bytes of a sealed file."""
-    return pack(tensors, header_of(file_format, tensors, json.dumps(description)))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return save(tensors, header_of(file_format, tensors, json.dumps(description)))
 
 
 def header_of(file_format, tensors, text):
     checksum = digest(tensors, file_format + text)
     return {"format": file_format, "description": text, "sha256": checksum}
-
-
-def pack(tensors, header):
-    """Tensors {name: tensor} and a header {name: text} -> the bytes of a safetensors file."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return save(tensors, header)
 
 
 def unseal(path, file_format):
@@ -195,7 +183,7 @@ def pack_bits(mask):
     lzma compresses the bits further wherever that makes them shorter.
     """
     bits = np.packbits(mask.cpu().numpy())
-    density = mask.float().mean().item()
+    density = mask.float().mean()
     if not 0.37 < density < 0.63:  # between these, random bits leave nothing to gain
         packed = np.frombuffer(lzma.compress(bits), np.uint8)
         bits = min(bits, packed, key=len)

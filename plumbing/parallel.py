@@ -1,4 +1,4 @@
-"""Several processes of one run, one per GPU: their ranks, their order and their sums.
+"""Several processes of one run, one per GPU: their ranks, their shares and their sums.
 
 Without torchrun there is one process, and every function returns at once.
 
@@ -8,7 +8,6 @@ Without torchrun there is one process, and every function returns at once.
 import os
 import sys
 import time
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -39,16 +38,6 @@ def start(device):
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
-@contextmanager
-def first_process_first():
-    """Let process 0 run the block before the others, so that only one process downloads."""
-    if rank() > 0:
-        dist.barrier()
-    yield
-    if rank() == 0 and processes() > 1:
-        dist.barrier()
 
 
 def shard(items):

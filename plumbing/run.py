@@ -32,40 +32,37 @@ MASK = "mask.safetensors"
 FORMAT = "smp-checkpoint-3"  # 2 had other settings in its identity
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's state for each parameter
 SAVE_EVERY = 60  # seconds between checkpoints: one of bert-base takes three to write
-# What a checkpoint holds beside its tensors, at the beginning of a run.
-NEW = {
-    "step": 0,  # how many steps are done
-    "evaluations": [],  # dicts with step, density and dev metrics
-    "identity": {},  # everything that the run depends on, see check_identity
-    "seconds": 0.0,  # computed so far
-    "log": 0,  # the size of the log in bytes
-}
 
 
 class Run:
-    """A run in `folder`. argv: the words of its command. state, see NEW, and tensors: a checkpoint.
+    """A run in `folder`. argv: the words of its command. The rest is from a checkpoint.
 
-    Without them the run is new, and its folder must be new or empty. Otherwise this raises
+    Without a checkpoint the run is new, and its folder must be new or empty. Otherwise this raises
     ValueError, here or when it is entered.
     """
 
-    def __init__(self, folder, argv, state=NEW, tensors=None):
+    def __init__(
+        self,
+        folder,
+        argv,
+        tensors=None,
+        step=0,  # how many steps are done
+        evaluations=(),  # dicts with step, density and dev metrics
+        identity=None,  # everything that the run depends on, see check_identity
+        seconds=0.0,  # computed so far
+        log=0,  # the size of the log in bytes; lines beyond it will be logged again
+    ):
         self.folder = Path(folder)
         self.checkpoint = self.folder / CHECKPOINT
         self.argv = argv
         self.tensors = tensors
-        self.step = state["step"]  # done before this process began
-        self.evaluations = list(state["evaluations"])
-        self.identity = state["identity"]
-        self.began = time.time() - state["seconds"]
+        self.step = step  # done before this process began
+        self.evaluations = list(evaluations)
+        self.identity = identity or {}
+        self.began = time.time() - seconds
         self.saved = 0.0  # when the last checkpoint was written
-        # The lines beyond were logged after the checkpoint. They will be logged again.
-        self.log_size = state["log"]
+        self.log_size = log
         self.check_folder()
-
-    @property
-    def seconds(self):
-        return time.time() - self.began
 
     def check_folder(self):
         """Raise ValueError if the run must not write into its folder."""
@@ -93,8 +90,8 @@ class Run:
         identity = {flag(name): str(value) for name, value in flags.items()} | description
         del identity["--out"], identity["--resume"]
         for what, value in identity.items():
-            before = self.identity.get(what)
-            if self.tensors and before != value:
+            before = self.identity.get(what, value)  # a new run has depended on nothing
+            if before != value:
                 raise ValueError(
                     f"--resume: {what} is {value} now, and was {before} when the run began"
                 )
@@ -167,7 +164,7 @@ class Run:
             "evaluations": self.evaluations,
             "argv": self.argv,
             "identity": self.identity,
-            "seconds": self.seconds,
+            "seconds": time.time() - self.began,
             "log": os.fstat(self.file.fileno()).st_size,
         }
         tensors = random_states() | training_state(learner, optimizer)
@@ -192,13 +189,12 @@ class Run:
     def facts(self):
         """Describe the run itself, for result.json."""
         final = self.evaluations[-1]
-        facts = {
+        return code_version() | {
             "steps": final["step"],
             "final": final["dev"],
-            "seconds": round(self.seconds, 1),
+            "seconds": round(time.time() - self.began, 1),
             "command": shlex.join(["python", "train.py", *self.argv]),
         }
-        return facts | code_version()
 
     def finish(self, contents, result):
         """Write files {name: bytes}. Then write result.json, which marks the run as finished."""
@@ -242,7 +238,7 @@ def interrupted_run(folder):
             f"--resume: there is no {path}; the run is finished, or was a few steps old"
         )
     tensors, state = files.unseal(path, FORMAT)
-    return Run(folder, state["argv"], state, tensors)
+    return Run(folder, tensors=tensors, **state)
 
 
 # --- finished runs --------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ OPENING = """\
 {model}, {method}, sparsity {sparsity:g} (density {density:.4g}) -> {out}
 on {machine}"""
 KEPT = "kept   {kept:,} of {prunable:,} weights: density {density:.6f}"
-REACHED = "the training mask keeps a share of {:.4f}; {:.4g} was asked for"
+REACHED = "the training mask keeps a share of {reached:.4f}, for a sparsity of {sparsity:.4g}"
 FROZEN = "frozen weights are bit-identical to those of {model} ({fingerprint:.12})"
 GUESSING = (
     "the model only guesses: the commonest answer alone has accuracy {:.4f}. "
@@ -45,9 +45,8 @@ def summary(result, folder, files, labels):
     if "kept" in result:  # it has a mask
         yield from shaded_table("density", result["densities"])
         yield KEPT.format(**result)
-        target = 1 - result["sparsity"]
-        if abs(result["reached"] - target) > 0.01:
-            yield REACHED.format(result["reached"], target)
+        if abs(result["reached"] + result["sparsity"] - 1) > 0.01:  # it is not 1 - sparsity
+            yield REACHED.format(**result)
     if not result["sha256"]:  # without a file of weights, all are frozen, and train.py checked them
         yield FROZEN.format(**result)
     for name in files:

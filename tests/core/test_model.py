@@ -421,7 +421,7 @@ def test_added_tokens_are_one_token_each(tmp_path):
     assert words_of(tmp_path / "m", vocabulary, "a [unused1] film", settings)[1] == [5, 7, 6]
     far = words_of(tmp_path / "m", vocabulary, "a [ENT] film", {}, {"[ENT]": 11})
     assert far == (["a", "[ENT]", "film"], [5, 11, 6])  # whatever ids lie between
-    with pytest.raises(ValueError, match="never_split are not supported with a vocab.txt"):
+    with pytest.raises(ValueError, match="never_split need a tokenizer.json"):
         words_of(tmp_path / "m", vocabulary, "a", {"never_split": ["a"]})
 
 

@@ -532,10 +532,10 @@ def test_what_a_method_keeps_by_itself_is_said(run, capsys, tables):
 
     methods["half"] = mask.Method(half)
     run("--method", "half", steps=2)
-    assert "keeps a share of 0.2500; 0.5 was asked for" in capsys.readouterr().out
+    assert "keeps a share of 0.2500, for a sparsity of 0.5" in capsys.readouterr().out
     methods["loose"] = mask.Method(loose)
     run("--method", "loose", steps=2, out="loose")
-    assert "keeps a share of 1.0000; 0.5 was asked for" in capsys.readouterr().out
+    assert "keeps a share of 1.0000, for a sparsity of 0.5" in capsys.readouterr().out
 
 
 def test_a_mistake_in_ones_own_code_shows_its_place_when_asked(run, fails, tables, monkeypatch):

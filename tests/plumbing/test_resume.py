@@ -125,7 +125,8 @@ def test_what_cannot_be_resumed(flags, tmp_path, fails):
     checkpoint = tmp_path / "checkpoint.safetensors"
     checkpoint.write_bytes(os.urandom(99))
     assert "is not a whole safetensors file" in fails(train.main, ["--resume", tmp_path])
-    state = {"step": 5, "evaluations": [], "argv": flags, "seconds": 1.0, "log": 0, "identity": {}}
+    state = {"step": 5, "evaluations": [], "argv": flags, "seconds": 1.0, "log": 0}
+    state["identity"] = {"fingerprint": "0"}
     tensors = {"parameter.0": torch.zeros(3)}
     described = {"format": FORMAT, "description": json.dumps(state), "sha256": "0"}
     save_file(tensors, checkpoint, described)
