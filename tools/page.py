@@ -161,7 +161,7 @@ def curve(name, points, dots=False):
 
 def curves(log):
     """Draw the training curves of a log.jsonl, or say that there is none."""
-    losses, evaluations = read_log(log) if log.exists() else ([], [])
+    losses, evaluations = read_log(log)
     found = []
     for name in ("density", "loss") if losses else ():
         points = [(line["step"], line[name]) for line in losses]
