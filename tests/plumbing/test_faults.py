@@ -39,6 +39,10 @@ def test_a_folder_that_cannot_be_written(argv, fails):
             torch.AcceleratorError("CUDA error: launch failure\nlong advice"),
             "the device failed; python train.py --resume RUN_DIR continues: CUDA error: launch",
         ),
+        (
+            torch.AcceleratorError("CUDA error: invalid device ordinal"),
+            "--nproc_per_node: there can be one process per GPU",
+        ),
         (torch.OutOfMemoryError("CUDA out of memory"), "--accumulate 2, --batch, --length"),
         (MemoryError(), "--accumulate 2, --batch, --length"),
         (
