@@ -113,10 +113,10 @@ def read_result(run):
     """The result of a run's folder or mask file. Raises ValueError if it is not for this code."""
     # Whether it is a result at all is plumbing's question. Here: do we know its task and method?
     result = read_description(run)
-    task, words = result["task"], result["words"]
+    task, method, words = result["task"], result["method"], result["words"]
+    if method not in METHODS:
+        raise ValueError(f"{run}: METHODS has no method {method}")
     # Other label words would read the same logits as other answers.
-    if result["method"] not in METHODS:
-        raise ValueError(f"{run}: METHODS has no method {result['method']}")
     if task not in TASKS or words != TASKS[task].words:
         raise ValueError(f"{run}: TASKS has no task {task} with the label words {words}")
     return result
@@ -149,9 +149,10 @@ def load_masks_into(model, run, result):
 
 def load_sets(result, splits, data_dir, tokenizer):
     """{split: Examples} from a folder, or by default the run's own, unchanged."""
-    folder = data_dir or result["data_dir"]
-    if folder and not data_dir and not Path(folder).is_dir():
-        folder = None  # a mask from another machine; the cache may have its data
+    own = result["data_dir"]
+    if own and not Path(own).is_dir():
+        own = None  # a mask from another machine; the cache may have its data
+    folder = data_dir or own
     sets = {split: data.load_split(result["task"], split, folder, tokenizer) for split in splits}
     # A run's number means nothing on rows that have changed since.
     for split, examples in sets.items():
@@ -240,8 +241,7 @@ def read_texts(args, width):
         return [tuple(text) for text in texts]
     text = (args.text,) if args.pair is None else (args.text, args.pair)
     if len(text) != width:
-        wanted = "--text and --pair" if width == 2 else "--text without --pair"
-        raise ValueError(f"this task takes {wanted}")
+        raise ValueError(f"--text, --pair: the task takes {width} texts, not {len(text)}")
     return [text]
 
 
@@ -313,10 +313,8 @@ def show_run(loaded, sets, metrics):
     if loaded.masks:
         for line in cli.shaded_table("density", densities(model.prunable(), loaded.masks)):
             print(line)
-    # How many units each layer of a P-pruned model has left.
-    for i, (heads, neurons) in enumerate(model.config.layers):
-        if model.config.heads_per_layer:  # some were taken out
-            print(f"layer {i}  {heads:3} heads {neurons:5} neurons")
+    if model.config.heads_per_layer:  # P-pruning took some out
+        print(f"heads and neurons left in each layer: {model.config.layers}")
     # The metrics of further dev sets follow, with their names.
     questions = sum(examples.num_questions() for examples in sets.values())
     print(f"dev ({questions} examples): {cli.show(metrics)}")

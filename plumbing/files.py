@@ -13,7 +13,7 @@ import lzma
 import math
 import os
 import secrets
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -48,31 +48,19 @@ def json_bytes(value):
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def require_regular_file(path):
-    """Return the path. Raises ValueError if it is missing, or a pipe or device, which never end."""
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no regular file {path}")
-    return path
-
-
 def read_json(path):
     """Read a JSON file that holds an object -> dict. Raises ValueError if it does not."""
-    require_regular_file(path)
-    try:
+    with prefix_errors(f"{path} is not valid JSON"):
         stored = json.loads(path.read_text("utf-8-sig"))
         if not isinstance(stored, dict):
             raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError too
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    return stored
+        return stored
 
 
 def read_lines(path):
     """Read a text -> its lines. Raises ValueError if it is not UTF-8."""
-    try:
-        return split_lines(require_regular_file(path).read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
+    with prefix_errors(f"{path} is not UTF-8"):
+        return split_lines(path.read_bytes().decode("utf-8-sig"))
 
 
 def split_lines(text):
@@ -88,7 +76,7 @@ def prefix_errors(path):
     """Put a path in front of the message of any ValueError raised inside."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # JSON may be nested too deeply
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
@@ -98,18 +86,15 @@ def lock(file):
     Windows has no such locks, and neither do some network file systems. There, let only one process
     write to a folder.
     """
-    try:
+    with suppress(ImportError, OSError):  # no locks here
         import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"another process is writing to {file.name}; wait for it, or name another --out"
-        ) from None
-    except OSError:  # no locks here
-        return
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is writing to {file.name}; wait for it, or name another --out"
+            ) from None
 
 
 # --- digests and seals ------------------------------------------------------------------------
@@ -154,9 +139,12 @@ def read_signed_json(path):
 def seal(file_format, tensors, description):
     """Tensors {name: tensor} and a description that JSON can hold -> the bytes of a sealed file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(description)
+    return save(tensors, header_of(file_format, tensors, json.dumps(description)))
+
+
+def header_of(file_format, tensors, text):
     checksum = digest(tensors, file_format + text)
-    return save(tensors, {"format": file_format, "description": text, "sha256": checksum})
+    return {"format": file_format, "description": text, "sha256": checksum}
 
 
 def unseal(path, file_format):
@@ -165,20 +153,16 @@ def unseal(path, file_format):
     Raises ValueError that says why the file cannot be used.
     """
     try:
-        with safe_open(require_regular_file(path), "pt") as file:
+        with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             names = file.keys()  # safe_open cannot be iterated itself
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, TypeError, AttributeError, KeyError) as error:
         # KeyError: torch does not know the dtype.
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    found = header.get("format")
-    if found != file_format:
-        raise ValueError(f"{path} is not a file of format {file_format}, but of {found}")
-
     text = header.get("description", "")
-    if header.get("sha256") != digest(tensors, file_format + text):
-        raise ValueError(f"{path} was altered: its content does not match its sha256")
+    if header != header_of(file_format, tensors, text):
+        raise ValueError(f"{path} was altered, or is not of format {file_format}")
     return tensors, json.loads(text)
 
 
@@ -201,7 +185,7 @@ def pack_bits(mask):
     lzma compresses the bits further wherever that makes them shorter.
     """
     bits = np.packbits(mask.cpu().numpy())
-    density = mask.float().mean().item()
+    density = mask.float().mean()
     if not 0.37 < density < 0.63:  # between these, random bits leave nothing to gain
         packed = np.frombuffer(lzma.compress(bits), np.uint8)
         bits = min(bits, packed, key=len)
@@ -209,16 +193,14 @@ def pack_bits(mask):
 
 
 def unpack_bits(stored, shape):
-    """Invert pack_bits. Raises ValueError or LZMAError unless there is one bit per weight."""
+    """Invert pack_bits -> bool [out, in]."""
     weights = math.prod(shape)
     size = math.ceil(weights / 8)
     bits = stored.numpy()
     if bits.size < size:
-        # max_length, because a few bytes may unpack to gigabytes
-        unpacked = lzma.LZMADecompressor().decompress(bits.tobytes(), max_length=size + 1)
+        # max_length, because a few bytes of a stranger's file may unpack to gigabytes
+        unpacked = lzma.LZMADecompressor().decompress(bits.tobytes(), max_length=size)
         bits = np.frombuffer(unpacked, np.uint8)
-    if stored.dtype != torch.uint8 or bits.shape != (size,):
-        raise ValueError(f"{bits.size} bytes for {weights} weights")
     return torch.from_numpy(np.unpackbits(bits, count=weights).reshape(shape).view(bool))
 
 
@@ -231,10 +213,5 @@ def load_masks(path, shapes):
     tensors, description = unseal(path, MASKS)
     if description["shapes"] != {name: list(shape) for name, shape in shapes.items()}:
         raise ValueError(f"{path} was made for a backbone of another shape")
-    masks = {}
-    for name, shape in shapes.items():
-        try:
-            masks[name] = unpack_bits(tensors.pop(name), shape)
-        except (KeyError, ValueError, TypeError, lzma.LZMAError) as error:
-            raise ValueError(f"{path} does not hold what it says: {name}: {error}") from None
+    masks = {name: unpack_bits(tensors.pop(name), shape) for name, shape in shapes.items()}
     return masks, tensors

@@ -1,4 +1,4 @@
-"""Several processes of one run, one per GPU: their ranks, their order, their sums and checks.
+"""Several processes of one run, one per GPU: their ranks, their shares and their sums.
 
 Without torchrun there is one process, and every function returns at once.
 
@@ -8,7 +8,6 @@ Without torchrun there is one process, and every function returns at once.
 import os
 import sys
 import time
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -37,21 +36,8 @@ def start(device):
     if rank() > 0:
         sys.stdout = None
     if device.type == "cuda":
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError("--nproc_per_node: there can be one process per GPU")
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
-@contextmanager
-def first_process_first():
-    """Let process 0 run the block before the others, so that only one process downloads."""
-    if rank() > 0:
-        dist.barrier()
-    yield
-    if rank() == 0 and processes() > 1:
-        dist.barrier()
 
 
 def shard(items):
@@ -64,23 +50,10 @@ def all_reduce(tensors):
     if processes() > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])  # one exchange for all
         dist.all_reduce(flat)
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
+        sizes = [tensor.numel() for tensor in tensors]
+        for tensor, part in zip(tensors, flat.split(sizes), strict=True):
             tensor.copy_(part.view_as(tensor))
     return tensors
-
-
-def check_equal(tensors):
-    """Raise FloatingPointError unless the sums of the tensors are the same in all processes."""
-    if processes() == 1:
-        return
-    sums = torch.stack([tensor.detach().double().sum() for tensor in tensors])
-    first = sums.clone()
-    dist.broadcast(first, src=0)
-    if not sums.equal(first):
-        raise FloatingPointError(
-            "the processes no longer hold the same scores or weights; the run is worth nothing"
-        )
 
 
 def stop():

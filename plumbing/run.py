@@ -32,59 +32,37 @@ MASK = "mask.safetensors"
 FORMAT = "smp-checkpoint-3"  # 2 had other settings in its identity
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's state for each parameter
 SAVE_EVERY = 60  # seconds between checkpoints: one of bert-base takes three to write
-# What a checkpoint holds beside its tensors, at the beginning of a run.
-NEW = {
-    "step": 0,  # how many steps are done
-    "evaluations": [],  # dicts with step, density and dev metrics
-    "identity": {},  # everything that the run depends on, see check_identity
-    "seconds": 0.0,  # computed so far
-    "log": 0,  # the size of the log in bytes
-}
-# What the description of a run holds, besides much else: a type, or one of several values.
-DESCRIBED = {
-    "task": str,
-    "method": str,
-    "model": str,
-    "words": dict,
-    "length": int,
-    "head": ("words", "classifier"),
-    "final": dict,
-    "fingerprint": str,
-    "tokenizer": str,
-    "config": str,
-    "sha256": dict,
-    "density": float,
-    "device": str,
-    "dtype": ("float32", "bfloat16"),
-    "data_dir": str | None,
-}
 
 
 class Run:
-    """A run in `folder`. argv: the words of its command. state: from a checkpoint, see NEW.
+    """A run in `folder`. argv: the words of its command. The rest is from a checkpoint.
 
-    Without a state the run is new, and its folder must be new or empty. Otherwise this raises
+    Without a checkpoint the run is new, and its folder must be new or empty. Otherwise this raises
     ValueError, here or when it is entered.
     """
 
-    def __init__(self, folder, argv, state=None):
+    def __init__(
+        self,
+        folder,
+        argv,
+        tensors=None,
+        step=0,  # how many steps are done
+        evaluations=(),  # dicts with step, density and dev metrics
+        identity=None,  # everything that the run depends on, see check_identity
+        seconds=0.0,  # computed so far
+        log=0,  # the size of the log in bytes; lines beyond it will be logged again
+    ):
         self.folder = Path(folder)
         self.checkpoint = self.folder / CHECKPOINT
         self.argv = argv
-        self.resumed = state is not None
-        state = state or NEW
-        self.step = state["step"]  # done before this process began
-        self.evaluations = list(state["evaluations"])
-        self.identity = state["identity"]
-        self.began = time.time() - state["seconds"]
+        self.tensors = tensors
+        self.step = step  # done before this process began
+        self.evaluations = list(evaluations)
+        self.identity = identity or {}
+        self.began = time.time() - seconds
         self.saved = 0.0  # when the last checkpoint was written
-        # The lines beyond were logged after the checkpoint. They will be logged again.
-        self.log_size = state["log"]
+        self.log_size = log
         self.check_folder()
-
-    @property
-    def seconds(self):
-        return time.time() - self.began
 
     def check_folder(self):
         """Raise ValueError if the run must not write into its folder."""
@@ -95,14 +73,14 @@ class Run:
                 f"{self.folder} holds a finished run: python eval.py {self.folder} shows it; "
                 "for a new one, name another --out or --seed, or delete it"
             )
-        if self.resumed:
+        if self.tensors:
             return
-        what = "other files"
-        if self.checkpoint.exists():
-            what = f"an interrupted run, which --resume {self.folder} continues"
         # A run that ended before its first checkpoint leaves an empty log.
         if any(path.is_dir() or path.stat().st_size for path in self.folder.iterdir()):
-            raise ValueError(f"--out: {self.folder} holds {what}; name another, or delete it")
+            raise ValueError(
+                f"--out: {self.folder} holds other files; name another, or delete it. If they are "
+                f"those of an interrupted run, --resume {self.folder} continues it"
+            )
 
     def check_identity(self, flags, description):
         """Raise ValueError if a resumed run depends on anything that is different now.
@@ -112,8 +90,8 @@ class Run:
         identity = {flag(name): str(value) for name, value in flags.items()} | description
         del identity["--out"], identity["--resume"]
         for what, value in identity.items():
-            before = self.identity.get(what)
-            if self.resumed and before != value:
+            before = self.identity.get(what, value)  # a new run has depended on nothing
+            if before != value:
                 raise ValueError(
                     f"--resume: {what} is {value} now, and was {before} when the run began"
                 )
@@ -186,7 +164,7 @@ class Run:
             "evaluations": self.evaluations,
             "argv": self.argv,
             "identity": self.identity,
-            "seconds": self.seconds,
+            "seconds": time.time() - self.began,
             "log": os.fstat(self.file.fileno()).st_size,
         }
         tensors = random_states() | training_state(learner, optimizer)
@@ -197,15 +175,10 @@ class Run:
         self.saved = time.time()
 
     def restore(self, learner, optimizer):
-        """Load the checkpoint of a resumed run. A new run has none to load.
-
-        Raises ValueError if another process has continued the run meanwhile.
-        """
-        if not self.resumed:
+        """Load the checkpoint of a resumed run. A new run has none to load."""
+        if not self.tensors:
             return
-        stored, state = read_checkpoint(self.checkpoint)
-        if state["step"] != self.step:
-            raise ValueError(f"--resume: another process has continued {self.folder}; try again")
+        stored, self.tensors = self.tensors, None  # not needed again
         torch.set_rng_state(stored["random.cpu"])
         if "random.cuda" in stored:
             torch.cuda.set_rng_state(stored["random.cuda"])
@@ -216,13 +189,12 @@ class Run:
     def facts(self):
         """Describe the run itself, for result.json."""
         final = self.evaluations[-1]
-        facts = {
+        return code_version() | {
             "steps": final["step"],
             "final": final["dev"],
-            "seconds": round(self.seconds, 1),
+            "seconds": round(time.time() - self.began, 1),
             "command": shlex.join(["python", "train.py", *self.argv]),
         }
-        return facts | code_version()
 
     def finish(self, contents, result):
         """Write files {name: bytes}. Then write result.json, which marks the run as finished."""
@@ -259,20 +231,16 @@ def training_state(learner, optimizer):
     return tensors
 
 
-def read_checkpoint(path):
-    """-> (tensors, state). Raises ValueError if the file was altered or is not a checkpoint."""
+def interrupted_run(folder):
+    """The interrupted Run in a folder. Raises ValueError if it cannot continue."""
+    parallel.require_one_process("--resume")
+    path = folder / CHECKPOINT
     if not path.exists():
         raise ValueError(
             f"--resume: there is no {path}; the run is finished, or was a few steps old"
         )
-    return files.unseal(path, FORMAT)
-
-
-def interrupted_run(folder):
-    """The interrupted Run in a folder. Raises ValueError if it cannot continue."""
-    parallel.require_one_process("--resume")
-    _, state = read_checkpoint(folder / CHECKPOINT)
-    return Run(folder, state["argv"], state)
+    tensors, state = files.unseal(path, FORMAT)
+    return Run(folder, tensors=tensors, **state)
 
 
 # --- finished runs --------------------------------------------------------------------------------
@@ -304,16 +272,5 @@ def read_description(run):
     mask = run / MASK if run.is_dir() else run
     if mask.exists():
         _, about = files.unseal(mask, files.MASKS)
-        described = about["run"]
-    else:
-        described = files.read_signed_json(run / RESULT)
-
-    # A seal keeps damage out, but anybody can make one.
-    if not isinstance(described, dict):
-        described = {}
-    for name, expected in DESCRIBED.items():
-        value = described.get(name)
-        one_of = isinstance(expected, tuple)
-        if (one_of and value not in expected) or not (one_of or isinstance(value, expected)):
-            raise ValueError(f"{run} is not a run of this train.py: {name} is {value!r:.80}")
-    return described
+        return about["run"]
+    return files.read_signed_json(run / RESULT)

@@ -14,9 +14,8 @@ OPENING = """\
 {task}: {rows} train examples; {total} steps of {batch}
 {model}, {method}, sparsity {sparsity:g} (density {density:.4g}) -> {out}
 on {machine}"""
-FEW = "{} steps are few: on movies, smp-s needs about {} at this sparsity to do more than guess"
 KEPT = "kept   {kept:,} of {prunable:,} weights: density {density:.6f}"
-REACHED = "the training mask keeps a share of {:.4f}; {:.4g} was asked for"
+REACHED = "the training mask keeps a share of {reached:.4f}, for a sparsity of {sparsity:.4g}"
 FROZEN = "frozen weights are bit-identical to those of {model} ({fingerprint:.12})"
 GUESSING = (
     "the model only guesses: the commonest answer alone has accuracy {:.4f}. "
@@ -29,16 +28,14 @@ def evaluation(step, density, dev):
     return f"step {step:5}  density {density:.3f}  dev {show(dev)}"
 
 
-def opening(args, train, dev, total, density, machine, needed):
+def opening(args, train, dev, total, density, machine):
     """Yield the lines to print before a run begins or continues.
 
-    train: Examples. dev: {split: Examples}. needed: with fewer steps, such a run only guesses.
+    train: Examples. dev: {split: Examples}.
     """
     found = {"rows": len(train), "total": total, "density": density, "machine": machine}
     yield OPENING.format(**vars(args), **found)
     yield from cut_texts(args.length, {"train": train} | dev)
-    if total < needed:
-        yield FEW.format(total, needed)
 
 
 def cut_texts(length, sets):
@@ -60,9 +57,8 @@ def summary(result, folder, files, labels):
     if "kept" in result:  # it has a mask
         yield from shaded_table("density", result["densities"])
         yield KEPT.format(**result)
-        target = 1 - result["sparsity"]
-        if abs(result["reached"] - target) > 0.01:
-            yield REACHED.format(result["reached"], target)
+        if abs(result["reached"] + result["sparsity"] - 1) > 0.01:  # it is not 1 - sparsity
+            yield REACHED.format(**result)
     if not result["sha256"]:  # without a file of weights, all are frozen, and train.py checked them
         yield FROZEN.format(**result)
     for name in files:

@@ -83,6 +83,14 @@ def test_the_core_is_small_and_airy():
     assert round(100 * comments / lines, 1) >= 15
 
 
+@pytest.mark.parametrize(("folder", "most"), [("plumbing", 5650), ("exercises", 2200)])
+def test_the_wings_are_small(folder, most):
+    nodes = 0
+    for path in python_files(ROOT / folder):
+        nodes += sum(not isinstance(node, USES) for node in ast.walk(ast.parse(path.read_text())))
+    assert nodes <= most
+
+
 @pytest.mark.parametrize("path", SOURCES + EXERCISES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_function_is_longer_than_a_screen(path):
     for node in ast.walk(ast.parse(path.read_text())):

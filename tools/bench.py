@@ -50,9 +50,6 @@ def parse_args(argv=None):
     add("--model", metavar="NAME", help="time the evaluation of this model, a name or a folder")
     args = parser.parse_args(argv)
 
-    longest = 1024 if args.gpt2 else 512
-    if args.length > longest:
-        parser.error(f"--length must be at most {longest}")
     if args.hidden % 64:
         parser.error("--hidden must be a multiple of 64")
     if args.batch % parallel.processes():
@@ -65,9 +62,9 @@ def make_model(args):
     heads = args.hidden // (64 if args.hidden >= 768 else 32)
     shape = args.hidden, args.layers, heads, 4 * args.hidden
     if args.gpt2:
-        model = gpt2.GPT2(gpt2.Config(GPT2_WORDS, 1024, *shape))
+        model = gpt2.GPT2(gpt2.Config(GPT2_WORDS, args.length, *shape))
     else:
-        model = Bert(Config(BERT_WORDS, *shape, 512, 2), words=[3, 4])
+        model = Bert(Config(BERT_WORDS, *shape, args.length, 2), words=[3, 4])
     for name, p in model.named_parameters():
         if "LayerNorm" not in name and p.ndim > 1:
             p.data.normal_(0, 0.02)

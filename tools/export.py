@@ -254,8 +254,6 @@ def describe_dead(model, smaller):
     text += f"and {all_neurons - neurons:,} of {all_neurons:,} neurons are dead"
     before = sum(p.numel() for p in model.parameters())
     after = sum(p.numel() for p in smaller.parameters())
-    if before == after:
-        text += "; nothing is gained"
     return f"{text}\nparameters {before:,} -> {after:,}"
 
 

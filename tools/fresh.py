@@ -111,6 +111,8 @@ def parse_args(argv):
 
     if not args.text and not (args.folder / "config.json").exists():
         parser.error("--text: name a text to learn the tokenizer from")
+    if args.hidden % args.heads:
+        parser.error("--hidden must be a multiple of --heads")
     return args
 
 

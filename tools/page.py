@@ -62,8 +62,8 @@ CLASS = "<strong>{}</strong> ({}), with a probability of {:.4f}"
 FLIPS = " A frame marks heads without which it gives another answer."
 BUTTON = """<button type="button" class="matrix {group}" id="{group}-{layer}" {data}
 title="{caption}"><img alt="the mask of {caption}" src="data:image/png;base64,{image}"></button>"""
-WHAT = """Task {task}, backbone {name}, method {method}. {kept:,} of {total:,} weights are kept:
-density {density:.4f}, sparsity {sparsity:.4f}."""
+WHAT = """Task {task}, backbone {name}, method {method}. {kept:,} of {prunable:,} weights are
+kept: density {density:.4f}, sparsity {removed:.4f}."""
 
 
 def escape_html(value):
@@ -161,7 +161,7 @@ def curve(name, points, dots=False):
 
 def curves(log):
     """Draw the training curves of a log.jsonl, or say that there is none."""
-    losses, evaluations = read_log(log) if log.exists() else ([], [])
+    losses, evaluations = read_log(log)
     found = []
     for name in ("density", "loss") if losses else ():
         points = [(line["step"], line[name]) for line in losses]
@@ -347,16 +347,12 @@ def layer_cards(groups, masks, head_size, side):
 
 def heading(loaded):
     """Describe the run and its result -> {"title": ..., "what": ..., "found": ...}."""
-    result, masks = loaded.result, loaded.masks.values()
+    result = loaded.result
     name = printable(model_name(result["model"]))  # without its path: the page may be published
-    kept = sum(mask.sum().item() for mask in masks)
-    total = sum(mask.numel() for mask in masks)
-    density = kept / total
-    counts = {"name": name, "kept": kept, "total": total}
-    counts |= {"density": density, "sparsity": 1 - density}
+    more = {"name": name, "removed": 1 - result["density"]}
     parts = {
         "title": f"{result['task']}: a mask for {name}",
-        "what": WHAT.format_map(result | counts),
+        "what": WHAT.format_map(result | more),
         "found": f"Dev {show(result['final'])} ({facts(result)}).",
     }
     return {key: escape_html(text) for key, text in parts.items()}

@@ -15,7 +15,7 @@ import numpy as np
 
 from eval import densities, load_run
 from plumbing.cli import Parser, one_line_errors, shade, shaded_table, table_row
-from plumbing.files import require_regular_file, split_lines
+from plumbing.files import split_lines
 
 LARGEST = 1e9  # matplotlib would take for ever to place the ticks of larger numbers
 
@@ -123,13 +123,15 @@ def plot_prices(path, curves):
 
 
 def read_log(path):
-    """Read log.jsonl -> (losses, evaluations), two lists of dicts.
+    """Read log.jsonl, if there is one -> (losses, evaluations), two lists of dicts.
 
     A loss has step, density and loss. An evaluation has step and dev, {metric: number}. Raises
     ValueError that names a line which does not belong in a run's log.
     """
     losses, evaluations = [], []
-    text = require_regular_file(path).read_text("utf-8", "replace")
+    if not path.exists():  # as beside a mask file that was taken out of its folder
+        return losses, evaluations
+    text = path.read_text("utf-8", "replace")
     for number, content in enumerate(split_lines(text), 1):
         try:
             line = json.loads(content)
@@ -155,7 +157,7 @@ def can_be_drawn(value):
 
 def plot_run(path, run, found, log):
     """Draw densities() of a loaded run beside its training curves, if there is a log of them."""
-    losses, evaluations = read_log(log) if log.exists() else ([], [])
+    losses, evaluations = read_log(log)
     figure = figure_of(11, 4.2)
     left, right = figure.subplots(1, 2)
     draw_densities(left, found)
@@ -220,9 +222,8 @@ def main(argv=None):
     if len(loaded) == 2:
         lines = comparison(groups, first.masks, loaded[1].masks)
     elif args.out:
-        log = args.runs[0] / "log.jsonl"
-        plot_run(args.out, first, found, log)
-        lines = [f"{args.out}: the mask{' and the training curves' if log.exists() else ''}"]
+        plot_run(args.out, first, found, args.runs[0] / "log.jsonl")
+        lines = [args.out]
     else:
         heads = head_densities(groups, first.masks, first.model.config.layers[0][0])
         lines = shaded_table("density", found) + head_map(heads)

@@ -56,7 +56,8 @@ def test_several_masks_of_one_backbone(run, capsys, fails):
     assert dev == alone and any(
         line.startswith(f"{runs[1]}/mask.safetensors: rte") for line in lines
     )
-    assert "--text without --pair" in fails(eval_.main, [runs[0], "--text", "x", "--pair", "y"])
+    said = fails(eval_.main, [runs[0], "--text", "x", "--pair", "y"])
+    assert "the task takes 1 texts, not 2" in said
 
 
 @pytest.mark.parametrize("head", ["words", "classifier"])
@@ -82,11 +83,12 @@ def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
     folder, _ = run()
     other = make_model("other", tensors=bert_tensors(CONFIG, seed=9))
     assert "the fingerprint of" in fails(eval_.main, [folder, "--model", other])
-    assert "no regular file" in fails(eval_.main, [tmp_path])
+    assert "No such file" in fails(eval_.main, [tmp_path])
     (tmp_path / "checkpoint.safetensors").touch()
     assert "holds an unfinished run; python train.py --resume" in fails(eval_.main, [tmp_path])
     assert "--pair and --temperature need --text" in fails(eval_.main, [folder, "--pair", "b"])
-    assert "--text without --pair" in fails(eval_.main, [folder, "--text", "a", "--pair", "b"])
+    said = fails(eval_.main, [folder, "--text", "a", "--pair", "b"])
+    assert "the task takes 1 texts, not 2" in said
     path = folder / "mask.safetensors"
     ours = path.read_bytes()
     path.write_bytes(ours[:-1])
@@ -125,7 +127,7 @@ def test_no_altered_result_makes_the_mask_optional(run, fails, capsys):
         kept.rename(folder / "mask.safetensors")
     (folder / "mask.safetensors").unlink()
     (folder / "result.json").write_text(json.dumps(result))
-    assert "no regular file" in fails(eval_.main, [folder, "--text", "a good film"])
+    assert "No such file" in fails(eval_.main, [folder, "--text", "a good film"])
 
 
 def test_other_data_than_the_runs_only_where_it_is_asked_for(

@@ -53,6 +53,7 @@ def test_density_schedule_ends():
         (0, 4, [1, 0.8, 0.6, 0.4, 0.2]),
         (2, 4, [1, 1, 1, 0.6, 0.2]),
         (4, 4, [1, 1, 1, 1, 0.2]),  # for the last evaluation alone
+        (3, 2, [1, 1, 1, 0.2, 0.2]),  # held for longer: at once, too
     ],
 )
 def test_nothing_is_removed_before_hold(hold, ramp, densities):

@@ -170,7 +170,7 @@ def test_every_tensor_is_used_once_or_named(make_model, change, message):
         ({"model_type": ["bert"]}, "model_type is"),
         ({"hidden_size": "16"}, "hidden_size is '16'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-        ({"num_attention_heads": 3}, "not divisible"),
+        ({"num_attention_heads": 3}, "the weights do not fit config.json: size mismatch"),
         ({"vocab_size": None}, "vocab_size is None"),
         ({"vocab_size": True}, "vocab_size is True"),
         ({"hidden_size": 16.0}, "hidden_size is 16.0"),
@@ -240,18 +240,13 @@ def test_weights_in_several_files(make_model):
     folder, t = make_model(), bert_tensors(CONFIG)
     whole = load_model(folder, words=[5, 6]).state_dict()
     (folder / "model.safetensors").unlink()
-    shards = {"a.safetensors": list(t)[::2], "b.safetensors": list(t)[1::2]}
+    shards = {f"model-0000{n}-of-00002.safetensors": list(t)[n - 1 :: 2] for n in (1, 2)}
     for shard, names in shards.items():
         save_file({name: t[name] for name in names}, folder / shard)
-    index = {"weight_map": {name: shard for shard, names in shards.items() for name in names}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     loaded = load_model(folder, words=[5, 6]).state_dict()
     assert loaded.keys() == whole.keys() and all(loaded[n].equal(w) for n, w in whole.items())
-    (folder / "b.safetensors").unlink()
-    with pytest.raises(ValueError, match="there is no .*b.safetensors"):
-        load_model(folder, words=[5, 6])
-    (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="index.json has no weight_map"):
+    (folder / shard).unlink()
+    with pytest.raises(ValueError, match="do not fit config.json: Missing key"):
         load_model(folder, words=[5, 6])
 
 
@@ -369,7 +364,7 @@ def test_a_tokenizer_is_made_of_vocab_txt(make_model):
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     assert cutting_tokenizer(folder, 16).encode("Good").tokens == ["[CLS]", "[UNK]", "[SEP]"]
     (folder / "vocab.txt").write_text("a\nb\n")
-    with pytest.raises(ValueError, match="vocab.txt has no .CLS. and .SEP."):
+    with pytest.raises(ValueError, match="tokenizer is not valid.*sep_token not found"):
         cutting_tokenizer(folder, 16)
 
 
@@ -424,8 +419,8 @@ def test_added_tokens_are_one_token_each(tmp_path):
         assert found == (["a", "[ENT]", "film"], [5, 8, 6])
     settings = {"additional_special_tokens": ["[unused1]"]}
     assert words_of(tmp_path / "m", vocabulary, "a [unused1] film", settings)[1] == [5, 7, 6]
-    with pytest.raises(ValueError, match="leaves no id 11 for the added token '.ENT.'"):
-        words_of(tmp_path / "m", vocabulary, "a", {}, {"[ENT]": 11})
+    far = words_of(tmp_path / "m", vocabulary, "a [ENT] film", {}, {"[ENT]": 11})
+    assert far == (["a", "[ENT]", "film"], [5, 11, 6])  # whatever ids lie between
 
 
 def test_special_tokens_beside_a_vocabulary_are_heeded_or_refused(tmp_path):

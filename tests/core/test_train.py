@@ -209,7 +209,12 @@ def test_finetuned_classifier_and_roberta_names(run, make_model):
     kept = {n for n in names if n.startswith("roberta.")} | {"classifier.weight", "classifier.bias"}
     assert saved.keys() == kept
     eval_.main([str(folder)])
-    assert train.parse_args(["--model", str(model)]).schedule == "linear"
+    # SMP lowers the density of a RoBERTa in a straight line, unless it is told otherwise.
+    for name, given in (("linear", []), ("cubic", ["--schedule", "cubic"])):
+        _, result = run("--model", model, *given, out=name, steps=4)
+        assert result["schedule"] == name
+    assert run("--method", "finetune", out="dense", steps=2)[1]["schedule"] is None
+    assert run(out="bert", steps=2)[1]["schedule"] == "cubic"
 
 
 @pytest.mark.parametrize("method", ["smp-s", "finetune"])
@@ -307,7 +312,7 @@ def test_teachers_that_cannot_teach_are_refused(run, fails, make_model, tmp_path
     assert "another vocabulary" in said(foreign)
     (dense / "model.safetensors").unlink()
     assert "model.safetensors" in said(dense)
-    assert "no regular file" in said(tmp_path)
+    assert "No such file" in said(tmp_path)
 
 
 def test_bfloat16_and_pairs(run, capsys):
@@ -383,7 +388,6 @@ def test_a_table_of_only_empty_texts_trains(run, glue, method):
         (["--method", "finetune", "--sparsity", 0.5], "--sparsity"),
         (["--batch", 0], "--batch"),
         (["--accumulate", 0], "--accumulate"),
-        (["--accumulate", 9], "--batch must be at least 9: --accumulate times processes"),
         (["--lr", "inf"], "--lr"),
         (["--ramp", 2], "--ramp"),
         (["--hold", 0.7, "--ramp", 0.6], "--hold"),
@@ -455,7 +459,7 @@ def test_a_model_folder_that_vanishes_during_the_run(run, method):
         train.learn(args, unfinished, job)
         shutil.rmtree(run.model)
         if method == "finetune":
-            with pytest.raises(ValueError, match="there is no "):
+            with pytest.raises(OSError, match="No such file"):
                 train.finish(args, unfinished, job)
         else:
             train.finish(args, unfinished, job)
@@ -528,10 +532,10 @@ def test_what_a_method_keeps_by_itself_is_said(run, capsys, tables):
 
     methods["half"] = mask.Method(half)
     run("--method", "half", steps=2)
-    assert "keeps a share of 0.2500; 0.5 was asked for" in capsys.readouterr().out
+    assert "keeps a share of 0.2500, for a sparsity of 0.5" in capsys.readouterr().out
     methods["loose"] = mask.Method(loose)
     run("--method", "loose", steps=2, out="loose")
-    assert "keeps a share of 1.0000; 0.5 was asked for" in capsys.readouterr().out
+    assert "keeps a share of 1.0000, for a sparsity of 0.5" in capsys.readouterr().out
 
 
 def test_a_mistake_in_ones_own_code_shows_its_place_when_asked(run, fails, tables, monkeypatch):
@@ -556,13 +560,9 @@ def test_little_data_gets_steps_enough_unless_fewer_are_asked_for(run, capsys, m
     """
     learns = ["--model", make_model("wide", **WIDE), "--lr", 0.05, "--penalty", 50]
     assert run(*learns, "--evals", 1, steps=None)[1]["final"]["accuracy"] > 0.7
-    said = capsys.readouterr().out
-    assert "300 steps of 8" in said and "are few" not in said
+    assert "300 steps of 8" in capsys.readouterr().out
     _, result = run("--epochs", 2, "--evals", 1, steps=None, out="epochs")
     assert result["steps"] == 24
-    assert "24 steps are few: on movies, smp-s needs about 300" in capsys.readouterr().out
-    run("--method", "finetune", steps=12, out="dense")
-    assert "are few" not in capsys.readouterr().out
 
 
 def test_dense_training_starts_from_unrounded_weights(run):
@@ -642,7 +642,7 @@ def test_what_a_command_without_flags_asks_for():
     """The README's numbers were made with these. A change here makes them another run's."""
     found = vars(train.parse_args([]))
     asked = {"task": "movies", "method": "smp-s", "model": "minilm", "head": "words", "seed": 0}
-    asked |= {"sparsity": 0.5, "lr": 2e-2, "hold": 0, "ramp": 0.9, "schedule": "cubic"}
+    asked |= {"sparsity": 0.5, "lr": 2e-2, "hold": 0, "ramp": 0.9}
     asked |= {"penalty": 800, "temperature": 4}
     asked |= {"epochs": 1, "batch": 16, "length": 64, "evals": 4, "warmup": 0, "accumulate": 1}
     asked |= {"dropout": False, "decay": 0.01, "least_steps": 300, "least_steps_per_eval": 10}
@@ -651,18 +651,17 @@ def test_what_a_command_without_flags_asks_for():
     assert {name: value for name, value in found.items() if value is not None} == asked
     # The machine or nobody decides these.
     open_still = {name for name, value in found.items() if value is None}
-    assert {"steps", "device", "dtype", "teacher", "weight_lr"} <= open_still
+    assert {"steps", "device", "dtype", "schedule", "teacher", "weight_lr"} <= open_still
     flags = ["--steps", "9", "--head", "classifier", "--teacher", "t"]
     flags += ["--method", "smp-l", "--seed", "3"]
     name = "movies-minilm-smp-l-0.5-classifier-taught-9steps-seed3"
     assert train.parse_args(flags).out == Path("runs") / name
 
 
-@pytest.mark.parametrize(("sparsity", "needed"), [(0.5, 300), (0.51, 1200)])
-def test_steps_that_are_few_are_called_so(run, capsys, sparsity, needed):
-    """300 and 1200 are measured, see the README; half is still the easier kind."""
-    run("--sparsity", sparsity, "--evals", 1, steps=1)
-    assert f"1 steps are few: on movies, smp-s needs about {needed} at" in capsys.readouterr().out
+def test_the_least_steps_are_the_measured_ones():
+    """Half is still the easier kind."""
+    for sparsity, least in ((0.5, 300), (0.51, 1200)):
+        assert train.recipe({"sparsity": sparsity})["least_steps"] == least
 
 
 def test_evaluations_are_as_many_as_fit(run):

@@ -206,8 +206,8 @@ def test_p_pruning_takes_units_and_its_folder_is_a_model(make_gpt2, texts, tmp_p
     capsys.readouterr()
     eval_.main([str(tmp_path / "run")])
     said = capsys.readouterr().out
-    for i, (of_heads, of_neurons) in enumerate(result["layers"]):
-        assert f"layer {i}  {of_heads:3} heads {of_neurons:5} neurons" in said
+    left = [tuple(layer) for layer in result["layers"]]
+    assert f"heads and neurons left in each layer: {left}\n" in said
     again = run(
         make_gpt2, texts, tmp_path, "--method", "finetune", name="again", model=tmp_path / "run"
     )
@@ -385,6 +385,6 @@ def test_questions_a_language_model_cannot_answer(make_gpt2, texts, tmp_path, fa
     assert "needs something to continue, and this text is empty" in fails(
         eval_.main, [tmp_path / "run", "--text", ""]
     )
-    assert "--text without --pair" in fails(
+    assert "the task takes 1 texts, not 2" in fails(
         eval_.main, [tmp_path / "run", "--text", "a", "--pair", "b"]
     )

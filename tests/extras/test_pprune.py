@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,24 +103,16 @@ def test_budgets_add_up():
     assert pprune.budget(BASE, 100, 0.0, 5.0) == [144, 12 * 3072]
 
 
-def test_impossible_budgets_name_possible_ones():
-    with pytest.raises(ValueError, match=r"--sparsity 0.999: no more than 0.97\d can go"):
-        pprune.budget(BASE, 100, 0.999, 5.0)
-    with pytest.raises(
-        ValueError, match="--ffn-share 0.1 is not possible at --sparsity 0.7, .* to .* is"
-    ) as said:
+def test_an_impossible_budget_says_what_is_possible():
+    """At length 100 a layer's heads have 0.347 of the work: 12 units, of which 11 can go."""
+    said = "with --ffn-share 0.1 takes 0.636 of .* and 0.064 from neurons, but 0.31. and 0.65. can"
+    with pytest.raises(ValueError, match=f"--sparsity 0.7 {said}"):
         pprune.budget(BASE, 100, 0.7, 0.1)
-    lowest, highest = (
-        float(word) for word in re.search(r"(\S+) to (\S+) is", str(said.value)).groups()
-    )
-    for share in (lowest, highest):
-        pprune.budget(BASE, 100, 0.7, share)
-    with pytest.raises(ValueError, match="--ffn-share"):
-        pprune.budget(BASE, 100, 0.7, highest + 0.1)
 
 
-def test_every_budget_is_kept_or_refused_with_a_range_that_is_possible():
+def test_every_budget_is_kept_or_refused():
     rng = np.random.default_rng(0)
+    outcomes = set()
     for _ in range(2000):
         layers = int(rng.integers(1, 6))
         heads, neurons = (
@@ -139,11 +130,11 @@ def test_every_budget_is_kept_or_refused_with_a_range_that_is_possible():
         try:
             kept = pprune.budget(config, 20, sparsity, share)
             assert layers <= kept[0] <= sum(heads) and layers <= kept[1] <= sum(neurons)
+            outcomes.add("kept")
         except ValueError as error:
-            assert "--sparsity" in str(error)
-            if found := re.search(r"(\S+) to (\S+) is", str(error)):
-                assert 0 < float(found[1]) <= float(found[2])
-                pprune.budget(config, 20, sparsity, float(found[1]))
+            assert "can go at most" in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"kept", "refused"}
 
 
 def test_even_shares_add_up_in_layers_of_any_size():
@@ -272,7 +263,8 @@ def test_a_run_is_smaller_and_can_be_looked_at_and_teach(
     eval_.main([str(run)])
     said = capsys.readouterr().out
     assert f"accuracy {result['final']['accuracy']:.4f}\ntraining reported" in said
-    assert f"layer 0  {result['layers'][0][0]:3} heads" in said
+    left = [tuple(layer) for layer in result["layers"]]
+    assert f"heads and neurons left in each layer: {left}\n" in said
     train.main(
         [
             str(a)

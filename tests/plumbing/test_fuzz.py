@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from acts import interrupt
-from fuzzing import TIMES, altered_bytes, altered_json, fuzz
+from fuzzing import TIMES, altered_bytes, fuzz
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
 
@@ -47,17 +47,6 @@ def unsealed(path):
     return {name: tensor.clone() for name, tensor in tensors.items()}, description
 
 
-def test_descriptions_of_mask_files_whose_sum_is_right(finished, survives):
-    path, rng, outcomes = finished / "mask.safetensors", random.Random(0), []
-    tensors, description = unsealed(path)
-    for _ in range(TIMES):
-        which = rng.choice(["run", "run", "shapes"])
-        changed = description | {which: altered_json(description[which], rng)}
-        path.write_bytes(seal(MASKS, tensors, changed))
-        outcomes.append(survives(lambda: eval_.main([str(path), "--text", "a good film"])))
-    assert any(outcomes) and None in outcomes
-
-
 def test_tables(finished, survives):
     glue = finished.parent / "glue"
     argv = [
@@ -83,15 +72,10 @@ def test_checkpoints(run, survives):
     train.main(["--resume", str(folder)])
 
 
-def test_mask_files_of_other_numbers(finished, survives):
+def test_mask_files_that_unpack_to_gigabytes(finished, survives):
     path = finished / "mask.safetensors"
     packed, description = unsealed(path)
     names = list(packed)
-    for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64):
-        path.write_bytes(
-            seal(MASKS, {name: torch.zeros(8).to(dtype) for name in names}, description)
-        )
-        assert survives(lambda: eval_.main([str(path), "--text", "a good film"]))
     bomb = torch.tensor(np.frombuffer(lzma.compress(bytes(10**8), preset=0), np.uint8))
     for shapes in ({"b": [1, 8 * 10**8], "a": [-1, 8 * 10**8]}, {"b": [1, 8 * 10**8]}):
         lying = {"b": bomb} | ({"a": packed[names[0]]} if "a" in shapes else {})

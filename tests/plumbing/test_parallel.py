@@ -52,7 +52,6 @@ def learn(folder, glue, parts):
         set_rates(adam, t, TOTAL)
         density, penalty = torch.tensor([density_at(t, 9, 0.5), penalty_at(t, TOTAL)])
         losses = train_step(forward_backward, adam, batch, density, penalty)
-    parallel.check_equal(learner.parameters())
     (losses,) = parallel.all_reduce([losses])
     return learner.masks.choose(0.5), losses
 
@@ -101,18 +100,6 @@ def test_shares_are_disjoint(as_process):
         as_process(rank, 3)
         shares.append(parallel.shard(list(range(8))))
     assert sorted(sum(shares, [])) == list(range(8))
-
-
-def test_processes_that_disagree_are_noticed(as_process, monkeypatch):
-    as_process(0, 2)
-    for difference in (0.0, 1e-7):
-        add = lambda sums, src, more=difference: sums.add_(more)  # noqa: E731 (the first one's)
-        monkeypatch.setattr(parallel.dist, "broadcast", add)
-        if difference:
-            with pytest.raises(FloatingPointError, match="no longer hold the same scores"):
-                parallel.check_equal([torch.ones(3)])
-        else:
-            parallel.check_equal([torch.ones(3)])
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from conftest import CONFIG, bert_tensors, put_back, write_glue, write_model
 from safetensors.torch import save_file
 
 import train
-from plumbing.files import MASKS, lock, seal, unseal
-from plumbing.run import FORMAT, interrupted_run, read_checkpoint
+from plumbing.files import MASKS, lock, seal, unseal, write_whole
+from plumbing.run import FORMAT, interrupted_run
 
 ROOT = Path(__file__).parent.parent.parent
 ONE_THREAD = os.environ | {
@@ -125,7 +125,8 @@ def test_what_cannot_be_resumed(flags, tmp_path, fails):
     checkpoint = tmp_path / "checkpoint.safetensors"
     checkpoint.write_bytes(os.urandom(99))
     assert "is not a whole safetensors file" in fails(train.main, ["--resume", tmp_path])
-    state = {"step": 5, "evaluations": [], "argv": flags, "seconds": 1.0, "log": 0, "identity": {}}
+    state = {"step": 5, "evaluations": [], "argv": flags, "seconds": 1.0, "log": 0}
+    state["identity"] = {"fingerprint": "0"}
     tensors = {"parameter.0": torch.zeros(3)}
     described = {"format": FORMAT, "description": json.dumps(state), "sha256": "0"}
     save_file(tensors, checkpoint, described)
@@ -133,7 +134,7 @@ def test_what_cannot_be_resumed(flags, tmp_path, fails):
     checkpoint.write_bytes(seal(FORMAT, tensors, state))
     assert "when the run began" in fails(train.main, ["--resume", tmp_path])
     said = fails(train.main, [*flags, "--out", tmp_path])  # nothing is lost
-    assert "holds an interrupted run, which --resume" in said
+    assert f"an interrupted run, --resume {tmp_path} continues it" in said
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_another_backbone_or_other_data_are_not_gone_on_with(interrupted, fails)
 def test_other_settings_are_not_gone_on_with(interrupted, fails):
     """Such as other defaults, in another version of the code."""
     path = interrupted / "checkpoint.safetensors"
-    tensors, state = read_checkpoint(path)
+    tensors, state = unseal(path, FORMAT)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     state["identity"]["--penalty"] = "5.0"
     path.write_bytes(seal(FORMAT, tensors, state))
@@ -260,14 +261,19 @@ def test_two_that_resume_one_run_do_not_harm_it(interrupted):
     assert len(before) == 3
 
 
-def test_a_run_that_another_took_further_is_not_taken_back(interrupted):
+def test_a_run_that_another_took_further_ends_the_same(interrupted, tmp_path):
+    """The second read its checkpoint before the other wrote a later one, and continues from it."""
     path = interrupted / "checkpoint.safetensors"
     second = interrupted_run(interrupted)
-    tensors, state = read_checkpoint(path)
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    path.write_bytes(seal(FORMAT, tensors, state | {"step": state["step"] + 2}))
-    with pytest.raises(ValueError, match="another process has continued"):
-        second.restore(None, None)
+    tensors, state = unseal(path, FORMAT)
+    write_whole(path, seal(FORMAT, tensors, state | {"step": state["step"] + 2}))
+    args = train.parse_args(second.argv)
+    job = train.prepare(args, second)
+    with second:
+        train.learn(args, second, job)
+        train.finish(args, second, job)
+    train.main([*second.argv[:-1], str(tmp_path / "whole")])
+    assert masks_of(interrupted)[0] == masks_of(tmp_path / "whole")[0]
 
 
 @pytest.mark.parametrize("content", ["my notes\n", "[1]\n", None])
@@ -339,5 +345,5 @@ def test_a_mask_that_does_not_fit_is_written_once_there_is_room(
             train.finish(args, run, job)
     assert "a line of" in capsys.readouterr().err
     largest_file(10**6)
-    assert "holds an interrupted run" in fails(train.main, [*flags, "--out", tmp_path / "run"])
+    assert "holds other files" in fails(train.main, [*flags, "--out", tmp_path / "run"])
     assert resumed(tmp_path / "run", 16)

@@ -67,7 +67,7 @@ def test_compact_export_takes_out_what_is_dead(run_on_texts, make_gpt2, tmp_path
     assert "1 of 8 attention heads and 7 of 48 neurons are dead" in capsys.readouterr().out
     eval_.main([str(tmp_path / "small")])
     said = capsys.readouterr().out
-    assert "layer 0    4 heads    17 neurons" in said and "layer 1    3 heads    24 neurons" in said
+    assert "heads and neurons left in each layer: [(4, 17), (3, 24)]\n" in said
     found, reported = (
         float(said.split(words)[1].split(",")[0])
         for words in (": perplexity ", "reported perplexity ")
@@ -81,7 +81,7 @@ def test_a_fresh_folder(tmp_path, texts, fails):
     flags = ["--text", tmp_path / "t.txt", "--vocabulary", 270, "--layers", 2, "--hidden", 16]
     flags += ["--heads", 2]
     said = fails(fresh.main, [tmp_path / "a", *flags[:-1], 3])
-    assert "its width is not divisible by its number of attention heads" in said
+    assert "--hidden must be a multiple of --heads" in said
     assert not (tmp_path / "a").exists()  # nothing half-made is left
     for name in ("a", "b"):
         fresh.main([str(a) for a in (tmp_path / name, *flags, "--positions", 32, "--dropout", 0.2)])
