@@ -77,13 +77,16 @@ class Task:
     scores: tuple = (-1e30, 1e30)  # of a regression: the lowest and the highest that may occur
     skip_broken: bool = False  # leave out rows with the wrong number of columns
     fetch: Callable = fetch.by_hand  # (task, split): put the file of a split into the cache
+    paths: dict = field(default_factory=dict)  # {split: file}, if it is not below --data-dir
+    scale: tuple = (0.0, 1.0)  # of a regression: the score is a + b * logit
 
     # Hooks for tasks that do more than classify [CLS].
     best: Callable = max  # or min: which value of the first metric is best
     every_token: bool = False  # the model reads every token
     load: Callable | None = None  # (folder, length, head) -> model, tokenizer; default: a BERT
-    read: Callable | None = None  # (task, path, tokenizer) -> Examples; default: a TSV file
+    read: Callable | None = None  # (task, split, path, tokenizer) -> Examples; default: a TSV file
     format_answer: Callable | None = None  # (texts, tokenizer, logits_of, args) -> lines of --text
+    answer_file: Callable | None = None  # (path, answers) -> lines of --text-file; default: TSV
 
 
 SENTIMENT = {"0": "terrible", "1": "great"}
@@ -108,6 +111,27 @@ TASKS = {
     ),
     "wnli": Task("WNLI", PAIR, "label", NO_YES, ACCURACY, {"epochs": 60}),
 }  # fmt: skip
+
+
+class Maker(NamedTuple):
+    """What makes a Task of a run's flags, for data that has no row in TASKS."""
+
+    flags: dict  # further flags of train.py, {name: (type, help)}
+    settings: Callable  # {flag: value} as given -> what follows: task, its name, and the key below
+    task: Callable  # what settings() has put under the key -> Task
+
+
+MAKERS = {}  # {key in the settings of a run: Maker}, see extras/own.py
+
+
+def task_of(settings):
+    """The Task of a run's settings, or of its result. Raises ValueError if it is unknown."""
+    for key, maker in MAKERS.items():
+        if settings.get(key):
+            return maker.task(settings[key])
+    if settings["task"] not in TASKS:
+        raise ValueError(f"TASKS has no task {settings['task']}")
+    return TASKS[settings["task"]]
 
 
 # --- examples -------------------------------------------------------------------------------------
@@ -216,26 +240,40 @@ def encode(texts, labels, tokenizer):
     return Examples([e.ids for e in encoded], [e.type_ids for e in encoded], labels, limit)
 
 
-def split_path(name, split, data_dir):
-    """Where the file of a split is or will be. Raises ValueError if data_dir lacks it."""
-    task = TASKS[name]
-    path = Path(data_dir or fetch.cache() / "glue") / task.folder / task.file.format(split)
+def row(task):
+    """A Task, or its name in TASKS -> the Task."""
+    return TASKS[task] if isinstance(task, str) else task
+
+
+def split_path(task, split, data_dir):
+    """Where the file of a split is or will be. task: see row(). data_dir: see load_split.
+
+    Raises ValueError if data_dir lacks it.
+    """
+    task = row(task)
+    place = Path(data_dir or fetch.cache() / "glue")
+    if place.is_file():
+        return place
+    if split in task.paths and not data_dir:
+        return Path(task.paths[split])
+    path = place / task.folder / task.file.format(split)
     if data_dir and not path.exists():
         raise ValueError(f"--data-dir: there is no {path.absolute()}")
     return path
 
 
-def load_split(name, split, data_dir, tokenizer):
+def load_split(task, split, data_dir, tokenizer):
     """Examples of a split ("train", or one of the task's dev) of data_dir/FOLDER/FILE.
 
-    data_dir None: the cache, which is filled on first use.
+    task: see row(). data_dir None: the cache, which is filled on first use. It may also name one
+    file, to read as this split.
     """
-    task = TASKS[name]
-    path = split_path(name, split, data_dir)
+    task = row(task)
+    path = split_path(task, split, data_dir)
     if not path.exists():  # in the cache, on first use
         task.fetch(task, split)
     if task.read:
-        return task.read(task, path, tokenizer)
+        return task.read(task, split, path, tokenizer)
     return encode(*read_rows(path, task), tokenizer)
 
 

@@ -17,11 +17,10 @@ from torch.func import functional_call
 
 import data
 import extras  # noqa: F401 (its methods and tasks; without the folder, delete this line)
-from data import TASKS
 from mask import METHODS
 from model import load_backbone
 from plumbing import cli, fetch, parallel
-from plumbing.files import check_digest, load_masks
+from plumbing.files import check_digest, load_masks, prefix_errors
 from plumbing.progress import progress
 from plumbing.run import identity, read_description
 from plumbing.summary import guessing
@@ -73,6 +72,7 @@ def evaluate(model, weights, sets, metrics, device):
 class Loaded(NamedTuple):
     # What load_run() returns.
     result: dict  # result.json
+    task: data.Task
     folder: Path  # where the model is
     model: torch.nn.Module
     tokenizer: object
@@ -81,8 +81,9 @@ class Loaded(NamedTuple):
 
 def load_run(run, model_name=None):
     """A finished run's folder, or a mask file -> Loaded. Raises ValueError for what misfits."""
+    run = Path(run)
     result = read_result(run)
-    task, method = TASKS[result["task"]], METHODS[result["method"]]
+    task, method = data.task_of(result), METHODS[result["method"]]
     own = "weights" in method.trains  # the run has a model of its own
     # Such a run has no use for another backbone.
     if own and (run.is_file() or model_name):
@@ -106,19 +107,20 @@ def load_run(run, model_name=None):
             )
     # The method decides whether there must be a mask, not the file.
     masks = load_masks_into(model, run, result) if method.how_many else {}
-    return Loaded(result, folder, model, tokenizer, masks)
+    return Loaded(result, task, folder, model, tokenizer, masks)
 
 
 def read_result(run):
     """The result of a run's folder or mask file. Raises ValueError if it is not for this code."""
     # Whether it is a result at all is plumbing's question. Here: do we know its task and method?
     result = read_description(run)
-    task, words = result["task"], result["words"]
-    # Other label words would read the same logits as other answers.
     if result["method"] not in METHODS:
         raise ValueError(f"{run}: METHODS has no method {result['method']}")
-    if task not in TASKS or words != TASKS[task].words:
-        raise ValueError(f"{run}: TASKS has no task {task} with the label words {words}")
+    # Other label words would read the same logits as other answers.
+    with prefix_errors(run):
+        task, words = data.task_of(result), result["words"]
+        if words != task.words:
+            raise ValueError(f"TASKS has no task {result['task']} with the label words {words}")
     return result
 
 
@@ -152,7 +154,8 @@ def load_sets(result, splits, data_dir, tokenizer):
     folder = data_dir or result["data_dir"]
     if folder and not data_dir and not Path(folder).is_dir():
         folder = None  # a mask from another machine; the cache may have its data
-    sets = {split: data.load_split(result["task"], split, folder, tokenizer) for split in splits}
+    task = data.task_of(result)
+    sets = {split: data.load_split(task, split, folder, tokenizer) for split in splits}
     # A run's number means nothing on rows that have changed since.
     for split, examples in sets.items():
         if not data_dir and result.get(f"{split} digest") not in (None, examples.digest()):
@@ -189,14 +192,15 @@ def answers(loaded, texts, logits_of=None):
     A regression gives [(score, "")]. logits_of: Examples -> logits [N, C], by default on the CPU in
     float32. Not for tasks that answer with spans.
     """
-    labels = list(TASKS[loaded.result["task"]].words)  # in class order
+    labels = list(loaded.task.words)  # in class order
     if logits_of is None:
         weights = masked_weights(loaded, "cpu", torch.float32)
         logits_of = partial(predict, loaded.model, weights, device="cpu")
     texts = [(text,) if isinstance(text, str) else text for text in texts]
     logits = logits_of(data.encode(texts, [0] * len(texts), loaded.tokenizer))  # [N, C]
     if len(labels) == 1:
-        return [[(score, "")] for score in logits[:, 0].tolist()]
+        zero, unit = loaded.task.scale
+        return [[(zero + unit * score, "")] for score in logits[:, 0].tolist()]
 
     # Softmax over the classes, then the likeliest first.
     found = []
@@ -205,9 +209,12 @@ def answers(loaded, texts, logits_of=None):
     return found
 
 
-def answer_texts(loaded, texts, logits_of, args):
+def answer_texts(loaded, logits_of, args):
     """Lines: the answer to --text, or one for each line of --text-file, as TSV."""
-    task = TASKS[loaded.result["task"]]
+    task = loaded.task
+    if args.text_file and task.answer_file:  # a table with columns of its own
+        return task.answer_file(args.text_file, partial(answers, loaded, logits_of=logits_of))
+    texts = read_texts(args, len(task.text))
     if task.format_answer:  # a span, or the continuation of a text
         blocks = [task.format_answer(text, loaded.tokenizer, logits_of, args) for text in texts]
         return [" ".join(lines) for lines in blocks] if args.text_file else blocks[0]
@@ -257,6 +264,7 @@ TEXT_FLAGS = {
 DATA_FLAGS = {
     "model": (str, "the backbone of a mask file, if it is somewhere else"),
     "data_dir": (str, "folder with the tasks' folders, if it is another"),
+    "dev": (str, "evaluate this file instead of the run's dev set"),
 }
 
 
@@ -278,7 +286,7 @@ def evaluate_run(run, args):
     """Do with a run what the arguments ask for."""
     loaded = load_run(run, args.model)
     result, tokenizer = loaded.result, loaded.tokenizer
-    task = TASKS[result["task"]]
+    task = loaded.task
     device, dtype, why = cli.choose_device(args.device, args.dtype)
     if args.dtype is None and device.type == result["device"]:  # as in training
         dtype = getattr(torch, result["dtype"])
@@ -289,10 +297,11 @@ def evaluate_run(run, args):
     if args.text is not None or args.text_file:
         if len(args.runs) > 1:
             print(run)
-        for line in answer_texts(loaded, read_texts(args, len(task.text)), logits_of, args):
+        for line in answer_texts(loaded, logits_of, args):
             print(line)
     else:
-        sets = load_sets(result, task.dev, args.data_dir, tokenizer)
+        splits = task.dev[:1] if args.dev else task.dev
+        sets = load_sets(result, splits, args.dev or args.data_dir, tokenizer)
         method = result.get("pruned_with", result["method"])
         print(f"{run}: {result['task']}, {method} on {device} in {cli.dtype_name(dtype)} ({why})")
         metrics = evaluate(loaded.model, weights, sets, task.metrics, device)

@@ -106,6 +106,8 @@ def make_parser(defaults):
     parser.add_argument("-h", "--help", action="store_true", help=about)
     for title, flags in FLAGS.items():
         cli.add_flags(parser, title, flags, defaults)
+    for maker in data.MAKERS.values():
+        cli.add_flags(parser, "your own table", maker.flags)
     others = sorted(method_flags() - FLAGS[METHOD].keys())  # such as --ffn-share
     cli.add_flags(
         parser, "extras", dict.fromkeys(others, (positive, "only for some methods")), defaults
@@ -141,7 +143,7 @@ def recipe(given):
     # Each line overrides those before it.
     given = DEFAULTS | given
     method = METHODS[given["method"]]
-    values = data.RECIPE | TASKS[given["task"]].recipe
+    values = data.RECIPE | data.task_of(given).recipe
     values |= {name: value for name, value in method.recipe.items() if value is not None}
     values |= given
     # What this method does not use is off, whatever the task says.
@@ -199,6 +201,8 @@ def parse_args(argv):
             parser.error("--resume takes the settings of its run, and no other flags")
         return argparse.Namespace(**parsed)
 
+    for maker in data.MAKERS.values():  # a table of your own is a task, too
+        given |= maker.settings(given)
     args = argparse.Namespace(**parsed | recipe(given))
     # A flag without effect would only mislead.
     allowed = takes(vars(args))
@@ -376,6 +380,7 @@ def train_step(forward_backward, optimizer, parts, density, penalty):
 class Job(NamedTuple):
     """What prepare() gets ready."""
 
+    task: data.Task
     model: nn.Module  # frozen, on its device
     learner: Learner
     teacher: nn.Module | None
@@ -426,18 +431,20 @@ def prepare(args, run):
     needed = 1 if "weights" in method.trains else least_steps(args.sparsity)
     for line in opening(args, train, total, density, machine, needed):
         print(line)
+    task = data.task_of(vars(args))
     return Job(
-        model, learner, teacher, train, sets, device, total, density, folder, frozen_sha256, facts
-    )
+        task, model, learner, teacher, train, sets,
+        device, total, density, folder, frozen_sha256, facts,
+    )  # fmt: skip
 
 
 def load_inputs(args):
     """-> model in float32, its folder, teacher or None, {split: Examples}."""
-    task = TASKS[args.task]
+    task = data.task_of(vars(args))
     splits = ("train", *task.dev)
     # Report a missing file before anything large is downloaded.
     for split in splits:
-        data.split_path(args.task, split, args.data_dir)
+        data.split_path(task, split, args.data_dir)
     folder = fetch.model_folder(args.model)
     model, tokenizer = load_backbone(folder, task, args.length, args.head)
     # The matrices of a group are stacked, so all must have one shape.
@@ -448,7 +455,7 @@ def load_inputs(args):
         )
     # With a teacher (distillation), half of the loss is how far the student is from it.
     teacher = load_teacher(args, tokenizer) if args.teacher else None
-    sets = {split: data.load_split(args.task, split, args.data_dir, tokenizer) for split in splits}
+    sets = {split: data.load_split(task, split, args.data_dir, tokenizer) for split in splits}
     return model, folder, teacher, sets
 
 
@@ -561,7 +568,7 @@ def evaluate_learner(args, job, step, density):
     parallel.check_equal(job.learner.parameters())  # several processes still hold the same
     weights = job.learner.final_weights(density)
     with torch.compiler.set_stance("force_eager"):  # so that eval.py finds the same numbers
-        return evaluate(job.model, weights, job.dev, TASKS[args.task].metrics, job.device)
+        return evaluate(job.model, weights, job.dev, job.task.metrics, job.device)
 
 
 # --- act three: finish ----------------------------------------------------------------------------
@@ -596,7 +603,7 @@ def finish(args, run, job):
 
 def describe(args, run, job):
     """What result.json says about any run."""
-    task = TASKS[args.task]
+    task = job.task
     # The best counts from when the target density is reached. A denser model has it easier.
     target = run.evaluations[-1]["density"]
     on_target = [line for line in run.evaluations if line["density"] == target]

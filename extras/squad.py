@@ -221,14 +221,14 @@ def add_windows(windows, question, encodings, training):
     windows.questions.append(question)
 
 
-def read_windows(task, path, tokenizer):
+def read_windows(task, split, path, tokenizer):
     """Task.read: a SQuAD file -> Windows, as long as the tokenizer's truncation. Prints oddities.
 
     Raises ValueError if every question would be left out.
     """
     questions, notes = read_squad(path)
-    training = path.name == task.file.format("train")
-    windows = make_windows(questions, tokenizer, tokenizer.truncation["max_length"], training)
+    length = tokenizer.truncation["max_length"]
+    windows = make_windows(questions, tokenizer, length, training=split == "train")
     if lost := len(questions) - windows.num_questions():
         notes.append(
             f"{path}: left out {lost} of {len(questions)} questions; their answers are not "

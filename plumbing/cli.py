@@ -110,8 +110,8 @@ YES_OR_NO = argparse.BooleanOptionalAction  # --dropout and --no-dropout
 def add_flags(parser, title, flags, defaults=None, exclusive=False):
     """Add a group of flags, {name: (kind, help)}. The parser gets no defaults.
 
-    kind: a type, the choices, bool for a switch, or YES_OR_NO. defaults: {name: value}, only for
-    the help text. exclusive: the user may give at most one of them.
+    kind: a type, the choices, bool for a switch, YES_OR_NO, or list if it may be given twice.
+    defaults: {name: value}, only for the help text. exclusive: the user may give at most one.
     """
     group = parser.add_argument_group(title)
     if exclusive:
@@ -123,6 +123,8 @@ def add_flags(parser, title, flags, defaults=None, exclusive=False):
 
         if kind is bool:
             settings = {"action": "store_true"}
+        elif kind is list:
+            settings = {"action": "append"}
         elif kind is YES_OR_NO:
             settings = {"action": kind}
         elif callable(kind):
