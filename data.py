@@ -77,7 +77,6 @@ class Task:
     scores: tuple = (-1e30, 1e30)  # of a regression: the lowest and the highest that may occur
     skip_broken: bool = False  # leave out rows with the wrong number of columns
     fetch: Callable = fetch.by_hand  # (task, split): put the file of a split into the cache
-    paths: dict = field(default_factory=dict)  # {split: file}, if it is not below --data-dir
     scale: tuple = (0.0, 1.0)  # of a regression: the score is a + b * logit
 
     # Hooks for tasks that do more than classify [CLS].
@@ -125,13 +124,11 @@ MAKERS = {}  # {key in the settings of a run: Maker}, see extras/own.py
 
 
 def task_of(settings):
-    """The Task of a run's settings, or of its result. Raises ValueError if it is unknown."""
+    """The Task of a run's settings, or of its result; None if nobody knows it."""
     for key, maker in MAKERS.items():
         if settings.get(key):
             return maker.task(settings[key])
-    if settings["task"] not in TASKS:
-        raise ValueError(f"TASKS has no task {settings['task']}")
-    return TASKS[settings["task"]]
+    return TASKS.get(settings["task"])
 
 
 # --- examples -------------------------------------------------------------------------------------
@@ -251,12 +248,9 @@ def split_path(task, split, data_dir):
     Raises ValueError if data_dir lacks it.
     """
     task = row(task)
-    place = Path(data_dir or fetch.cache() / "glue")
-    if place.is_file():
-        return place
-    if split in task.paths and not data_dir:
-        return Path(task.paths[split])
-    path = place / task.folder / task.file.format(split)
+    path = Path(data_dir or fetch.cache() / "glue")
+    if not path.is_file():
+        path = path / task.folder / task.file.format(split)
     if data_dir and not path.exists():
         raise ValueError(f"--data-dir: there is no {path.absolute()}")
     return path

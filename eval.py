@@ -20,7 +20,7 @@ import extras  # noqa: F401 (its methods and tasks; without the folder, delete t
 from mask import METHODS
 from model import load_backbone
 from plumbing import cli, fetch, parallel
-from plumbing.files import check_digest, load_masks, prefix_errors
+from plumbing.files import check_digest, load_masks
 from plumbing.progress import progress
 from plumbing.run import identity, read_description
 from plumbing.summary import guessing
@@ -106,7 +106,7 @@ def load_run(run, model_name=None):
                 f"--model: the {what} of {folder} is not the one that {run} was trained with"
             )
     # The method decides whether there must be a mask, not the file.
-    masks = load_masks_into(model, run, result) if method.how_many else {}
+    masks = load_masks_into(model, run, result) if method.how_many or not own else {}
     return Loaded(result, task, folder, model, tokenizer, masks)
 
 
@@ -117,10 +117,9 @@ def read_result(run):
     if result["method"] not in METHODS:
         raise ValueError(f"{run}: METHODS has no method {result['method']}")
     # Other label words would read the same logits as other answers.
-    with prefix_errors(run):
-        task, words = data.task_of(result), result["words"]
-        if words != task.words:
-            raise ValueError(f"TASKS has no task {result['task']} with the label words {words}")
+    task, words = data.task_of(result), result["words"]
+    if task is None or words != task.words:
+        raise ValueError(f"{run}: TASKS has no task {result['task']} with the label words {words}")
     return result
 
 
@@ -131,20 +130,10 @@ def load_masks_into(model, run, result):
     """
     path = run if run.is_file() else run / "mask.safetensors"
     method = METHODS[result["method"]]
-    # The masks must be those of this model's matrices, of this run, and nothing else.
-    groups = model.prunable().values()
-    shapes = {name: weight.shape for group in groups for name, weight in group.items()}
-    masks, others = load_masks(path, shapes)
-
     # A fresh classifier, or biases and LayerNorms, may have trained beside the mask.
-    expected = {}
-    for name, weight in [] if "weights" in method.trains else model.named_parameters():
-        if method.trains_tensor(name, weight):
-            expected[name] = weight.shape
-    if expected != {name: tensor.shape for name, tensor in others.items()}:
-        raise ValueError(
-            f"{path} holds other weights beside its mask than {result['method']} trains"
-        )
+    beside = {} if "weights" in method.trains else method.trained(model)
+    # The masks must be those of this model's matrices, of this run, and nothing else.
+    masks, others = load_masks(path, method.masked(model), beside)
     model.load_state_dict(others, strict=False)
     return masks
 
@@ -152,7 +141,7 @@ def load_masks_into(model, run, result):
 def load_sets(result, splits, data_dir, tokenizer):
     """{split: Examples} from a folder, or by default the run's own, unchanged."""
     folder = data_dir or result["data_dir"]
-    if folder and not data_dir and not Path(folder).is_dir():
+    if folder and not data_dir and not Path(folder).exists():
         folder = None  # a mask from another machine; the cache may have its data
     task = data.task_of(result)
     sets = {split: data.load_split(task, split, folder, tokenizer) for split in splits}
@@ -233,21 +222,15 @@ def read_texts(args, width):
 
     Raises ValueError, which names the line, for one without `width` texts.
     """
-    # Tabs separate the two texts of a pair.
-    if args.text_file:
-        texts = data.read_cells(args.text_file)
-        for number, text in enumerate(texts, 1):
-            if len(text) != width:
-                raise ValueError(
-                    f"{args.text_file}:{number}: the task takes {width} texts with tabs between, "
-                    f"not {len(text)}"
-                )
-        return [tuple(text) for text in texts]
-    text = (args.text,) if args.pair is None else (args.text, args.pair)
-    if len(text) != width:
-        wanted = "--text and --pair" if width == 2 else "--text without --pair"
-        raise ValueError(f"this task takes {wanted}")
-    return [text]
+    place, texts = "--text and --pair", [[args.text]]
+    if args.text_file:  # tabs separate the two texts of a pair
+        place, texts = args.text_file, data.read_cells(args.text_file)
+    elif args.pair is not None:
+        texts[0].append(args.pair)
+    for number, text in enumerate(texts, 1):
+        if len(text) != width:
+            raise ValueError(f"{place}:{number}: the task takes {width} texts, not {len(text)}")
+    return [tuple(text) for text in texts]
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -300,8 +283,7 @@ def evaluate_run(run, args):
         for line in answer_texts(loaded, logits_of, args):
             print(line)
     else:
-        splits = task.dev[:1] if args.dev else task.dev
-        sets = load_sets(result, splits, args.dev or args.data_dir, tokenizer)
+        sets = load_sets(result, task.dev, args.dev or args.data_dir, tokenizer)
         method = result.get("pruned_with", result["method"])
         print(f"{run}: {result['task']}, {method} on {device} in {cli.dtype_name(dtype)} ({why})")
         metrics = evaluate(loaded.model, weights, sets, task.metrics, device)

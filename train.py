@@ -7,9 +7,9 @@ The method itself is mask.py. The recipe is that of Jiang et al., ACL 2023 (arXi
 of its authors' code. `main`, at the end, has three acts: prepare, learn, finish.
 """
 
-import argparse
 import math
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ import data
 import extras  # noqa: F401 (its methods and tasks; without the folder, delete this line)
 from data import TASKS
 from eval import densities, evaluate, load_run
-from mask import METHODS, density_at, penalty_at
+from mask import METHODS, SCHEDULES, density_at, penalty_at
 from model import load_backbone
 from plumbing import cli, fetch, parallel
 from plumbing.checkpoints import model_files
@@ -38,15 +38,18 @@ LOG_EVERY = 10  # steps between log lines; the host waits for the GPU only here 
 
 # --- flags ----------------------------------------------------------------------------------------
 
-USAGE = "python train.py [flags]"
-ABOUT = "Learn which weights of a frozen BERT, or GPT-2, to keep."
 EXAMPLES = """examples:
-  python train.py                                  film reviews: minutes on a CPU
-  python train.py --sparsity 0.9                   a tenth stays; takes more steps
-  python train.py --task rte --method finetune     dense BERT, to compare with
-  python train.py --task rte --help                the defaults of RTE
+  python train.py                               film reviews: minutes on a CPU
+  python train.py --sparsity 0.9                a tenth stays; takes more steps
+  python train.py --task rte --method finetune  dense BERT, to compare with
+  python train.py --train reviews.csv           a table of your own
 """
-POWERS = {"cubic": 3, "linear": 1}  # the values of --schedule
+TEXTS = {"usage": "python train.py [flags]", "epilog": EXAMPLES}
+TEXTS["description"] = "Learn which weights of a frozen BERT, or GPT-2, to keep."
+
+# --help shows these, --help-all all.
+SHORT = "task method model sparsity lr epochs steps batch seed out resume device "
+SHORT += "train text_column label_column"
 
 METHOD = "method (not every method takes all of these)"
 # {group: {name: (type or choices, help)}}. The defaults are recipe()'s, and --help prints them.
@@ -65,7 +68,7 @@ FLAGS = {
         "weight_lr": (positive, "peak learning rate of weights that train"),
         "hold": (fraction, "share of the steps before pruning starts"),
         "ramp": (fraction, "share of the steps after which the sparsity is reached"),
-        "schedule": (POWERS, "how the density falls"),
+        "schedule": (SCHEDULES, "how the density falls"),
         "penalty": (not_negative, "lambda of the regularizer"),
         "temperature": (positive, "p of SMP-S: larger values even the layers out"),
     },
@@ -81,7 +84,7 @@ FLAGS = {
         "seed": (cli.seed, "for batches, dropout and fresh weights"),
         "dropout": (cli.YES_OR_NO, "drop at the model's own rates in training"),
         "out": (Path, "folder of the run"),
-        "resume": (Path, "continue the interrupted run in a folder; no other flags"),
+        "resume": (Path, "continue the interrupted run in a folder"),
     },
     "machine": cli.MACHINE_FLAGS
     | {
@@ -93,26 +96,14 @@ FLAGS = {
 }
 
 
-def make_parser(defaults):
-    formatter = argparse.RawDescriptionHelpFormatter  # keeps the lines of EXAMPLES
-    parser = cli.Parser(
-        usage=USAGE,
-        description=ABOUT,
-        epilog=EXAMPLES,
-        formatter_class=formatter,
-        add_help=False,
-    )
-    about = "show these flags, with the defaults of --task and --method"
-    parser.add_argument("-h", "--help", action="store_true", help=about)
-    for title, flags in FLAGS.items():
-        cli.add_flags(parser, title, flags, defaults)
+def flag_groups():
+    """FLAGS, and those of extras/."""
+    groups = dict(FLAGS)
     for maker in data.MAKERS.values():
-        cli.add_flags(parser, "your own table", maker.flags)
+        groups["your own table"] = maker.flags
     others = sorted(method_flags() - FLAGS[METHOD].keys())  # such as --ffn-share
-    cli.add_flags(
-        parser, "extras", dict.fromkeys(others, (positive, "only for some methods")), defaults
-    )
-    return parser
+    groups["extras"] = dict.fromkeys(others, (positive, "only for some methods"))
+    return groups
 
 
 def method_flags():
@@ -131,6 +122,9 @@ DEFAULTS = {
     "warmup": 0.0,
     "accumulate": 1,
 }
+# The name of a run has these in any case, or does without.
+NOT_IN_NAME = {"task", "model", "method", "sparsity", "seed", "train", "table", "out"}
+NOT_IN_NAME |= FLAGS["machine"].keys()
 # A flag that the method does not take has one of these values, or None.
 OFF = {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0}
 
@@ -140,14 +134,14 @@ def recipe(given):
 
     A method's defaults override those of the task. The rest follow from the sparsity and the model.
     """
+    chosen = DEFAULTS | given
+    method = METHODS[chosen["method"]]
     # Each line overrides those before it.
-    given = DEFAULTS | given
-    method = METHODS[given["method"]]
-    values = data.RECIPE | data.task_of(given).recipe
-    values |= {name: value for name, value in method.recipe.items() if value is not None}
-    values |= given
+    usual = DEFAULTS | data.RECIPE | data.task_of(chosen).recipe
+    usual |= {name: value for name, value in method.recipe.items() if value is not None}
+    values = usual | given
     # What this method does not use is off, whatever the task says.
-    for name in method_flags() - takes(given):
+    for name in method_flags() - takes(values):
         values[name] = OFF.get(name)
 
     # The reference code's schedule is cubic for BERT and linear for RoBERTa.
@@ -157,7 +151,8 @@ def recipe(given):
     # Small datasets train for least_steps by default, and evaluations are 10 steps apart.
     values["least_steps"] = 0 if "epochs" in given else least_steps(values["sparsity"])
     values["least_steps_per_eval"] = 1 if "evals" in given else 10
-    values.setdefault("out", Path("runs") / run_name(values))
+    changed = [name for name in given if given[name] != usual.get(name, False)]
+    values.setdefault("out", Path("runs") / run_name(values, changed))
     return values
 
 
@@ -172,38 +167,37 @@ def least_steps(sparsity):
     return 300 if sparsity <= 0.5 else 1200
 
 
-def run_name(values):
-    """Such as movies-minilm-smp-s-0.5-seed0."""
+def run_name(values, changed):
+    """Such as movies-minilm-smp-s-0.5-lr0.04-seed0. changed: flags that have not their default."""
     model = fetch.model_name(values["model"])
     name = f"{values['task']}-{model}-{values['method']}-{values['sparsity']:g}"
-    if values["head"] == "classifier":
-        name += "-classifier"
-    if "teacher" in values:
-        name += "-taught"
-    if "steps" in values:
-        name += f"-{values['steps']}steps"
+    for flag in sorted(set(changed) - NOT_IN_NAME):
+        value = values[flag]
+        name += f"-{flag}{value:g}" if isinstance(value, (int, float)) else f"-{Path(value).name}"
     return f"{name}-seed{values['seed']}".replace(":", "of")  # smp-2:4; Windows takes no colons
 
 
 def parse_args(argv):
     """All settings, which nobody changes later. Exits with one line when they make no sense."""
     # No flag has a default in the parser, so what is not None was given.
-    parser = make_parser({})
+    groups = flag_groups()
+    parser = cli.grouped_parser(groups)
     parsed = vars(parser.parse_args(argv))
     wants_help = parsed.pop("help")
     given = {name: value for name, value in parsed.items() if value is not None}
     if wants_help:
-        make_parser(recipe(given)).print_help()
+        shown = SHORT if wants_help == "short" else None
+        cli.grouped_parser(groups, recipe(given), shown, **TEXTS).print_help()
         parser.exit()
     # A resumed run reads its flags from its checkpoint, see main().
     if "resume" in given:
         if len(argv) > (1 if "=" in argv[0] else 2):  # --resume=RUN, or --resume RUN
             parser.error("--resume takes the settings of its run, and no other flags")
-        return argparse.Namespace(**parsed)
+        return Namespace(**parsed)
 
     for maker in data.MAKERS.values():  # a table of your own is a task, too
         given |= maker.settings(given)
-    args = argparse.Namespace(**parsed | recipe(given))
+    args = Namespace(**parsed | recipe(given))
     # A flag without effect would only mislead.
     allowed = takes(vars(args))
     for name in sorted(method_flags() & given.keys() - allowed):
@@ -237,12 +231,9 @@ class Learner(nn.Module):
             masked = self.masks.by_name(self.masks.weights)
 
         # Then ordinary weights that train: all of them, vectors, or a classifier.
-        trained = {}
-        for name, weight in model.named_parameters():
-            if name not in masked and method.trains_tensor(name, weight):
-                trained[name] = weight.detach().float().clone()
+        trained = method.trained(model)
         self.names = list(trained)  # a ParameterDict takes no names with dots
-        self.weights = nn.ParameterList(trained.values())
+        self.weights = nn.ParameterList(w.detach().float().clone() for w in trained.values())
 
         # All the rest is frozen. The float32 copies are taken, so it may be rounded now.
         model.to(dtype)
@@ -500,9 +491,9 @@ def make_schedule(args, total, final):
     # From shares of all steps to steps.
     hold = round(args.hold * total)
     ramp = round(args.ramp * total)
-    power = POWERS[args.schedule or "cubic"]  # a method without masks has none
+    schedule = args.schedule or "cubic"  # a method without masks has none
     return [
-        (density_at(t, ramp, final, power, hold), penalty_at(t, total, args.penalty))
+        (density_at(t, ramp, final, schedule, hold), penalty_at(t, total, args.penalty))
         for t in range(total + 1)
     ]
 
@@ -593,7 +584,7 @@ def finish(args, run, job):
         trained = {}  # all of it is in that model
     elif frozen_digest(job.model, job.learner) != job.frozen_sha256:
         raise ValueError("a frozen weight has moved, so the run counts as unfinished")
-    if masks:  # one bit per weight, and what trained beside it
+    if masks or trained:  # one bit per weight, and what trained beside it
         files["mask.safetensors"] = pack_masks(masks, result, trained)
     run.finish(files, result)
     labels = next(iter(job.dev.values())).labels

@@ -25,10 +25,10 @@ from plumbing.cli import flag
 from plumbing.files import require_regular_file, sha256
 
 FLAGS = {
-    "train": (str, "a CSV or TSV file of yours, with the columns' names in its first line"),
+    "train": (str, "a CSV or TSV file of yours; its first line names columns"),
     "dev": (str, "a second one to evaluate on; by default a tenth of the rows"),
-    "text_column": (list, "name of the column with the text; twice for pairs"),
-    "label_column": (str, "name of the column with the label"),
+    "text_column": (list, "the column with the text; twice for pairs"),
+    "label_column": (str, "the column with the label"),
     "words": (str, "label words, with commas between, in the order of the classes"),
     "regression": (bool, "the labels are scores"),
     "skip_bad_rows": (bool, "leave out rows that cannot be used"),
@@ -240,9 +240,8 @@ def settings(given):
         if name in given:
             raise ValueError(f"--train makes a task of its own; leave out {flag(name)}")
 
-    table = {"file": Path(given["train"]).name, "paths": {"train": given["train"]}}
-    if "dev" in given:
-        table["paths"]["dev"] = given["dev"]
+    table = {"file": Path(given["train"]).name, "train": given["train"]}
+    table["dev"] = given.get("dev", "")
     header, rows, _ = read_table(given["train"])
     table |= find_columns(given, header, rows)
     table |= {"skip_bad_rows": given.get("skip_bad_rows", False), "words": {}, "scale": []}
@@ -253,7 +252,12 @@ def settings(given):
     else:
         describe_classes(table, labels)
     head = choose_words(table, given.get("words"), given.get("head"), given.get("model"))
-    return {"task": task_name(given["train"]), "table": table, "head": head}
+    decided = {"task": task_name(given["train"]), "table": table, "head": head}
+    # The table itself is the place of the data, see data.split_path.
+    decided["data_dir"] = given["train"]
+    if "text_column" in given:  # for the name of the run
+        decided["text_column"] = "-".join(given["text_column"])
+    return decided
 
 
 def task_name(path):
@@ -350,7 +354,8 @@ def choose_words(table, chosen, head, model):
 # What a description holds.
 TYPES = {
     "file": str,
-    "paths": dict,  # {split: path}, as typed. Without "dev", part of the rows is held out
+    "train": str,  # paths, as typed
+    "dev": str,  # "": part of the rows is held out
     "text": list,  # names of one column, or of two
     "label": str,
     "words": dict,  # {label: label word}, or {"score": label word}
@@ -366,7 +371,7 @@ def make_task(table):
     known = isinstance(table, dict) and table.keys() == TYPES.keys()
     if not known or any(not isinstance(table[key], kind) for key, kind in TYPES.items()):
         raise ValueError(f"the description of its table is not one of this code: {table!r:.80}")
-    strings = [*table["text"], *table["words"].values(), *table["paths"].values(), *table["said"]]
+    strings = [*table["text"], *table["words"].values(), *table["said"]]
     numbers = [table["rows"], *table["scale"]]
     shapes = 1 <= len(table["text"]) <= 2 and len(table["scale"]) in (0, 2) and table["words"]
     if not shapes or not all(isinstance(text, str) for text in strings):
@@ -374,16 +379,15 @@ def make_task(table):
     if not all(isinstance(x, (int, float)) and math.isfinite(x) and x for x in numbers):
         raise ValueError(f"the description of its table is not one of this code: {table!r:.80}")
 
-    paths = {"dev": table["paths"].get("train", ""), **table["paths"]}
     return Task(
         folder="",
+        file="",  # --data-dir names it
         text=tuple(table["text"]),
         label=table["label"],
         words=table["words"],
         metrics=("pearson", "spearman") if table["scale"] else ACCURACY,
         recipe=MOVIES | {"epochs": min(1.0, MOST_ROWS / table["rows"])},
         fetch=report_missing,
-        paths=paths,
         scale=tuple(table["scale"]) or (0.0, 1.0),
         read=partial(read, table),
         answer_file=partial(answer_file, table),
@@ -392,30 +396,40 @@ def make_task(table):
 
 def report_missing(task, split):
     """Task.fetch: there is nothing to download."""
-    raise ValueError(f"there is no {task.paths[split]}; eval.py --dev names another file")
+    raise ValueError("the run's table is not here; eval.py --dev names a file like it")
 
 
 def read(table, task, split, path, tokenizer):
-    """Task.read: the rows of a split -> Examples. For "train" it says what was decided."""
+    """Task.read: the rows of a split -> Examples. Says what is left out, and for "train" all else.
+
+    path: that of --train, which --dev may stand beside; or another file to evaluate.
+    """
+    ours = str(path) == str(Path(table["train"]))
+    if ours and split == "dev" and table["dev"]:
+        path = Path(table["dev"])
     header, rows, _ = read_table(path)
     _, texts, labels, note = usable_rows(path, table, rows, header)
-    if task.paths["train"] == task.paths["dev"] == str(path):  # both are in one file
-        in_split = [held == (split == "dev") for held in held_out(texts)]
-        texts = [text for text, mine in zip(texts, in_split, strict=True) if mine]
-        labels = [label for label, mine in zip(labels, in_split, strict=True) if mine]
-        if split == "train":
-            note += f"{len(in_split) - len(texts)} of {len(in_split)} rows are held out as dev set"
+    said = [note] if note else []
 
+    if ours and not table["dev"]:  # both splits are in this file
+        held = held_out(texts)
+        mine = [i for i, is_dev in enumerate(held) if is_dev == (split == "dev")]
+        texts, labels = [texts[i] for i in mine], [labels[i] for i in mine]
+        if split == "train":
+            said.append(f"{sum(held)} of {len(held)} rows are the dev set, see held_out()")
     if split == "train":
-        for line in [*table["said"], describe_lengths(texts, tokenizer)]:
-            print(f"{table['file']}: {line}")
-    if note:
-        print(f"{Path(path).name}: {note}")
-    if table["scale"]:
-        low, unit = table["scale"]
-        return encode(texts, [(number(label) - low) / unit for label in labels], tokenizer)
-    classes = list(table["words"])
-    return encode(texts, [classes.index(label) for label in labels], tokenizer)
+        said = table["said"] + said + [describe_lengths(texts, tokenizer)]
+    for line in said:
+        print(f"{path.name}: {line}")
+    return encode(texts, [target(table, label) for label in labels], tokenizer)
+
+
+def target(table, label):
+    """What is learned for a label: the number of its class, or its score on a scale from 0 to 5."""
+    if not table["scale"]:
+        return list(table["words"]).index(label)
+    low, unit = table["scale"]
+    return (number(label) - low) / unit
 
 
 def describe_lengths(texts, tokenizer):

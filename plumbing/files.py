@@ -189,8 +189,7 @@ def pack_masks(masks, run, others):
     run: a dict that describes the run. others: trained float32 tensors {name: tensor}.
     """
     tensors = {name: pack_bits(mask) for name, mask in masks.items()}
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    return seal(MASKS, tensors | others, {"run": run, "shapes": shapes})
+    return seal(MASKS, tensors | others, {"run": run, "shapes": shapes_of(masks)})
 
 
 def pack_bits(mask):
@@ -220,14 +219,15 @@ def unpack_bits(stored, shape):
     return torch.from_numpy(np.unpackbits(bits, count=weights).reshape(shape).view(bool))
 
 
-def load_masks(path, shapes):
-    """Read a mask file -> (masks {name: bool [out, in]}, other trained tensors).
+def load_masks(path, masked, beside):
+    """Read a mask file -> (masks {name: bool [out, in]}, other trained tensors in float32).
 
-    shapes: {name: (out, in)} of the matrices that the file must cover. The other tensors are
-    float32 {name: tensor}. Raises ValueError that says why the file cannot be used.
+    masked: {name: weight [out, in]}, which the masks must cover. beside: {name: weight}, which the
+    others must fit. Raises ValueError that says why the file cannot be used.
     """
     tensors, description = unseal(path, MASKS)
-    if description["shapes"] != {name: list(shape) for name, shape in shapes.items()}:
+    shapes = shapes_of(masked)
+    if description["shapes"] != shapes:
         raise ValueError(f"{path} was made for a backbone of another shape")
     masks = {}
     for name, shape in shapes.items():
@@ -235,4 +235,10 @@ def load_masks(path, shapes):
             masks[name] = unpack_bits(tensors.pop(name), shape)
         except (KeyError, ValueError, TypeError, lzma.LZMAError) as error:
             raise ValueError(f"{path} does not hold what it says: {name}: {error}") from None
+    if shapes_of(tensors) != shapes_of(beside):
+        raise ValueError(f"{path} holds other weights beside its mask than its method trains")
     return masks, tensors
+
+
+def shapes_of(tensors):
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}

@@ -144,10 +144,10 @@ def apply_run(tensors, run):
     """Multiply weights {name: tensor} by the run's masks, and take over its trained vectors."""
     model = run.model
     trained = dict(run.masks)
-    if "vectors" in METHODS[run.result["method"]].trains:
-        for name, weight in model.named_parameters():
-            if weight.ndim == 1:
-                trained[name] = weight.detach()
+    method = METHODS[run.result["method"]]
+    if "weights" not in method.trains:
+        for name, weight in method.trained(model).items():
+            trained[name] = weight.detach()
     published = model.published(trained)
     trained = {model.canonical(name): tensor for name, tensor in published.items()}
 
