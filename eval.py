@@ -20,7 +20,7 @@ import extras  # noqa: F401 (its methods and tasks; without the folder, delete t
 from mask import METHODS
 from model import load_backbone
 from plumbing import cli, fetch, parallel
-from plumbing.files import check_digest, load_masks
+from plumbing.files import check_digest, load_masks, shapes_of
 from plumbing.progress import progress
 from plumbing.run import identity, read_description
 from plumbing.summary import guessing
@@ -133,7 +133,7 @@ def load_masks_into(model, run, result):
     # A fresh classifier, or biases and LayerNorms, may have trained beside the mask.
     beside = {} if "weights" in method.trains else method.trained(model)
     # The masks must be those of this model's matrices, of this run, and nothing else.
-    masks, others = load_masks(path, method.masked(model), beside)
+    masks, others = load_masks(path, shapes_of(method.masked(model)), shapes_of(beside))
     model.load_state_dict(others, strict=False)
     return masks
 
@@ -222,14 +222,14 @@ def read_texts(args, width):
 
     Raises ValueError, which names the line, for one without `width` texts.
     """
-    place, texts = "--text and --pair", [[args.text]]
     if args.text_file:  # tabs separate the two texts of a pair
-        place, texts = args.text_file, data.read_cells(args.text_file)
-    elif args.pair is not None:
-        texts[0].append(args.pair)
+        texts = data.read_cells(args.text_file)
+    else:
+        texts = [[text for text in (args.text, args.pair) if text is not None]]
     for number, text in enumerate(texts, 1):
         if len(text) != width:
-            raise ValueError(f"{place}:{number}: the task takes {width} texts, not {len(text)}")
+            place = f"{args.text_file}:{number}" if args.text_file else "--text and --pair"
+            raise ValueError(f"{place}: the task takes {width} texts, not {len(text)}")
     return [tuple(text) for text in texts]
 
 

@@ -151,7 +151,7 @@ def recipe(given):
     # Small datasets train for least_steps by default, and evaluations are 10 steps apart.
     values["least_steps"] = 0 if "epochs" in given else least_steps(values["sparsity"])
     values["least_steps_per_eval"] = 1 if "evals" in given else 10
-    changed = [name for name in given if given[name] != usual.get(name, False)]
+    changed = {name: value for name, value in given.items() if value != usual.get(name, False)}
     values.setdefault("out", Path("runs") / run_name(values, changed))
     return values
 
@@ -168,11 +168,11 @@ def least_steps(sparsity):
 
 
 def run_name(values, changed):
-    """Such as movies-minilm-smp-s-0.5-lr0.04-seed0. changed: flags that have not their default."""
+    """Such as movies-minilm-smp-s-0.5-lr0.04-seed0. changed: {flag: value}, not the defaults."""
     model = fetch.model_name(values["model"])
     name = f"{values['task']}-{model}-{values['method']}-{values['sparsity']:g}"
-    for flag in sorted(set(changed) - NOT_IN_NAME):
-        value = values[flag]
+    for flag in sorted(changed.keys() - NOT_IN_NAME):
+        value = changed[flag]
         name += f"-{flag}{value:g}" if isinstance(value, (int, float)) else f"-{Path(value).name}"
     return f"{name}-seed{values['seed']}".replace(":", "of")  # smp-2:4; Windows takes no colons
 

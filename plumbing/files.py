@@ -219,15 +219,14 @@ def unpack_bits(stored, shape):
     return torch.from_numpy(np.unpackbits(bits, count=weights).reshape(shape).view(bool))
 
 
-def load_masks(path, masked, beside):
+def load_masks(path, shapes, others=None):
     """Read a mask file -> (masks {name: bool [out, in]}, other trained tensors in float32).
 
-    masked: {name: weight [out, in]}, which the masks must cover. beside: {name: weight}, which the
-    others must fit. Raises ValueError that says why the file cannot be used.
+    shapes: {name: shape} of the matrices that the file must cover. others: {name: shape} of the
+    other tensors, by default any. Raises ValueError that says why the file cannot be used.
     """
     tensors, description = unseal(path, MASKS)
-    shapes = shapes_of(masked)
-    if description["shapes"] != shapes:
+    if description["shapes"] != {name: list(shape) for name, shape in shapes.items()}:
         raise ValueError(f"{path} was made for a backbone of another shape")
     masks = {}
     for name, shape in shapes.items():
@@ -235,10 +234,11 @@ def load_masks(path, masked, beside):
             masks[name] = unpack_bits(tensors.pop(name), shape)
         except (KeyError, ValueError, TypeError, lzma.LZMAError) as error:
             raise ValueError(f"{path} does not hold what it says: {name}: {error}") from None
-    if shapes_of(tensors) != shapes_of(beside):
+    if others is not None and shapes_of(tensors) != others:
         raise ValueError(f"{path} holds other weights beside its mask than its method trains")
     return masks, tensors
 
 
 def shapes_of(tensors):
+    """{name: tensor} -> {name: shape}, as JSON holds it."""
     return {name: list(tensor.shape) for name, tensor in tensors.items()}

@@ -385,6 +385,6 @@ def test_questions_a_language_model_cannot_answer(make_gpt2, texts, tmp_path, fa
     assert "needs something to continue, and this text is empty" in fails(
         eval_.main, [tmp_path / "run", "--text", ""]
     )
-    assert "--text without --pair" in fails(
+    assert "the task takes 1 texts, not 2" in fails(
         eval_.main, [tmp_path / "run", "--text", "a", "--pair", "b"]
     )
