@@ -123,7 +123,7 @@ DEFAULTS = {
     "accumulate": 1,
 }
 # The name of a run has these in any case, or does without.
-NOT_IN_NAME = {"task", "model", "method", "sparsity", "seed", "train", "table", "out"}
+NOT_IN_NAME = {"task", "model", "method", "sparsity", "seed", "train", "out"}
 NOT_IN_NAME |= FLAGS["machine"].keys()
 # A flag that the method does not take has one of these values, or None.
 OFF = {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0}
@@ -134,10 +134,13 @@ def recipe(given):
 
     A method's defaults override those of the task. The rest follow from the sparsity and the model.
     """
-    chosen = DEFAULTS | given
+    usual = dict(DEFAULTS)
+    for maker in data.MAKERS.values():  # a table of your own is a task, too
+        usual |= maker.settings(given)
+    chosen = usual | given
     method = METHODS[chosen["method"]]
     # Each line overrides those before it.
-    usual = DEFAULTS | data.RECIPE | data.task_of(chosen).recipe
+    usual |= data.RECIPE | data.task_of(chosen).recipe
     usual |= {name: value for name, value in method.recipe.items() if value is not None}
     values = usual | given
     # What this method does not use is off, whatever the task says.
@@ -173,7 +176,11 @@ def run_name(values, changed):
     name = f"{values['task']}-{model}-{values['method']}-{values['sparsity']:g}"
     for flag in sorted(changed.keys() - NOT_IN_NAME):
         value = changed[flag]
-        name += f"-{flag}{value:g}" if isinstance(value, (int, float)) else f"-{Path(value).name}"
+        if isinstance(value, (int, float)):
+            value = f"{flag}{value:g}"
+        elif isinstance(value, list):  # columns of a table
+            value = "-".join(value)
+        name += f"-{Path(value).name}"
     return f"{name}-seed{values['seed']}".replace(":", "of")  # smp-2:4; Windows takes no colons
 
 
@@ -195,8 +202,6 @@ def parse_args(argv):
             parser.error("--resume takes the settings of its run, and no other flags")
         return Namespace(**parsed)
 
-    for maker in data.MAKERS.values():  # a table of your own is a task, too
-        given |= maker.settings(given)
     args = Namespace(**parsed | recipe(given))
     # A flag without effect would only mislead.
     allowed = takes(vars(args))
@@ -457,8 +462,9 @@ def load_teacher(args, tokenizer):
     result, config = loaded.result, loaded.model.config
     if METHODS[result["method"]].how_many or "pruned_with" in result:
         raise ValueError(f"--teacher: {run} is a pruned model; a teacher must be fine-tuned")
-    if result["task"] != args.task:
-        raise ValueError(f"--teacher: {run} was trained on {result['task']}, not on {args.task}")
+    if (result["task"], result["words"]) != (args.task, data.task_of(vars(args)).words):
+        known = f"{result['task']} with the classes {list(result['words'])}"
+        raise ValueError(f"--teacher: {run} was trained on {known}, not on this task")
     # The teacher reads the student's inputs, so both must know the same tokens.
     if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher: {run} has another vocabulary than {args.model}")

@@ -252,12 +252,12 @@ def settings(given):
     else:
         describe_classes(table, labels)
     head = choose_words(table, given.get("words"), given.get("head"), given.get("model"))
-    decided = {"task": task_name(given["train"]), "table": table, "head": head}
-    # The table itself is the place of the data, see data.split_path.
-    decided["data_dir"] = given["train"]
-    if "text_column" in given:  # for the name of the run
-        decided["text_column"] = "-".join(given["text_column"])
-    return decided
+    return {
+        "task": task_name(given["train"]),
+        "table": table,
+        "head": head,
+        "data_dir": given["train"],  # the table itself, see data.split_path
+    }
 
 
 def task_name(path):
@@ -368,17 +368,8 @@ TYPES = {
 
 def make_task(table):
     """Maker.task: a description -> Task. Raises ValueError for one that settings() cannot write."""
-    known = isinstance(table, dict) and table.keys() == TYPES.keys()
-    if not known or any(not isinstance(table[key], kind) for key, kind in TYPES.items()):
-        raise ValueError(f"the description of its table is not one of this code: {table!r:.80}")
-    strings = [*table["text"], *table["words"].values(), *table["said"]]
-    numbers = [table["rows"], *table["scale"]]
-    shapes = 1 <= len(table["text"]) <= 2 and len(table["scale"]) in (0, 2) and table["words"]
-    if not shapes or not all(isinstance(text, str) for text in strings):
-        raise ValueError(f"the description of its table is not one of this code: {table!r:.80}")
-    if not all(isinstance(x, (int, float)) and math.isfinite(x) and x for x in numbers):
-        raise ValueError(f"the description of its table is not one of this code: {table!r:.80}")
-
+    if not is_description(table):
+        raise ValueError("the description of the run's table is not one of this code")
     return Task(
         folder="",
         file="",  # --data-dir names it
@@ -391,6 +382,24 @@ def make_task(table):
         scale=tuple(table["scale"]) or (0.0, 1.0),
         read=partial(read, table),
         answer_file=partial(answer_file, table),
+    )
+
+
+def is_description(table):
+    """Whether it has the keys, types and sizes of a description. Anybody can seal another one."""
+    if not isinstance(table, dict) or table.keys() != TYPES.keys():
+        return False
+    if not all(isinstance(table[key], kind) for key, kind in TYPES.items()):
+        return False
+    strings = [*table["text"], *table["words"].values(), *table["said"]]
+    numbers = [table["rows"], *table["scale"]]
+    return (
+        len(table["text"]) in (1, 2)
+        and len(table["scale"]) in (0, 2)
+        and len(table["words"]) > (0 if table["scale"] else 1)
+        and all(isinstance(text, str) for text in strings)
+        and all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers)
+        and table["rows"] > 0
     )
 
 
