@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -112,22 +113,18 @@ TASKS = {
 }  # fmt: skip
 
 
-class Maker(NamedTuple):
-    """What makes a Task of a run's flags, for data that has no row in TASKS."""
-
-    flags: dict  # further flags of train.py, {name: (type, help)}
-    settings: Callable  # {flag: value} as given -> what follows: task, its name, and the key below
-    task: Callable  # what settings() has put under the key -> Task
-
-
-MAKERS = {}  # {key in the settings of a run: Maker}, see extras/own.py
+# Tasks made of a table of your own, which has no row: extras/own.py puts its functions here.
+own = SimpleNamespace(
+    flags={},  # further flags of train.py, {name: (type, help)}
+    settings=lambda given: {},  # flags as given -> the defaults that follow from the table
+    task=None,  # what is called "table" among these -> Task
+)
 
 
 def task_of(settings):
     """The Task of a run's settings, or of its result; None if nobody knows it."""
-    for key, maker in MAKERS.items():
-        if settings.get(key):
-            return maker.task(settings[key])
+    if own.task and settings.get("table"):
+        return own.task(settings["table"])
     return TASKS.get(settings["task"])
 
 

@@ -367,11 +367,8 @@ class Method:
     def trained(self, model):
         """{name: weight} of the other weights that train. All the rest is frozen."""
         masked = self.masked(model)
-        trained = {}
-        for name, weight in model.named_parameters():
-            if name not in masked and self.trains_weight(name, weight):
-                trained[name] = weight
-        return trained
+        others = {name: w for name, w in model.named_parameters() if name not in masked}
+        return {name: w for name, w in others.items() if self.trains_weight(name, w)}
 
     def trains_weight(self, name, weight):
         """Whether a weight without a mask trains. A classifier always does, as it is fresh."""

@@ -98,12 +98,9 @@ FLAGS = {
 
 def flag_groups():
     """FLAGS, and those of extras/."""
-    groups = dict(FLAGS)
-    for maker in data.MAKERS.values():
-        groups["your own table"] = maker.flags
     others = sorted(method_flags() - FLAGS[METHOD].keys())  # such as --ffn-share
-    groups["extras"] = dict.fromkeys(others, (positive, "only for some methods"))
-    return groups
+    others = dict.fromkeys(others, (positive, "only for some methods"))
+    return FLAGS | {"your own table": data.own.flags, "extras": others}
 
 
 def method_flags():
@@ -134,9 +131,7 @@ def recipe(given):
 
     A method's defaults override those of the task. The rest follow from the sparsity and the model.
     """
-    usual = dict(DEFAULTS)
-    for maker in data.MAKERS.values():  # a table of your own is a task, too
-        usual |= maker.settings(given)
+    usual = DEFAULTS | data.own.settings(given)
     chosen = usual | given
     method = METHODS[chosen["method"]]
     # Each line overrides those before it.
@@ -154,7 +149,7 @@ def recipe(given):
     # Small datasets train for least_steps by default, and evaluations are 10 steps apart.
     values["least_steps"] = 0 if "epochs" in given else least_steps(values["sparsity"])
     values["least_steps_per_eval"] = 1 if "evals" in given else 10
-    changed = {name: value for name, value in given.items() if value != usual.get(name, False)}
+    changed = {name: value for name, value in given.items() if value != usual.get(name)}
     values.setdefault("out", Path("runs") / run_name(values, changed))
     return values
 
@@ -198,7 +193,7 @@ def parse_args(argv):
         parser.exit()
     # A resumed run reads its flags from its checkpoint, see main().
     if "resume" in given:
-        if len(argv) > (1 if "=" in argv[0] else 2):  # --resume=RUN, or --resume RUN
+        if len(given) > 1:
             parser.error("--resume takes the settings of its run, and no other flags")
         return Namespace(**parsed)
 
@@ -463,8 +458,8 @@ def load_teacher(args, tokenizer):
     if METHODS[result["method"]].how_many or "pruned_with" in result:
         raise ValueError(f"--teacher: {run} is a pruned model; a teacher must be fine-tuned")
     if (result["task"], result["words"]) != (args.task, data.task_of(vars(args)).words):
-        known = f"{result['task']} with the classes {list(result['words'])}"
-        raise ValueError(f"--teacher: {run} was trained on {known}, not on this task")
+        known = f"{result['task']} with the labels {', '.join(result['words'])}"
+        raise ValueError(f"--teacher: {run} was trained on {known}, not on {args.task}")
     # The teacher reads the student's inputs, so both must know the same tokens.
     if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher: {run} has another vocabulary than {args.model}")

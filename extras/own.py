@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data import ACCURACY, MAKERS, MOVIES, TASKS, Maker, Task, encode
+from data import ACCURACY, MOVIES, TASKS, Task, encode, own
 from model import label_word_ids
 from plumbing import fetch
 from plumbing.checkpoints import cutting_tokenizer, encode_texts
@@ -227,11 +227,11 @@ def held_out(texts):
 
 
 def settings(given):
-    """Maker.settings: read the table that --train names, and decide how to learn it.
+    """data.own.settings: read the table that --train names, and decide how to learn it.
 
     Raises ValueError that names the flag to change.
     """
-    mine = [flag(name) for name in FLAGS if given.get(name)]
+    mine = [flag(name) for name in FLAGS if name in given]
     if "train" not in given:
         if mine:
             raise ValueError(f"{mine[0]} needs --train FILE")
@@ -244,10 +244,10 @@ def settings(given):
     table["dev"] = given.get("dev", "")
     header, rows, _ = read_table(given["train"])
     table |= find_columns(given, header, rows)
-    table |= {"skip_bad_rows": given.get("skip_bad_rows", False), "words": {}, "scale": []}
+    table |= {"skip_bad_rows": "skip_bad_rows" in given, "words": {}, "scale": []}
     kept, _, labels, _ = usable_rows(given["train"], table, rows, header)
     table["rows"] = len(kept)
-    if given.get("regression") or all_scores(labels):
+    if "regression" in given or all_scores(labels):
         describe_scores(table, labels)
     else:
         describe_classes(table, labels)
@@ -367,7 +367,7 @@ TYPES = {
 
 
 def make_task(table):
-    """Maker.task: a description -> Task. Raises ValueError for one that settings() cannot write."""
+    """data.own.task: a description -> Task. Raises ValueError if settings() cannot write it."""
     if not is_description(table):
         raise ValueError("the description of the run's table is not one of this code")
     return Task(
@@ -477,4 +477,4 @@ def answer_file(table, path, answers):
     return written.getvalue().removesuffix("\n").split("\n")
 
 
-MAKERS["table"] = Maker(FLAGS, settings, make_task)
+own.flags, own.settings, own.task = FLAGS, settings, make_task

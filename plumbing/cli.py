@@ -143,7 +143,7 @@ def add_flags(parser, title, flags, defaults=None, exclusive=False):
 
         settings = {"metavar": name.rpartition("_")[2].upper()}
         if kind is bool:
-            settings = {"action": "store_true"}
+            settings = {"action": "store_true", "default": None}
         elif kind is list:
             settings["action"] = "append"
         elif kind is YES_OR_NO:

@@ -29,7 +29,7 @@ from plumbing.cli import code_version, flag
 
 LOG, CHECKPOINT, RESULT = "log.jsonl", "checkpoint.safetensors", "result.json"
 MASK = "mask.safetensors"
-FORMAT = "smp-checkpoint-3"  # 2 had other settings in its identity
+FORMAT = "smp-checkpoint-4"  # 3 had other settings in its identity
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's state for each parameter
 SAVE_EVERY = 60  # seconds between checkpoints: one of bert-base takes three to write
 # What a checkpoint holds beside its tensors, at the beginning of a run.

@@ -359,7 +359,8 @@ def test_what_is_refused(make_gpt2, make_model, glue, texts, tmp_path, fails):
     argv = ["--task", "movies", "--model", bert, "--data-dir", glue, "--method", "finetune"]
     argv += ["--out", tmp_path / "bert", "--steps", 2, "--length", 16]
     train.main([str(a) for a in argv])
-    assert "was trained on movies, not on ptb" in error("--teacher", tmp_path / "bert")
+    said = error("--teacher", tmp_path / "bert")
+    assert "was trained on movies with the labels 0, 1, not on ptb" in said
     config = (gpt2 / "config.json").read_text()
     (gpt2 / "config.json").write_text(json.dumps(json.loads(config) | {"vocab_size": 100}))
     assert "do not fit config.json: size mismatch for wte.weight" in error()
