@@ -359,23 +359,23 @@ class Method:
 
     def masked(self, model):
         """{name: weight [out, in]} of a model's weights that get a mask."""
-        masked = {}
-        for group in model.prunable().values() if self.how_many else []:
-            masked |= group
-        return masked
+        groups = model.prunable().values() if self.how_many else []
+        return {name: weight for group in groups for name, weight in group.items()}
 
     def trained(self, model):
-        """{name: weight} of the other weights that train. All the rest is frozen."""
+        """{name: weight} of the others that train. All the rest is frozen."""
         masked = self.masked(model)
-        others = {name: w for name, w in model.named_parameters() if name not in masked}
-        return {name: w for name, w in others.items() if self.trains_weight(name, w)}
+        trained = {}
+        for name, weight in model.named_parameters():
+            if name not in masked and self.trains_weight(name, weight):
+                trained[name] = weight
+        return trained
 
     def trains_weight(self, name, weight):
         """Whether a weight without a mask trains. A classifier always does, as it is fresh."""
-        if "vectors" in self.trains and weight.ndim == 1:
-            return True
-        named = any(part in name for part in ("classifier.", *self.trains))
-        return named or "weights" in self.trains
+        kinds = {"weights": True, "vectors": weight.ndim == 1}
+        parts = ("classifier.", *self.trains)
+        return any(kinds.get(part, part in name) for part in parts)
 
 
 METHODS = {

@@ -31,7 +31,7 @@ from plumbing.cli import count, fraction, fraction_below_one, not_negative, posi
 from plumbing.files import digest, pack_masks, sha256
 from plumbing.graphs import Recorded, compile_step
 from plumbing.progress import progress
-from plumbing.run import Run, identity, interrupted_run
+from plumbing.run import Run, identity, interrupted_run, run_folder
 from plumbing.summary import evaluation, opening, summary
 
 LOG_EVERY = 10  # steps between log lines; the host waits for the GPU only here and at evaluations
@@ -119,9 +119,6 @@ DEFAULTS = {
     "warmup": 0.0,
     "accumulate": 1,
 }
-# The name of a run has these in any case, or does without.
-NOT_IN_NAME = {"task", "model", "method", "sparsity", "seed", "train", "out"}
-NOT_IN_NAME |= FLAGS["machine"].keys()
 # A flag that the method does not take has one of these values, or None.
 OFF = {"sparsity": 0.0, "hold": 0.0, "ramp": 0.0, "penalty": 0.0}
 
@@ -150,7 +147,7 @@ def recipe(given):
     values["least_steps"] = 0 if "epochs" in given else least_steps(values["sparsity"])
     values["least_steps_per_eval"] = 1 if "evals" in given else 10
     changed = {name: value for name, value in given.items() if value != usual.get(name)}
-    values.setdefault("out", Path("runs") / run_name(values, changed))
+    values.setdefault("out", run_folder(values, changed))
     return values
 
 
@@ -163,20 +160,6 @@ def takes(given):
 def least_steps(sparsity):
     """With fewer, scores that start equal hardly differ (measured with batches of 32)."""
     return 300 if sparsity <= 0.5 else 1200
-
-
-def run_name(values, changed):
-    """Such as movies-minilm-smp-s-0.5-lr0.04-seed0. changed: {flag: value}, not the defaults."""
-    model = fetch.model_name(values["model"])
-    name = f"{values['task']}-{model}-{values['method']}-{values['sparsity']:g}"
-    for flag in sorted(changed.keys() - NOT_IN_NAME):
-        value = changed[flag]
-        if isinstance(value, (int, float)):
-            value = f"{flag}{value:g}"
-        elif isinstance(value, list):  # columns of a table
-            value = "-".join(value)
-        name += f"-{Path(value).name}"
-    return f"{name}-seed{values['seed']}".replace(":", "of")  # smp-2:4; Windows takes no colons
 
 
 def parse_args(argv):
@@ -445,21 +428,21 @@ def load_inputs(args):
             f"which {args.model} lacks; try finetune"
         )
     # With a teacher (distillation), half of the loss is how far the student is from it.
-    teacher = load_teacher(args, tokenizer) if args.teacher else None
+    teacher = load_teacher(args, task, tokenizer) if args.teacher else None
     sets = {split: data.load_split(task, split, args.data_dir, tokenizer) for split in splits}
     return model, folder, teacher, sets
 
 
-def load_teacher(args, tokenizer):
+def load_teacher(args, task, tokenizer):
     """The fine-tuned model of a run, frozen. Raises ValueError if it cannot teach this task."""
     run = Path(args.teacher)
     loaded = load_run(run)
     result, config = loaded.result, loaded.model.config
     if METHODS[result["method"]].how_many or "pruned_with" in result:
         raise ValueError(f"--teacher: {run} is a pruned model; a teacher must be fine-tuned")
-    if (result["task"], result["words"]) != (args.task, data.task_of(vars(args)).words):
-        known = f"{result['task']} with the labels {', '.join(result['words'])}"
-        raise ValueError(f"--teacher: {run} was trained on {known}, not on {args.task}")
+    known, wanted = [result["task"], *result["words"]], [args.task, *task.words]
+    if known != wanted:  # task and classes
+        raise ValueError(f"--teacher: {run} was trained on {known}, not on {wanted}")
     # The teacher reads the student's inputs, so both must know the same tokens.
     if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher: {run} has another vocabulary than {args.model}")

@@ -25,7 +25,8 @@ import torch
 
 from plumbing import files, parallel
 from plumbing.checkpoints import tokenizer_bytes
-from plumbing.cli import code_version, flag
+from plumbing.cli import MACHINE_FLAGS, code_version, flag
+from plumbing.fetch import model_name
 
 LOG, CHECKPOINT, RESULT = "log.jsonl", "checkpoint.safetensors", "result.json"
 MASK = "mask.safetensors"
@@ -58,6 +59,25 @@ DESCRIBED = {
     "dtype": ("float32", "bfloat16"),
     "data_dir": str | None,
 }
+
+
+# The name of a run's folder has the first few of these in any case, and none of the others.
+NOT_CHANGES = {"task", "model", "method", "sparsity", "seed", "train", "text_column", "out"}
+NOT_CHANGES |= MACHINE_FLAGS.keys() | {"accumulate", "compile", "eager", "deterministic"}
+
+
+def run_folder(values, changed):
+    """Such as runs/movies-minilm-smp-s-0.5-lr0.04-seed0: what differs from the defaults is in it.
+
+    values: {flag: value}. changed: those that the user has set to another value than the default.
+    """
+    name = f"{values['task']}-{model_name(values['model'])}-{values['method']}"
+    name += f"-{values['sparsity']:g}"
+    for flag in sorted(changed.keys() - NOT_CHANGES):
+        value = changed[flag]
+        name += f"-{flag}{value:g}" if isinstance(value, (int, float)) else f"-{Path(value).name}"
+    name += f"-seed{values['seed']}"
+    return Path("runs") / name.replace(":", "of")  # smp-2:4; Windows takes no colons
 
 
 class Run:

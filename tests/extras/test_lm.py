@@ -360,7 +360,7 @@ def test_what_is_refused(make_gpt2, make_model, glue, texts, tmp_path, fails):
     argv += ["--out", tmp_path / "bert", "--steps", 2, "--length", 16]
     train.main([str(a) for a in argv])
     said = error("--teacher", tmp_path / "bert")
-    assert "was trained on movies with the labels 0, 1, not on ptb" in said
+    assert "was trained on ['movies', '0', '1'], not on ['ptb']" in said
     config = (gpt2 / "config.json").read_text()
     (gpt2 / "config.json").write_text(json.dumps(json.loads(config) | {"vocab_size": 100}))
     assert "do not fit config.json: size mismatch for wte.weight" in error()
