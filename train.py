@@ -30,7 +30,7 @@ from plumbing.checkpoints import model_files
 from plumbing.cli import count, fraction, fraction_below_one, not_negative, positive
 from plumbing.files import digest, pack_masks, sha256
 from plumbing.graphs import Recorded, compile_step
-from plumbing.progress import progress
+from plumbing.progress import Clock, progress
 from plumbing.run import Run, identity, interrupted_run, run_folder
 from plumbing.summary import evaluation, opening, summary
 
@@ -511,7 +511,10 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
     batches = data.training_batches(
         job.train, args.batch, stop_after or total, args.seed, job.device, args.accumulate, run.step
     )
-    bar = progress(batches, args.method, total=total, initial=run.step, leave=True)
+    # For the time that is left: an evaluation takes about a third of training on as many rows.
+    rows = sum(len(examples) for examples in job.dev.values())
+    clock = Clock(total, run.step, eval_steps, pause=rows / args.batch / 3)
+    bar = progress(batches, args.method, leave=True, clock=clock)
     recent = []  # losses since the last log line, on the device
     for step, parts in enumerate(bar, run.step):
         # One step: mask, learn, clip, Adam.

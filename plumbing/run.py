@@ -62,7 +62,7 @@ DESCRIBED = {
 
 
 # The name of a run's folder has the first few of these in any case, and none of the others.
-NOT_CHANGES = {"task", "model", "method", "sparsity", "seed", "train", "text_column", "out"}
+NOT_CHANGES = {"task", "model", "method", "sparsity", "seed", "train", "out"}
 NOT_CHANGES |= MACHINE_FLAGS.keys() | {"accumulate", "compile", "eager", "deterministic"}
 
 
@@ -73,9 +73,12 @@ def run_folder(values, changed):
     """
     name = f"{values['task']}-{model_name(values['model'])}-{values['method']}"
     name += f"-{values['sparsity']:g}"
-    for flag in sorted(changed.keys() - NOT_CHANGES):
-        value = changed[flag]
-        name += f"-{flag}{value:g}" if isinstance(value, (int, float)) else f"-{Path(value).name}"
+    for what in sorted(changed.keys() - NOT_CHANGES):
+        value = changed[what]
+        if isinstance(value, (int, float)):
+            name += f"-{what}{value:g}"
+        else:
+            name += f"-{'-'.join(value) if isinstance(value, list) else Path(value).name}"
     name += f"-seed{values['seed']}"
     return Path("runs") / name.replace(":", "of")  # smp-2:4; Windows takes no colons
 

@@ -198,7 +198,7 @@ def test_what_a_run_is_named_after(here):
     path = write(here / "my films.csv", reviews())
     assert decide(path).out.name == "my-films-tiny-smp-s-0.5-seed0"
     args = decide(path, "--text-column", "review", "--words", "bad,good", "--lr", "0.04")
-    assert args.out.name == "my-films-tiny-smp-s-0.5-lr0.04-bad,good-seed0"
+    assert args.out.name == "my-films-tiny-smp-s-0.5-lr0.04-review-bad,good-seed0"
     assert own.task_name("x/movies.csv") == "movies-csv"  # that of the table is another task
     assert vars(args)["epochs"] == 1 and args.batch == 16
 
