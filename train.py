@@ -387,8 +387,7 @@ def prepare(args, run):
         teacher.to(device, dtype)
     run.check_identity(vars(args), facts)
 
-    train = sets.pop("train")
-    density = 1 - args.sparsity
+    train, density = sets.pop("train"), 1 - args.sparsity
     if method.before:  # whole heads and neurons may go before training
         model, more = method.before(model, train, sets, args, device)
         facts |= more | {"config": str(model.config)}
@@ -405,9 +404,8 @@ def prepare(args, run):
     needed = 1 if "weights" in method.trains else least_steps(args.sparsity)
     for line in opening(args, train, total, density, machine, needed):
         print(line)
-    task = data.task_of(vars(args))
     return Job(
-        task, model, learner, teacher, train, sets,
+        data.task_of(vars(args)), model, learner, teacher, train, sets,
         device, total, density, folder, frozen_sha256, facts,
     )  # fmt: skip
 
@@ -482,6 +480,12 @@ def make_schedule(args, total, final):
     ]
 
 
+def evaluation_steps(args, total):
+    """The steps after which a run is evaluated, at equal distances. The last one is `total`."""
+    evals = min(args.evals, math.ceil(total / args.least_steps_per_eval))
+    return {math.ceil(total * i / evals) for i in range(1, evals + 1)}
+
+
 def schedule_on_device(schedule, device):
     """-> densities in float64 and penalties in float32, so that no step waits for the host."""
     # float64, because counts follow from the densities: float32 puts some off by one.
@@ -497,9 +501,7 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
     # All densities and penalties are known in advance.
     schedule = make_schedule(args, total, job.density)
     densities, penalties = schedule_on_device(schedule, job.device)
-    # Evaluations at equal distances, the last one after the last step.
-    evals = min(args.evals, math.ceil(total / args.least_steps_per_eval))
-    eval_steps = {math.ceil(total * i / evals) for i in range(1, evals + 1)}
+    eval_steps = evaluation_steps(args, total)
     optimizer = make_optimizer(learner, args.lr, args.weight_lr, args.decay)
     run.restore(learner, optimizer)  # does nothing in a new run
 
@@ -511,9 +513,9 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
     batches = data.training_batches(
         job.train, args.batch, stop_after or total, args.seed, job.device, args.accumulate, run.step
     )
-    # For the time that is left: an evaluation takes about a third of training on as many rows.
-    rows = sum(len(examples) for examples in job.dev.values())
-    clock = Clock(total, run.step, eval_steps, pause=rows / args.batch / 3)
+    # A row takes about a third of the time if nothing is learned from it.
+    pause = sum(map(len, job.dev.values())) / args.batch / 3
+    clock = Clock(total, run.step, eval_steps, pause)
     bar = progress(batches, args.method, leave=True, clock=clock)
     recent = []  # losses since the last log line, on the device
     for step, parts in enumerate(bar, run.step):

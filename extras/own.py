@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import extras.glue  # noqa: F401 (the metrics of scores)
 from data import ACCURACY, MOVIES, TASKS, Task, encode, own
 from model import label_word_ids
 from plumbing import fetch

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from data import TASKS
+from data import task_of
 from eval import load_run, masked_weights
 from extras.pprune import modules, shrink
 from mask import METHODS
@@ -46,8 +46,11 @@ tags: [pruning, sparsity, static-model-pruning, "{method}"]
 
 Backbone {name}, method {method}. What trained: {trained} (vectors are biases and LayerNorms).
 Removed weights are zero. Dev: {scores} ({facts}).
-
+{table}
 {use}"""
+TABLE = """
+Trained on a table, {file}: {label} from {text}. {said}.
+"""
 FACTS = "seed {seed}, {steps} steps, {seconds} seconds, commit {commit}, {device}, {dtype}"
 CLASSIFIER_USE = """The logit of a class is that of its label word, read at the {where}: {words}.
 
@@ -104,6 +107,7 @@ def card(result, library, use):
         "trained": ", ".join(METHODS[result["method"]].trains),
         "scores": show(result["final"]),
         "facts": facts(result),
+        "table": describe_table(result.get("table")),
         "use": use,
     }
     return CARD.format_map(result | parts).encode()
@@ -112,6 +116,18 @@ def card(result, library, use):
 def facts(result):
     """Say how a run was made, as far as it is known."""
     return printable(FACTS.format_map({"commit": "unknown"} | result))
+
+
+def describe_table(table):
+    """Say what a table of one's own was, see extras/own.py; "" for other data."""
+    if not table:
+        return ""
+    said = "; ".join(table["said"])
+    if table["scale"]:
+        low, unit = table["scale"]
+        said += f"; a score is {low:g} + {unit:g} times the logit"
+    names = {"file": table["file"], "label": table["label"], "text": " and ".join(table["text"])}
+    return TABLE.format(said=printable(said), **{key: printable(n) for key, n in names.items()})
 
 
 # --- an ordinary model folder ---------------------------------------------------------------------
@@ -154,7 +170,7 @@ def apply_run(tensors, run):
     for name, tensor in tensors.items():
         found = trained.get(model.canonical(name))
         if found is not None:
-            tensors[name] = tensor * found if found.ndim > 1 else found
+            tensors[name] = tensor * found if found.dtype == torch.bool else found
 
 
 def write_files(folder, files):
@@ -174,7 +190,7 @@ def classifier_use(result, model):
         first="" if model.every_token else "[:, 0]",
         words=result["words"],
         ids=model.words.tolist(),
-        texts=two_texts if len(TASKS[result["task"]].text) == 2 else '"a text"',
+        texts=two_texts if len(task_of(result).text) == 2 else '"a text"',
         loader=loader,
         logits=logits,
     )

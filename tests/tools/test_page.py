@@ -278,7 +278,7 @@ def test_language_models_have_a_page_without_heads(make_gpt2, texts, fails, tmp_
 
 def test_errors(run, finished, fails, tmp_path):
     folder, out = finished, tmp_path / "page.html"
-    assert "takes --text without --pair" in fails(
+    assert "the task takes 1 texts, not 2" in fails(
         page.main, [folder, "--out", out, "--text", "a", "--pair", "b"]
     )
     assert "--pair needs --text" in fails(page.main, [folder, "--out", out, "--pair", "b"])
