@@ -469,7 +469,7 @@ def frozen_digest(model, learner):
 
 
 def make_schedule(args, total, final):
-    """[(density, penalty)] for steps 0 to total, inclusive. final: the density in the end."""
+    """[(density, penalty)] for steps 0 to total, all in advance. final: the density in the end."""
     # From shares of all steps to steps.
     hold = round(args.hold * total)
     ramp = round(args.ramp * total)
@@ -498,7 +498,6 @@ def schedule_on_device(schedule, device):
 def learn(args, run, job, stop_after=None):  # a step after which tests leave a run unfinished
     """Train and evaluate. Raises FloatingPointError if a loss, score or weight is not finite."""
     learner, total = job.learner, job.total
-    # All densities and penalties are known in advance.
     schedule = make_schedule(args, total, job.density)
     densities, penalties = schedule_on_device(schedule, job.device)
     eval_steps = evaluation_steps(args, total)
@@ -513,7 +512,7 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
     batches = data.training_batches(
         job.train, args.batch, stop_after or total, args.seed, job.device, args.accumulate, run.step
     )
-    # A row takes about a third of the time if nothing is learned from it.
+    # An evaluation in steps. Without a backward pass, a row takes about a third of the time.
     pause = sum(map(len, job.dev.values())) / args.batch / 3
     clock = Clock(total, run.step, eval_steps, pause)
     bar = progress(batches, args.method, leave=True, clock=clock)
