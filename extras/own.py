@@ -100,7 +100,7 @@ def read_table(path):
 
 def split_rows(text, delimiter, **options):
     """A text -> Rows. Raises ValueError that begins with the line of a quote that does not end."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)  # of characters in a cell; Windows allows no more
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, **options)
     rows = []
     line = 1

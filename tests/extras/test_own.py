@@ -8,12 +8,14 @@ import json
 import pytest
 import torch
 from acts import interrupt
+from fuzzing import fuzz
 
 import data
 import eval as eval_
 import train
 from extras import own
 from plumbing.checkpoints import cutting_tokenizer
+from plumbing.cli import one_line_errors
 from plumbing.files import MASKS, seal, unseal
 
 GOOD = ["it was a good film", "very fun and good", "the film is fun", "a fun and good film"]
@@ -385,3 +387,29 @@ def test_lengths_are_told_before_they_are_cut(here):
     )
     assert said == "the longest text has 11 tokens; 2 are cut at --length 8"
     assert len(tokenizer.encode("very " * 9).ids) == 8  # it still cuts
+
+
+def test_altered_tables_end_in_one_line(here, survives):
+    @one_line_errors()
+    def command():
+        decide(path, "--text-column", "review", "--label-column", "sentiment")
+
+    path = write(here / "f.csv", reviews())
+    fuzz(path, survives, command)
+
+
+def test_answers_leave_out_what_cannot_be_answered(here, fails, capsys):
+    """As in training: a line that names the row, or with --skip-bad-rows a note on stderr."""
+    write(here / "f.csv", reviews())
+    train.main(["--train", "f.csv", *FLAGS, "--out", "strict"])
+    train.main(["--train", "f.csv", *FLAGS, "--out", "lenient", "--skip-bad-rows"])
+    (here / "new.csv").write_bytes(b'x,review\r\n1,a film\r\n2,\r\n3,"a ""film"""\r\n')
+    said = fails(eval_.main, ["strict", "--text-file", "new.csv"])
+    assert "new.csv:3: 'review' is empty; 1 rows cannot be used" in said
+    eval_.main(["lenient", "--text-file", "new.csv"])
+    out, err = capsys.readouterr()
+    assert [line.split(",")[0] for line in out.splitlines()] == ["x", "1", "3"]
+    assert '3,"a ""film""",' in out and "1 rows cannot be used and are left out" in err
+    write(here / "other.csv", [["text"], ["a film"]])
+    said = fails(eval_.main, ["strict", "--text-file", "other.csv"])
+    assert "other.csv: 0 columns 'review'; it has ['text']" in said
