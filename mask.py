@@ -367,13 +367,13 @@ class Method:
         masked = self.masked(model)
         trained = {}
         for name, weight in model.named_parameters():
-            if name not in masked and self.trains_weight(name, weight):
+            if name not in masked and self.trains_tensor(name, weight):
                 trained[name] = weight
         return trained
 
-    def trains_weight(self, name, weight):
-        """Whether a weight without a mask trains. A classifier always does, as it is fresh."""
-        kinds = {"weights": True, "vectors": weight.ndim == 1}
+    def trains_tensor(self, name, tensor):
+        """Whether a tensor that is not masked trains. A classifier always does, as it is fresh."""
+        kinds = {"weights": True, "vectors": tensor.ndim == 1}
         parts = ("classifier.", *self.trains)
         return any(kinds.get(part, part in name) for part in parts)
 

@@ -564,10 +564,11 @@ def finish(args, run, job):
         result |= mask_facts(job.learner.masks, masks, job.density)
 
     if "weights" in METHODS[args.method].trains:  # a whole model
+        whole = job.model.state_dict() | trained
         if masks:
-            trained |= job.learner.masks.final_weights(job.density, torch.float32)
+            whole |= job.learner.masks.final_weights(job.density, torch.float32)
             result["stored_numbers"] += result["kept"]
-        files = model_files(job.folder, job.model.published(trained), job.model.config)
+        files = model_files(job.folder, job.model.published(whole), job.model.config)
         result["sha256"] = {"model.safetensors": sha256(files["model.safetensors"])}
         trained = {}  # all of it is in that model
     elif frozen_digest(job.model, job.learner) != job.frozen_sha256:

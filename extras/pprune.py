@@ -2,10 +2,13 @@
 
 It clusters the units, heads or neurons, that do the same on a task's inputs, and keeps the
 strongest of each cluster. It does not read labels. For comparison there are two simpler choices:
-the strongest units of each layer, and random ones.
+the strongest units of each layer, and random ones. A fourth choice reads labels: the units whose
+removal would cost most, by Fisher information.
 
 Sources: Wang et al., LREC-COLING 2024, "Pruning before Fine-tuning", and its authors' code. Their
-code scores other heads than intended. This file does what they intended.
+code scores other heads than intended. This file does what they intended. Fisher scores: Kwon et
+al., NeurIPS 2022 (arXiv 2204.09656), who take them after fine-tuning, rearrange the masks and fit
+them to the outputs. Here they are taken before fine-tuning, and used as they are.
 
     smaller, facts = prune(model, train, dev, args, device, units="clusters")
 """
@@ -18,6 +21,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data import collate
 from mask import METHODS, Method
@@ -96,6 +100,50 @@ def activations(model, examples, device, seed, tokens=TOKENS):
         raise ValueError("--model: its activations are not finite, so they cannot be compared")
     layers = len(model.config.layers)
     return found[:layers], found[layers:]
+
+
+def fisher(model, examples, device, seed):
+    """How much the loss would feel the removal of each unit -> per layer heads [n], neurons [n].
+
+    A gate of 1 on a unit has the gradient g, summed over an input's tokens. Its Fisher information
+    is the mean of g^2 over inputs.
+    """
+    rows = np.random.default_rng(seed).permutation(len(examples))[:INPUTS]
+    rows = sorted(rows, key=lambda row: len(examples.ids[row]))  # so that batches need less padding
+    groups = modules(model)
+    projections = groups["attn_output"] + groups["output"]
+    heads, neurons = zip(*model.config.layers, strict=True)
+    counts = heads + neurons  # the units of each projection
+    seen = {}
+
+    def watch(module, inputs):
+        inputs[0].retain_grad()
+        seen[module] = inputs[0]
+
+    hooks = [projection.register_forward_pre_hook(watch) for projection in projections]
+    model.eval().to(device)
+    sums = [0.0] * len(projections)
+    for start in progress(range(0, len(rows), BATCH), "reading gradients"):
+        inputs, labels = collate(examples, rows[start : start + BATCH], device)
+        summed_loss(model(*inputs), labels).backward()
+        for i, projection in enumerate(projections):
+            x = seen[projection]  # [B * S, units * D], where a neuron has D = 1
+            by_unit = x.detach() * x.grad  # detached, or the sums would keep every graph alive
+            by_unit = by_unit.view(len(labels), -1, counts[i], x.shape[-1] // counts[i])
+            gates = by_unit.sum((1, 3))  # [B, units]
+            sums[i] = sums[i] + gates.square().sum(0).cpu()
+        model.zero_grad()
+    for hook in hooks:
+        hook.remove()
+    model.train().to("cpu")
+    return sums[: len(heads)], sums[len(heads) :]
+
+
+def summed_loss(logits, labels):
+    """The loss of each input alone, summed: cross-entropy, or the squared error of a score."""
+    if labels.is_floating_point():
+        return F.mse_loss(logits[:, 0].float(), labels, reduction="sum")
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
 
 
 # --- how alike they are ---------------------------------------------------------------------------
@@ -295,15 +343,32 @@ def evenly(scores, keep):
     return [indices.sort().values for indices in best]
 
 
+def highest_overall(scores, keep):
+    """Keep the units with the highest scores of all layers, `keep` in all, one in each at least.
+
+    scores: per layer [n].
+    """
+    scores = [s.clone() for s in scores]
+    for s in scores:
+        s[s.argmax()] = math.inf
+    layer = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
+    unit = torch.cat([torch.arange(len(s)) for s in scores])
+    best = torch.cat(scores).topk(keep).indices
+    return [unit[best][layer[best] == i].sort().values for i in range(len(scores))]
+
+
 def choose(model, units, examples, keep, device, seed):
     """-> which heads stay, and which neurons: one tensor of indices per layer each.
 
-    units: "clusters", "activation" (the strongest) or "random". The last two keep the same share of
-    each layer. keep: how many heads and how many neurons in all. Raises ValueError if activations
-    are not finite.
+    units: "clusters", "fisher", "activation" (the strongest) or "random". The last two keep the
+    same share of each layer. keep: how many heads and how many neurons in all. Raises ValueError if
+    activations are not finite.
     """
     keep_heads, keep_neurons = keep
     heads, neurons = zip(*model.config.layers, strict=True)  # how many each layer has
+    if units == "fisher":
+        scores = fisher(model, examples, device, seed)
+        return [highest_overall(s, kept) for s, kept in zip(scores, keep, strict=True)]
     if units == "random":
         drawn = torch.Generator().manual_seed(seed)
         head_strengths = [torch.rand(n, generator=drawn) for n in heads]
@@ -394,7 +459,12 @@ def prunable_weights(model):
 
 # ffn_share: how many multiply-accumulates neurons lose for each one that heads lose, see budget().
 RECIPE = {"sparsity": 0.5, "weight_lr": None, "ffn_share": 5.0}
-UNITS = {"p-pruning": "clusters", "p-activation": "activation", "p-random": "random"}
+UNITS = {
+    "p-pruning": "clusters",
+    "p-activation": "activation",
+    "p-random": "random",
+    "p-fisher": "fisher",  # reads labels
+}
 for name, units in UNITS.items():
     METHODS[name] = Method(
         None, trains=("weights",), recipe=RECIPE, before=partial(prune, units=units)

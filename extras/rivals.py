@@ -1,10 +1,16 @@
-"""The methods that SMP is compared with. They train the weights too, with AdamW.
+"""The methods that SMP is compared with.
+
+All but Piggyback train the weights too, with AdamW. Embeddings
+stay frozen, as in the paper's Table 1.
 
 - Magnitude pruning: Zhu and Gupta 2017 (arXiv 1710.01878).
 - Movement and soft movement pruning: Sanh et al., NeurIPS 2020 (arXiv 2005.07683).
 - L0 regularization: Louizos et al., ICLR 2018 (arXiv 1712.01312).
 - Lottery tickets: Chen et al., NeurIPS 2020 (arXiv 2007.12223).
-- Random masks.
+- Random masks, and dense fine-tuning (finetune-encoder).
+- smp-weights: SMP-S with weights that train as well, which the paper says is not needed.
+- Piggyback: Mallya et al., ECCV 2018 (arXiv 1801.06519), and for BERT Zhao et al., EMNLP 2020
+  (arXiv 2004.12406). It trains masks alone, with a threshold and without a regularizer.
 """
 
 import math
@@ -14,7 +20,7 @@ from functools import partial
 import torch
 
 from extras.variants import above_threshold
-from mask import METHODS, Masks, Method, StraightThrough, mean_sigmoid, smp_l
+from mask import METHODS, Masks, Method, StraightThrough, mean_sigmoid, smp_l, smp_s
 
 
 class BothLearn(StraightThrough):
@@ -64,6 +70,15 @@ class Ticket(Masks):
 
     def make_scores(self, stacks):
         self.scores = {group: stack.float().abs() for group, stack in stacks.items()}
+
+
+class Constant(Masks):
+    """Scores start a little above the threshold, so that every weight stays at first."""
+
+    def make_scores(self, stacks):
+        super().make_scores(stacks)
+        for scores in self.scores.values():
+            scores.data.fill_(0.005)  # Mallya et al.: masks begin at 0.01, the threshold is 0.005
 
 
 # --- L0 -------------------------------------------------------------------------------------------
@@ -117,16 +132,31 @@ class Gates(Masks):
 
 # --- the rows -------------------------------------------------------------------------------------
 
+
+class FrozenEmbeddings(Method):
+    """A method that trains every weight but the embeddings."""
+
+    def trains_tensor(self, name, tensor):
+        embedding = name.endswith(("_embeddings.weight", "wte.weight", "wpe.weight"))
+        return not embedding and super().trains_tensor(name, tensor)
+
+
 ONCE = {"sparsity": 0.5, "weight_lr": None}
 GRADUAL = {"sparsity": 0.5, "hold": 0.0, "ramp": None, "schedule": None, "weight_lr": None}
 LEARNED = GRADUAL | {"lr": 1e-2, "penalty": 400.0}
-FIXED = Method(smp_l, rule=BothLearn, trains=("weights",), recipe=GRADUAL)
-SOFT = Method(above_threshold, rule=BothLearn, trains=("scores", "weights"), recipe=LEARNED)
+FIXED = FrozenEmbeddings(smp_l, rule=BothLearn, trains=("weights",), recipe=GRADUAL)
+BOTH = replace(FIXED, trains=("scores", "weights"), recipe=LEARNED)
+# In the reference code of soft movement, a matrix keeps at least 0.5 % of its weights.
+SOFT = replace(BOTH, how_many=partial(above_threshold, least=0.005))
+SMP_S = METHODS["smp-s"].recipe
 METHODS |= {
+    "finetune-encoder": FrozenEmbeddings(None, trains=("weights",), recipe={"weight_lr": None}),
     "magnitude": replace(FIXED, masks=Magnitude),
-    "movement": replace(SOFT, how_many=smp_l, recipe=LEARNED | {"penalty": 0.0}),
+    "movement": replace(BOTH, recipe=LEARNED | {"penalty": 0.0}),
     "soft-movement": SOFT,
-    "l0": replace(SOFT, how_many=partial(above_threshold, tau=OPEN), masks=Gates),
+    "l0": replace(BOTH, how_many=partial(above_threshold, tau=OPEN), masks=Gates),
     "ticket": replace(FIXED, recipe=ONCE, masks=Ticket),
     "random": replace(FIXED, masks=Random),
+    "smp-weights": replace(BOTH, how_many=smp_s, recipe=SMP_S | {"weight_lr": None}),
+    "piggyback": Method(partial(above_threshold, tau=0.5), recipe={"lr": 1e-3}, masks=Constant),
 }

@@ -31,12 +31,14 @@ def smp_g(importance, sizes, density, scores, exact):
     return above + room.clamp(min=0).minimum(ties)
 
 
-def above_threshold(importance, sizes, density, scores, exact, tau=0.1):
+def above_threshold(importance, sizes, density, scores, exact, tau=0.1, least=0.0):
     """SMP-T: keep every weight with sigmoid(S) > tau. This does not control the density.
 
-    exact: keep no more of them than SMP-G would.
+    least: the share of its weights that each matrix keeps in any case. exact: keep no more of them
+    than SMP-G would.
     """
     above = torch.stack([(torch.sigmoid(s) > tau).sum((1, 2)) for s in scores.values()])
+    above = above.maximum((least * sizes).long().to(above.device))
     if exact:
         return above.minimum(smp_g(importance, sizes, density, scores, exact))
     return above

@@ -115,8 +115,8 @@ def read_tensors(path):
 
 
 def pack_weights(tensors):
-    """Pack weights {name: tensor} -> the bytes of a model.safetensors file."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Pack weights {name: tensor} -> the bytes of a model.safetensors file, in float32."""
+    tensors = {name: t.detach().cpu().float().contiguous() for name, t in tensors.items()}
     return save(tensors, {"format": "pt"})  # older versions of transformers insist on a format
 
 
@@ -307,7 +307,7 @@ def build_from(make, tensors):
 
 
 def model_files(folder, tensors, config):
-    """Pack a model -> {name: bytes}, a folder like `folder`, but with these float32 tensors.
+    """Pack a model -> {name: bytes}, a folder like `folder`, but with these tensors.
 
     The layer sizes are those of config.
     """

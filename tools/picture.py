@@ -104,23 +104,18 @@ def save(figure, path):
         raise ValueError(f"{path}: {error}") from None
 
 
-def plot_curves(path, curves, label):
-    """Draw curves {name: [(sparsity, mean, standard deviation)]}.
-
-    A curve with a single point becomes a horizontal line.
-    """
+def plot_prices(path, curves):
+    """Draw what a task stores against its score: {method: [(MB, mean, standard deviation)]}."""
     figure = figure_of(6, 3.6)
     axes = figure.subplots()
     for name, points in curves.items():
-        if len(points) == 1:
-            axes.axhline(points[0][1], ls="--", color="gray", label=name)
-        else:
-            sparsities, means, spreads = zip(*points, strict=True)
-            axes.errorbar(sparsities, means, spreads, fmt="o-", capsize=3, label=name)
-    axes.set_xlabel("sparsity: share of weights removed")
-    axes.set_ylabel(label)
+        sizes, means, deviations = zip(*points, strict=True)
+        axes.errorbar(sizes, means, deviations, fmt="o-", capsize=3, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("MB per task, beside the backbone")
+    axes.set_ylabel("mean dev score of the tasks")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7)
     save(figure, path)
 
 

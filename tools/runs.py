@@ -1,4 +1,4 @@
-"""Make the runs of a list, several side by side, and show them as a table or as curves.
+"""Make the runs of a list, several side by side, and show them as a table or a picture.
 
 A list is a text file with one command of train.py per line, and `--seed=10-14` stands for five. A
 line [NAME] names a row of the table, for the commands below it. Without one, a row is named by its
@@ -7,7 +7,10 @@ when no line has its flags.
 
     python -m tools.runs run results/lists/main.txt --at-once 4   # make what is missing
     python -m tools.runs table results/lists/main.txt --average   # mean and deviation over seeds
-    python -m tools.runs plot results/lists/curve.txt --out curve.png
+    python -m tools.runs plot results/lists/price.txt         # accuracy over bytes per task
+
+A command with --out keeps the folder of its run, which other commands may name as their --model or
+--teacher.
 
 To choose settings without dev, hold out rows of train, and name their folder in the list:
 
@@ -31,13 +34,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 
 import data
 from data import TASKS, split_path
 from plumbing.cli import Parser, count, one_line_errors
 from plumbing.files import read_lines, write_whole
 from plumbing.progress import progress
-from tools.picture import plot_curves
+from tools.picture import plot_prices
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "train.py"
@@ -45,7 +49,8 @@ RESULTS = ROOT / "results" / "runs.jsonl"
 HELD = Path("held")  # where holdout writes
 TOGETHER = ("movies", "sst2")  # they share sentences, so averages count them as one task
 
-IN_A_ROW = ("--task=", "--model=", "--seed=")  # the flags that differ within a row of a table
+# The flags that differ within a row of a table.
+IN_A_ROW = ("--task=", "--model=", "--seed=", "--teacher=", "--out=")
 
 # --- lists and results ----------------------------------------------------------------------------
 
@@ -148,7 +153,7 @@ def start(command, gpu):
     """Start a run on a GPU, in a new folder."""
     folder = tempfile.TemporaryDirectory()
     home = Path(folder.name)
-    words = [sys.executable, TRAIN, *flags_of(command), "--out", home / "run"]
+    words = [sys.executable, TRAIN, *flags_of(command), "--out", run_folder(command, home)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
     with open(home / "errors", "wb") as errors:
         output = {"stdout": subprocess.DEVNULL, "stderr": errors}
@@ -156,14 +161,28 @@ def start(command, gpu):
     return Started(command, gpu, folder, process)
 
 
+def run_folder(command, home):
+    """The folder that a command names by --out, or else one in `home`, which is deleted."""
+    named = [flag for flag in flags_of(command) if flag.startswith("--out=")]
+    return Path(named[0].removeprefix("--out=")) if named else home / "run"
+
+
+def packed_bytes(path):
+    """How many bytes the masks in a mask file take. Their bits are compressed where that helps."""
+    tensors = load_file(path).values() if path.exists() else []
+    return sum(tensor.numel() for tensor in tensors if tensor.dtype == torch.uint8)
+
+
 def finish(run, results, where):
     """Append the line of a run that has ended to the results -> [], or [the error] if it failed."""
     with run.folder as folder:
+        path = run_folder(run.command, Path(folder))
         if run.process.returncode:
             errors = Path(folder, "errors").read_text("utf-8", "replace").strip()
             last = errors.split("\n")[-1] or f"exit status {run.process.returncode}"
             return [f"failed: {run.command}: {last}"]
-        result = json.loads(Path(folder, "run", "result.json").read_text("utf-8"))
+        result = json.loads((path / "result.json").read_text("utf-8"))
+        where = where | {"mask_bytes": packed_bytes(path / "mask.safetensors")}
 
     for key in ("densities", "digest"):  # of every matrix, and of the file
         result.pop(key, None)
@@ -237,6 +256,10 @@ def task_of(line):
     return line["task"]
 
 
+def seed_of(line):
+    return line["seed"]
+
+
 def mean_of(lines, key):
     return statistics.mean(line[key] for line in lines)
 
@@ -260,31 +283,31 @@ def metric_cell(task, metric, lines):
     return f"{text} ({len(values)})"
 
 
-def average(tasks, lines):
-    """The mean over tasks, in percent. The tasks of TOGETHER count as one. "" if one is missing."""
-    mine = group(lines, task_of)
-    if mine.keys() != tasks:
-        return ""
+def mean_over_tasks(lines):
+    """The mean score of tasks. Those of TOGETHER count as one."""
     means = {}
-    for task, of_task in mine.items():
+    for task, of_task in group(lines, task_of).items():
         name = TOGETHER if task in TOGETHER else task
         means.setdefault(name, []).append(statistics.mean(map(score, of_task)))
-    mean = statistics.mean(map(statistics.mean, means.values()))
+    return statistics.mean(map(statistics.mean, means.values()))
+
+
+def average(tasks, lines):
+    """The mean over tasks, in percent. "" if one is missing."""
+    if group(lines, task_of).keys() != tasks:
+        return ""
+    mean = mean_over_tasks(lines)
     return f"{100 * round(mean, 12):.1f}"  # the order of sums must not decide how 0.7405 is rounded
 
 
+def megabytes(line):
+    """What a task stores: trained numbers of four bytes, and a mask or signs."""
+    bits = line.get("mask_bytes") or line["stored_bits"] / 8
+    return (4 * line["stored_numbers"] + bits) / 1e6
+
+
 def stored(lines):
-    """The mean size of what a task stores: trained numbers, and bits of the mask."""
-    numbers = mean_of(lines, "stored_numbers")
-    bits = mean_of(lines, "stored_bits")
-    parts = []
-    if numbers >= 1e5:
-        parts.append(f"{numbers / 1e6:.1f} M numbers")
-    elif numbers:
-        parts.append(f"{numbers:,.0f} numbers")
-    if bits:
-        parts.append(f"{bits / 1e6:.1f} Mbit")
-    return " + ".join(parts)
+    return f"{statistics.mean(map(megabytes, lines)):.2f} MB"
 
 
 def reached(lines):
@@ -313,7 +336,7 @@ def table(rows, averages=False):
                 columns[f"{task}, {metric} (seeds)"] = partial(metric_cell, task, metric)
     if averages:
         columns["average"] = partial(average, tasks.keys())
-    columns |= {"stored a task": stored, "density reached": reached, "minutes": minutes}
+    columns |= {"stored per task": stored, "density reached": reached, "minutes": minutes}
 
     written = [["method", *columns]]
     written.append(["---"] * len(written[0]))
@@ -345,19 +368,18 @@ def best_settings(rows, most):
     return found
 
 
-def curves(rows):
-    """Collect curves of the first metric -> {"task, method": [(sparsity, mean, deviation)]}.
+def prices(rows):
+    """Collect what a task stores, and what it gets -> {method: [(MB, mean over tasks, deviation)]}.
 
-    A row of one task is a point, and of a single seed the deviation is nan. Points are in the
-    order of sparsity.
+    The deviation is over seeds, and nan for a single one. Points are in the order of MB.
     """
     found = {}
-    for row in rows.values():
-        for task, lines in group(row, task_of).items():
-            scores = [score(line) for line in lines]
-            deviation = statistics.stdev(scores) if len(scores) > 1 else math.nan
-            point = (lines[0]["sparsity"], statistics.mean(scores), deviation)
-            found.setdefault(f"{task}, {lines[0]['method']}", []).append(point)
+    for lines in rows.values():
+        size = statistics.mean(map(megabytes, lines))
+        scores = [mean_over_tasks(seed) for seed in group(lines, seed_of).values()]
+        deviation = statistics.stdev(scores) if len(scores) > 1 else math.nan
+        points = found.setdefault(lines[0]["method"], [])
+        points.append((size, statistics.mean(scores), deviation))
     return {name: sorted(points) for name, points in found.items()}
 
 
@@ -405,7 +427,7 @@ def main(argv=None):
     add("--at-once", type=count, default=1, help="run: how many side by side, on all GPUs (1)")
     add("--average", action="store_true", help="table: add the mean over tasks")
     add("--best", type=count, metavar="N", help="table: only the N best settings of each row")
-    add("--out", type=Path, default=Path("curve.png"), metavar="FILE", help="plot: (curve.png)")
+    add("--out", type=Path, default=Path("price.png"), metavar="FILE", help="plot: (price.png)")
     add("--rows", type=count, default=600, help="holdout: rows of train that become dev (600)")
     args = parser.parse_args(argv)
 
@@ -419,7 +441,7 @@ def main(argv=None):
             rows = best_settings(rows, args.best)
         print(table(rows, args.average))
     else:
-        plot_curves(args.out, curves(read_rows(args.list, args.results)), "dev score")
+        plot_prices(args.out, prices(read_rows(args.list, args.results)))
         print(args.out)
 
 

@@ -164,7 +164,7 @@ def test_even_shares_add_up_in_layers_of_any_size():
 EIGHT_TOKENS = data.Examples([[0] * 8], [[0] * 8], [0], 8)
 
 
-@pytest.mark.parametrize("units", ["clusters", "activation", "random"])
+@pytest.mark.parametrize("units", ["clusters", "activation", "random", "fisher"])
 def test_what_stays(examples, tmp_path, units):
     """Neurons 0 to 11 are copies of 12 to 23, half as strong. Clustering keeps the strong ones."""
     model = load_model(tmp_path / "model", [3, 4])
@@ -180,9 +180,7 @@ def test_what_stays(examples, tmp_path, units):
     smaller, facts = pprune.prune(model, examples, {"dev": EIGHT_TOKENS}, args, "cpu", units)
     neurons = [  # found by their outgoing weights, which no two have in common
         (old.output.dense.weight[:, :, None] == new.output.dense.weight[:, None]).all(0).nonzero()
-        for old, new in zip(
-            model.bert.encoder["layer"], smaller.bert.encoder["layer"], strict=True
-        )
+        for old, new in zip(model.bert.encoder["layer"], smaller.bert.encoder["layer"], strict=True)
     ]
     neurons = [pairs[:, 0] for pairs in neurons]
     kept = sum(map(len, neurons))
@@ -248,7 +246,13 @@ def test_activations_are_what_goes_into_the_projections(examples, tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    ["p-pruning", *(pytest.param(m, marks=pytest.mark.slow) for m in ("p-activation", "p-random"))],
+    [
+        "p-pruning",
+        *(
+            pytest.param(m, marks=pytest.mark.slow)
+            for m in ("p-activation", "p-random", "p-fisher")
+        ),
+    ],
 )
 def test_a_run_is_smaller_and_can_be_looked_at_and_teach(
     make_model, glue, tmp_path, capsys, fails, method
@@ -306,3 +310,35 @@ def test_an_interrupted_run_chooses_the_same_units_again(run):
     train.main(["--resume", str(cut)])
     one, other = ((folder / "model.safetensors").read_bytes() for folder in (whole, cut))
     assert one == other
+
+
+def test_fisher_scores_are_squared_gradients_of_gates(make_model):
+    """By definition: the loss of each input alone, with a factor on the columns of one unit."""
+    model = load_model(make_model(), words=[5, 6])
+    rows = [[2, 7, 8, 9, 3], [2, 10, 3], [2, 11, 12, 3]]
+    examples = data.Examples(rows, [[0] * len(row) for row in rows], [0, 1, 1], 16)
+    heads, neurons = pprune.fisher(model, examples, torch.device("cpu"), seed=0)
+    assert model.training and not any(p.grad is not None for p in model.parameters())
+
+    model.eval()
+    for group, found, size in (("attn_output", heads, 4), ("output", neurons, 1)):
+        for layer, name in enumerate(model.prunable()[group]):
+            weight = model.get_parameter(name).detach()
+            units = weight.shape[1] // size
+            total = torch.zeros(units)
+            for row in range(len(rows)):
+                gates = torch.ones(units, requires_grad=True)
+                changed = {name: weight * gates.repeat_interleave(size)}
+                inputs, label = data.collate(examples, [row], torch.device("cpu"))
+                logits = torch.func.functional_call(model, changed, tuple(inputs))
+                pprune.summed_loss(logits, label).backward()
+                total += gates.grad.square()
+            assert torch.allclose(found[layer], total, rtol=1e-3, atol=1e-7)
+
+
+def test_the_highest_scores_of_all_layers_stay_and_one_in_each():
+    scores = [torch.tensor([0.1, 0.3, 0.2]), torch.tensor([5.0, 7.0, 6.0])]
+    kept = pprune.highest_overall(scores, 3)
+    assert [units.tolist() for units in kept] == [[1], [1, 2]]
+    assert [len(units) for units in pprune.highest_overall(scores, 2)] == [1, 1]
+    assert scores[0].tolist() == pytest.approx([0.1, 0.3, 0.2])  # as they were

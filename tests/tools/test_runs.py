@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import train
 from data import TASKS
@@ -159,8 +161,8 @@ def test_a_tiny_model_is_trained_and_shown(make_model, glue, tmp_path, capsys):
     assert "--steps: must be a whole number" in capsys.readouterr().out
     runs.main(["table", *argv])
     head, _, row = capsys.readouterr().out.splitlines()
-    assert head.startswith("| method | movies, accuracy (seeds) | stored a task |")
-    assert row.startswith("| tiny | ") and " (1) | 0.0 Mbit | 0.50 | " in row
+    assert head.startswith("| method | movies, accuracy (seeds) | stored per task |")
+    assert row.startswith("| tiny | ") and " (1) | 0.00 MB | 0.50 | " in row
 
 
 # --- tables and curves ----------------------------------------------------------------------------
@@ -183,11 +185,11 @@ def test_a_table_by_hand():
     }
     tasks = "movies, accuracy (seeds) | mrpc, accuracy (seeds)"
     assert runs.table(rows).splitlines() == [
-        f"| method | {tasks} | stored a task | density reached | minutes |",
+        f"| method | {tasks} | stored per task | density reached | minutes |",
         "| --- | --- | --- | --- | --- | --- |",
-        "| smp-s | 86.0 ± 1.4 (2) | 80.0 (1) | 10.6 Mbit | 0.50 | 1.5 |",
-        "| soft |  | 70.0 ± 0.0 (2) | 2.5 M numbers + 10.6 Mbit | 0.31 to 0.42 | 1.5 |",
-        "| head |  | 50.0 (1) | 770 numbers + 10.6 Mbit | 0.50 | 0.5 |",
+        "| smp-s | 86.0 ± 1.4 (2) | 80.0 (1) | 1.32 MB | 0.50 | 1.5 |",
+        "| soft |  | 70.0 ± 0.0 (2) | 11.32 MB | 0.31 to 0.42 | 1.5 |",
+        "| head |  | 50.0 (1) | 1.33 MB | 0.50 | 0.5 |",
     ]
 
 
@@ -197,8 +199,8 @@ def test_an_average_by_hand():
     whole = [line(task, value) for task, value in values.items()]
     head, _, row, other = runs.table({"a": whole, "b": whole[:4]}, averages=True).splitlines()
     assert "sst2, accuracy (seeds) | average | stored" in head
-    assert " | 70.0 (1) | 45.0 | 10.6 Mbit |" in row  # (80 + 50 + 40 + 10) / 4
-    assert " |  |  | 10.6 Mbit |" in other
+    assert " | 70.0 (1) | 45.0 | 1.32 MB |" in row  # (80 + 50 + 40 + 10) / 4
+    assert " |  |  | 1.32 MB |" in other
 
 
 def test_a_perplexity_is_no_share_and_has_a_column_for_every_set():
@@ -222,17 +224,27 @@ def test_the_best_settings_by_hand():
     assert list(runs.best_settings({"smp-s": texts}, most=1)) == ["smp-s --lr=2"]  # lower is better
 
 
-def test_curves_by_hand():
-    rows = {
-        "0.9": [line("movies", 0.8, "l0", 0.9), line("movies", 0.84, "l0", 0.9)],
-        "0.5": [line("movies", 0.85, "l0", 0.5)],
-        "dense": [line("movies", 0.86, "finetune", 0.0)],
-    }
-    found = runs.curves(rows)
-    assert list(found) == ["movies, l0", "movies, finetune"]
-    (half, mean, spread), tenth = found["movies, l0"]
-    assert (half, mean) == (0.5, 0.85) and spread != spread  # of one seed there is no deviation
-    assert tenth == (0.9, pytest.approx(0.82), pytest.approx(0.04 / 2**0.5))
+def test_prices_by_hand():
+    """A number takes four bytes, and a mask the bytes of its file where these are known."""
+    rows = {}
+    for name, size in (("few", 250_000), ("many", 0)):
+        rows[name] = []
+        for seed, value in enumerate((0.5, 0.7)):
+            for task in ("mrpc", "rte"):
+                rows[name].append(line(task, value, seed=seed, mask_bytes=size))
+    rows["dense"] = [line("mrpc", 0.9, "finetune", seed=0, stored_numbers=10**6, stored_bits=0)]
+    found = runs.prices(rows)
+    few, many = found["smp-s"]
+    assert few == (0.25, pytest.approx(0.6), pytest.approx(0.2 / 2**0.5)) and many[0] == 1.325
+    assert found["finetune"][0][:2] == (4.0, 0.9)
+
+
+def test_a_command_may_keep_the_folder_of_its_run(quick, tmp_path):
+    (line,) = quick(f"python train.py --task=movies --seed=3 --out={tmp_path}/kept")
+    assert (tmp_path / "kept" / "result.json").exists() and line["mask_bytes"] == 0
+    save_file({"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(9)}, tmp_path / "m")
+    assert runs.packed_bytes(tmp_path / "m") == 3
+    assert runs.label_of(line["command"]) == ""
 
 
 def test_what_is_shown_of_a_file_of_results(tmp_path, capsys, fails):
@@ -251,7 +263,7 @@ def test_what_is_shown_of_a_file_of_results(tmp_path, capsys, fails):
 
 def test_a_plot_is_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    argv = ["plot", str(ROOT / "results" / "lists" / "curve.txt"), "--out", f"{tmp_path}/a.png"]
+    argv = ["plot", str(ROOT / "results" / "lists" / "main.txt"), "--out", f"{tmp_path}/a.png"]
     runs.main(argv)
     assert capsys.readouterr().out == f"{tmp_path}/a.png\n"
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
