@@ -213,8 +213,8 @@ def answer_texts(loaded, logits_of, args):
         best = [rows[0] for rows in found]
         rows = zip(best, texts, strict=True)
         return ["\t".join([label, f"{p:.4f}", *text]) for (p, label), text in rows]
-    words = {label: f"{word} ({label})" for label, word in task.words.items()}
-    return [f"{p:7.4f}  {words.get(label, 'score')}" for p, label in found[0]]
+    words = {label: f"{word} ({label})" for label, word in task.words.items() if word != label}
+    return [f"{p:7.4f}  {words.get(label, label or 'score')}" for p, label in found[0]]
 
 
 def read_texts(args, width):

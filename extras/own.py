@@ -426,7 +426,7 @@ def read(table, task, split, path, tokenizer):
         mine = [i for i, is_dev in enumerate(held) if is_dev == (split == "dev")]
         texts, labels = [texts[i] for i in mine], [labels[i] for i in mine]
         if split == "train":
-            said.append(f"{sum(held)} of {len(held)} rows are the dev set, see held_out()")
+            said.append(f"{sum(held)} of {len(held)} rows are held out as dev set, by their sha256")
     if split == "train":
         said = table["said"] + said + [describe_lengths(texts, tokenizer)]
     for line in said:

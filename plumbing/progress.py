@@ -42,18 +42,17 @@ class Clock:
 
     def add(self, done, seconds):
         """Step number `done` took so long, with the pause that followed it, if any."""
-        self.done = done
         if done not in self.pauses:
             self.recent.append(seconds)
         elif self.recent:
             self.pause = max(seconds / mean(self.recent) - 1, 0)
 
-    def left(self):
-        """The seconds that are left; None before anything is known."""
+    def left(self, done):
+        """The seconds that are left after step number `done`; None before anything is known."""
         if not self.recent:
             return None
-        pauses = sum(step > self.done for step in self.pauses)
-        return (self.total - self.done + pauses * self.pause) * mean(self.recent)
+        pauses = sum(step > done for step in self.pauses)
+        return (self.total - done + pauses * self.pause) * mean(self.recent)
 
 
 class Bar(tqdm):
@@ -64,9 +63,9 @@ class Bar(tqdm):
     @property
     def format_dict(self):
         found = super().format_dict
-        left = self.clock.left() if self.clock else None
-        if left:  # tqdm divides the steps that are left by this
-            found["rate"] = (self.total - self.n) / left
+        left = self.clock.left(self.n) if self.clock else None
+        if left is not None:  # tqdm divides the steps that are left by this rate, if it is not 0
+            found["rate"] = max(self.total - self.n, 1) / max(left, 1e-9)
         return found
 
 

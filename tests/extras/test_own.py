@@ -288,7 +288,7 @@ def test_from_a_table_to_answers(here, capsys, name):
     (run,) = (here / "runs").iterdir()
     stem = name.partition(".")[0]
     assert run.name.startswith(f"{stem}-tiny-") and f"\n{stem}: {len(rows) - 51} train ex" in said
-    assert f"{name}: 50 of {len(rows) - 1} rows are the dev set" in said
+    assert f"{name}: 50 of {len(rows) - 1} rows are held out" in said
     assert f"{name}: the longest text has " in said and "classes: " in said
     mask = (run / "mask.safetensors").read_bytes()
     assert b"sst2" not in mask and b"movies" not in mask
@@ -344,7 +344,7 @@ def test_another_place_and_another_file(here, fails, capsys):
     # A second file instead of held-out rows.
     train.main(["--train", "f.csv", "--dev", "g.csv", *FLAGS, "--out", "two"])
     said = capsys.readouterr().out
-    assert "f: 100 train examples" in said and "are the dev set" not in said
+    assert "f: 100 train examples" in said and "held out" not in said
     eval_.main(["two"])
     assert "dev (120 examples)" in capsys.readouterr().out
 

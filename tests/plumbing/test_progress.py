@@ -88,30 +88,27 @@ def test_other_processes_show_nothing(stderr, monkeypatch, as_process, terminal)
 def test_what_is_left_by_hand():
     """Steps that are left as the recent ones, and evaluations that are left as the last one."""
     clock = Clock(total=10, done=2, pauses={5, 10}, pause=4.0)
-    assert clock.left() is None
+    assert clock.left(2) is None
     clock.add(3, seconds=2.0)
-    assert clock.left() == (7 + 2 * 4) * 2  # the guess: four steps each
+    assert clock.left(3) == (7 + 2 * 4) * 2  # the guess: four steps each
     clock.add(4, seconds=4.0)
-    assert clock.left() == (6 + 2 * 4) * 3
+    assert clock.left(4) == (6 + 2 * 4) * 3
     clock.add(5, seconds=9.0)  # a step of 3 and an evaluation of 6
-    assert clock.left() == (5 + 1 * 2) * 3
-    for step in range(6, 10):
-        clock.add(step, seconds=3.0)
-    clock.add(10, seconds=3.0)
-    assert clock.left() == 0
+    assert clock.left(5) == (5 + 1 * 2) * 3
+    assert clock.left(10) == 0
     # Only recent steps count, so that a machine may become slower.
     clock = Clock(total=1000)
     for step in range(1, 501):
         clock.add(step, seconds=1.0 if step <= 400 else 3.0)
-    assert clock.left() == 500 * 3
+    assert clock.left(500) == 500 * 3
 
 
 def test_a_bar_tells_what_its_clock_says(stderr, monkeypatch):
     monkeypatch.setattr(module, "LOG_SECONDS", 0.0)
     stream = stderr(terminal=False)
     clock = Clock(total=1000, done=996)
-    monkeypatch.setattr(clock, "left", lambda: 75.0)
-    bar = progress(range(4), "smp-s", clock=clock)
-    go_through(bar, items=1000, seconds=0)
+    monkeypatch.setattr(clock, "left", lambda done: 25.0 * (1000 - done))
+    go_through(progress(range(4), "smp-s", clock=clock), items=1000, seconds=0)
     lines = stream.getvalue().splitlines()
     assert lines[1].startswith("smp-s: 997 of 1000 ") and "about 01:15 left" in lines[1]
+    assert lines[-1].startswith("smp-s: 1000 of 1000 ") and "about 00:00 left" in lines[-1]
