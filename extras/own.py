@@ -245,10 +245,11 @@ def settings(given):
     table["dev"] = given.get("dev", "")
     header, rows, _ = read_table(given["train"])
     table |= find_columns(given, header, rows)
-    table |= {"skip_bad_rows": "skip_bad_rows" in given, "words": {}, "scale": []}
+    table |= {"skip_bad_rows": "skip_bad_rows" in given, "words": {}}
+    table["scale"] = [0.0, 1.0] if "regression" in given else []  # what it is follows from the rows
     kept, _, labels, _ = usable_rows(given["train"], table, rows, header)
     table["rows"] = len(kept)
-    if "regression" in given or all_scores(labels):
+    if table["scale"] or all_scores(labels):
         describe_scores(table, labels)
     else:
         describe_classes(table, labels)
@@ -305,8 +306,8 @@ def describe_scores(table, labels):
     """Put the scale of the scores into the description."""
     scores = [number(label) for label in labels]
     low, high = min(scores), max(scores)
-    if any(map(math.isnan, scores)) or low == high:
-        raise ValueError(f"--regression: not all of {table['label']!r} are numbers that differ")
+    if low == high:
+        raise ValueError(f"{table['file']}: every {table['label']!r} is {low:g}")
     table["words"] = {"score": "yes"}
     table["scale"] = [low, (high - low) / SCALE]
     table["said"].append(f"{table['label']!r} is a score from {low:g} to {high:g}")
@@ -425,6 +426,8 @@ def read(table, task, split, path, tokenizer):
         held = held_out(texts)
         mine = [i for i, is_dev in enumerate(held) if is_dev == (split == "dev")]
         texts, labels = [texts[i] for i in mine], [labels[i] for i in mine]
+        if not mine:
+            raise ValueError(f"{path}: too few texts differ to hold some out; --dev names a file")
         if split == "train":
             said.append(f"{sum(held)} of {len(held)} rows are held out as dev set, by their sha256")
     if split == "train":

@@ -111,8 +111,8 @@ def test_any_other_encoding_is_one_line_with_a_remedy(tmp_path, fails, content, 
     assert f"{path}:{line}: not UTF-8 (" in said and "save it as UTF-8" in said
 
 
-def test_what_is_no_table(tmp_path, fails):
-    path = tmp_path / "f.csv"
+def test_what_is_no_table(here, fails):
+    path = here / "f.csv"
     for content, message in (
         ("", "holds no rows below a first line"),
         ("a,b\n", "holds no rows below a first line"),
@@ -120,6 +120,12 @@ def test_what_is_no_table(tmp_path, fails):
     ):
         path.write_text(content)
         assert message in fails(train.main, ["--train", path])
+    path.write_text("text,label\n" + "a film,0.5\na film,1\n" * 9)
+    command = ["--train", path, *FLAGS, "--text-column", "text"]
+    assert "too few texts differ to hold some out" in fails(train.main, command)
+    path.write_text("text,label\n" + "a film,1\na good film,1\n" * 9)
+    said = fails(train.main, [*command, "--label-column", "label", "--regression"])
+    assert "f.csv: every 'label' is 1" in said
     path.unlink()
     assert f"there is no regular file {path}" in fails(train.main, ["--train", path])
 
@@ -181,7 +187,7 @@ def test_words_that_cannot_be(here, fails):
         (["--words", "great,great"], "--words: label word 'great' is"),
         (["--head", "words"], "--words: label word 'negative' is"),
         (["--head", "classifier", "--words", "a,b"], "--words: a classifier has none"),
-        (["--regression"], "--regression: not all of 'sentiment' are numbers"),
+        (["--regression"], "f.csv:2: 'negative' is not a score; 120 rows cannot be used"),
         (["--task", "movies"], "--train makes a task of its own; leave out --task"),
         (["--data-dir", "x"], "--train makes a task of its own; leave out --data-dir"),
     ):
