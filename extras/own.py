@@ -22,7 +22,7 @@ from data import ACCURACY, MOVIES, TASKS, Task, encode, own
 from model import label_word_ids
 from plumbing import fetch
 from plumbing.checkpoints import cutting_tokenizer, encode_texts
-from plumbing.cli import flag
+from plumbing.cli import flag, printable
 from plumbing.files import require_regular_file, sha256
 
 FLAGS = {
@@ -457,6 +457,18 @@ def describe_lengths(texts, tokenizer):
     limit = settings["max_length"]
     cut = sum(length > limit for length in lengths)
     return f"the longest text has {max(lengths)} tokens; {cut:,} are cut at --length {limit}"
+
+
+def describe_table(table):
+    """Say on a card or a page what a run's table was; "" for a task that has none."""
+    if not table:
+        return ""
+    told = "; ".join(table["said"])
+    if table["scale"]:
+        low, unit = table["scale"]
+        told += f"; a score is {low:g} + {unit:g} times the logit"
+    columns = f"{table['label']} from {' and '.join(table['text'])}"
+    return printable(f"Trained on a table, {table['file']}: {columns}. {told}.")
 
 
 # --- answers --------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch
 
 from data import task_of
 from eval import load_run, masked_weights
+from extras.own import describe_table
 from extras.pprune import modules, shrink
 from mask import METHODS
 from plumbing.checkpoints import (
@@ -45,12 +46,9 @@ tags: [pruning, sparsity, static-model-pruning, "{method}"]
 # {task}, pruned to a density of {density:.4f}
 
 Backbone {name}, method {method}. What trained: {trained} (vectors are biases and LayerNorms).
-Removed weights are zero. Dev: {scores} ({facts}).
-{table}
+Removed weights are zero. Dev: {scores} ({facts}). {table}
+
 {use}"""
-TABLE = """
-Trained on a table, {file}: {label} from {text}. {said}.
-"""
 FACTS = "seed {seed}, {steps} steps, {seconds} seconds, commit {commit}, {device}, {dtype}"
 CLASSIFIER_USE = """The logit of a class is that of its label word, read at the {where}: {words}.
 
@@ -116,18 +114,6 @@ def card(result, library, use):
 def facts(result):
     """Say how a run was made, as far as it is known."""
     return printable(FACTS.format_map({"commit": "unknown"} | result))
-
-
-def describe_table(table):
-    """Say what a table of one's own was, see extras/own.py; "" for other data."""
-    if not table:
-        return ""
-    said = "; ".join(table["said"])
-    if table["scale"]:
-        low, unit = table["scale"]
-        said += f"; a score is {low:g} + {unit:g} times the logit"
-    names = {"file": table["file"], "label": table["label"], "text": " and ".join(table["text"])}
-    return TABLE.format(said=printable(said), **{key: printable(n) for key, n in names.items()})
 
 
 # --- an ordinary model folder ---------------------------------------------------------------------

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 
 from data import encode
 from eval import densities, load_run, masked_weights, predict, read_texts
+from extras.own import describe_table
 from plumbing.cli import Parser, one_line_errors, printable, show
 from plumbing.fetch import model_name
 from plumbing.files import write_whole
-from tools.export import describe_table, facts
+from tools.export import facts
 from tools.picture import head_densities, read_log
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -360,7 +361,7 @@ def heading(loaded):
     parts = {
         "title": f"{result['task']}: a mask for {name}",
         "what": WHAT.format_map(result | counts),
-        "found": f"Dev {show(result['final'])} ({facts(result)}).",
+        "found": f"Dev {show(result['final'])} ({facts(result)}). ",
     }
     parts["found"] += describe_table(result.get("table"))
     return {key: escape_html(text) for key, text in parts.items()}
