@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -78,13 +79,15 @@ class Task:
     skip_broken: bool = False  # leave out rows with the wrong number of columns
     predict: Callable = fetch.no_test_server  # (test file, run, Loaded, logits_of): write answers
     fetch: Callable = fetch.by_hand  # (task, split): put the file of a split into the cache
+    scale: tuple = (0.0, 1.0)  # of a regression: the score is a + b * logit
 
     # Hooks for tasks that do more than classify [CLS].
     best: Callable = max  # or min: which value of the first metric is best
     every_token: bool = False  # the model reads every token
     load: Callable | None = None  # (folder, length, head) -> model, tokenizer; default: a BERT
-    read: Callable | None = None  # (task, path, tokenizer) -> Examples; default: a TSV file
+    read: Callable | None = None  # (task, split, path, tokenizer) -> Examples; default: a TSV file
     format_answer: Callable | None = None  # (texts, tokenizer, logits_of, args) -> lines of --text
+    answer_file: Callable | None = None  # (path, answers) -> lines of --text-file; default: TSV
 
 
 SENTIMENT = {"0": "terrible", "1": "great"}
@@ -109,6 +112,21 @@ TASKS = {
     ),
     "wnli": Task("WNLI", PAIR, "label", NO_YES, ACCURACY, {"epochs": 60}),
 }  # fmt: skip
+
+
+# Tasks made of a table of your own, which has no row: extras/own.py puts its functions here.
+own = SimpleNamespace(
+    flags={},  # further flags of train.py, {name: (type, help)}
+    settings=lambda given: {},  # flags as given -> the defaults that follow from the table
+    task=None,  # what is called "table" among these -> Task
+)
+
+
+def task_of(settings):
+    """The Task of a run's settings, or of its result; None if nobody knows it."""
+    if own.task and settings.get("table"):
+        return own.task(settings["table"])
+    return TASKS.get(settings["task"])
 
 
 # --- examples -------------------------------------------------------------------------------------
@@ -226,26 +244,37 @@ def encode(texts, labels, tokenizer):
     return Examples(ids, types, labels, tokenizer.truncation["max_length"], cut=cut)
 
 
-def split_path(name, split, data_dir):
-    """Where the file of a split is or will be. Raises ValueError if data_dir lacks it."""
-    task = TASKS[name]
-    path = Path(data_dir or fetch.cache() / "glue") / task.folder / task.file.format(split)
+def row(task):
+    """A Task, or its name in TASKS -> the Task."""
+    return TASKS[task] if isinstance(task, str) else task
+
+
+def split_path(task, split, data_dir):
+    """Where the file of a split is or will be. task: see row(). data_dir: see load_split.
+
+    Raises ValueError if data_dir lacks it.
+    """
+    task = row(task)
+    path = Path(data_dir or fetch.cache() / "glue")
+    if not path.is_file():
+        path = path / task.folder / task.file.format(split)
     if data_dir and not path.exists():
         raise ValueError(f"--data-dir: there is no {path.absolute()}")
     return path
 
 
-def load_split(name, split, data_dir, tokenizer):
+def load_split(task, split, data_dir, tokenizer):
     """Examples of a split ("train", or one of the task's dev) of data_dir/FOLDER/FILE.
 
-    data_dir None: the cache, which is filled on first use.
+    task: see row(). data_dir None: the cache, which is filled on first use. It may also name one
+    file, to read as this split.
     """
-    task = TASKS[name]
-    path = split_path(name, split, data_dir)
+    task = row(task)
+    path = split_path(task, split, data_dir)
     if not path.exists():  # in the cache, on first use
         task.fetch(task, split)
     if task.read:
-        return task.read(task, path, tokenizer)
+        return task.read(task, split, path, tokenizer)
     return encode(*read_rows(path, task), tokenizer)
 
 

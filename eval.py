@@ -17,11 +17,10 @@ from torch.func import functional_call
 
 import data
 import extras  # noqa: F401 (its methods and tasks; without the folder, delete this line)
-from data import TASKS
 from mask import METHODS
 from model import load_backbone
 from plumbing import cli, fetch, parallel
-from plumbing.files import check_digest, load_masks
+from plumbing.files import check_digest, load_masks, shapes_of
 from plumbing.progress import progress
 from plumbing.run import identity, read_description, say
 from plumbing.summary import cut_texts, guessing
@@ -73,6 +72,7 @@ def evaluate(model, weights, sets, metrics, device):
 class Loaded(NamedTuple):
     # What load_run() returns.
     result: dict  # result.json
+    task: data.Task
     folder: Path  # where the model is
     model: torch.nn.Module
     tokenizer: object
@@ -81,8 +81,9 @@ class Loaded(NamedTuple):
 
 def load_run(run, model_name=None):
     """A finished run's folder, or a mask file -> Loaded. Raises ValueError for what misfits."""
+    run = Path(run)
     result = read_result(run)
-    task, method = TASKS[result["task"]], METHODS[result["method"]]
+    task, method = data.task_of(result), METHODS[result["method"]]
     own = "weights" in method.trains  # the run has a model of its own
     # Such a run has no use for another backbone.
     if own and (run.is_file() or model_name):
@@ -106,19 +107,19 @@ def load_run(run, model_name=None):
             )
     # The method decides whether there must be a mask, not the file.
     masks = load_masks_into(model, run, result) if method.how_many or not own else {}
-    return Loaded(result, folder, model, tokenizer, masks)
+    return Loaded(result, task, folder, model, tokenizer, masks)
 
 
 def read_result(run):
     """The result of a run's folder or mask file. Raises ValueError if it is not for this code."""
     # Whether it is a result at all is plumbing's question. Here: do we know its task and method?
     result = read_description(run)
-    task, method, words = result["task"], result["method"], result["words"]
-    if method not in METHODS:
-        raise ValueError(f"{run}: METHODS has no method {method}")
+    if result["method"] not in METHODS:
+        raise ValueError(f"{run}: METHODS has no method {result['method']}")
     # Other label words would read the same logits as other answers.
-    if task not in TASKS or words != TASKS[task].words:
-        raise ValueError(f"{run}: TASKS has no task {task} with the label words {words}")
+    task, words = data.task_of(result), result["words"]
+    if task is None or words != task.words:
+        raise ValueError(f"{run}: TASKS has no task {result['task']} with the label words {words}")
     return result
 
 
@@ -129,20 +130,10 @@ def load_masks_into(model, run, result):
     """
     path = run if run.is_file() else run / "mask.safetensors"
     method = METHODS[result["method"]]
-    # The masks must be those of this model's matrices, of this run, and nothing else.
-    groups = model.prunable().values() if method.how_many else []
-    shapes = {name: weight.shape for group in groups for name, weight in group.items()}
-    masks, others = load_masks(path, shapes)
-
     # A fresh classifier, or biases and LayerNorms, may have trained beside the mask.
-    expected = {}
-    for name, weight in [] if "weights" in method.trains else model.named_parameters():
-        if method.trains_tensor(name, weight):
-            expected[name] = weight.shape
-    if expected != {name: tensor.shape for name, tensor in others.items()}:
-        raise ValueError(
-            f"{path} holds other weights beside its mask than {result['method']} trains"
-        )
+    beside = {} if "weights" in method.trains else method.trained(model)
+    # The masks must be those of this model's matrices, of this run, and nothing else.
+    masks, others = load_masks(path, shapes_of(method.masked(model)), shapes_of(beside))
     model.load_state_dict(others, strict=False)
     return masks
 
@@ -150,10 +141,10 @@ def load_masks_into(model, run, result):
 def load_sets(result, splits, data_dir, tokenizer):
     """{split: Examples} from a folder, or by default the run's own, unchanged."""
     own = result["data_dir"]
-    if own and not Path(own).is_dir():
+    if own and not Path(own).exists():
         own = None  # a mask from another machine; the cache may have its data
-    folder = data_dir or own
-    sets = {split: data.load_split(result["task"], split, folder, tokenizer) for split in splits}
+    folder, task = data_dir or own, data.task_of(result)
+    sets = {split: data.load_split(task, split, folder, tokenizer) for split in splits}
     # A run's number means nothing on rows that have changed since.
     for split, examples in sets.items():
         if not data_dir and result.get(f"{split} digest") not in (None, examples.digest()):
@@ -192,14 +183,15 @@ def answers(loaded, texts, logits_of=None):
     """
     if not texts:
         return []
-    labels = list(TASKS[loaded.result["task"]].words)  # in class order
+    labels = list(loaded.task.words)  # in class order
     if logits_of is None:
         weights = masked_weights(loaded, "cpu", torch.float32)
         logits_of = partial(predict, loaded.model, weights, device="cpu")
     texts = [(text,) if isinstance(text, str) else text for text in texts]
     logits = logits_of(data.encode(texts, [0] * len(texts), loaded.tokenizer))  # [N, C]
     if len(labels) == 1:
-        return [[(score, "")] for score in logits[:, 0].tolist()]
+        zero, unit = loaded.task.scale
+        return [[(zero + unit * score, "")] for score in logits[:, 0].tolist()]
 
     # Softmax over the classes, then the likeliest first.
     found = []
@@ -208,9 +200,12 @@ def answers(loaded, texts, logits_of=None):
     return found
 
 
-def answer_texts(loaded, texts, logits_of, args):
+def answer_texts(loaded, logits_of, args):
     """Lines: the answer to --text, or one for each line of --text-file, as TSV."""
-    task = TASKS[loaded.result["task"]]
+    task = loaded.task
+    if args.text_file and task.answer_file:  # a table with columns of its own
+        return task.answer_file(args.text_file, partial(answers, loaded, logits_of=logits_of))
+    texts = read_texts(args, len(task.text))
     if task.format_answer:  # a span, or the continuation of a text
         blocks = [task.format_answer(text, loaded.tokenizer, logits_of, args) for text in texts]
         return [" ".join(lines) for lines in blocks] if args.text_file else blocks[0]
@@ -220,8 +215,8 @@ def answer_texts(loaded, texts, logits_of, args):
         best = [rows[0] for rows in found]
         rows = zip(best, texts, strict=True)
         return ["\t".join([label, f"{p:.4f}", *text]) for (p, label), text in rows]
-    words = {label: f"{word} ({label})" for label, word in task.words.items()}
-    return [f"{p:7.4f}  {words.get(label, 'score')}" for p, label in found[0]]
+    words = {label: f"{word} ({label})" for label, word in task.words.items() if word != label}
+    return [f"{p:7.4f}  {words.get(label, label or 'score')}" for p, label in found[0]]
 
 
 def read_texts(args, width):
@@ -229,20 +224,15 @@ def read_texts(args, width):
 
     Raises ValueError, which names the line, for one without `width` texts.
     """
-    # Tabs separate the two texts of a pair.
-    if args.text_file:
+    if args.text_file:  # tabs separate the two texts of a pair
         texts = data.read_cells(args.text_file)
-        for number, text in enumerate(texts, 1):
-            if len(text) != width:
-                raise ValueError(
-                    f"{args.text_file}:{number}: the task takes {width} texts with tabs between, "
-                    f"not {len(text)}"
-                )
-        return [tuple(text) for text in texts]
-    text = (args.text,) if args.pair is None else (args.text, args.pair)
-    if len(text) != width:
-        raise ValueError(f"--text, --pair: the task takes {width} texts, not {len(text)}")
-    return [text]
+    else:
+        texts = [[text for text in (args.text, args.pair) if text is not None]]
+    for number, text in enumerate(texts, 1):
+        if len(text) != width:
+            place = f"{args.text_file}:{number}" if args.text_file else "--text and --pair"
+            raise ValueError(f"{place}: the task takes {width} texts, not {len(text)}")
+    return [tuple(text) for text in texts]
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -260,6 +250,7 @@ TEXT_FLAGS = {
 DATA_FLAGS = {
     "model": (str, "the backbone of a mask file, if it is somewhere else"),
     "data_dir": (str, "folder with the tasks' folders, if it is another"),
+    "dev": (str, "evaluate this file instead of the run's dev set"),
 }
 
 
@@ -281,7 +272,7 @@ def evaluate_run(run, args):
     """Do with a run what the arguments ask for."""
     loaded = load_run(run, args.model)
     result, tokenizer = loaded.result, loaded.tokenizer
-    task = TASKS[result["task"]]
+    task = loaded.task
     device, dtype, why = cli.choose_device(args.device, args.dtype)
     if args.dtype is None and device.type == result["device"]:  # as in training
         dtype = getattr(torch, result["dtype"])
@@ -295,12 +286,12 @@ def evaluate_run(run, args):
     if args.text is not None or args.text_file:
         if len(args.runs) > 1:
             print(run)
-        for line in answer_texts(loaded, read_texts(args, len(task.text)), logits_of, args):
+        for line in answer_texts(loaded, logits_of, args):
             print(line)
     elif args.predict:
         task.predict(args.predict, run, loaded, logits_of)
     else:
-        sets = load_sets(result, task.dev, args.data_dir, tokenizer)
+        sets = load_sets(result, task.dev, args.dev or args.data_dir, tokenizer)
         method = result.get("pruned_with", result["method"])
         print(f"{run}: {result['task']}, {method} on {device} in {cli.dtype_name(dtype)} ({why})")
         metrics = evaluate(loaded.model, weights, sets, task.metrics, device)

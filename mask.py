@@ -27,17 +27,23 @@ from torch import nn
 # --- schedules --------------------------------------------------------------------------------
 
 
-def density_at(step, ramp, final, power=3, hold=0):
+# What falls from 1 to 0 while t, the share of the ramp that is done, goes from 0 to 1.
+SCHEDULES = {
+    "cubic": lambda t: (1 - t) ** 3,
+    "linear": lambda t: 1 - t,
+}
+
+
+def density_at(step, ramp, final, schedule="cubic", hold=0):
     """Share of weights kept at a step: 1 until step `hold`, then down to `final` at step `ramp`.
 
-    v_t = v + (1 - v)(1 - t/N)^power (section 4.3). Power 3 is the cubic schedule, 1 the linear one.
+    v_t = v + (1 - v)(1 - t/N)^3 (section 4.3), or another of SCHEDULES in place of the cube.
     """
     if step < hold:
         return 1.0
     if step >= ramp:
         return final
-    done = (step - hold) / (ramp - hold)  # t/N
-    return final + (1 - final) * (1 - done) ** power
+    return final + (1 - final) * SCHEDULES[schedule]((step - hold) / (ramp - hold))
 
 
 def penalty_at(step, total, final=400.0):
@@ -345,16 +351,31 @@ class Method:
     how_many: Callable | None  # see above; None: nothing is masked
     rank: Callable = by_scores  # (weights, scores), {group: [L, out, in]} each -> what is compared
     rule: type = StraightThrough  # what flows into the scores
-    trains: tuple = ("scores",)  # "scores", "vectors" (biases and LayerNorms) or "weights" (all)
+    # "scores", "vectors" (biases and LayerNorms), "weights" (all), or parts of weights' names.
+    trains: tuple = ("scores",)
     recipe: dict = field(default_factory=lambda: SMP)  # the flags it takes, and its defaults
     masks: type = Masks  # a subclass starts its scores differently
     before: Callable | None = None  # makes the model smaller before training, see extras/pprune.py
 
+    def masked(self, model):
+        """{name: weight [out, in]} of a model's weights that get a mask."""
+        groups = model.prunable().values() if self.how_many else []
+        return {name: weight for group in groups for name, weight in group.items()}
+
+    def trained(self, model):
+        """{name: weight} of the others that train. All the rest is frozen."""
+        masked = self.masked(model)
+        trained = {}
+        for name, weight in model.named_parameters():
+            if name not in masked and self.trains_tensor(name, weight):
+                trained[name] = weight
+        return trained
+
     def trains_tensor(self, name, tensor):
         """Whether a tensor that is not masked trains. A classifier always does, as it is fresh."""
-        if "vectors" in self.trains and tensor.ndim == 1:
-            return True
-        return "weights" in self.trains or name.startswith("classifier.")
+        kinds = {"weights": True, "vectors": tensor.ndim == 1}
+        parts = ("classifier.", *self.trains)
+        return any(kinds.get(part, part in name) for part in parts)
 
 
 METHODS = {

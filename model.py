@@ -377,7 +377,7 @@ def label_word_ids(words, tokenizer):
         if len(encoded.ids) != 1 or encoded.tokens[0].lstrip("Ġ▁") != word or encoded.ids[0] in ids:
             raise ValueError(
                 f"label word {word!r} is {encoded.tokens} in tokenizer.json, not one token of its "
-                "own: change TASKS"
+                "own; choose another"
             )
         ids += encoded.ids
     return ids

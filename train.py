@@ -7,9 +7,9 @@ The method itself is mask.py. The recipe is that of Jiang et al., ACL 2023 (arXi
 of its authors' code. `main`, at the end, has three acts: prepare, learn, finish.
 """
 
-import argparse
 import math
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,31 +23,35 @@ import data
 import extras  # noqa: F401 (its methods and tasks; without the folder, delete this line)
 from data import TASKS
 from eval import densities, evaluate, load_run
-from mask import METHODS, density_at, penalty_at
+from mask import METHODS, SCHEDULES, density_at, penalty_at
 from model import load_backbone
 from plumbing import cli, fetch, parallel
 from plumbing.checkpoints import model_files
 from plumbing.cli import count, fraction, fraction_below_one, not_negative, positive
 from plumbing.files import digest, pack_masks, sha256
 from plumbing.graphs import Recorded, compile_step
-from plumbing.progress import progress
-from plumbing.run import Run, identity, interrupted_run
+from plumbing.progress import Clock, progress
+from plumbing.run import Run, identity, interrupted_run, run_folder
 from plumbing.summary import evaluation, opening, summary
 
 LOG_EVERY = 10  # steps between log lines; the host waits for the GPU only here and at evaluations
 
 # --- flags ----------------------------------------------------------------------------------------
 
-USAGE = "python train.py [flags]"
-ABOUT = "Learn which weights of a frozen BERT, or GPT-2, to keep."
 EXAMPLES = """examples:
-  python train.py                                  film reviews: minutes on a CPU
-  python train.py --sparsity 0.9                   a tenth stays; takes more steps
-  python train.py --task rte --method finetune     dense BERT, to compare with
-  python train.py --task rte --help                the defaults of RTE
+  python train.py                               film reviews: minutes on a CPU
+  python train.py --sparsity 0.9                a tenth stays; takes more steps
+  python train.py --task rte --method finetune  dense BERT, to compare with
+  python train.py --train reviews.csv           a table of your own
 """
-POWERS = {"cubic": 3, "linear": 1}  # the values of --schedule
-SCHEDULES = {"bert": "cubic"}  # the reference code's is cubic for BERT, and linear for RoBERTa
+TEXTS = {"usage": "python train.py [flags]", "epilog": EXAMPLES}
+TEXTS["description"] = "Learn which weights of a frozen BERT, or GPT-2, to keep."
+
+USUAL_SCHEDULE = {"bert": "cubic"}  # reference code: cubic for BERT, linear for RoBERTa
+
+# --help shows these, --help-all all.
+SHORT = "task method model sparsity lr epochs steps batch seed out resume device "
+SHORT += "train text_column label_column"
 
 METHOD = "method (not every method takes all of these)"
 # {group: {name: (type or choices, help)}}. The defaults are recipe()'s, and --help prints them.
@@ -66,7 +70,7 @@ FLAGS = {
         "weight_lr": (positive, "peak learning rate of weights that train"),
         "hold": (fraction, "share of the steps before pruning starts"),
         "ramp": (fraction, "share of the steps after which the sparsity is reached"),
-        "schedule": (POWERS, "how the density falls; by default cubic, for RoBERTa linear"),
+        "schedule": (SCHEDULES, "how the density falls; by default cubic, for RoBERTa linear"),
         "penalty": (not_negative, "lambda of the regularizer"),
         "temperature": (positive, "p of SMP-S: larger values even the layers out"),
     },
@@ -82,7 +86,7 @@ FLAGS = {
         "seed": (cli.seed, "for batches, dropout and fresh weights"),
         "dropout": (cli.YES_OR_NO, "drop at the model's own rates in training"),
         "out": (Path, "folder of the run"),
-        "resume": (Path, "continue the interrupted run in a folder; no other flags"),
+        "resume": (Path, "continue the interrupted run in a folder"),
     },
     "machine": cli.MACHINE_FLAGS
     | {
@@ -94,24 +98,11 @@ FLAGS = {
 }
 
 
-def make_parser(defaults):
-    formatter = argparse.RawDescriptionHelpFormatter  # keeps the lines of EXAMPLES
-    parser = cli.Parser(
-        usage=USAGE,
-        description=ABOUT,
-        epilog=EXAMPLES,
-        formatter_class=formatter,
-        add_help=False,
-    )
-    about = "show these flags, with the defaults of --task and --method"
-    parser.add_argument("-h", "--help", action="store_true", help=about)
-    for title, flags in FLAGS.items():
-        cli.add_flags(parser, title, flags, defaults)
+def flag_groups():
+    """FLAGS, and those of extras/."""
     others = sorted(method_flags() - FLAGS[METHOD].keys())  # such as --ffn-share
-    cli.add_flags(
-        parser, "extras", dict.fromkeys(others, (positive, "only for some methods")), defaults
-    )
-    return parser
+    others = dict.fromkeys(others, (positive, "only for some methods"))
+    return FLAGS | {"your own table": data.own.flags, "extras": others}
 
 
 def method_flags():
@@ -140,14 +131,15 @@ def recipe(given):
     A method's defaults override those of the task. The rest follow from the sparsity, and the
     schedule from the model, see prepare().
     """
+    usual = DEFAULTS | data.own.settings(given)
+    chosen = usual | given
+    method = METHODS[chosen["method"]]
     # Each line overrides those before it.
-    given = DEFAULTS | given
-    method = METHODS[given["method"]]
-    values = data.RECIPE | TASKS[given["task"]].recipe
-    values |= {name: value for name, value in method.recipe.items() if value is not None}
-    values |= given
+    usual |= data.RECIPE | data.task_of(chosen).recipe
+    usual |= {name: value for name, value in method.recipe.items() if value is not None}
+    values = usual | given
     # What this method does not use is off, whatever the task says.
-    for name in method_flags() - takes(given):
+    for name in method_flags() - takes(values):
         values[name] = OFF.get(name)
 
     # Even the layers out while most weights stay (reference code; not in the paper).
@@ -155,7 +147,8 @@ def recipe(given):
     # Small datasets train for least_steps by default, and evaluations are 10 steps apart.
     values["least_steps"] = 0 if "epochs" in given else least_steps(values["sparsity"])
     values["least_steps_per_eval"] = 1 if "evals" in given else 10
-    values.setdefault("out", Path("runs") / run_name(values))
+    changed = {name: value for name, value in given.items() if value != usual.get(name)}
+    values.setdefault("out", run_folder(values, changed))
     return values
 
 
@@ -170,36 +163,25 @@ def least_steps(sparsity):
     return 300 if sparsity <= 0.5 else 1200
 
 
-def run_name(values):
-    """Such as movies-minilm-smp-s-0.5-seed0."""
-    model = fetch.model_name(values["model"])
-    name = f"{values['task']}-{model}-{values['method']}-{values['sparsity']:g}"
-    if values["head"] == "classifier":
-        name += "-classifier"
-    if "teacher" in values:
-        name += "-taught"
-    if "steps" in values:
-        name += f"-{values['steps']}steps"
-    return f"{name}-seed{values['seed']}".replace(":", "of")  # smp-2:4; Windows takes no colons
-
-
 def parse_args(argv):
     """All settings, which nobody changes later. Exits with one line when they make no sense."""
     # No flag has a default in the parser, so what is not None was given.
-    parser = make_parser({})
+    groups = flag_groups()
+    parser = cli.grouped_parser(groups)
     parsed = vars(parser.parse_args(argv))
     wants_help = parsed.pop("help")
     given = {name: value for name, value in parsed.items() if value is not None}
     if wants_help:
-        make_parser(recipe(given)).print_help()
+        shown = SHORT if wants_help == "short" else None
+        cli.grouped_parser(groups, recipe(given), shown, **TEXTS).print_help()
         parser.exit()
     # A resumed run reads its flags from its checkpoint, see main().
     if "resume" in given:
-        if len(argv) > (1 if "=" in argv[0] else 2):  # --resume=RUN, or --resume RUN
+        if len(given) > 1:
             parser.error("--resume takes the settings of its run, and no other flags")
-        return argparse.Namespace(**parsed)
+        return Namespace(**parsed)
 
-    args = argparse.Namespace(**parsed | recipe(given))
+    args = Namespace(**parsed | recipe(given))
     # A flag without effect would only mislead.
     allowed = takes(vars(args))
     for name in sorted(method_flags() & given.keys() - allowed):
@@ -230,12 +212,9 @@ class Learner(nn.Module):
             masked = self.masks.by_name(self.masks.weights)
 
         # Then ordinary weights that train: all of them, vectors, or a classifier.
-        trained = {}
-        for name, weight in model.named_parameters():
-            if name not in masked and method.trains_tensor(name, weight):
-                trained[name] = weight.detach().float().clone()
+        trained = method.trained(model)
         self.names = list(trained)  # a ParameterDict takes no names with dots
-        self.weights = nn.ParameterList(trained.values())
+        self.weights = nn.ParameterList(w.detach().float().clone() for w in trained.values())
 
         # All the rest is frozen. The float32 copies are taken, so it may be rounded now.
         model.to(dtype)
@@ -373,6 +352,7 @@ def train_step(forward_backward, optimizer, parts, density, penalty):
 class Job(NamedTuple):
     """What prepare() gets ready."""
 
+    task: data.Task
     model: nn.Module  # frozen, on its device
     learner: Learner
     teacher: nn.Module | None
@@ -404,7 +384,7 @@ def prepare(args, run):
         teacher.to(device, dtype)
     run.check_identity(vars(args), facts)
     if "schedule" in method.recipe:
-        facts["schedule"] = args.schedule or SCHEDULES.get(model.config.model_type, "linear")
+        facts["schedule"] = args.schedule or USUAL_SCHEDULE.get(model.config.model_type, "linear")
 
     train = sets.pop("train")
     facts["density"] = 1 - args.sparsity
@@ -423,17 +403,18 @@ def prepare(args, run):
     for line in opening(args, train, sets, total, density, machine):
         print(line)
     return Job(
-        model, learner, teacher, train, sets, device, total, density, folder, frozen_sha256, facts
-    )
+        data.task_of(vars(args)), model, learner, teacher, train, sets,
+        device, total, density, folder, frozen_sha256, facts,
+    )  # fmt: skip
 
 
 def load_inputs(args):
     """-> model in float32, its folder, teacher or None, {split: Examples}."""
-    task = TASKS[args.task]
+    task = data.task_of(vars(args))
     splits = ("train", *task.dev)
     # Report a missing file before anything large is downloaded.
     for split in splits:
-        data.split_path(args.task, split, args.data_dir)
+        data.split_path(task, split, args.data_dir)
     folder = fetch.model_folder(args.model)
     model, tokenizer = load_backbone(folder, task, args.length, args.head)
     # The matrices of a group are stacked, so all must have one shape.
@@ -443,12 +424,12 @@ def load_inputs(args):
             f"which {args.model} lacks; try finetune"
         )
     # With a teacher (distillation), half of the loss is how far the student is from it.
-    teacher = load_teacher(args, tokenizer) if args.teacher else None
-    sets = {split: data.load_split(args.task, split, args.data_dir, tokenizer) for split in splits}
+    teacher = load_teacher(args, task, tokenizer) if args.teacher else None
+    sets = {split: data.load_split(task, split, args.data_dir, tokenizer) for split in splits}
     return model, folder, teacher, sets
 
 
-def load_teacher(args, tokenizer):
+def load_teacher(args, task, tokenizer):
     """The fine-tuned model of a run, frozen. Raises ValueError if it cannot teach this task."""
     run = Path(args.teacher)
     loaded = load_run(run)
@@ -456,8 +437,9 @@ def load_teacher(args, tokenizer):
     longest = loaded.model.config.longest_input
     if METHODS[result["method"]].how_many:
         raise ValueError(f"--teacher: {run} is a pruned model; a teacher must be fine-tuned")
-    if result["task"] != args.task:
-        raise ValueError(f"--teacher: {run} was trained on {result['task']}, not on {args.task}")
+    known, wanted = [result["task"], *result["words"]], [args.task, *task.words]
+    if known != wanted:  # task and classes
+        raise ValueError(f"--teacher: {run} was trained on {known}, not on {wanted}")
     # The teacher reads the student's inputs, so both must know the same tokens.
     if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher: {run} has another vocabulary than {args.model}")
@@ -485,16 +467,21 @@ def frozen_digest(model, learner):
 # --- act two: learn -------------------------------------------------------------------------------
 
 
-def make_schedule(args, total, final, schedule="cubic"):
-    """[(density, penalty)] for steps 0 to total, inclusive. final: the density in the end."""
+def make_schedule(args, total, final, schedule):
+    """[(density, penalty)] for steps 0 to total, all in advance. final: the density in the end."""
     # From shares of all steps to steps.
     hold = round(args.hold * total)
     ramp = round(args.ramp * total)
-    power = POWERS[schedule]
     return [
-        (density_at(t, ramp, final, power, hold), penalty_at(t, total, args.penalty))
+        (density_at(t, ramp, final, schedule, hold), penalty_at(t, total, args.penalty))
         for t in range(total + 1)
     ]
+
+
+def evaluation_steps(args, total):
+    """The steps after which a run is evaluated, at equal distances. The last one is `total`."""
+    evals = min(args.evals, math.ceil(total / args.least_steps_per_eval))
+    return {math.ceil(total * i / evals) for i in range(1, evals + 1)}
 
 
 def schedule_on_device(schedule, device):
@@ -509,12 +496,9 @@ def schedule_on_device(schedule, device):
 def learn(args, run, job, stop_after=None):  # a step after which tests leave a run unfinished
     """Train and evaluate. Raises FloatingPointError if a loss, score or weight is not finite."""
     learner, total = job.learner, job.total
-    # All densities and penalties are known in advance.
     schedule = make_schedule(args, total, job.density, job.facts.get("schedule", "cubic"))
     densities, penalties = schedule_on_device(schedule, job.device)
-    # Evaluations at equal distances, the last one after the last step.
-    evals = min(args.evals, math.ceil(total / args.least_steps_per_eval))
-    eval_steps = {math.ceil(total * i / evals) for i in range(1, evals + 1)}
+    eval_steps = evaluation_steps(args, total)
     optimizer = make_optimizer(learner, args.lr, args.weight_lr, args.decay)
     run.restore(learner, optimizer)  # does nothing in a new run
 
@@ -526,7 +510,10 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
     batches = data.training_batches(
         job.train, args.batch, stop_after or total, args.seed, job.device, args.accumulate, run.step
     )
-    bar = progress(batches, args.method, total=total, initial=run.step, leave=True)
+    # An evaluation in steps. Without a backward pass, a row takes about a third of the time.
+    pause = sum(map(len, job.dev.values())) / args.batch / 3
+    clock = Clock(total, run.step, eval_steps, pause)
+    bar = progress(batches, args.method, leave=True, clock=clock)
     recent = []  # losses since the last log line, on the device
     for step, parts in enumerate(bar, run.step):
         # One step: mask, learn, clip, Adam.
@@ -557,7 +544,7 @@ def evaluate_learner(args, job, step, density):
             )
     weights = job.learner.final_weights(density)
     with torch.compiler.set_stance("force_eager"):  # so that eval.py finds the same numbers
-        return evaluate(job.model, weights, job.dev, TASKS[args.task].metrics, job.device)
+        return evaluate(job.model, weights, job.dev, job.task.metrics, job.device)
 
 
 # --- act three: finish ----------------------------------------------------------------------------
@@ -593,7 +580,7 @@ def finish(args, run, job):
 
 def describe(args, run, job):
     """What result.json says about any run."""
-    task = TASKS[args.task]
+    task = job.task
     # The best counts from when the target density is reached. A denser model has it easier.
     target = run.evaluations[-1]["density"]
     on_target = [line for line in run.evaluations if line["density"] == target]

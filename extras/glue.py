@@ -207,7 +207,7 @@ def predict(path, run, loaded, logits_of):
 
     Each row keeps the index that it has in the file. Without such a column, rows count from 0.
     """
-    task = TASKS[loaded.result["task"]]
+    task = loaded.task
     text = TEST_TEXT.get(task.folder, task.text)
     table = read_cells(path)
     index = [name for name in INDEX if table and name in table[0]][:1]

@@ -120,7 +120,7 @@ def fetch_text(task, split):
         fetch_zip(url, folder, md5, remedy)
 
 
-def read_blocks(task, path, tokenizer):
+def read_blocks(task, split, path, tokenizer):
     """Task.read: a text -> Blocks, as long as the tokenizer's truncation. Prints their number.
 
     The last tokens of the text that fill no block are dropped. (The authors' code drops some in

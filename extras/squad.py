@@ -269,16 +269,15 @@ def add_windows(windows, question, encodings, training):
     windows.questions.append(question)
 
 
-def read_windows(task, path, tokenizer, kind=Windows):
+def read_windows(task, split, path, tokenizer, kind=Windows):
     """Task.read: a SQuAD file -> Windows, as long as the tokenizer's truncation. Prints oddities.
 
     kind: Windows or PartlyAnswerable. Raises ValueError if every question would be left out.
     """
     questions, notes = read_squad(path)
     check_answers(path, questions, kind)
-    training = path.name == task.file.format("train")
     length = tokenizer.truncation["max_length"]
-    windows = make_windows(questions, tokenizer, length, training, kind)
+    windows = make_windows(questions, tokenizer, length, split == "train", kind)
     if lost := len(questions) - windows.num_questions():
         notes.append(
             f"{path}: left out {lost} of {len(questions)} questions; their answers are not "

@@ -22,6 +22,8 @@ WEIGHTS = "model.safetensors"
 BUFFERS = ("position_ids", "token_type_ids", ".attn.bias", ".attn.masked_bias")
 PORTION = 64  # texts that are encoded at once
 
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")  # model_types; all but BERT are RoBERTa
+
 # The special tokens of BERT, those of RoBERTa, and GPT-2's only one.
 SPECIAL = {
     "cls_token": ("[CLS]", "<s>"),
@@ -65,7 +67,7 @@ def read_model(folder):
     for kind in ("bert", "roberta"):
         if any(name.startswith(f"{kind}.") for name in tensors):
             family = stored.setdefault("model_type", kind)  # or a relative, such as camembert
-            if (family == "bert") != (kind == "bert"):
+            if family in FAMILIES and (family == "bert") != (kind == "bert"):
                 raise ValueError(
                     f"{folder}: model_type is {family!r}, but its tensors are {kind}.*"
                 )

@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import numpy as np
 import torch
@@ -108,11 +109,30 @@ class Parser(argparse.ArgumentParser):
 YES_OR_NO = argparse.BooleanOptionalAction  # --dropout and --no-dropout
 
 
+def grouped_parser(groups, defaults=None, shown=None, **texts):
+    """A Parser with these groups of flags, {title: flags}, see add_flags.
+
+    To ask for help is a flag like others here: its value is "short" or "all". shown: the names of
+    the only flags to have, in one group.
+    """
+    if shown:
+        every = {name: flag for flags in groups.values() for name, flag in flags.items()}
+        groups = {"flags": {name: every[name] for name in shown.split() if name in every}}
+    formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=80)
+    parser = Parser(formatter_class=formatter, add_help=False, **texts)
+    add = partial(parser.add_argument, action="store_const", dest="help")
+    add("-h", "--help", const="short", help="these flags, with the defaults of --task and --method")
+    add("--help-all", const="all", help="all flags")
+    for title, flags in groups.items():
+        add_flags(parser, title, flags, defaults)
+    return parser
+
+
 def add_flags(parser, title, flags, defaults=None, exclusive=False):
     """Add a group of flags, {name: (kind, help)}. The parser gets no defaults.
 
-    kind: a type, the choices, bool for a switch, or YES_OR_NO. defaults: {name: value}, only for
-    the help text. exclusive: the user may give at most one of them.
+    kind: a type, the choices, bool for a switch, YES_OR_NO, or list if it may be given twice.
+    defaults: {name: value}, only for the help text. exclusive: the user may give at most one.
     """
     group = parser.add_argument_group(title)
     if exclusive:
@@ -122,14 +142,18 @@ def add_flags(parser, title, flags, defaults=None, exclusive=False):
         if default is not None and default is not False:
             text += f" ({default})"
 
+        settings = {"metavar": name.rpartition("_")[2].upper()}
         if kind is bool:
-            settings = {"action": "store_true"}
+            settings = {"action": "store_true", "default": None}
+        elif kind is list:
+            settings["action"] = "append"
         elif kind is YES_OR_NO:
             settings = {"action": kind}
         elif callable(kind):
-            settings = {"type": kind}
+            settings["type"] = kind
         else:
-            settings = {"choices": kind}
+            settings["choices"] = kind
+            text += f": {', '.join(kind)}"
         group.add_argument(flag(name), help=text, **settings)
 
 

@@ -175,8 +175,7 @@ def pack_masks(masks, run, others):
     run: a dict that describes the run. others: trained float32 tensors {name: tensor}.
     """
     tensors = {name: pack_bits(mask) for name, mask in masks.items()}
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    return seal(MASKS, tensors | others, {"run": run, "shapes": shapes})
+    return seal(MASKS, tensors | others, {"run": run, "shapes": shapes_of(masks)})
 
 
 def pack_bits(mask):
@@ -204,14 +203,21 @@ def unpack_bits(stored, shape):
     return torch.from_numpy(np.unpackbits(bits, count=weights).reshape(shape).view(bool))
 
 
-def load_masks(path, shapes):
-    """Read a mask file -> (masks {name: bool [out, in]}, other trained tensors).
+def load_masks(path, shapes, others=None):
+    """Read a mask file -> (masks {name: bool [out, in]}, other trained tensors in float32).
 
-    shapes: {name: (out, in)} of the matrices that the file must cover. The other tensors are
-    float32 {name: tensor}. Raises ValueError that says why the file cannot be used.
+    shapes: {name: shape} of the matrices that the file must cover. others: {name: shape} of the
+    other tensors, by default any. Raises ValueError that says why the file cannot be used.
     """
     tensors, description = unseal(path, MASKS)
     if description["shapes"] != {name: list(shape) for name, shape in shapes.items()}:
         raise ValueError(f"{path} was made for a backbone of another shape")
     masks = {name: unpack_bits(tensors.pop(name), shape) for name, shape in shapes.items()}
+    if others is not None and shapes_of(tensors) != others:
+        raise ValueError(f"{path} holds other weights beside its mask than its method trains")
     return masks, tensors
+
+
+def shapes_of(tensors):
+    """{name: tensor} -> {name: shape}, as JSON holds it."""
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}

@@ -25,13 +25,36 @@ import torch
 
 from plumbing import files, parallel
 from plumbing.checkpoints import tokenizer_bytes
-from plumbing.cli import code_version, flag
+from plumbing.cli import MACHINE_FLAGS, code_version, flag
+from plumbing.fetch import model_name
 
 LOG, CHECKPOINT, RESULT = "log.jsonl", "checkpoint.safetensors", "result.json"
 MASK = "mask.safetensors"
-FORMAT = "smp-checkpoint-3"  # 2 had other settings in its identity
+FORMAT = "smp-checkpoint-4"  # 3 had other settings in its identity
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's state for each parameter
 SAVE_EVERY = 60  # seconds between checkpoints: one of bert-base takes three to write
+
+
+# The name of a run's folder has the first few of these in any case, and none of the others.
+NOT_CHANGES = {"task", "model", "method", "sparsity", "seed", "train", "out"}
+NOT_CHANGES |= MACHINE_FLAGS.keys() | {"accumulate", "compile", "eager", "deterministic"}
+
+
+def run_folder(values, changed):
+    """Such as runs/movies-minilm-smp-s-0.5-lr0.04-seed0: what differs from the defaults is in it.
+
+    values: {flag: value}. changed: those that the user has set to another value than the default.
+    """
+    name = f"{values['task']}-{model_name(values['model'])}-{values['method']}"
+    name += f"-{values['sparsity']:g}"
+    for what in sorted(changed.keys() - NOT_CHANGES):
+        value = changed[what]
+        if isinstance(value, (int, float)):
+            name += f"-{what}{value:g}"
+        else:
+            name += f"-{'-'.join(value) if isinstance(value, list) else Path(value).name}"
+    name += f"-seed{values['seed']}"
+    return Path("runs") / name.replace(":", "of")  # smp-2:4; Windows takes no colons
 
 
 class Run:

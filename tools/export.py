@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from data import TASKS
+from data import task_of
 from eval import load_run, masked_weights
+from extras.own import describe_table
 from extras.pprune import modules, shrink
 from mask import METHODS
 from plumbing.checkpoints import (
@@ -45,7 +46,7 @@ tags: [pruning, sparsity, static-model-pruning, "{method}"]
 # {task}, pruned to a density of {density:.4f}
 
 Backbone {name}, method {method}. What trained: {trained} (vectors are biases and LayerNorms).
-Removed weights are zero. Dev: {scores} ({facts}).
+Removed weights are zero. Dev: {scores} ({facts}). {table}
 
 {use}"""
 FACTS = "seed {seed}, {steps} steps, {seconds} seconds, commit {commit}, {device}, {dtype}"
@@ -104,6 +105,7 @@ def card(result, library, use):
         "trained": ", ".join(METHODS[result["method"]].trains),
         "scores": show(result["final"]),
         "facts": facts(result),
+        "table": describe_table(result.get("table")),
         "use": use,
     }
     return CARD.format_map(result | parts).encode()
@@ -144,17 +146,17 @@ def apply_run(tensors, run):
     """Multiply weights {name: tensor} by the run's masks, and take over its trained vectors."""
     model = run.model
     trained = dict(run.masks)
-    if "vectors" in METHODS[run.result["method"]].trains:
-        for name, weight in model.named_parameters():
-            if weight.ndim == 1:
-                trained[name] = weight.detach()
+    method = METHODS[run.result["method"]]
+    if "weights" not in method.trains:
+        for name, weight in method.trained(model).items():
+            trained[name] = weight.detach()
     published = model.published(trained)
     trained = {model.canonical(name): tensor for name, tensor in published.items()}
 
     for name, tensor in tensors.items():
         found = trained.get(model.canonical(name))
         if found is not None:
-            tensors[name] = tensor * found if found.ndim > 1 else found
+            tensors[name] = tensor * found if found.dtype == torch.bool else found
 
 
 def write_files(folder, files):
@@ -174,7 +176,7 @@ def classifier_use(result, model):
         first="" if model.every_token else "[:, 0]",
         words=result["words"],
         ids=model.words.tolist(),
-        texts=two_texts if len(TASKS[result["task"]].text) == 2 else '"a text"',
+        texts=two_texts if len(task_of(result).text) == 2 else '"a text"',
         loader=loader,
         logits=logits,
     )

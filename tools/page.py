@@ -17,8 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import TASKS, encode
+from data import encode
 from eval import densities, load_run, masked_weights, predict, read_texts
+from extras.own import describe_table
 from plumbing.cli import Parser, one_line_errors, printable, show
 from plumbing.fetch import model_name
 from plumbing.files import write_whole
@@ -190,7 +191,10 @@ def without_heads(loaded, texts):
 
     def answer(weights):
         (logits,) = predict(model, weights, examples, "cpu")  # [C]
-        return logits.softmax(0) if len(logits) > 1 else logits
+        if len(logits) > 1:
+            return logits.softmax(0)
+        zero, unit = loaded.task.scale
+        return zero + unit * logits
 
     layers = []
     for name in model.prunable()["attn_output"]:
@@ -239,10 +243,10 @@ def signed(change, classes):
 
 def sentence(loaded, texts):
     """Show the answer to a text, and a table of how it changes without each head."""
-    name = loaded.result["task"]
-    task = TASKS[name]
+    task = loaded.task
     if task.format_answer:  # the task answers with a span, or continues the text
-        return f"<p>{escape_html(name)} has no classes, so the page does not ask for one.</p>"
+        name = escape_html(loaded.result["task"])
+        return f"<p>{name} has no classes, so the page does not ask for one.</p>"
     before, after = without_heads(loaded, texts)
     chosen = int(before.argmax())
     if len(before) > 1:
@@ -353,8 +357,9 @@ def heading(loaded):
     parts = {
         "title": f"{result['task']}: a mask for {name}",
         "what": WHAT.format_map(result | more),
-        "found": f"Dev {show(result['final'])} ({facts(result)}).",
+        "found": f"Dev {show(result['final'])} ({facts(result)}). ",
     }
+    parts["found"] += describe_table(result.get("table"))
     return {key: escape_html(text) for key, text in parts.items()}
 
 
@@ -407,7 +412,7 @@ def main(argv=None):
     loaded = load_run(args.run, args.model)
     if not loaded.masks:
         raise ValueError(f"{args.run} has no mask to look at")
-    texts = texts_of(TASKS[loaded.result["task"]], args)
+    texts = texts_of(loaded.task, args)
     page = make_page(loaded, args.run / "log.jsonl", texts)
     write_whole(args.out, page)
     print(f"{args.out}: {len(page) / 1e6:.2f} MB, for any browser")

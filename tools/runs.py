@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
+import data
 from data import TASKS, split_path
 from plumbing.cli import Parser, count, one_line_errors
 from plumbing.files import read_lines, write_whole
@@ -110,7 +111,7 @@ def read_results(path):
             line = json.loads(text)
             score(line)
             found[key_of(line["command"])] = line
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}:{number} is not the result of a run: {error!r}") from None
     return found
 
@@ -248,7 +249,7 @@ def make_missing(path, results, at_once):
 
 def score(line):
     """The first metric of a run's task, on the first dev set."""
-    return line["final"][TASKS[line["task"]].metrics[0]]
+    return line["final"][data.task_of(line).metrics[0]]
 
 
 def task_of(line):
@@ -271,10 +272,11 @@ def metric_cell(task, metric, lines):
 
     Shares are in percent. Where lower is better, as for perplexity, nothing is a share.
     """
-    scale = 1 if TASKS[task].best is min else 100
-    values = [scale * line["final"][metric] for line in lines if line["task"] == task]
-    if not values:
+    mine = [line for line in lines if line["task"] == task]
+    if not mine:
         return ""
+    scale = 1 if data.task_of(mine[0]).best is min else 100
+    values = [scale * line["final"][metric] for line in mine]
     text = f"{statistics.mean(values):.1f}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.1f}"
@@ -328,9 +330,9 @@ def table(rows, averages=False):
     """
     tasks = group(sum(rows.values(), []), task_of)
     columns = {}  # {heading: the function that writes a cell}
-    for task in sorted(tasks, key=list(TASKS).index):
+    for task in sorted(tasks, key=[*TASKS, *sorted(tasks)].index):
         for metric in tasks[task][0]["final"]:
-            if metric.split()[0] == TASKS[task].metrics[0]:  # on every dev set
+            if metric.split()[0] == data.task_of(tasks[task][0]).metrics[0]:  # on every dev set
                 columns[f"{task}, {metric} (seeds)"] = partial(metric_cell, task, metric)
     if averages:
         columns["average"] = partial(average, tasks.keys())
@@ -352,7 +354,7 @@ def setting_of(name, line):
 def standing(lines):
     """Rank a setting: first by how many rounds it went through, then by its mean score."""
     mean = statistics.mean(map(score, lines))
-    lower_is_better = TASKS[lines[0]["task"]].best is min
+    lower_is_better = data.task_of(lines[0]).best is min
     return len(lines), -mean if lower_is_better else mean
 
 

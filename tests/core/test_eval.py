@@ -56,8 +56,8 @@ def test_several_masks_of_one_backbone(run, capsys, fails):
     assert dev == alone and any(
         line.startswith(f"{runs[1]}/mask.safetensors: rte") for line in lines
     )
-    said = fails(eval_.main, [runs[0], "--text", "x", "--pair", "y"])
-    assert "the task takes 1 texts, not 2" in said
+    command = [runs[0], "--text", "x", "--pair", "y"]
+    assert "the task takes 1 texts, not 2" in fails(eval_.main, command)
 
 
 @pytest.mark.parametrize("head", ["words", "classifier"])
@@ -87,8 +87,8 @@ def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
     (tmp_path / "checkpoint.safetensors").touch()
     assert "holds an unfinished run; python train.py --resume" in fails(eval_.main, [tmp_path])
     assert "--pair and --temperature need --text" in fails(eval_.main, [folder, "--pair", "b"])
-    said = fails(eval_.main, [folder, "--text", "a", "--pair", "b"])
-    assert "the task takes 1 texts, not 2" in said
+    command = [folder, "--text", "a", "--pair", "b"]
+    assert "the task takes 1 texts, not 2" in fails(eval_.main, command)
     path = folder / "mask.safetensors"
     ours = path.read_bytes()
     path.write_bytes(ours[:-1])

@@ -42,7 +42,7 @@ def test_schedules_equal_the_reference(step, density, penalty):
 
 def test_density_schedule_ends():
     assert density_at(0, 0, 0.4) == density_at(7, 0, 0.4) == 0.4  # no ramp
-    assert density_at(5, 10, 0.5, power=1) == 0.75  # linear
+    assert density_at(5, 10, 0.5, "linear") == 0.75
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_density_schedule_ends():
     ],
 )
 def test_nothing_is_removed_before_hold(hold, ramp, densities):
-    assert [density_at(t, ramp, 0.2, 1, hold) for t in range(5)] == pytest.approx(densities)
+    assert [density_at(t, ramp, 0.2, "linear", hold) for t in range(5)] == pytest.approx(densities)
 
 
 def test_schedules_of_one_step():
@@ -127,7 +127,7 @@ def test_training_keeps_what_python_counts():
 
     args, pairs, in_float32 = train.parse_args(["--task", "rte"]), 0, 0
     for steps, target in itertools.product((60, 598, 7800), (0.5, 0.1, 0.03)):
-        schedule = train.make_schedule(args, steps, target)
+        schedule = train.make_schedule(args, steps, target, "cubic")
         densities, _ = train.schedule_on_device(schedule, torch.device("cpu"))
         found = [mask.smp_l(importance, sizes, v, {}, exact=False) for v in densities]
         expected = [[int(v * n) for n in numbers] for v, _ in schedule]

@@ -25,8 +25,11 @@ import eval as eval_
 import mask
 import train
 from eval import load_run
+from mask import SCHEDULES, SMP, Method, smp_s
+from model import load_backbone
 from plumbing import cli, files
 from plumbing.cli import choose_device
+from plumbing.files import MASKS, unseal
 from plumbing.run import identity
 
 ROOT = Path(__file__).parent.parent.parent
@@ -236,6 +239,55 @@ class Terminal(io.StringIO):
         return True
 
 
+BESIDE = {"weight_lr": 1e-2}
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "masked"),
+    [
+        (Method(smp_s, trains=("scores", "LayerNorm"), recipe=SMP | BESIDE), "LayerNorm", True),
+        (Method(None, trains=("vectors",), recipe=BESIDE), "", False),
+        (Method(None, trains=(".query.",), recipe=BESIDE), ".query.", False),
+    ],
+    ids=["LayerNorms beside a mask", "vectors alone", "named matrices alone"],
+)
+def test_what_trains_is_one_rule_for_training_and_loading(
+    run, tables, capsys, method, part, masked
+):
+    """It moves, lies in the mask file, and is evaluated. All else is the backbone's, to the bit."""
+    tables[0]["of one's own"] = method
+    folder, result = run("--method", "of one's own", "--dtype", "float32")
+    tensors, _ = unseal(folder / "mask.safetensors", MASKS)
+    loaded = load_run(folder / "mask.safetensors")
+    before, _ = load_backbone(run.model, loaded.task, 16)
+    weights = dict(before.named_parameters())
+    trained = {name for name in weights if part in name}
+    if not part:  # biases and LayerNorms
+        trained = {name for name in trained if weights[name].ndim == 1}
+    assert tensors.keys() - loaded.masks.keys() == trained
+    assert result["stored_numbers"] == sum(weights[name].numel() for name in trained)
+    assert (len(loaded.masks) == 12) == masked and result["density"] == (0.5 if masked else 1)
+    for name, weight in weights.items():
+        same = torch.equal(weight, loaded.model.get_parameter(name))
+        assert same if name not in trained else weight.isfinite().all()
+    assert any(not torch.equal(weights[n], loaded.model.get_parameter(n)) for n in trained)
+    capsys.readouterr()
+    eval_.main([str(folder)])
+    final = f"accuracy {result['final']['accuracy']:.4f}"
+    assert f"{final}\ntraining reported {final}" in capsys.readouterr().out
+
+
+def test_a_schedule_is_a_row_of_a_table(run, monkeypatch):
+    """Half-way down a cosine, half of what will go has gone."""
+    monkeypatch.setitem(SCHEDULES, "cosine", lambda t: (1 + math.cos(math.pi * t)) / 2)
+    folder, _ = run("--schedule", "cosine", "--ramp", 1, "--sparsity", 0.4, steps=40)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    densities = {line["step"]: line["density"] for line in lines if "loss" in line}
+    for step in (10, 20, 30):  # logged is the density of the last step
+        expected = 0.6 + 0.4 * (1 + math.cos(math.pi * (step - 1) / 40)) / 2
+        assert densities[step] == pytest.approx(expected)
+
+
 def test_only_the_bar_of_training_stays_on_a_terminal(run, monkeypatch):
     bars, init = [], tqdm.__init__
 
@@ -303,7 +355,7 @@ def test_teachers_that_cannot_teach_are_refused(run, fails, make_model, tmp_path
     pruned, _ = run(out="pruned", steps=2)
     assert "is a pruned model; a teacher must be fine-tuned" in said(pruned)
     dense, _ = run("--method", "finetune", out="dense", steps=2)
-    assert "was trained on movies, not on rte" in said(dense, "--task", "rte")
+    assert "['movies', '0', '1'], not on ['rte', 'not_e" in said(dense, "--task", "rte")
     other = make_model("other")
     (other / "tokenizer.json").write_text(
         (other / "tokenizer.json").read_text().replace('"fun"', '"joy"')
@@ -628,13 +680,13 @@ def test_a_flag_that_the_method_does_not_take_is_off():
 )
 def test_help_prints_the_defaults_of_the_task_and_method(capsys, flags, numbers):
     with pytest.raises(SystemExit) as ended:
-        train.main([*flags, "--help"])
+        train.main([*flags, "--help-all"])
     assert not ended.value.code
     # Lines join where the terminal is narrow: "--batch BATCH examples per step (32)".
     text = " ".join(capsys.readouterr().out.split())
     assert numbers.items() <= vars(train.parse_args(flags)).items()
     for name, value in numbers.items():
-        after = text.split(f"{cli.flag(name)} {name.upper()} ")[1]
+        after = text.split(f" {cli.flag(name)} {name.upper()} ")[1]
         assert after.split(" --")[0].split("(")[-1].startswith(f"{value})")
 
 
@@ -646,15 +698,14 @@ def test_what_a_command_without_flags_asks_for():
     asked |= {"penalty": 800, "temperature": 4}
     asked |= {"epochs": 1, "batch": 16, "length": 64, "evals": 4, "warmup": 0, "accumulate": 1}
     asked |= {"dropout": False, "decay": 0.01, "least_steps": 300, "least_steps_per_eval": 10}
-    asked |= dict.fromkeys(("compile", "eager", "deterministic"), False)
     asked["out"] = Path("runs/movies-minilm-smp-s-0.5-seed0")
     assert {name: value for name, value in found.items() if value is not None} == asked
     # The machine or nobody decides these.
     open_still = {name for name, value in found.items() if value is None}
-    assert {"steps", "device", "dtype", "schedule", "teacher", "weight_lr"} <= open_still
+    assert {"steps", "device", "dtype", "schedule", "teacher", "compile"} <= open_still
     flags = ["--steps", "9", "--head", "classifier", "--teacher", "t"]
     flags += ["--method", "smp-l", "--seed", "3"]
-    name = "movies-minilm-smp-l-0.5-classifier-taught-9steps-seed3"
+    name = "movies-minilm-smp-l-0.5-classifier-steps9-t-seed3"
     assert train.parse_args(flags).out == Path("runs") / name
 
 

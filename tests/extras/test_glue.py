@@ -337,7 +337,7 @@ def test_answers_have_the_indices_of_the_file(tmp_path, tokenizer, task):
             return torch.tensor([[-1.0], [7.0], [-1.0]])
         return torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 0, 0]])
 
-    loaded = Loaded({"task": task}, None, None, tokenizer, {})
+    loaded = Loaded({"task": task}, data.TASKS[task], None, None, tokenizer, {})
     data.TASKS[task].predict(path, tmp_path, loaded, logits_of)
     no, yes = ANSWERS.get(task, ("0", "1"))
     expected = f"index\tprediction\n17\t{no}\n4\t{yes}\n99\t{no}\n".encode()
@@ -357,7 +357,7 @@ def test_a_run_of_mnli_answers_the_diagnostic_set_too(tmp_path, tokenizer, name,
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / f"{name}.tsv"
     path.write_text("index\tsentence1\tsentence2\n0\tgood\tbad\n1\tbad\tgood\n")
-    loaded = Loaded({"task": "mnli"}, None, None, tokenizer, {})
+    loaded = Loaded({"task": "mnli"}, data.TASKS["mnli"], None, None, tokenizer, {})
     glue.predict(path, tmp_path, loaded, lambda examples: torch.eye(3)[1:])
     expected = "index\tprediction\n0\tneutral\n1\tentailment\n"
     assert (tmp_path / f"{made}.tsv").read_text() == expected

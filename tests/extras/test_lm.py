@@ -48,7 +48,7 @@ def test_blocks_by_hand(make_gpt2, tmp_path, capsys):
     # A byte-order mark and Windows' line ends do not count. The separator ends no line. The last
     # line has no end.
     path.write_bytes("\ufeff the film\r\n\nzx\u2028y it's 7".encode())
-    blocks = lm.read_blocks(TASKS["ptb"], path, tokenizer)
+    blocks = lm.read_blocks(TASKS["ptb"], "train", path, tokenizer)
     tokenizer.no_truncation()
     lines = [" the film\n", "\n", "zx\u2028y it's 7\n"]
     ids = [i for line in lines for i in tokenizer.encode(line).ids]
@@ -80,14 +80,14 @@ def test_many_lines_are_tokenised_one_by_one(make_gpt2, tmp_path):
     path = tmp_path / "t.txt"
     lines = ["the film is good " * 30 + "\n"] + ["a\n"] * (2 * lm.LINES + 99)
     path.write_text("".join(lines))
-    blocks = lm.read_blocks(TASKS["ptb"], path, tokenizer)
+    blocks = lm.read_blocks(TASKS["ptb"], "train", path, tokenizer)
     assert tokenizer.truncation["max_length"] == 8
     tokenizer.no_truncation()
     ids = [i for line in lines for i in tokenizer.encode(line).ids]
     assert blocks.ids.flatten().tolist() == ids[: len(ids) // 8 * 8]
     tokenizer.enable_truncation(8)
     path.write_text("".join([lines[0].replace("good", "dull"), *lines[1:]]))
-    assert lm.read_blocks(TASKS["ptb"], path, tokenizer).digest() != blocks.digest()
+    assert lm.read_blocks(TASKS["ptb"], "train", path, tokenizer).digest() != blocks.digest()
 
 
 def test_perplexity_by_hand(make_gpt2):
@@ -359,7 +359,8 @@ def test_what_is_refused(make_gpt2, make_model, glue, texts, tmp_path, fails):
     argv = ["--task", "movies", "--model", bert, "--data-dir", glue, "--method", "finetune"]
     argv += ["--out", tmp_path / "bert", "--steps", 2, "--length", 16]
     train.main([str(a) for a in argv])
-    assert "was trained on movies, not on ptb" in error("--teacher", tmp_path / "bert")
+    said = error("--teacher", tmp_path / "bert")
+    assert "was trained on ['movies', '0', '1'], not on ['ptb']" in said
     config = (gpt2 / "config.json").read_text()
     (gpt2 / "config.json").write_text(json.dumps(json.loads(config) | {"vocab_size": 100}))
     assert "do not fit config.json: size mismatch for wte.weight" in error()

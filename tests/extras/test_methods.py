@@ -304,7 +304,7 @@ def test_biases_and_layernorms_train_beside_the_mask_and_lie_in_its_file(
     tensors, description = unseal(out / "mask.safetensors", MASKS)
     del tensors[next(name for name in tensors if "LayerNorm" in name)]
     (out / "mask.safetensors").write_bytes(seal(MASKS, tensors, description))
-    assert "holds other weights beside its mask than smp-bias trains" in fails(eval_.main, [out])
+    assert "holds other weights beside its mask than its method trains" in fails(eval_.main, [out])
 
 
 @pytest.mark.parametrize(

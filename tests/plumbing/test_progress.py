@@ -8,7 +8,7 @@ import pytest
 from tqdm import tqdm
 
 from plumbing import progress as module
-from plumbing.progress import LogProgress, progress
+from plumbing.progress import Clock, LogProgress, progress
 
 
 class Stream(io.StringIO):
@@ -71,7 +71,7 @@ def test_a_short_loop_says_nothing_in_a_log(stderr, capsys):
 def test_a_terminal_gets_tqdms_bar(stderr):
     stream = stderr(terminal=True)
     bar = progress(range(5), "smp-s", leave=True, mininterval=0)
-    assert type(bar) is tqdm
+    assert isinstance(bar, tqdm) and not isinstance(bar, LogProgress)
     go_through(bar, seconds=0)
     assert "\rsmp-s: " in stream.getvalue() and "5/5" in stream.getvalue()
 
@@ -83,3 +83,32 @@ def test_other_processes_show_nothing(stderr, monkeypatch, as_process, terminal)
     stream = stderr(terminal)
     assert list(progress(range(5), "smp-s", mininterval=0) if terminal else progress(range(5)))
     assert stream.getvalue() == ""
+
+
+def test_what_is_left_by_hand():
+    """Steps that are left as the recent ones, and evaluations that are left as the last one."""
+    clock = Clock(total=10, done=2, pauses={5, 10}, pause=4.0)
+    assert clock.left(2) is None
+    clock.add(3, seconds=2.0)
+    assert clock.left(3) == (7 + 2 * 4) * 2  # the guess: four steps each
+    clock.add(4, seconds=4.0)
+    assert clock.left(4) == (6 + 2 * 4) * 3
+    clock.add(5, seconds=9.0)  # a step of 3 and an evaluation of 6
+    assert clock.left(5) == (5 + 1 * 2) * 3
+    assert clock.left(10) == 0
+    # Only recent steps count, so that a machine may become slower.
+    clock = Clock(total=1000)
+    for step in range(1, 501):
+        clock.add(step, seconds=1.0 if step <= 400 else 3.0)
+    assert clock.left(500) == 500 * 3
+
+
+def test_a_bar_tells_what_its_clock_says(stderr, monkeypatch):
+    monkeypatch.setattr(module, "LOG_SECONDS", 0.0)
+    stream = stderr(terminal=False)
+    clock = Clock(total=1000, done=996)
+    monkeypatch.setattr(clock, "left", lambda done: 25.0 * (1000 - done))
+    go_through(progress(range(4), "smp-s", clock=clock), items=1000, seconds=0)
+    lines = stream.getvalue().splitlines()
+    assert lines[1].startswith("smp-s: 997 of 1000 ") and "about 01:15 left" in lines[1]
+    assert lines[-1].startswith("smp-s: 1000 of 1000 ") and "about 00:00 left" in lines[-1]

@@ -1,6 +1,7 @@
 """tools.export writes the backbone with zeros in it, under the names that it had."""
 
 import errno
+import html
 import json
 import os
 
@@ -15,7 +16,7 @@ import eval as eval_
 import train
 from eval import load_run
 from plumbing import fetch
-from tools import export
+from tools import export, page
 
 
 @pytest.fixture
@@ -136,6 +137,25 @@ def test_biases_that_trained_beside_a_mask_are_exported(make_model, trained, tmp
         )
     assert any((found[name] != before[name]).any() for name in found if "LayerNorm.bias" in name)
     assert "What trained: scores, vectors" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_table_of_ones_own_is_named_and_no_other(make_model, tmp_path, monkeypatch):
+    """On the card and the page: the file, its columns, and what was decided."""
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+    rows = [f"a film {n},{n % 9 + 0.5}" for n in range(90)]
+    (tmp_path / "my films.csv").write_text("\n".join(["comment,stars", *rows]))
+    flags = ["--model", model, "--length", 16, "--steps", 4, "--device", "cpu", "--out", "run"]
+    train.main(["--train", "my films.csv", *map(str, flags)])
+    export.main(["run", "full"])
+    export.main(["run", "mask", "--mask"])
+    page.main(["run", "--out", "page.html"])
+    for name in ("full/README.md", "mask/README.md", "page.html"):
+        text = html.unescape((tmp_path / name).read_text())
+        assert "my-films" in text and "sst2" not in text and "movies" not in text
+        assert "Trained on a table, my films.csv: stars from comment." in text
+        assert "'stars' is a score from 0.5 to 8.5" in text
+        assert "a score is 0.5 + 1.6 times the logit" in text
 
 
 def test_what_cannot_be_exported_is_refused(make_model, trained, fails, tmp_path):

@@ -1,0 +1,458 @@
+"""A table of your own as a task: texts in one column, labels or scores in another.
+
+The flags become a description, a small dict that says what was decided. The description becomes
+the Task, and stays in the run's result, so that eval.py reads the next table in the same way. It
+holds columns, labels and counts, and no text of the table.
+
+    python train.py --train reviews.csv --text-column review --label-column sentiment
+    python eval.py RUN --text-file new.csv > answered.csv
+"""
+
+import csv
+import io
+import math
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import extras.glue  # noqa: F401 (the metrics of scores)
+from data import ACCURACY, MOVIES, TASKS, Task, encode, own
+from model import label_word_ids
+from plumbing import fetch
+from plumbing.checkpoints import cutting_tokenizer, encode_texts
+from plumbing.cli import flag, printable
+from plumbing.files import sha256
+
+FLAGS = {
+    "train": (str, "a CSV or TSV file of yours; its first line names columns"),
+    "dev": (str, "a second one to evaluate on; by default a tenth of the rows"),
+    "text_column": (list, "the column with the text; twice for pairs"),
+    "label_column": (str, "the column with the label"),
+    "words": (str, "label words, with commas between, in the order of the classes"),
+    "regression": (bool, "the labels are scores"),
+    "skip_bad_rows": (bool, "leave out rows that cannot be used"),
+}
+SKIP = "--skip-bad-rows leaves such rows out"
+
+MOST_CLASSES = 20  # of a column that is taken for the labels without being named
+MOST_ROWS = 20_000  # that a run reads by default; more rows are read in part
+SCALE = 5.0  # scores are learned from 0 to 5, as those of STS-B are
+
+
+class Row(NamedTuple):
+    """A row of a table."""
+
+    line: int  # where it begins in the file, from 1
+    cells: list
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def read_text(path):
+    """Decode a file: UTF-8, or UTF-16 with its mark. Raises ValueError for another encoding."""
+    content = path.read_bytes()
+    marked = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        text = content.decode("utf-16" if marked else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds NUL characters")
+    except ValueError as error:  # a UnicodeDecodeError is one
+        line = content[: getattr(error, "start", 0)].count(b"\n") + 1
+        raise ValueError(
+            f"{path}:{line}: not UTF-8 ({error}); save it as UTF-8 "
+            "(Excel: Save As, CSV UTF-8; iconv -f cp1252 -t utf-8 FILE)"
+        ) from None
+    return text
+
+
+def find_delimiter(path, text):
+    """What separates the cells: tabs, commas or semicolons."""
+    first_line = text.partition("\n")[0]
+    if path.suffix.lower() in (".tsv", ".tab") or "\t" in first_line:
+        return "\t"
+    # Where a comma is the decimal point, spreadsheets write semicolons.
+    return max(",;", key=first_line.count)
+
+
+def read_table(path):
+    """A CSV or TSV file -> (header, list of Rows, delimiter). Empty rows are left out.
+
+    Raises ValueError that names the line.
+    """
+    path = Path(path)
+    text = read_text(path)
+    delimiter = find_delimiter(path, text)
+    try:
+        rows = split_rows(text, delimiter)
+    except ValueError as error:
+        if delimiter != "\t":
+            raise ValueError(f"{path}:{error}; a quote within quotes is doubled") from None
+        # Many programs write TSV without quoting. There a quote is an ordinary character.
+        rows = split_rows(text, delimiter, quoting=csv.QUOTE_NONE)
+    if len(rows) < 2:
+        raise ValueError(f"{path} holds no rows below a first line with the columns' names")
+    header = [name.strip() for name in rows.pop(0).cells]
+    return header, rows, delimiter
+
+
+def split_rows(text, delimiter, **options):
+    """A text -> Rows. Raises ValueError that begins with the line of a quote that does not end."""
+    csv.field_size_limit(2**31 - 1)  # of characters in a cell; Windows allows no more
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, **options)
+    rows = []
+    line = 1
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                rows.append(Row(line, cells))
+            line = reader.line_num + 1  # a cell may hold line breaks
+    except csv.Error as error:
+        raise ValueError(f"{line}: {error}") from None
+    return rows
+
+
+# --- columns --------------------------------------------------------------------------------------
+
+
+def column_number(path, header, name):
+    """Where a column is. Raises ValueError unless there is exactly one of this name."""
+    if header.count(name) != 1:
+        raise ValueError(f"{path}: {header.count(name)} columns {name!r}; it has {header}")
+    return header.index(name)
+
+
+def looks_like_text(cells):
+    """Whether most cells have several words, and most differ."""
+    several = sum(len(cell.split()) > 1 for cell in cells)
+    return several > len(cells) / 2 and len(set(cells)) > len(cells) / 2
+
+
+def looks_like_labels(cells):
+    """Whether there are a few labels, each of which occurs twice or more on average; or scores."""
+    different = len(set(cells))
+    if all_scores(cells):
+        return different > 1
+    return 1 < different <= min(MOST_CLASSES, len(cells) / 2)
+
+
+def all_scores(cells):
+    """Whether all are numbers, and some have fractions."""
+    numbers = [number(cell) for cell in cells]
+    return not any(map(math.isnan, numbers)) and any(x != int(x) for x in numbers)
+
+
+def number(cell):
+    """A cell -> float; nan if it is no finite number."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def only_column(path, header, rows, likely, role, without=()):
+    """The name of the only column that looks like `role`. Raises ValueError if it is not alone."""
+    found = []
+    for i, name in enumerate(header):
+        cells = [row.cells[i].strip() for row in rows if i < len(row.cells)]
+        cells = [cell for cell in cells if cell]
+        if cells and name not in without and likely(cells):
+            found.append(name)
+    if len(found) != 1:
+        what = f"{found} could all be the {role}" if found else f"none looks like the {role}"
+        raise ValueError(f"{path}: of its columns {header} {what}; name it by --{role}-column")
+    return found[0]
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def usable_rows(path, table, rows, header, labelled=True):
+    """Rows that can be used -> (their Rows, texts as tuples, labels, a line about the others).
+
+    table: the description. Raises ValueError that names the first line that cannot be used, unless
+    --skip-bad-rows leaves such rows out.
+    """
+    names = [*table["text"], table["label"]] if labelled else table["text"]
+    columns = [column_number(path, header, name) for name in names]
+    kept, texts, labels, bad = [], [], [], []
+    for row in rows:
+        if len(row.cells) < len(header) or any(row.cells[len(header) :]):
+            trouble = f"{len(row.cells)} columns instead of {len(header)}"
+        else:
+            cells = [row.cells[i].strip() for i in columns]
+            trouble = what_is_wrong(cells, names, table, labelled)
+        if trouble:
+            bad.append(f"{path}:{row.line}: {trouble}")
+            continue
+        kept.append(row)
+        labels.append(cells.pop() if labelled else "")
+        texts.append(tuple(cells))
+
+    if bad and not table["skip_bad_rows"]:
+        raise ValueError(f"{bad[0]}; {len(bad)} rows cannot be used, and {SKIP}")
+    if not kept:
+        raise ValueError(f"{path} holds no rows that can be used")
+    note = f"{len(bad)} rows cannot be used and are left out, the first is {bad[0]}" if bad else ""
+    return kept, texts, labels, note
+
+
+def what_is_wrong(cells, names, table, labelled):
+    """Say why the cells of these columns cannot be used; "" if they can."""
+    for name, cell in zip(names, cells, strict=True):
+        if not cell:
+            return f"{name!r} is empty"
+    if labelled and table["scale"] and math.isnan(number(cells[-1])):
+        return f"{cells[-1]!r} is not a score"
+    # Before the classes are known, there are no words.
+    if labelled and not table["scale"] and table["words"] and cells[-1] not in table["words"]:
+        return f"the label {cells[-1]!r} is none of {list(table['words'])}"
+    return ""
+
+
+def held_out(texts):
+    """The texts of the dev set: a tenth, 50 to 1000 rows, those with the lowest sha256.
+
+    So the choice does not depend on the order of the rows, and equal texts stay together.
+    """
+    digests = [sha256("\n".join(text).encode()) for text in texts]
+    size = min(max(len(texts) // 10, 50), 1000, len(texts) // 2)
+    highest = sorted(digests)[size - 1]
+    return [digest <= highest for digest in digests]
+
+
+# --- from flags to a description ------------------------------------------------------------------
+
+
+def settings(given):
+    """data.own.settings: read the table that --train names, and decide how to learn it.
+
+    Raises ValueError that names the flag to change.
+    """
+    mine = [flag(name) for name in FLAGS if name in given]
+    if "train" not in given:
+        if mine:
+            raise ValueError(f"{mine[0]} needs --train FILE")
+        return {}
+    for name in ("task", "data_dir"):
+        if name in given:
+            raise ValueError(f"--train makes a task of its own; leave out {flag(name)}")
+
+    table = {"file": Path(given["train"]).name, "train": given["train"]}
+    table["dev"] = given.get("dev", "")
+    header, rows, _ = read_table(given["train"])
+    table |= find_columns(given, header, rows)
+    table |= {"skip_bad_rows": "skip_bad_rows" in given, "words": {}}
+    table["scale"] = [0.0, 1.0] if "regression" in given else []  # what it is follows from the rows
+    kept, _, labels, _ = usable_rows(given["train"], table, rows, header)
+    table["rows"] = len(kept)
+    if table["scale"] or all_scores(labels):
+        describe_scores(table, labels)
+    else:
+        describe_classes(table, labels)
+    head = choose_words(table, given.get("words"), given.get("head"), given.get("model"))
+    return {
+        "task": task_name(given["train"]),
+        "table": table,
+        "head": head,
+        "data_dir": given["train"],  # the table itself, see data.split_path
+    }
+
+
+def task_name(path):
+    """What the run is called after: reviews.csv -> reviews, but movies.csv -> movies-csv."""
+    path = Path(path)
+    name = path.name.replace(".", "-") if path.stem in TASKS else path.stem
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+
+
+def find_columns(given, header, rows):
+    """-> {"text": names, "label": name, "said": lines}, as given or found."""
+    path = given["train"]
+    text, label, said = given.get("text_column"), given.get("label_column"), []
+    if text is None:
+        text = [only_column(path, header, rows, looks_like_text, "text", [label])]
+        said.append(f"the text is in {text[0]!r}, the only column that looks like one")
+    if label is None:
+        label = only_column(path, header, rows, looks_like_labels, "label", text)
+        said.append(f"the labels are in {label!r}, the only column that looks like labels")
+    if len(text) > 2 or len({*text, label}) <= len(text):
+        raise ValueError("--text-column: name one column, or two for pairs, and not the label's")
+    for name in (*text, label):
+        column_number(path, header, name)
+    return {"text": text, "label": label, "said": said}
+
+
+def describe_classes(table, labels):
+    """Put the classes into the description, in their order: that of numbers, or of the alphabet."""
+    counts = Counter(labels)
+    whole = all(name.removeprefix("-").isdecimal() for name in counts)
+    names = sorted(counts, key=int if whole else None)
+    if not 1 < len(names) <= len(labels) / 2:
+        raise ValueError(
+            f"{table['file']}: {table['label']!r} has {len(names)} different labels in "
+            f"{len(labels)} rows; --label-column names another column, --regression takes numbers "
+            "as scores"
+        )
+    table["words"] = {name: name for name in names}
+    shown = ", ".join(f"{name} ({counts[name]:,})" for name in names)
+    table["said"].append(f"{len(names)} classes: {shown}")
+
+
+def describe_scores(table, labels):
+    """Put the scale of the scores into the description."""
+    scores = [number(label) for label in labels]
+    low, high = min(scores), max(scores)
+    if low == high:
+        raise ValueError(f"{table['file']}: every {table['label']!r} is {low:g}")
+    table["words"] = {"score": "yes"}
+    table["scale"] = [low, (high - low) / SCALE]
+    table["said"].append(f"{table['label']!r} is a score from {low:g} to {high:g}")
+
+
+def choose_words(table, chosen, head, model):
+    """Decide between label words, which go into the description, and a classifier -> the head.
+
+    chosen: --words. head, model: what the flags say, or None.
+    """
+    names = list(table["words"])
+    if head == "classifier":
+        if chosen:
+            raise ValueError("--words: a classifier has none; leave out --head classifier")
+        return head
+    if chosen:
+        tries = [[word.strip() for word in chosen.split(",")]]
+    elif table["scale"]:
+        tries = [["yes"]]
+    else:  # the labels themselves, or in small letters
+        tries = [names, [name.lower() for name in names]]
+
+    tokenizer = cutting_tokenizer(fetch.model_folder(model or MOVIES["model"]), MOVIES["length"])
+    for words in tries:
+        try:
+            if len(words) != len(names):
+                raise ValueError(f"{len(words)} words for {len(names)}: {', '.join(names)}")
+            label_word_ids(words, tokenizer)
+        except ValueError as error:
+            reason = error
+            continue
+        table["words"] = dict(zip(names, words, strict=True))
+        table["said"].append(f"label words: {', '.join(words)}")
+        return "words"
+    if chosen or head:
+        raise ValueError(f"--words: {reason}")
+    table["said"].append(
+        "a fresh classifier trains, too, as not every label is one word of the vocabulary "
+        "(--words names label words)"
+    )
+    return "classifier"
+
+
+# --- from a description to a task -----------------------------------------------------------------
+
+
+def make_task(table):
+    """data.own.task: a description -> Task."""
+    return Task(
+        folder="",
+        file=table["file"],
+        text=tuple(table["text"]),
+        label=table["label"],
+        words=table["words"],
+        metrics=("pearson", "spearman") if table["scale"] else ACCURACY,
+        recipe=MOVIES | {"epochs": min(1.0, MOST_ROWS / table["rows"])},
+        fetch=report_missing,
+        scale=tuple(table["scale"]) or (0.0, 1.0),
+        read=partial(read, table),
+        answer_file=partial(answer_file, table),
+    )
+
+
+def report_missing(task, split):
+    """Task.fetch: there is nothing to download."""
+    raise ValueError("the run's table is not here; eval.py --dev names a file like it")
+
+
+def read(table, task, split, path, tokenizer):
+    """Task.read: the rows of a split -> Examples. Says what is left out, and for "train" all else.
+
+    path: that of --train, which --dev may stand beside; or another file to evaluate.
+    """
+    ours = str(path) == str(Path(table["train"]))
+    if ours and split == "dev" and table["dev"]:
+        path = Path(table["dev"])
+    header, rows, _ = read_table(path)
+    _, texts, labels, note = usable_rows(path, table, rows, header)
+    said = [note] if note else []
+
+    if ours and not table["dev"]:  # both splits are in this file
+        held = held_out(texts)
+        mine = [i for i, is_dev in enumerate(held) if is_dev == (split == "dev")]
+        texts, labels = [texts[i] for i in mine], [labels[i] for i in mine]
+        if not mine:
+            raise ValueError(f"{path}: too few texts differ to hold some out; --dev names a file")
+        if split == "train":
+            said.append(f"{sum(held)} of {len(held)} rows are held out as dev set, by their sha256")
+    if split == "train":
+        said = table["said"] + said + [describe_lengths(texts, tokenizer)]
+    for line in said:
+        print(f"{path.name}: {line}")
+    return encode(texts, [target(table, label) for label in labels], tokenizer)
+
+
+def target(table, label):
+    """What is learned for a label: the number of its class, or its score on a scale from 0 to 5."""
+    if not table["scale"]:
+        return list(table["words"]).index(label)
+    low, unit = table["scale"]
+    return (number(label) - low) / unit
+
+
+def describe_lengths(texts, tokenizer):
+    """Say how long the longest text is, in tokens."""
+    settings = tokenizer.truncation
+    tokenizer.no_truncation()
+    whole = [text if len(text) == 2 else text[0] for text in texts]
+    longest = max(len(encoding.ids) for encoding in encode_texts(tokenizer, whole))
+    tokenizer.enable_truncation(**settings)
+    return f"the longest text has {longest} tokens"
+
+
+def describe_table(table):
+    """Say on a card or a page what a run's table was; "" for a task that has none."""
+    if not table:
+        return ""
+    told = "; ".join(table["said"])
+    if table["scale"]:
+        low, unit = table["scale"]
+        told += f"; a score is {low:g} + {unit:g} times the logit"
+    columns = f"{table['label']} from {' and '.join(table['text'])}"
+    return printable(f"Trained on a table, {table['file']}: {columns}. {told}.")
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def answer_file(table, path, answers):
+    """Task.answer_file: a table of texts -> its lines, with answer and probability at the end.
+
+    The file needs only the columns of the text. The cells are separated as they were.
+    """
+    header, rows, delimiter = read_table(path)
+    rows, texts, _, note = usable_rows(path, table, rows, header, labelled=False)
+    if note:
+        print(note, file=sys.stderr)
+    written = io.StringIO()
+    writer = csv.writer(written, delimiter=delimiter, lineterminator="\n")
+    writer.writerow([*header, *(["score"] if table["scale"] else ["answer", "probability"])])
+    for row, found in zip(rows, answers(texts), strict=True):
+        number, label = found[0]  # the likeliest
+        answer = [f"{number:.4f}"] if table["scale"] else [label, f"{number:.4f}"]
+        writer.writerow([*row.cells[: len(header)], *answer])
+    return written.getvalue().removesuffix("\n").split("\n")
+
+
+own.flags, own.settings, own.task = FLAGS, settings, make_task
