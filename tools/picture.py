@@ -183,11 +183,12 @@ def draw_curves(figure, curves, target):
         axes.plot(steps, values, marker=".")
         # The axis holds 0 and 1, so that small changes look small.
         axes.set_ylim(min(0, *values), 1.05 * max(1, *values))
-        axes.set_title(f"{name} {values[-1]:.3g}", fontsize=9, loc="left")
         axes.grid(alpha=0.3)
+        title = f"{name} {values[-1]:.3g}"
         if name == "density":
-            axes.axhline(target, ls="--", color="gray")
-            axes.text(steps[0], target, f"target {target:.3g}", fontsize=8)
+            title += f", target {target:.3g}"
+            axes.axhline(target, ls="--", color="gray", lw=0.8)
+        axes.set_title(title, fontsize=9, loc="left")
     axes.set_xlabel("step")
     axes.xaxis.get_major_locator().set_params(integer=True)
 

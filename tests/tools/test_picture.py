@@ -141,5 +141,7 @@ def test_each_quantity_has_an_axis_of_its_own(finished):
         low, high = axes.get_ylim()
         assert low == 0 and high >= 1
         assert list(zip(*axes.lines[0].get_data(), strict=True)) == points
-    assert [text.get_text() for text in figure.axes[0].texts] == ["target 0.5"]
+    first = figure.axes[0]
+    assert first.get_title("left").endswith(", target 0.5")
+    assert list(first.lines[1].get_ydata()) == [0.5, 0.5]
     assert picture.curves_of(finished / "none.jsonl") == {}
