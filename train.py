@@ -467,7 +467,7 @@ def frozen_digest(model, learner):
 # --- act two: learn -------------------------------------------------------------------------------
 
 
-def make_schedule(args, total, final, schedule):
+def make_schedule(args, total, final, schedule="cubic"):
     """[(density, penalty)] for steps 0 to total, all in advance. final: the density in the end."""
     # From shares of all steps to steps.
     hold = round(args.hold * total)

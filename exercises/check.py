@@ -2,12 +2,15 @@
 
     python exercises/check.py 3 my_mask.py
     python exercises/check.py --json results.json 2 3 4 6 7 9 FOLDER
+    python exercises/check.py --csv class.csv FOLDER_OF_FOLDERS
 
 The second form grades a folder of answers with the file names from EXERCISES.md, and writes the
-results for Gradescope's autograder.
+results for Gradescope's autograder. The third one grades a class, with a folder for each student.
+Without numbers, it grades all exercises.
 """
 
 import argparse
+import csv
 import json
 import random
 import subprocess
@@ -37,7 +40,7 @@ def run(function, path, args):
     """Run an answer in a process of its own -> "right", or what is wrong."""
     answer = Path(__file__).with_name("answer.py")
     prints = None  # what the answer prints goes to the terminal
-    if args.json:
+    if args.json or args.csv:
         prints = subprocess.DEVNULL
     with tempfile.TemporaryDirectory() as folder:
         verdict = Path(folder, "verdict")
@@ -54,10 +57,12 @@ def run(function, path, args):
         return verdict.read_text("utf-8")
 
 
-def grade(number, args):
-    """Grade an answer -> an entry of Gradescope's results: all points or none, and the reason."""
+def grade(number, path, args):
+    """Grade an answer, and print the verdict -> an entry of Gradescope's results.
+
+    It gets all points or none. path: the answer, or a folder of answers.
+    """
     exercise = EXERCISES[number]
-    path = args.path
     if path.is_dir():
         path = path / exercise.file
     output = f"not yet: there is no file {path.name}"
@@ -66,12 +71,24 @@ def grade(number, args):
     score = 0
     if output == "right":
         score = exercise.points
-    return {
-        "name": f"{number}. {exercise.function}",
-        "score": score,
-        "max_score": exercise.points,
-        "output": output,
-    }
+    name = f"{number}. {exercise.function}"
+    print(f"{name} ({score} of {exercise.points} points): {output}", flush=True)
+    return {"name": name, "score": score, "max_score": exercise.points, "output": output}
+
+
+def grade_class(args):
+    """Grade a folder of folders, and write a table: a row per student, a column per exercise."""
+    students = sorted(args.path.glob("[!.]*/"))
+    if not students:
+        sys.exit(f"{args.path} has no folders; with --csv it must have one for each student")
+    # The mark at the start of utf-8-sig tells Excel how names are encoded.
+    with args.csv.open("w", encoding="utf-8-sig", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["student", *args.exercises, "total"])
+        for student in students:
+            print(f"{student.name}:")
+            scores = [grade(number, student, args)["score"] for number in args.exercises]
+            table.writerow([student.name, *scores, sum(scores)])
 
 
 def parse_args(argv):
@@ -79,32 +96,33 @@ def parse_args(argv):
         description="Check answers to programming exercises of EXERCISES.md."
     )
     add = parser.add_argument
-    add("exercises", type=int, nargs="+", choices=EXERCISES, help="their numbers")
-    add("path", type=Path, help="the answer, or a folder of answers")
+    add("exercises", type=int, nargs="*", help="their numbers; else all")
+    add("path", type=Path, help="the answer, a folder of answers, or with --csv a folder of those")
     add("--json", type=Path, metavar="RESULTS", help="write this file for Gradescope")
+    add("--csv", type=Path, metavar="TABLE", help="write this table of a class")
     add("--seed", type=int, default=random.randrange(10**6), help="of the cases; else a new one")
     add("--seconds", type=int, default=60, help="for each answer; importing torch takes some (60)")
-    return parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    args.exercises = args.exercises or list(EXERCISES)
+    if not EXERCISES.keys() >= set(args.exercises):
+        parser.error(f"only exercises {list(EXERCISES)} have a check")
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    tests = []
-    for number in args.exercises:
-        test = grade(number, args)
-        tests.append(test)
-        points = f"{test['score']} of {test['max_score']} points"
-        print(f"{test['name']} ({points}): {test['output']}", flush=True)
     note = f"--seed {args.seed} repeats these cases"
-    print(note)
+    if args.csv:
+        grade_class(args)
+        print(note)
+        return 0
 
+    tests = [grade(number, args.path, args) for number in args.exercises]
+    print(note)
     if args.json:
         args.json.write_text(json.dumps({"output": note, "tests": tests}, indent=1))
         return 0
-    for test in tests:
-        if test["output"] != "right":
-            return 1
-    return 0
+    return 0 if all(test["output"] == "right" for test in tests) else 1
 
 
 if __name__ == "__main__":

@@ -67,13 +67,13 @@ weights = [torch.randn(out, n) * (2 / (DENSITY * n)) ** 0.5 for out, n in ((512,
 scores = [torch.zeros_like(w, requires_grad=True) for w in weights]  # all that is learnt
 optimizer = torch.optim.Adam(scores)
 test_pictures, test_labels = draw(2000)
-
 for step in range(STEPS + 1):
     density = density_at(step, RAMP, DENSITY)
     masks = [highest(s, int(density * s.numel())) for s in scores]
     masked = list(map(StraightThrough.apply, weights, scores, masks))
     if step % 100 == 0:
-        accuracy = (network(test_pictures, masked).argmax(1) == test_labels).float().mean().item()
+        answers = network(test_pictures, masked).argmax(1)
+        accuracy = (answers == test_labels).float().mean()
         print(f"step {step:3}  density {density:.3f}  accuracy {accuracy:.3f} (guessing: 0.1)")
     pictures, labels = draw(64)
     loss = torch.nn.functional.cross_entropy(network(pictures, masked), labels)
@@ -83,8 +83,8 @@ for step in range(STEPS + 1):
     (loss + PENALTY * regularizer).backward()
     optimizer.step()
 
-print("A new digit, and how many weights of each pixel are kept. Where there is only noise: none.")
+print(f"A new digit: the network says {answers[0]}. Beside it: how many weights each pixel keeps.")
 kept = masks[0].float().mean(0)  # [512, 99] -> [99]
 both = (test_pictures[0].view(11, 9), torch.zeros(11, 1), (kept / kept.max()).view(11, 9))
-for row in torch.cat(both, dim=1).clamp(0, 1):
+for row in torch.cat(both, 1).clamp(0, 1):
     print("".join(2 * " ░▒▓█"[int(4.99 * v)] for v in row))

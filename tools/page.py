@@ -4,6 +4,7 @@ The page is a single file under 2 MB. It needs no server, no network and no othe
 
     python -m tools.page RUN --out page.html
     python -m tools.page RUN --out page.html --text "a text of one's own"
+    python -m tools.page RUN --out page.html --dense RUN  # beside a run of --method finetune
 """
 
 import base64
@@ -18,13 +19,13 @@ import torch
 import torch.nn.functional as F
 
 from data import encode
-from eval import densities, load_run, masked_weights, predict, read_texts
+from eval import densities, load_run, masked_weights, predict, read_result, read_texts
 from extras.own import describe_table
 from plumbing.cli import Parser, one_line_errors, printable, show
 from plumbing.fetch import model_name
 from plumbing.files import write_whole
 from tools.export import facts
-from tools.picture import head_densities, read_log
+from tools.picture import curves_of, head_densities, top_of_scale
 
 TEMPLATE = Path(__file__).with_name("page.html")
 LARGEST = 2_000_000  # bytes of a page
@@ -43,15 +44,17 @@ ORANGE_TO_BLUE = np.array(
     [(230, 97, 1), (253, 184, 99), (255, 255, 255), (146, 178, 222), (33, 102, 172)]
 )
 
-CURVE = """<figure><svg viewBox="0 0 310 152" role="img" aria-label="{name}">
+CURVE = """<figure><figcaption>{name} <strong>{end:.3g}</strong>{mark}</figcaption>
+<svg viewBox="0 0 310 152" role="img" aria-label="{name}">
 <line x1="44" y1="130" x2="305" y2="130"/><line x1="44" y1="15" x2="305" y2="15"/>
 <text x="38" y="133" text-anchor="end">{low:.3g}</text>
-<text x="38" y="18" text-anchor="end">{high}</text>
+<text x="38" y="18" text-anchor="end">{high:.3g}</text>
 <text x="44" y="146">{first:.0f}</text>
 <text x="174" y="146" text-anchor="middle">step</text>
 <text x="305" y="146" text-anchor="end">{last:.0f}</text>
+<line class="{marked}" x1="44" y1="{level:.1f}" x2="305" y2="{level:.1f}"/>
 <polyline points="{corners}"/>{dots}
-</svg><figcaption>{name}</figcaption></figure>"""
+</svg></figure>"""
 DOT = '<circle cx="{:.1f}" cy="{:.1f}" r="3"><title>step {:.0f}: {:.4g}</title></circle>'
 SENTENCE = """<blockquote>{shown}</blockquote>
 <p>The pruned model says {answer}. The table shows how {what} when the output of one
@@ -62,7 +65,10 @@ Orange heads speak against it.{flips}</p>
 CLASS = "<strong>{}</strong> ({}), with a probability of {:.4f}"
 FLIPS = " A frame marks heads without which it gives another answer."
 BUTTON = """<button type="button" class="matrix {group}" id="{group}-{layer}" {data}
-title="{caption}"><img alt="the mask of {caption}" src="data:image/png;base64,{image}"></button>"""
+title="layer {layer}, {title}: {rows} × {columns}, density {density:.4f}">
+<img alt="the mask of layer {layer}, {title}" src="data:image/png;base64,{image}">
+{title} <strong>{density:.3f}</strong></button>"""
+NUMBER = '<p class="number"><strong>{:.3f}</strong> {}</p>'
 WHAT = """Task {task}, backbone {name}, method {method}. {kept:,} of {prunable:,} weights are
 kept: density {density:.4f}, sparsity {removed:.4f}."""
 
@@ -112,16 +118,15 @@ def legend(low, high, scale):
 
 def density_table(names, table, write):
     """Make a table of densities [layers, columns]. write: a function that formats a density."""
-    low, high = table.min(), table.max()
-    span = max(high - low, 0.01)
+    high = top_of_scale(table)
     rows = []
     for layer in table:
         cells = []
         for value in layer:
-            style = cell_style((value - low) / span, YELLOW_TO_BLUE)
+            style = cell_style(value / high, YELLOW_TO_BLUE)
             cells.append((write(value), f'style="{style}"'))
         rows.append(cells)
-    return coloured_table(names, rows) + legend(write(low), write(high), YELLOW_TO_BLUE)
+    return coloured_table(names, rows) + legend("0", write(high), YELLOW_TO_BLUE)
 
 
 # --- training curves --------------------------------------------------------------------------
@@ -133,43 +138,49 @@ def thinned(points):
     return [tuple(group.mean(0)) for group in groups]
 
 
-def curve(name, points, dots=False):
+def curve(name, points, marked="", level=0):
     """Draw a curve of (step, value) points as an SVG figure.
 
-    The axis shows the lowest and the highest value.
+    marked, level: the name and value of a dashed line. The axis holds 0 and 1, so that small
+    changes look small.
     """
     steps, values = np.array(thinned(points)).T
     first, last = steps.min(), steps.max()
-    low, high = values.min(), values.max()
-    # A curve of one step, or of one value, is drawn without dividing by 0.
-    across = (steps - first) / max(last - first, 1)
-    up = (values - low) / (high - low if high > low else 1)
-    x = 44 + 261 * across
-    y = 130 - 115 * up
+    shown = [0, 1, level, *values]
+    low, high = min(shown), max(shown)
 
+    def height(value):
+        return 130 - 115 * (value - low) / (high - low)
+
+    x = 44 + 261 * (steps - first) / max(last - first, 1)  # there may be just one step
+    y = height(values)
     corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    points = zip(x, y, steps, values, strict=True)
+    dots = ""
+    if name.startswith("dev"):  # evaluations are few
+        dots = "".join(map(DOT.format, x, y, steps, values))
     return CURVE.format(
         name=escape_html(name),
+        end=values[-1],
         low=low,
-        high=f"{high:.3g}" if high > low else "",
+        high=high,
         first=first,
         last=last,
+        mark=f", {marked} {level:.3g}" if marked else "",
+        marked=marked,
+        level=height(level),
         corners=corners,
-        dots="".join(DOT.format(*point) for point in points) if dots else "",
+        dots=dots,
     )
 
 
-def curves(log):
-    """Draw the training curves of a log.jsonl, or say that there is none."""
-    losses, evaluations = read_log(log)
+def curves(log, marks):
+    """Draw the training curves of a log.jsonl, or say that there is none.
+
+    marks: {name of a curve: (name, value) of its dashed line}.
+    """
     found = []
-    for name in ("density", "loss") if losses else ():
-        points = [(line["step"], line[name]) for line in losses]
-        found.append(curve(name, points))
-    for metric in evaluations[0]["dev"] if evaluations else ():
-        points = [(line["step"], line["dev"][metric]) for line in evaluations]
-        found.append(curve(f"dev {metric}", points, dots=True))
+    for name, points in curves_of(log).items():
+        found.append(curve(name, points, *marks.get(name, ())))
     if not found:
         return "<p>A mask file has no curves: the curves are in log.jsonl of its run folder.</p>"
     return '<div class="side curves">\n' + "\n".join(found) + "\n</div>"
@@ -224,11 +235,12 @@ def change_rows(before, after, chosen):
         for head, by in enumerate(row):
             answer = after[layer, head]
             tip = f"without head {head} of layer {layer}: {answer[chosen]:.4f}"
+            text = signed(by, classes)
             style = cell_style(0.5 - 0.5 * by / most, ORANGE_TO_BLUE)
-            attributes = f'title="{tip}" style="{style}"'
+            kind = "zero" if text in ("0.0", "0.00") else "moves"
             if int(answer.argmax()) != chosen:
-                attributes += ' class="flips"'
-            cells.append((signed(by, classes), attributes))
+                kind = "flips"
+            cells.append((text, f'title="{tip}" class="{kind}" style="{style}"'))
         rows.append(cells)
     return rows
 
@@ -327,21 +339,20 @@ def layer_cards(groups, masks, head_size, side):
 
     cards = []
     for layer, names in enumerate(zip(*groups.values(), strict=True)):
-        buttons, notes = [], []
+        buttons = [f"<h3>Layer {layer}</h3>"]
         for group, name in zip(groups, names, strict=True):
-            title = group.replace("_", " ").replace("attn", "attention")
-            density = masks[name].float().mean().item()
-            notes.append(f"{title} {density:.3f}")
             rows, columns = masks[name].shape
             button = BUTTON.format(
                 group=group,
                 layer=layer,
-                caption=f"layer {layer}, {title}: {rows} × {columns}, density {density:.4f}",
+                title=group.replace("attn_", "attention "),
+                density=masks[name].float().mean().item(),
+                rows=rows,
+                columns=columns,
                 data=data[group],
                 image=base64.b64encode(images[name]).decode(),
             )
             buttons.append(button)
-        buttons.append(f"<div><h3>Layer {layer}</h3>{', '.join(notes)}</div>")
         cards.append('<div class="layer">\n' + "\n".join(buttons) + "\n</div>")
     return "\n".join(cards)
 
@@ -349,8 +360,11 @@ def layer_cards(groups, masks, head_size, side):
 # --- the page ---------------------------------------------------------------------------------
 
 
-def heading(loaded):
-    """Describe the run and its result -> {"title": ..., "what": ..., "found": ...}."""
+def heading(loaded, dense):
+    """Describe the run and its result -> {"title": ..., "what": ..., "found": ..., "numbers": ...}.
+
+    dense: {metric: value} of the dense model, as far as known. The first metric is shown large.
+    """
     result = loaded.result
     name = printable(model_name(result["model"]))  # without its path: the page may be published
     more = {"name": name, "removed": 1 - result["density"]}
@@ -360,11 +374,19 @@ def heading(loaded):
         "found": f"Dev {show(result['final'])} ({facts(result)}). ",
     }
     parts["found"] += describe_table(result.get("table"))
-    return {key: escape_html(text) for key, text in parts.items()}
+    parts = {key: escape_html(text) for key, text in parts.items()}
+    metric, value = next(iter(result["final"].items()))
+    parts["numbers"] = NUMBER.format(value, f"dev {escape_html(metric)}")
+    if metric in dense:
+        parts["numbers"] += NUMBER.format(dense[metric], "dense, fine-tuned")
+    return parts
 
 
-def make_page(loaded, log, texts, largest=LARGEST):
-    """Make the page -> bytes. Its pictures are as fine as the largest size allows."""
+def make_page(loaded, log, texts, dense, largest=LARGEST):
+    """Make the page -> bytes. Its pictures are as fine as the largest size allows.
+
+    dense: {metric: value} of the dense model, as far as known.
+    """
     model, masks = loaded.model, loaded.masks
     groups = {group: list(weights) for group, weights in model.prunable().items()}
     names = []
@@ -374,10 +396,12 @@ def make_page(loaded, log, texts, largest=LARGEST):
     table = np.array(list(densities(groups, masks).values())).T  # [layers, groups]
     heads = head_densities(groups, masks, model.config.layers[0][0])  # [layers, heads]
     digits = 0 if heads.max() > 0.1 else 1  # decimal digits of the percentages
-    parts = heading(loaded)
+    parts = heading(loaded, dense)
     parts["densities"] = density_table(names, table, lambda v: f"{v:.3f}")
     parts["heads"] = density_table(range(heads.shape[1]), heads, lambda v: f"{100 * v:.{digits}f}")
-    parts["curves"] = curves(log)
+    marks = {f"dev {metric}": ("dense", value) for metric, value in dense.items()}
+    marks["density"] = ("target", loaded.result["density"])
+    parts["curves"] = curves(log, marks)
     parts["sentence"] = sentence(loaded, texts)
 
     template = Template(TEMPLATE.read_text("utf-8"))
@@ -406,6 +430,7 @@ def main(argv=None):
     add("--out", type=Path, required=True, metavar="FILE.html", help="the page")
     add("--text", help="show each attention head's part in the answer to this text")
     add("--pair", help="the second text, if the task takes two")
+    add("--dense", type=Path, metavar="RUN", help="a run of --method finetune to show beside it")
     add("--model", metavar="FOLDER", help="where the backbone is now")
     parser.set_defaults(text_file=None)  # which eval.py takes too
     args = parser.parse_args(argv)
@@ -413,9 +438,19 @@ def main(argv=None):
     if not loaded.masks:
         raise ValueError(f"{args.run} has no mask to look at")
     texts = texts_of(loaded.task, args)
-    page = make_page(loaded, args.run / "log.jsonl", texts)
+    dense = dense_result(args.dense, loaded.result) if args.dense else {}
+    page = make_page(loaded, args.run / "log.jsonl", texts, dense)
     write_whole(args.out, page)
     print(f"{args.out}: {len(page) / 1e6:.2f} MB, for any browser")
+
+
+def dense_result(run, result):
+    """Return {metric: value} of a run of dense fine-tuning. Raises ValueError if it is another."""
+    dense = read_result(run)
+    wanted = {"method": "finetune", "task": result["task"], "model": result["model"]}
+    if not wanted.items() <= dense.items():
+        raise ValueError(f"--dense: {run} is no run of --method finetune with this task and model")
+    return dense["final"]
 
 
 def texts_of(task, args):

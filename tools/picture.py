@@ -151,47 +151,69 @@ def read_log(path):
     return losses, evaluations
 
 
+def curves_of(log):
+    """Read a run's log, if there is one -> {"density", "loss" or "dev ...": [(step, value)]}."""
+    losses, evaluations = read_log(log)
+    curves = {}
+    for name in ("density", "loss") if losses else ():
+        curves[name] = [(line["step"], line[name]) for line in losses]
+    for metric in evaluations[0]["dev"] if evaluations else ():
+        curves[f"dev {metric}"] = [(line["step"], line["dev"][metric]) for line in evaluations]
+    return curves
+
+
 def can_be_drawn(value):
     return type(value) in (int, float) and abs(value) < LARGEST
 
 
 def plot_run(path, run, found, log):
     """Draw densities() of a loaded run beside its training curves, if there is a log of them."""
-    losses, evaluations = read_log(log)
-    figure = figure_of(11, 4.2)
-    left, right = figure.subplots(1, 2)
-    draw_densities(left, found)
+    curves = curves_of(log)
     result = run.result
-    title = f"{result['task']}, {result['method']}, density {result['density']:.2f}"
-    left.set_title(f"{title}: share of weights kept", fontsize=10)
-
-    steps = [line["step"] for line in losses]
-    right.plot(steps, [line["density"] for line in losses], label="density")
-    right.plot(steps, [line["loss"] for line in losses], label="training loss", lw=0.8)
-    steps = [line["step"] for line in evaluations]
-    for metric in evaluations[0]["dev"] if evaluations else ():
-        values = [line["dev"][metric] for line in evaluations]
-        right.plot(steps, values, "o-", label=f"dev {metric}")
-    right.set_xlabel("step")
-    right.xaxis.get_major_locator().set_params(integer=True)
-    right.set_ylim(bottom=0)
-    right.legend(fontsize=8)
+    figure = left = figure_of(11, 4.4)
+    if curves:
+        left, right = figure.subfigures(1, 2)
+        draw_curves(right, curves, result["density"])
+    axes = left.subplots()
+    draw_densities(axes, found)
+    axes.set_title(f"{result['task']}, {result['method']}: share of weights kept", fontsize=10)
     save(figure, path)
+
+
+def draw_curves(figure, curves, target):
+    """Draw curves {name: [(step, value)]} below each other, and the target density."""
+    panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+    for axes, (name, points) in zip(panels, curves.items(), strict=True):
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, marker=".")
+        # The axis holds 0 and 1, so that small changes look small.
+        axes.set_ylim(min(0, *values), 1.05 * max(1, *values))
+        axes.grid(alpha=0.3)
+        title = f"{name} {values[-1]:.3g}"
+        if name == "density":
+            title += f", target {target:.3g}"
+            axes.axhline(target, ls="--", color="gray", lw=0.8)
+        axes.set_title(title, fontsize=9, loc="left")
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def top_of_scale(table):
+    """Colours of densities go from 0 to twice their mean, so that 0.43 and 0.54 look alike."""
+    return max(table.max(), min(1, 2 * table.mean()), 0.01)
 
 
 def draw_densities(axes, found):
     """Draw densities {group: [value per layer]} as a heat map with numbers."""
     table = np.array(list(found.values())).T  # [layers, groups]
     layers, columns = table.shape
-    high = table.max()
-    low = min(table.min(), high - 0.01)
-    image = axes.imshow(table, vmin=low, vmax=high, cmap="viridis", aspect="auto")
+    high = top_of_scale(table)
+    image = axes.imshow(table, vmin=0, vmax=high, cmap="YlGnBu", aspect="auto")
     names = [name.replace("_", "\n") for name in found]
     axes.set_xticks(range(columns), names, fontsize=8)
     axes.set_yticks(range(layers), [f"layer {i}" for i in range(layers)], fontsize=8)
     for (i, j), value in np.ndenumerate(table):
-        light = value > low + 0.6 * (high - low)
-        color = "black" if light else "white"
+        color = "black" if value < 0.6 * high else "white"
         axes.text(j, i, f"{value:.3f}", ha="center", va="center", color=color, fontsize=8)
     axes.figure.colorbar(image, ax=axes)
 

@@ -127,7 +127,7 @@ def test_training_keeps_what_python_counts():
 
     args, pairs, in_float32 = train.parse_args(["--task", "rte"]), 0, 0
     for steps, target in itertools.product((60, 598, 7800), (0.5, 0.1, 0.03)):
-        schedule = train.make_schedule(args, steps, target, "cubic")
+        schedule = train.make_schedule(args, steps, target)
         densities, _ = train.schedule_on_device(schedule, torch.device("cpu"))
         found = [mask.smp_l(importance, sizes, v, {}, exact=False) for v in densities]
         expected = [[int(v * n) for n in numbers] for v, _ in schedule]

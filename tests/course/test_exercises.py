@@ -184,6 +184,55 @@ def test_a_folder_is_graded_whatever_is_in_it(tmp_path, capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_a_class_is_graded_as_the_page_for_teachers_shows(tmp_path):
+    """Beside the folders of two students lie files, which are no students."""
+    page = (ROOT / "exercises" / "TEACHING.md").read_text()
+    chapter = page.split("\n## A class on your own computer\n")[1].split("\n## ")[0]
+    script = re.search(r"```sh\n(.*?)```", chapter, re.S)[1]
+    table = re.search(r"```\n(student,.*?)```", chapter, re.S)[1]
+    for name in ("exercises", "mask.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "class" / ".hidden").mkdir(parents=True)
+    (tmp_path / "class" / "names.txt").write_text("ada and ben")
+    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    ended = subprocess.run(
+        ["bash", "-ec", script],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0 and ended.stderr == "", ended.stderr
+    assert (tmp_path / "class.csv").read_text("utf-8-sig") == table
+    lines = ended.stdout.splitlines()
+    assert [line for line in lines if line.endswith(":")] == ["ada:", "ben:"]
+    assert "2. density_at (5 of 5 points): right" in lines and len(lines) == 2 * 7 + 1
+    assert any(re.match(r"2. .*: not yet: density_at\(\d+, ", line) for line in lines)
+
+
+def test_a_class_needs_a_folder_for_each_student(tmp_path):
+    (tmp_path / "schedule.py").write_text(CUBIC)
+    with pytest.raises(SystemExit, match="no folders.*one for each student"):
+        check.main(["--csv", str(tmp_path / "class.csv"), "2", str(tmp_path)])
+    assert not (tmp_path / "class.csv").exists()
+
+
+def test_numbers_and_flags_come_in_any_order():
+    for argv in (["2", "--seed", "5", "answers"], ["--seed", "5", "2", "answers"]):
+        args = check.parse_args(argv)
+        assert (args.exercises, args.path, args.seed) == ([2], Path("answers"), 5)
+    assert check.parse_args(["answers"]).exercises == list(check.EXERCISES)
+
+
+def test_exercises_without_a_check(capsys):
+    with pytest.raises(SystemExit):
+        check.main(["2", "5", "answers"])
+    assert "only exercises [2, 3, 4, 6, 7, 9] have a check" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_an_answer_that_never_ends_is_ended(tmp_path, capfd):
     (tmp_path / "schedule.py").write_text("while True:\n    print('x' * 99)")
     results = tmp_path / "results.json"
@@ -202,7 +251,7 @@ def test_the_teachers_script_in_the_layout_of_gradescope(tmp_path):
         (tmp_path / folder).mkdir()
     (tmp_path / "env").symlink_to(sys.prefix)
     page = (ROOT / "exercises" / "TEACHING.md").read_text()
-    scripts = re.findall(r"```sh\n(.*?)```", page, re.S)
+    _, script = re.findall(r"```sh\n(#!.*?)```", page, re.S)
     packed = re.search(r"`zip autograder.zip setup.sh run_autograder (.*?)`", page)[1]
     for path in [path for pattern in packed.split() for path in ROOT.glob(pattern)]:
         (tmp_path / "source" / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
@@ -218,7 +267,7 @@ def test_the_teachers_script_in_the_layout_of_gradescope(tmp_path):
         (submission / check.EXERCISES[number].file).write_text(code)
     environment = os.environ | {"AUTOGRADER": str(tmp_path)}
     ended = subprocess.run(
-        ["bash", "-c", scripts[1]], cwd=submission, env=environment, capture_output=True, text=True
+        ["bash", "-c", script], cwd=submission, env=environment, capture_output=True, text=True
     )
     assert ended.returncode == 0 and ended.stderr == "", ended.stderr
     found = json.loads((tmp_path / "results" / "results.json").read_text())

@@ -6,9 +6,12 @@ import re
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from house import ARROWS, CORE, ROOT, WINGS
+
+import mask
 
 LABS = sorted((ROOT / "exercises").glob("*.ipynb"))
 MACHINE = re.compile(
@@ -110,8 +113,85 @@ def test_sections_explain_and_ask(lab):
         heading, _, body = section.partition("\n")
         said, _, asked = body.partition("**Questions.**")
         assert said.count(". ") >= 1, heading
+        asked, _, room = asked.partition("**Your answers.**")
+        if lab.stem == "lab1":  # it has room for every answer
+            assert re.findall(r"^\d\.", room, re.M) == re.findall(r"^\d\.", asked, re.M), heading
         assert asked.strip().startswith("1. ") and asked.rstrip().endswith(("?", ")")), heading
         assert set(re.findall(r"\d+", heading)) <= set(numbers), heading
+
+
+# What lab1 asks the student to write: right answers, and wrong ones with what is said about them.
+MASKED = "def my_masked(weight, scores, mask):\n    return "
+DENSITY = "def my_density(step, ramp, final):\n    return "
+REGULARIZER = "def my_regularizer(scores):\n    return "
+TOP_K = "def my_top_k(scores, k):\n    return "
+CUBIC = "final + (1 - final) * max(0, 1 - step / ramp) ** 3"
+MEANS = "torch.stack([torch.sigmoid(s).mean() for s in scores.values()])"
+PLACES = "scores.flatten().argsort(descending=True).argsort().view_as(scores)"
+RIGHT = {
+    "my-masked": MASKED + "weight * (mask + (scores - scores.detach()))",
+    "my-density": DENSITY + CUBIC,
+    "my-regularizer": REGULARIZER + MEANS + ".mean()",
+    "my-top-k": TOP_K + PLACES + " < k",
+}
+WRONG = [
+    ("my-masked", MASKED + "weight * mask", "nothing can learn"),
+    ("my-masked", MASKED + "weight * scores", "W' is"),
+    ("my-masked", MASKED + "weight * mask * (1 + scores - scores.detach())", "never come back"),
+    ("my-masked", MASKED + "weight * mask + (scores - scores.detach())", "has the factor W"),
+    ("my-density", DENSITY + CUBIC.removesuffix(" ** 3"), "at step 25 of 100"),
+    ("my-density", DENSITY + CUBIC.replace("max(0, 1 - step / ramp)", "(1 - step / ramp)"), "150"),
+    ("my-density", DENSITY + CUBIC.replace("1 - step", "step"), "at step 0"),
+    ("my-regularizer", REGULARIZER + f"4 * {MEANS}.mean()", "is the sum over matrices"),
+    (
+        "my-regularizer",
+        REGULARIZER + "torch.cat([s.flatten() for s in scores.values()]).sigmoid().mean()",
+        "a matrix counts as one",
+    ),
+    ("my-regularizer", REGULARIZER + f"{MEANS}.mean().item()", "must be a tensor"),
+    ("my-regularizer", REGULARIZER + f"{MEANS}.mean() / 2", "R is 0.3452, not 0.6904"),
+    ("my-top-k", TOP_K + "scores", "a mask is bool"),
+    ("my-top-k", TOP_K + PLACES + " <= k", "are kept of"),
+    ("my-top-k", TOP_K + f"{PLACES} >= scores.numel() - k", "a higher score is removed"),
+    (
+        "my-top-k",
+        TOP_K + "scores >= scores.flatten().sort().values[len(scores.flatten()) - max(k, 1)]",
+        "5 are kept of",  # of equal scores all
+    ),
+]
+
+
+def check_of_lab1(written, code):
+    """Run the check below a cell of lab1 that the student has filled with this code."""
+    cells = {cell["id"]: text for cell, text in read(ROOT / "exercises" / "lab1.ipynb", "code")}
+    scope = {name: getattr(mask, name) for name in ("StraightThrough", "density_at", "highest")}
+    scope |= {"mean_sigmoid": mask.mean_sigmoid, "torch": torch, "np": np}
+    scope["small"] = torch.tensor([[[0.3, -1.0, 2.0, 0.3], [0.0, 0.3, -0.5, 1.0]]])
+    for text in (cells["yours-or-ours"], code or cells[written]):
+        exec(text, scope)
+    exec(cells[written.replace("my", "check")], scope)
+
+
+@pytest.mark.parametrize("written", RIGHT)
+def test_right_functions_pass(written, capsys):
+    check_of_lab1(written, RIGHT[written])
+    assert capsys.readouterr().out.startswith("passed: ")
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)))
+def test_wrong_functions_are_told_what_is_wrong(number):
+    written, code, sentence = WRONG[number]
+    with pytest.raises(AssertionError, match=re.escape(sentence)):
+        check_of_lab1(written, code)
+
+
+@pytest.mark.parametrize("written", RIGHT)
+def test_an_unwritten_function_is_replaced_and_the_lab_says_so(written, capsys):
+    check_of_lab1(written, None)
+    name = written.replace("-", "_")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{name} is not written yet; mask.py stands in for it"
+    assert second.startswith("passed: ")
 
 
 @pytest.fixture

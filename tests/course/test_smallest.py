@@ -44,6 +44,8 @@ def test_it_learns_and_only_the_mask_did(capsys, steps, reached):
         assert scores.shape == weight.shape and scores.requires_grad and scores.abs().max() > 0.1
         assert kept.sum() == int(0.1 * weight.numel())  # exactly
 
+    (answer,) = re.findall(r"the network says (\d)\.", said)
+    assert int(answer) == names["answers"][0]
     picture = said.splitlines()[-11:]  # left a digit, right the mask, whose frame is empty
     assert {len(line) for line in picture} == {38} and any("█" in line[20:] for line in picture)
     assert not picture[0][20:].strip() and not picture[-1][20:].strip()

@@ -159,6 +159,11 @@ def test_the_page_holds_the_run_and_nothing_from_elsewhere(made):
     assert not found
     assert "1,792 of 3,584 weights are kept" in parsed.words and "seed 0, 20 steps" in parsed.words
     assert len(parsed.all("polyline")) == 3 and len(parsed.all("circle")) == 2
+    final = loaded.result["final"]["accuracy"]
+    assert f'<p class="number"><strong>{final:.3f}</strong> dev accuracy</p>' in text
+    assert text.count('<p class="number">') == 1  # the dense model is not known
+    for matrix in ("query", "key", "value", "attention output", "intermediate", "output"):
+        assert text.count(f"\n{matrix} <strong>0.") == 2  # below its picture in each layer
     for word in ("density", "loss", "dev accuracy", *page.EXAMPLES[1]):
         assert word in parsed.words
 
@@ -166,10 +171,10 @@ def test_the_page_holds_the_run_and_nothing_from_elsewhere(made):
 def test_a_page_is_small_whatever_the_model(run, make_model, tmp_path):
     loaded = load_run(run(model=make_model(**WIDE)))
     log = tmp_path / "run" / "log.jsonl"
-    whole = page.make_page(loaded, log, ("good",)).decode()
+    whole = page.make_page(loaded, log, ("good",), {}).decode()
     assert pictures(Balanced(whole))["query-0"].shape == (64, 64)
     largest = len(whole) - 1000
-    text = page.make_page(loaded, log, ("good",), largest).decode()
+    text = page.make_page(loaded, log, ("good",), {}, largest).decode()
     side = int(re.search(r"block of (\d+) × \1 weights", text)[1])
     assert side > 1 and len(text.encode()) < largest
     found = pictures(Balanced(text))
@@ -199,7 +204,54 @@ def test_long_logs_are_thinned():
     assert "NaN" not in page.curve("one", [(1, 2.0)]) and "nan" not in page.curve("one", [(1, 2.0)])
 
 
+def lines_of(figure):
+    """The horizontal lines and the curve of an SVG -> {class or "axis": [y]}, [y of the curve]."""
+    parsed = Balanced(figure)
+    lines = {}
+    for line in parsed.all("line"):
+        assert line["y1"] == line["y2"]
+        lines.setdefault(line.get("class") or "axis", []).append(float(line["y1"]))
+    (curve,) = parsed.all("polyline")
+    return lines, [float(corner.split(",")[1]) for corner in curve["points"].split()]
+
+
+def test_small_changes_look_small():
+    """The axis goes from 0 at y = 130 to 1 at y = 15."""
+    lines, curve = lines_of(page.curve("dev accuracy", [(1, 0.803), (2, 0.855)], "dense", 0.88))
+    assert curve == pytest.approx([130 - 115 * 0.803, 130 - 115 * 0.855], abs=0.06)
+    assert lines == {"axis": [130, 15], "dense": pytest.approx([130 - 115 * 0.88], abs=0.06)}
+    lines, curve = lines_of(page.curve("loss", [(1, 2.0), (2, 1.0)]))  # from 0 to 2
+    assert curve == [15, 72.5] and lines == {"axis": [130, 15, 130]}
+    _, curve = lines_of(page.curve("dev mcc", [(1, -0.25), (2, 1.0)]))
+    assert curve == [130, 15]
+    _, curve = lines_of(page.curve("dev perplexity", [(1, 30.0), (2, 20.0)], "dense", 40.0))
+    assert curve == [43.8, 72.5]
+
+
+def test_the_dense_model_stands_beside_it(run, make_model, fails, tmp_path):
+    out = tmp_path / "page.html"
+    model = make_model()
+    pruned = run(model=model).rename(tmp_path / "pruned")
+    dense = run("--method", "finetune", "--steps", 2, model=model)
+    page.main([str(pruned), "--out", str(out), "--dense", str(dense)])
+    text = out.read_text("utf-8")
+    value = json.loads((dense / "result.json").read_text())["final"]["accuracy"]
+    assert f"<strong>{value:.3f}</strong> dense, fine-tuned</p>" in text
+    assert f", dense {value:.3g}</figcaption>" in text and ", target 0.5</figcaption>" in text
+    said = fails(page.main, [pruned, "--out", out, "--dense", pruned])
+    assert "--dense: " in said and "no run of --method finetune with this task and model" in said
+
+
 # --- heads ----------------------------------------------------------------------------------------
+
+
+def test_cells_of_zero_are_muted():
+    before = torch.tensor([0.4, 0.6])
+    after = torch.tensor([[[0.4, 0.6], [0.40001, 0.59999], [0.3, 0.7], [0.6, 0.4]]])
+    ((nothing, little, against, flips),) = page.change_rows(before, after, 1)
+    assert [cell[0] for cell in (nothing, little, against)] == ["0.0", "0.0", "+10.0"]
+    kinds = [re.search('class="(.*?)"', cell[1])[1] for cell in (nothing, little, against, flips)]
+    assert kinds == ["zero", "zero", "moves", "flips"]
 
 
 @pytest.mark.parametrize("task", ["movies", "stsb"])
@@ -301,35 +353,62 @@ CHROMIUM = shutil.which("chromium")
 CONFINED = bool(CHROMIUM) and Path(CHROMIUM).resolve().name == "snap"  # it reads no file below /tmp
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_chromium = pytest.mark.skipif(
     not CHROMIUM or CONFINED, reason="there is no chromium here that reads any file"
 )
+
+
+def browse(folder, page):
+    """Open a page of a folder, and run its script. stdout is then the page as it stands."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command += ["--disable-sync", "--disable-background-networking", "--dump-dom"]
+    command += [f"--user-data-dir={folder / 'browser'}", "--enable-logging=stderr"]
+    command += ["--virtual-time-budget=5000", f"file://{folder}/{page}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize(
+    ("clicks", "shown"),
+    [
+        (["next", "next"], "layer 0, value: 16 × 16, "),
+        (["previous", "in", "fit"], "layer 1, output: 16 × 24, "),
+        (["previous", "out", "next"], "layer 0, query: 16 × 16, "),
+    ],
+)
+def test_next_previous_and_zoom(finished, tmp_path, clicks, shown):
+    """After the last matrix comes the first. Zooming leaves no trace once a picture fits again."""
+    loaded = load_run(finished)
+    text = page.make_page(loaded, finished / "log.jsonl", ("good",), {}).decode()
+    script = "show(matrices[0]).then(async () => {"
+    for name in clicks:
+        script += f'document.getElementById("{name}").click();'
+        script += "await new Promise((done) => setTimeout(done, 300));"
+    (tmp_path / "page.html").write_text(text.replace("const asked", f"{script}}});const asked"))
+    ended = browse(tmp_path, "page.html")
+    assert "CONSOLE" not in ended.stderr, ended.stderr
+    assert f'<h3 id="name">{shown}' in ended.stdout
+    (width,) = re.findall(r'style="[^"]*width: (\d+)px', ended.stdout)
+    size = 24 if "output" in shown else 16
+    assert int(width) % size == 0 and int(width) >= 10 * size  # whole numbers, and it fills
+
+
+@pytest.mark.slow
+@needs_chromium
 @pytest.mark.parametrize("side", [1, 2])
 def test_the_page_opens_in_a_browser(run, make_model, tmp_path, side):
     """Its script reads a picture, and finds what the mask has; the console stays empty."""
     loaded = load_run(run(model=make_model(**WIDE)))
     texts = ("</script><script>document.title = 'broken'</script>",)
-    text = page.make_page(loaded, tmp_path / "run" / "log.jsonl", texts)
+    text = page.make_page(loaded, tmp_path / "run" / "log.jsonl", texts, {})
     if side == 2:
         largest = len(text) - 1000
-        text = page.make_page(loaded, tmp_path / "run" / "log.jsonl", texts, largest)
+        text = page.make_page(loaded, tmp_path / "run" / "log.jsonl", texts, {}, largest)
     assert text.count(b"describe(0, 0)") == 1
     (tmp_path / "page.html").write_bytes(text.replace(b"describe(0, 0)", b"describe(9, 21)"))
 
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-    command += ["--disable-sync"]
-    command += [
-        "--disable-background-networking",
-        f"--user-data-dir={tmp_path / 'browser'}",
-        "--dump-dom",
-    ]
-    command += [
-        "--enable-logging=stderr",
-        "--virtual-time-budget=5000",
-        f"file://{tmp_path}/page.html#attn_output-1",
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ended = browse(tmp_path, "page.html#attn_output-1")
     assert "CONSOLE" not in ended.stderr, ended.stderr
     (viewer,) = Balanced(ended.stdout).all("dialog")
     assert "open" in viewer and "<title>movies: a mask for model</title>" in ended.stdout

@@ -137,5 +137,27 @@ def test_plot(both, fails, tmp_path, capsys):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     picture.main([both[1], "--out", str(tmp_path / "y.svg")])
     assert "<svg" in (tmp_path / "y.svg").read_text()
+    loud = picture.top_of_scale(np.array([[0.43, 0.54]]))
+    assert loud == pytest.approx(0.97)  # the colours of 0.43 and 0.54 differ by a ninth of all
+    assert picture.top_of_scale(np.array([[0.8, 0.9]])) == 1
+    assert picture.top_of_scale(np.array([[0.01, 0.09]])) == pytest.approx(0.1)
+    assert picture.top_of_scale(np.zeros((2, 2))) > 0
     assert "x.bad: " in fails(picture.main, [both[0], "--out", tmp_path / "x.bad"])
     assert "a comparison of two" in fails(picture.main, [*both, "--out", tmp_path / "x.png"])
+
+
+def test_each_quantity_has_an_axis_of_its_own(finished):
+    pytest.importorskip("matplotlib")
+    curves = picture.curves_of(finished / "log.jsonl")
+    assert list(curves) == ["density", "loss", "dev accuracy"]
+    figure = picture.figure_of(5, 4)
+    picture.draw_curves(figure, curves, 0.5)
+    for axes, (name, points) in zip(figure.axes, curves.items(), strict=True):
+        assert axes.get_title("left").startswith(name)
+        low, high = axes.get_ylim()
+        assert low == 0 and high >= 1
+        assert list(zip(*axes.lines[0].get_data(), strict=True)) == points
+    first = figure.axes[0]
+    assert first.get_title("left").endswith(", target 0.5")
+    assert list(first.lines[1].get_ydata()) == [0.5, 0.5]
+    assert picture.curves_of(finished / "none.jsonl") == {}
