@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from plumbing import fetch, parallel
-from plumbing.checkpoints import encode_texts
-from plumbing.files import read_lines, sha256
+from plumbing.checkpoints import encode_rows
+from plumbing.files import read_lines
+from plumbing.rows import Rows, sha256_of_rows
 
 # --- tasks ----------------------------------------------------------------------------------------
 
@@ -120,8 +121,8 @@ TASKS = {
 class Examples:
     """Tokenised rows of a file: N texts or pairs of texts."""
 
-    ids: list  # N lists of token ids, without padding
-    types: list  # N lists of segment ids: 0 for the first text, 1 for its pair
+    ids: Rows  # N rows of token ids, without padding
+    types: Rows  # N rows of segment ids: 0 for the first text, 1 for its pair
     labels: list  # N class numbers, or scores
     limit: int  # longest input allowed, in tokens
     eval_batch = 64  # rows per batch of evaluation; another number would round differently
@@ -131,7 +132,7 @@ class Examples:
 
     def digest(self):
         """sha256 of all token ids and labels. It ties a checkpoint to its data."""
-        return sha256(repr((self.ids, self.labels)).encode())
+        return sha256_of_rows(self.ids, self.labels)
 
     def num_questions(self):
         """How many questions the rows ask: one each."""
@@ -156,12 +157,11 @@ def read_rows(path, task):
     Raises ValueError with file and line for a row of the wrong width, an unknown label, or a file
     without rows.
     """
-    rows = read_cells(path)
     # The texts first, the label last.
     columns = [*task.text, task.label]
 
     # By name in a header, or by number, as in CoLA, which has none.
-    header = rows[0] if rows else []
+    header = next(read_cells(path), [])
     first, width = 0, len(header)
     if isinstance(columns[-1], str):
         first = 1
@@ -175,7 +175,7 @@ def read_rows(path, task):
 
     # Lines count from 1, the header included, as an editor shows them.
     texts, labels = [], []
-    for number, row in enumerate(rows[first:], first + 1):
+    for number, row in enumerate(islice(read_cells(path), first, None), first + 1):
         if len(row) != width:
             if task.skip_broken:
                 continue
@@ -189,8 +189,9 @@ def read_rows(path, task):
 
 
 def read_cells(path):
-    """A TSV file -> its lines, each a list of cells."""
-    return [line.split("\t") for line in read_lines(path)]
+    """Yield the lines of a TSV file, each a list of cells."""
+    for line in read_lines(path):
+        yield line.split("\t")
 
 
 def read_label(task, cell, place):
@@ -214,9 +215,9 @@ def read_label(task, cell, place):
 def encode(texts, labels, tokenizer):
     """Tokenise texts (tuples of one sentence or a pair) once -> Examples."""
     # To the library a tuple is a pair, and a single text is a string.
-    encoded = encode_texts(tokenizer, [text if len(text) == 2 else text[0] for text in texts])
-    limit = tokenizer.truncation["max_length"]
-    return Examples([e.ids for e in encoded], [e.type_ids for e in encoded], labels, limit)
+    texts = [text if len(text) == 2 else text[0] for text in texts]
+    ids, types = encode_rows(tokenizer, texts)
+    return Examples(ids, types, labels, tokenizer.truncation["max_length"])
 
 
 def split_path(name, split, data_dir):

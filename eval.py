@@ -285,7 +285,7 @@ def read_texts(args, width):
     """
     # Tabs separate the two texts of a pair.
     if args.text_file:
-        texts = data.read_cells(args.text_file)
+        texts = list(data.read_cells(args.text_file))
         for number, text in enumerate(texts, 1):
             if len(text) != width:
                 raise ValueError(

@@ -23,6 +23,7 @@ from plumbing import fetch
 from plumbing.checkpoints import encode_texts
 from plumbing.files import read_json
 from plumbing.progress import progress
+from plumbing.rows import Rows
 
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
 MD5 = {
@@ -191,12 +192,10 @@ def make_windows(questions, tokenizer, length, training=False):
     texts = [(cut(q["question"], tokenizer), q["context"]) for q in questions]
     tokenizer.enable_truncation(length, stride=min(STRIDE, length // 3), strategy="only_second")
 
-    windows = Windows([], [], [], length, [], [], [])
-    for start in progress(range(0, len(questions), 256), "cutting windows"):
-        part = slice(start, start + 256)  # encodings are large, so take some at a time
-        encodings = encode_texts(tokenizer, texts[part])
-        for question, encoding in zip(questions[part], encodings, strict=True):
-            add_windows(windows, question, [encoding, *encoding.overflowing], training)
+    windows = Windows(Rows(), Rows(), [], length, [], [], [])
+    pairs = zip(questions, encode_texts(tokenizer, texts), strict=True)
+    for question, encoding in progress(pairs, "cutting windows", total=len(questions)):
+        add_windows(windows, question, [encoding, *encoding.overflowing], training)
     return windows
 
 
@@ -207,14 +206,16 @@ def add_windows(windows, question, encodings, training):
     for encoding in encodings:
         # Text 0 is the question, text 1 the paragraph. Special tokens belong to neither.
         inside = np.array([text == 1 for text in encoding.sequence_ids])  # [S]
-        spans.append(np.where(inside[:, None], np.array(encoding.offsets), -1))  # [S, 2]
+        offsets = np.array(encoding.offsets, np.int32)
+        spans.append(np.where(inside[:, None], offsets, np.int32(-1)))  # [S, 2]
         labels.append(label(spans[-1], answer))
     nowhere = set(labels) == {(0, 0)}
     if training and (nowhere or misplaced(question, answer)):
         return
 
-    windows.ids.extend(encoding.ids for encoding in encodings)
-    windows.types.extend(encoding.type_ids for encoding in encodings)
+    for encoding in encodings:
+        windows.ids.append(encoding.ids)
+        windows.types.append(encoding.type_ids)
     windows.labels.extend(labels)
     windows.owner.extend([len(windows.questions)] * len(encodings))
     windows.spans.extend(spans)

@@ -9,6 +9,7 @@ Only safetensors are read, because other formats could run code.
 import math
 import warnings
 from dataclasses import MISSING, fields, replace
+from itertools import islice
 
 import torch
 from safetensors import SafetensorError
@@ -18,12 +19,14 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from tokenizers.models import BPE
 
 from plumbing.files import json_bytes, read_json, read_lines, require_regular_file
+from plumbing.rows import Rows
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # lists the files when the weights are in several
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before names
 # Some checkpoints carry buffers that are not weights: position numbers, and GPT-2's causal mask.
 BUFFERS = ("position_ids", "token_type_ids", ".attn.bias", ".attn.masked_bias")
+PORTION = 256  # texts that are encoded at once
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # How the names of a family's tensors begin, if they have a prefix.
@@ -185,11 +188,26 @@ def open_tokenizer(folder):
 
 
 def encode_texts(tokenizer, texts, **options):
-    """Call encode_batch. Raises ValueError if the tokenizer cannot read a text."""
-    try:
-        return tokenizer.encode_batch(texts, **options)
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"tokenizer.json cannot read a text: {error}") from None
+    """Yield the encoding of each text, or pair. Raises ValueError for one that cannot be read.
+
+    texts: any iterable. An encoding takes a hundred times as much memory as its text, so few are
+    made at a time: let go of them.
+    """
+    texts = iter(texts)
+    while portion := list(islice(texts, PORTION)):
+        try:
+            yield from tokenizer.encode_batch(portion, **options)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"tokenizer.json cannot read a text: {error}") from None
+
+
+def encode_rows(tokenizer, texts):
+    """Texts, or pairs -> Rows of token ids, and Rows of segment ids."""
+    ids, types = Rows(), Rows()
+    for encoded in encode_texts(tokenizer, texts):
+        ids.append(encoded.ids)
+        types.append(encoded.type_ids)
+    return ids, types
 
 
 def tokenizer_config(folder, config):
@@ -222,7 +240,7 @@ def cutting_tokenizer(folder, length):
     tokenizer = open_tokenizer(folder)
     tokenizer.enable_truncation(length, strategy="longest_first")
     tokenizer.no_padding()  # published files carry settings of their own
-    encode_texts(tokenizer, [("a \u2603", "b")])  # does a token stand for unknown characters?
+    list(encode_texts(tokenizer, [("a \u2603", "b")]))  # does a token stand for unknown characters?
     return tokenizer
 
 

@@ -68,11 +68,17 @@ def read_json(path):
 
 
 def read_lines(path):
-    """Read a text -> its lines. Raises ValueError if it is not UTF-8."""
-    try:
-        return split_lines(require_regular_file(path).read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
+    """Yield the lines of a text, as split_lines finds them. Raises ValueError if it is not UTF-8.
+
+    One at a time, because tables and texts may be large.
+    """
+    with open(require_regular_file(path), "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8: {error} (line {number})") from None
+            yield text.removesuffix("\n").removesuffix("\r")
 
 
 def split_lines(text):

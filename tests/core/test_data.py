@@ -164,7 +164,7 @@ def test_pairs_are_cut_at_the_longer_one_and_not_padded(tokenizer):
         "[CLS] good [SEP] bad film was [SEP]".split(),
         "[CLS] good [SEP] un ##happ ##y [SEP]".split(),
     ]
-    assert e.types == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
+    assert [list(types) for types in e.types] == [[0, 0, 0, 1, 1, 1, 1]] * 2
 
 
 @pytest.mark.parametrize(
