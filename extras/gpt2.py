@@ -18,6 +18,7 @@ from torch import nn
 
 from model import attention
 from plumbing.checkpoints import build_from, read_config
+from plumbing.graphs import Dropout
 
 # The groups of prunable matrices: {group: path inside a layer}.
 GROUPS = {
@@ -84,7 +85,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(c.n_embd, width)
         self.value = nn.Linear(c.n_embd, width)
         self.c_proj = nn.Linear(width, c.n_embd)
-        self.dropout = nn.Dropout(c.resid_pdrop)
+        self.dropout = Dropout(c.resid_pdrop)
 
     def forward(self, x, attend):
         parts = [self.query(x), self.key(x), self.value(x)]  # [B, S, heads * D] each
@@ -108,7 +109,7 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict(
             {"c_fc": nn.Linear(c.n_embd, neurons), "c_proj": nn.Linear(neurons, c.n_embd)}
         )
-        self.dropout = nn.Dropout(c.resid_pdrop)
+        self.dropout = Dropout(c.resid_pdrop)
 
     def forward(self, x, attend):
         x = x + self.attn(self.ln_1(x), attend)  # GPT-2 normalises before each half, BERT after it
@@ -127,7 +128,7 @@ class GPT2(nn.Module):
         table = partial(nn.Embedding.from_pretrained, freeze=False)  # as in model.py
         self.wte = table(torch.zeros(config.vocab_size, config.n_embd))
         self.wpe = table(torch.zeros(config.n_positions, config.n_embd))
-        self.dropout = nn.Dropout(config.embd_pdrop)
+        self.dropout = Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, *sizes) for sizes in config.layers)
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
