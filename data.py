@@ -21,7 +21,8 @@ import torch
 
 from plumbing import fetch, parallel
 from plumbing.checkpoints import encode_rows
-from plumbing.files import read_lines, sha256
+from plumbing.files import read_lines
+from plumbing.rows import Rows, sha256_of_rows
 
 # --- metrics: (predicted classes or scores [N], true ones [N]) -> a number ------------------------
 
@@ -136,8 +137,8 @@ def task_of(settings):
 class Examples:
     """Tokenised rows of a file: N texts or pairs of texts."""
 
-    ids: list  # N lists of token ids, without padding
-    types: list  # N lists of segment ids: 0 for the first text, 1 for its pair
+    ids: Rows  # N rows of token ids, without padding
+    types: Rows  # N rows of segment ids: 0 for the first text, 1 for its pair
     labels: list  # N class numbers, or scores
     limit: int  # longest input allowed, in tokens
     cut: int = field(default=0, kw_only=True)  # how many of the texts were longer
@@ -148,7 +149,7 @@ class Examples:
 
     def digest(self):
         """sha256 of all token ids and labels. It ties a checkpoint to its data."""
-        return sha256(repr((self.ids, self.labels)).encode())
+        return sha256_of_rows(self.ids, self.labels)
 
     def num_questions(self):
         """How many questions the rows ask: one each."""
@@ -172,20 +173,20 @@ def read_rows(path, task):
     Raises ValueError with file and line for an unknown label, and see read_columns.
     """
     texts, labels = [], []
-    for place, (*text, label) in read_columns(path, [*task.text, task.label], task.skip_broken):
+    columns = [*task.text, task.label]
+    for line, (*text, label) in read_columns(path, columns, task.skip_broken):
         texts.append(tuple(text))
-        labels.append(read_label(task, label, place))
+        labels.append(read_label(task, label, f"{path}:{line}"))
     return texts, labels
 
 
 def read_columns(path, columns, skip_broken=False):
-    """Some columns of a TSV file -> [(place, [cell of each column])] of its rows.
+    """Yield (line number, [cell of each column]) of the rows of a TSV file.
 
     A quote is an ordinary character. Lines end at \\n alone, as a text may hold other separators.
     Raises ValueError with file and line for a row of the wrong width, or a file without rows.
     """
-    rows = read_cells(path)
-    header = rows[0] if rows else []
+    header = next(read_cells(path), [])
     first, width = 0, len(header)
     numbers = []
     for column in columns:
@@ -201,21 +202,21 @@ def read_columns(path, columns, skip_broken=False):
         numbers.append(column)
 
     # Lines count from 1, the header included, as an editor shows them.
-    found = []
-    for line, row in enumerate(rows[first:], first + 1):
-        place = f"{path}:{line}"
+    found = False
+    for line, row in enumerate(islice(read_cells(path), first, None), first + 1):
         if len(row) == width:
-            found.append((place, [row[number] for number in numbers]))
+            found = True
+            yield line, [row[number] for number in numbers]
         elif not skip_broken:
-            raise ValueError(f"{place}: {len(row)} columns instead of {width}")
+            raise ValueError(f"{path}:{line}: {len(row)} columns instead of {width}")
     if not found:
         raise ValueError(f"{path} holds no examples")
-    return found
 
 
 def read_cells(path):
-    """A TSV file -> its lines, each a list of cells."""
-    return [line.split("\t") for line in read_lines(path)]
+    """Yield the lines of a TSV file, each a list of cells."""
+    for line in read_lines(path):
+        yield line.split("\t")
 
 
 def read_label(task, cell, place):

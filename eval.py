@@ -225,7 +225,7 @@ def read_texts(args, width):
     Raises ValueError, which names the line, for one without `width` texts.
     """
     if args.text_file:  # tabs separate the two texts of a pair
-        texts = data.read_cells(args.text_file)
+        texts = list(data.read_cells(args.text_file))
     else:
         texts = [[text for text in (args.text, args.pair) if text is not None]]
     for number, text in enumerate(texts, 1):

@@ -209,8 +209,8 @@ def predict(path, run, loaded, logits_of):
     """
     task = loaded.task
     text = TEST_TEXT.get(task.folder, task.text)
-    table = read_cells(path)
-    index = [name for name in INDEX if table and name in table[0]][:1]
+    header = next(read_cells(path), [])
+    index = [name for name in INDEX if name in header][:1]
     rows = [cells for _, cells in read_columns(path, [*text, *index])]
     texts = [tuple(cells[: len(text)]) for cells in rows]
 

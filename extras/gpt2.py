@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import attention
 from plumbing.checkpoints import build_from, read_config
+from plumbing.graphs import Dropout
 
 # The groups of prunable matrices: {group: path inside a layer}.
 GROUPS = {
@@ -83,9 +85,9 @@ class Attention(nn.Module):
         self.key = nn.Linear(c.n_embd, width)
         self.value = nn.Linear(c.n_embd, width)
         self.c_proj = nn.Linear(width, c.n_embd)
-        self.dropout = nn.Dropout(c.resid_pdrop)
+        self.dropout = Dropout(c.resid_pdrop)
 
-    def forward(self, x):
+    def forward(self, x, attend):
         parts = [self.query(x), self.key(x), self.value(x)]  # [B, S, heads * D] each
         if self.heads == 0:
             # Nothing is left to mix. The empty sum gives all three parts their (empty) gradients.
@@ -93,7 +95,7 @@ class Attention(nn.Module):
         # [B, S, heads * D] -> [B, heads, S, D]
         q, k, v = (part.unflatten(2, (self.heads, self.size)).transpose(1, 2) for part in parts)
         dropout = self.attn_pdrop if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        mixed = attention(q, k, v, attend, dropout, causal=True)
         mixed = mixed.transpose(1, 2).flatten(2)  # [B, heads, S, D] -> [B, S, heads * D]
         return self.dropout(self.c_proj(mixed))  # [B, S, H]
 
@@ -107,10 +109,10 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict(
             {"c_fc": nn.Linear(c.n_embd, neurons), "c_proj": nn.Linear(neurons, c.n_embd)}
         )
-        self.dropout = nn.Dropout(c.resid_pdrop)
+        self.dropout = Dropout(c.resid_pdrop)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))  # GPT-2 normalises before each half, BERT after it
+    def forward(self, x, attend):
+        x = x + self.attn(self.ln_1(x), attend)  # GPT-2 normalises before each half, BERT after it
         inner = GPT2.activation(self.mlp["c_fc"](self.ln_2(x)))  # [B, S, H] -> [B, S, neurons]
         return x + self.dropout(self.mlp["c_proj"](inner))
 
@@ -126,7 +128,7 @@ class GPT2(nn.Module):
         table = partial(nn.Embedding.from_pretrained, freeze=False)  # as in model.py
         self.wte = table(torch.zeros(config.vocab_size, config.n_embd))
         self.wpe = table(torch.zeros(config.n_positions, config.n_embd))
-        self.dropout = nn.Dropout(config.embd_pdrop)
+        self.dropout = Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, *sizes) for sizes in config.layers)
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
@@ -139,8 +141,11 @@ class GPT2(nn.Module):
         BERT takes the other two arguments. Here they are ignored.
         """
         x = self.dropout(self.wte(input_ids) + self.wpe.weight[: input_ids.shape[1]])
+        # No token sees those after it: -inf above the diagonal, as in model.attention.
+        length = x.shape[1]
+        attend = x.new_full((length, length), float("-inf")).triu(1)  # [S, S]
         for block in self.h:
-            x = block(x)
+            x = block(x, attend)
         return self.ln_f(x)
 
     def forward(self, input_ids, token_type_ids=None, attention_mask=None):

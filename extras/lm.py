@@ -10,6 +10,7 @@ Treebank, tokenised by Mikolov. Blocks, optimizer and rates are those of Wang et
 
 import math
 import os
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,6 @@ MD5 = {
     "wikitext-2/wiki.test.tokens": "781c9418ab9414bd09e4aad825aae752",
 }
 NOTHING = -100  # the label of a block's last token; cross-entropy ignores it
-LINES = 10_000  # tokenised at once
 CONTINUED = 50  # tokens that eval.py --text adds, at most
 END = "<|endoftext|>"
 
@@ -63,7 +63,7 @@ class Blocks(Examples):
         return cls(ids, np.zeros((len(ids), 1), np.int32), labels, ids.shape[1], tokens_per_word)
 
     def digest(self):
-        return sha256(self.ids.tobytes())
+        return sha256(np.ascontiguousarray(self.ids))
 
     def reduce_logits(self, logits, labels):
         """Logits [B, S, V], labels [B, S] -> the loss of each token, and 1 for a hit [B, S, 2]."""
@@ -126,20 +126,23 @@ def read_blocks(task, split, path, tokenizer):
     The last tokens of the text that fill no block are dropped. (The authors' code drops some in
     every thousand lines.) Raises ValueError for a text that is not UTF-8 or shorter than a block.
     """
-    # Line ends stay, so that blocks decode to the text.
-    lines = [line + "\n" for line in read_lines(path)]
-    words = sum(len(line.split()) + 1 for line in lines)  # a line end counts as a word
+    # Texts may be large, so lines are read twice and never kept.
+    words = count = 0
+    for line in read_lines(path):
+        words += len(line.split()) + 1  # a line end counts as a word
+        count += 1
+    lines = (line + "\n" for line in read_lines(path))  # so that blocks decode to the text
 
     # Tokenise each line on its own, without special tokens, as the authors' code does.
     size = tokenizer.truncation["max_length"]
     tokenizer.no_truncation()
-    parts = [np.zeros(0, dtype=np.int32)]
-    for start in progress(range(0, len(lines), LINES), f"tokenising {path.name}", delay=2):
-        encoded = encode_texts(tokenizer, lines[start : start + LINES], add_special_tokens=False)
-        parts += [np.array(e.ids, dtype=np.int32) for e in encoded]
+    ids = array("i")
+    encoded = encode_texts(tokenizer, lines, add_special_tokens=False)
+    for line in progress(encoded, f"tokenising {path.name}", total=count, delay=2):
+        ids.extend(line.ids)
     tokenizer.enable_truncation(size)
 
-    ids = np.concatenate(parts)  # [tokens of the text]
+    ids = np.frombuffer(ids, np.int32)  # [tokens of the text]
     count, rest = divmod(len(ids), size)
     if count == 0:
         raise ValueError(

@@ -28,6 +28,7 @@ from plumbing import fetch
 from plumbing.checkpoints import encode_texts
 from plumbing.files import json_bytes, read_json
 from plumbing.progress import progress
+from plumbing.rows import Rows
 
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
 MD5 = {
@@ -241,7 +242,7 @@ def make_windows(questions, tokenizer, length, training=False, kind=Windows):
         cut += bool(encoding.overflowing)
     tokenizer.enable_truncation(length, stride=min(STRIDE, length // 3), strategy="only_second")
 
-    windows = kind([], [], [], length, [], [], [], cut=cut)
+    windows = kind(Rows(), Rows(), [], length, [], [], [], cut=cut)
     pairs = zip(questions, encode_texts(tokenizer, texts), strict=True)
     for question, encoding in progress(pairs, "cutting windows", total=len(questions)):
         add_windows(windows, question, [encoding, *encoding.overflowing], training)
@@ -255,14 +256,16 @@ def add_windows(windows, question, encodings, training):
     for encoding in encodings:
         # Text 0 is the question, text 1 the paragraph. Special tokens belong to neither.
         inside = np.array([text == 1 for text in encoding.sequence_ids])  # [S]
-        spans.append(np.where(inside[:, None], np.array(encoding.offsets), -1))  # [S, 2]
+        offsets = np.array(encoding.offsets, np.int32)
+        spans.append(np.where(inside[:, None], offsets, np.int32(-1)))  # [S, 2]
         labels.append(label(spans[-1], answer) if answer else (0, 0))
     nowhere = set(labels) == {(0, 0)}
     if training and answer and (nowhere or misplaced(question, answer)):
         return
 
-    windows.ids.extend(encoding.ids for encoding in encodings)
-    windows.types.extend(encoding.type_ids for encoding in encodings)
+    for encoding in encodings:
+        windows.ids.append(encoding.ids)
+        windows.types.append(encoding.type_ids)
     windows.labels.extend(labels)
     windows.owner.extend([len(windows.questions)] * len(encodings))
     windows.spans.extend(spans)

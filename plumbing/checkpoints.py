@@ -8,6 +8,7 @@ Only safetensors are read, because other formats could run code.
 
 import warnings
 from dataclasses import MISSING, fields
+from itertools import islice
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from plumbing.files import json_bytes, read_json, read_lines
+from plumbing.rows import Rows
 
 WEIGHTS = "model.safetensors"
 # Some checkpoints carry buffers that are not weights: position numbers, and GPT-2's causal mask.
@@ -187,19 +189,21 @@ def open_tokenizer(folder):
 def encode_texts(tokenizer, texts, **options):
     """Yield the encoding of each text, or pair. Raises ValueError for one that cannot be read.
 
-    What truncation cuts off stays in memory as long as an encoding does: 20 MB for two texts of 600
-    words each and a length of 64. So few texts are encoded at a time; let go of their encodings.
+    texts: any iterable. What truncation cuts off stays in memory as long as an encoding does: 20 MB
+    for two texts of 600 words each and a length of 64. So few texts are encoded at a time; let go
+    of their encodings.
     """
-    for start in range(0, len(texts), PORTION):
+    texts = iter(texts)
+    while portion := list(islice(texts, PORTION)):
         try:
-            yield from tokenizer.encode_batch(texts[start : start + PORTION], **options)
+            yield from tokenizer.encode_batch(portion, **options)
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"tokenizer.json cannot read a text: {error}") from None
 
 
 def encode_rows(tokenizer, texts):
-    """Texts, or pairs -> lists of token ids, lists of segment ids, and how many were cut."""
-    ids, types, cut = [], [], 0
+    """Texts, or pairs -> Rows of token ids, Rows of segment ids, and how many texts were cut."""
+    ids, types, cut = Rows(), Rows(), 0
     for encoded in encode_texts(tokenizer, texts):
         ids.append(encoded.ids)
         types.append(encoded.type_ids)

@@ -58,9 +58,14 @@ def read_json(path):
 
 
 def read_lines(path):
-    """Read a text -> its lines. Raises ValueError if it is not UTF-8."""
-    with prefix_errors(f"{path} is not UTF-8"):
-        return split_lines(path.read_bytes().decode("utf-8-sig"))
+    """Yield the lines of a text, as split_lines finds them. Raises ValueError if it is not UTF-8.
+
+    One at a time, because tables and texts may be large.
+    """
+    with open(path, "rb") as file, prefix_errors(f"{path} is not UTF-8"):
+        for number, line in enumerate(file):
+            text = line.decode("utf-8" if number else "utf-8-sig")
+            yield text.removesuffix("\n").removesuffix("\r")
 
 
 def split_lines(text):

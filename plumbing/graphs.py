@@ -1,4 +1,6 @@
-"""Make a training step faster without knowing what it computes: torch.compile and CUDA graphs.
+"""Make a training step faster without knowing what it computes.
+
+Three ways: torch.compile, CUDA graphs, and on a CPU random numbers that are drawn four at a time.
 
 A step of a small model launches a thousand kernels, and the launches take longer than the work.
 A CUDA graph records them once and replays them in one launch:
@@ -8,6 +10,8 @@ A CUDA graph records them once and replays them in one launch:
 """
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 
 def compile_step(model, masks):
@@ -84,3 +88,23 @@ class Recorded:
         for p, gradient in before.items():
             p.grad = gradient
         return graph, arguments, result
+
+
+def dropout(x, p):
+    """F.dropout in training: an element becomes 0 with probability p, or else is divided by 1 - p.
+
+    On AMD's CPUs, torch draws a number for each element, one after the other. That was a fifth of a
+    step. Here each number of 64 bits does for four elements.
+    """
+    if not x.is_cpu or p in (0, 1) or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    draws = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+    # As 16 bits each, from -2^15 to 2^15 - 1. So p is met to 2^-17.
+    draws = draws.view(torch.int16)[: x.numel()].view(x.shape)
+    kept = draws >= round(p * 2**16) - 2**15
+    return x * (kept.to(x.dtype) / (1 - p))
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x):
+        return dropout(x, self.p) if self.training else x

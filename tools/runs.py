@@ -397,7 +397,7 @@ def hold_out(name, rows):
     source = split_path(name, "train", None)
     if not source.exists():  # in the cache, on first use
         task.fetch(task, "train")
-    lines = read_lines(source)
+    lines = list(read_lines(source))
     header = [lines.pop(0)] if isinstance(task.label, str) else []
     random.Random(0).shuffle(lines)
     for split, part in (("train", lines[:-rows]), (task.dev[0], lines[-rows:])):

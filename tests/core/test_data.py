@@ -144,7 +144,7 @@ def test_pairs_are_cut_at_the_longer_one_and_not_padded(tokenizer):
         "[CLS] good [SEP] bad film was [SEP]".split(),
         "[CLS] good [SEP] un ##happ ##y [SEP]".split(),
     ]
-    assert e.types == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
+    assert [list(types) for types in e.types] == [[0, 0, 0, 1, 1, 1, 1]] * 2
     assert e.cut == 1  # the second fits just so
 
 
@@ -269,9 +269,11 @@ def test_training_order_follows_the_seed_and_changes_with_the_epoch():
     )
 
 
+@pytest.mark.parametrize("kind", [list, data.Rows])
 @pytest.mark.parametrize(("limit", "width"), [(9, 8), (7, 7)])
-def test_collate_pads_to_a_multiple_of_four_within_the_limit(limit, width):
-    e = data.Examples([[7, 8], [5] * 6, [9]], [[0, 1], [1] * 6, [1]], [0, 1, 0], limit)
+def test_collate_pads_to_a_multiple_of_four_within_the_limit(limit, width, kind):
+    ids, types = kind([[7, 8], [5] * 6, [9]]), kind([[0, 1], [1] * 6, [1]])
+    e = data.Examples(ids, types, [0, 1, 0], limit)
     (ids, types, mask), labels = collate(e, [0, 1])
     assert ids.tolist() == [[7, 8] + [0] * (width - 2), [5] * 6 + [0] * (width - 6)]
     assert types.tolist() == [[0, 1] + [0] * (width - 2), [1] * 6 + [0] * (width - 6)]

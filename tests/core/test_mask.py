@@ -266,6 +266,16 @@ def test_kth_largest_of_nothing_is_infinite():
     assert mask.kth_largest(torch.zeros(2, 3), torch.tensor([0, 3])).tolist() == [math.inf, 0.0]
 
 
+@pytest.mark.parametrize("n", [1, 2, 7, 40_000])
+def test_kth_largest_is_the_kth_of_the_sorted_row(n):
+    g = torch.Generator().manual_seed(n)
+    random, ties = torch.randn(n, generator=g), torch.randint(3, (n,), generator=g).float()
+    for row in (random, ties, torch.full((n,), -0.5), random.sort().values):
+        for k in {1, n // 3, n // 2, n} - {0}:
+            found = mask.kth_largest(row[None], torch.tensor([k]))
+            assert found.item() == row.sort(descending=True).values[k - 1]
+
+
 @pytest.mark.parametrize("kind", ["normal", "clusters", "columns"])
 @pytest.mark.parametrize("density", [0.001, 0.03, 0.5, 0.9, 0.999])
 def test_thresholds_without_sorting_are_off_by_a_thousandth_at_most(kind, density):

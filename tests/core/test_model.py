@@ -47,6 +47,38 @@ def test_padding_does_not_matter(make_model):
     assert torch.allclose(model(IDS, TYPES, MASK)[1:], short, atol=1e-6)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_three_lines_is_that_of_the_fused_kernel(causal):
+    """In bfloat16 a CPU takes the three lines. The kernel reads the same numbers in float32."""
+    torch.manual_seed(0)
+    q, k, v, grad = torch.randn(4, 2, 3, 7, 4).bfloat16()  # each [B, heads, S, D]
+    attend = torch.zeros(2, 1, 1, 7)
+    attend[1, ..., 5:] = -math.inf  # padding
+    if causal:
+        attend = torch.full((7, 7), -math.inf).triu(1)
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        mixed = model.attention(*inputs, attend.to(dtype), 0.0, causal)
+        mixed.backward(grad.to(dtype))
+        found[dtype] = [mixed, *(x.grad for x in inputs)]
+        assert all(x.dtype == dtype for x in found[dtype])
+    for plain, fused in zip(*found.values(), strict=True):
+        assert (plain.float() - fused).abs().max() < 0.03
+    for grad in found[torch.bfloat16][2:] if not causal else []:
+        assert not grad[1, :, 5:].any()  # nobody has seen the padding
+
+
+def test_attention_drops_probabilities_and_doubles_the_others():
+    q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16)  # every token counts for 1/64
+    attend = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    weights = model.attention(q, q, torch.eye(64, dtype=torch.bfloat16)[None, None], attend, 0.5)
+    dropped = weights == 0
+    assert torch.equal(weights, torch.where(dropped, 0.0, 2 / 64).bfloat16())
+    assert 0.45 < dropped.float().mean() < 0.55  # of 4,096
+
+
 def test_names_of_published_checkpoints_are_understood(make_model):
     t = bert_tensors(CONFIG)
     old = {

@@ -743,18 +743,19 @@ NO_TOOLS = pytest.mark.skipif(not (ROOT / "tools").is_dir(), reason="tools/ is n
 
 
 @pytest.mark.parametrize("module", ["train", "eval", pytest.param("tools.bench", marks=NO_TOOLS)])
-def test_threads_are_told_how_to_wait_before_they_start(module):
-    """What the environment holds in the moment in which torch would be imported."""
+def test_torch_and_numpy_find_their_settings_when_they_start(module):
+    """What the environment holds in the moment in which the first of them would be imported."""
+    names = "GOMP_SPINCOUNT", "NPY_DISABLE_CPU_FEATURES"
     code = f"""
 import os, sys
-class Torch:
+class First:
     def find_spec(self, name, *_):
-        if name == "torch":
-            sys.exit(os.environ.get("GOMP_SPINCOUNT", "nothing"))
-sys.meta_path.insert(0, Torch())
+        if name in ("torch", "numpy"):
+            sys.exit("/".join(os.environ.get(name, "nothing") for name in {names}))
+sys.meta_path.insert(0, First())
 import {module}
 """
-    ours = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    ours = {name: value for name, value in os.environ.items() if name not in names}
 
     def said(**more):
         words = [sys.executable, "-c", code]
@@ -762,7 +763,8 @@ import {module}
             words, capture_output=True, text=True, cwd=ROOT, env=ours | more
         ).stderr.strip()
 
-    assert said() == "10000" and said(GOMP_SPINCOUNT="5") == "5"
+    assert said() == "10000/AVX512_SKX X86_V4"
+    assert said(GOMP_SPINCOUNT="5", NPY_DISABLE_CPU_FEATURES="") == "5/"
 
 
 def test_short_runs_use_attention_that_needs_no_preparing():

@@ -19,6 +19,7 @@ import train
 from data import TASKS
 from extras import lm
 from mask import Method
+from plumbing.checkpoints import PORTION
 from plumbing.cli import show
 from plumbing.files import load_masks
 
@@ -78,7 +79,7 @@ def test_many_lines_are_tokenised_one_by_one(make_gpt2, tmp_path):
     """More than are handed to the tokenizer at once, and one that is longer than a block."""
     _, tokenizer = load(make_gpt2)
     path = tmp_path / "t.txt"
-    lines = ["the film is good " * 30 + "\n"] + ["a\n"] * (2 * lm.LINES + 99)
+    lines = ["the film is good " * 30 + "\n"] + ["a\n"] * (2 * PORTION + 99)
     path.write_text("".join(lines))
     blocks = lm.read_blocks(TASKS["ptb"], "train", path, tokenizer)
     assert tokenizer.truncation["max_length"] == 8
