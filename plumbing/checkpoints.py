@@ -52,7 +52,7 @@ def describe_missing(folder):
             "has pytorch_model.bin, which is not read because it could run code; transformers' "
             f"model.save_pretrained(FOLDER, safe_serialization=True) writes it as {WEIGHTS}"
         )
-    return f"has no {WEIGHTS} (python -m tools.fresh {folder} makes random ones for a GPT-2)"
+    return f"has no {WEIGHTS} (python -m tools.fresh {folder} makes random ones)"
 
 
 def read_model(folder):

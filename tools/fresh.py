@@ -1,39 +1,38 @@
-"""Make a GPT-2 with random weights, to train from scratch. A text gives it a tokenizer.
+"""Make a GPT-2 or a BERT with random weights, to train from scratch. A text gives it a tokenizer.
 
 Without --text it makes only the weights, in a folder with a config.json and a tokenizer.json.
 
-    python -m tools.fresh FOLDER --text wiki.train.tokens --vocabulary 8000 \\
-        --layers 6 --hidden 384 --heads 6
+    python -m tools.fresh FOLDER --kind bert --text mine/mlm/train.txt --vocabulary 16384
+    python train.py --task mlm --data-dir mine --model FOLDER --method finetune
+
+    python -m tools.fresh FOLDER --kind gpt2 --text wiki.train.tokens
     python train.py --task wikitext2 --model FOLDER --method finetune \\
         --weight-lr 1e-3 --epochs 20 --warmup 0.05
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.implementations import BertWordPieceTokenizer
 
+import model
+from data import TASKS
 from extras.gpt2 import GPT2, gpt2_config
 from extras.lm import END
 from plumbing import cli
-from plumbing.checkpoints import WEIGHTS, open_tokenizer, pack_weights
-from plumbing.files import (
-    json_bytes,
-    prefix_errors,
-    read_json,
-    read_lines,
-    write_whole,
-)
+from plumbing.checkpoints import WEIGHTS, open_tokenizer, pack_weights, read_config
+from plumbing.files import json_bytes, prefix_errors, read_json, read_lines, write_whole
 from tools.export import partial_folder
 
+# --- GPT-2 ----------------------------------------------------------------------------------------
 
-def make_tokenizer(path, vocabulary):
-    """Train a byte-level BPE like GPT-2's on the lines of a text -> the bytes of tokenizer.json.
 
-    vocabulary: how many entries it has at most; all bytes are among them, and the end of a text.
-    """
-    lines = [line + "\n" for line in read_lines(path)]  # as extras/lm.py reads them
+def gpt2_tokenizer(lines, vocabulary):
+    """Train a byte-level BPE like GPT-2's: all bytes are in it, and the end of a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -44,33 +43,13 @@ def make_tokenizer(path, vocabulary):
         show_progress=False,
     )
     tokenizer.train_from_iterator(lines, trainer)
-    return tokenizer.to_str().encode()
+    return tokenizer
 
 
-def make_tensors(config, seed):
-    """Draw random weights as GPT-2's authors do -> {published name: tensor}.
-
-    They are normal with a standard deviation of 0.02, and less where residuals add up.
-    """
-    torch.manual_seed(seed)
-    model = GPT2(config)
-    for name, p in model.named_parameters():
-        deviation = 0.02
-        if "c_proj" in name:
-            deviation /= math.sqrt(2 * config.n_layer)
-        if p.ndim == 2:
-            p.data.normal_(0, deviation)
-        elif name.endswith(".bias"):
-            p.data.zero_()
-    return model.published(model.state_dict())
-
-
-def make_folder(folder, args):
-    """Fill a folder with a tokenizer, a configuration and weights."""
-    write_whole(folder / "tokenizer.json", make_tokenizer(args.text, args.vocabulary))
-    tokenizer = open_tokenizer(folder)
+def gpt2_settings(tokenizer, args):
+    """The config.json of a new GPT-2."""
     end = tokenizer.token_to_id(END)
-    config = {
+    return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         "activation_function": "gelu_new",
@@ -85,21 +64,114 @@ def make_folder(folder, args):
         "attn_pdrop": args.dropout,
         "resid_pdrop": args.dropout,
     }
-    write_whole(folder / "config.json", json_bytes(config))
+
+
+def gpt2_model(stored):
+    return GPT2(gpt2_config(stored))
+
+
+# --- BERT -----------------------------------------------------------------------------------------
+
+
+def bert_tokenizer(lines, vocabulary):
+    """Train a WordPiece vocabulary of lower-case words. The label words of all tasks are in it."""
+    tokenizer = BertWordPieceTokenizer()
+    tokenizer.train_from_iterator(lines, vocabulary, show_progress=False)
+    pieces = tokenizer.get_vocab()
+    pieces = sorted(pieces, key=pieces.get)  # by id: the rarest are the last
+
+    labels = {word for task in TASKS.values() for word in task.words.values()}
+    missing = sorted(labels - set(pieces))
+    pieces = pieces[: vocabulary - len(missing)] + missing
+    return BertWordPieceTokenizer({piece: i for i, piece in enumerate(pieces)})
+
+
+def bert_settings(tokenizer, args):
+    """The config.json of a new BERT."""
+    return {
+        "model_type": "bert",
+        "architectures": ["BertForMaskedLM"],
+        "hidden_act": "gelu",
+        "vocab_size": tokenizer.get_vocab_size(),
+        "pad_token_id": tokenizer.token_to_id("[PAD]"),
+        "hidden_size": args.hidden,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "intermediate_size": 4 * args.hidden,
+        "max_position_embeddings": args.positions,
+        "type_vocab_size": 2,
+        "layer_norm_eps": 1e-12,
+        "hidden_dropout_prob": args.dropout,
+        "attention_probs_dropout_prob": args.dropout,
+    }
+
+
+def bert_model(stored):
+    config = read_config(stored, model.Config, model.FAMILIES, model.ONLY)
+    return model.Bert(config, words=[0], parts={"cls"})  # with the masked-LM head
+
+
+# --- both -----------------------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    tokenizer: Callable  # (lines, vocabulary) -> a trained tokenizer of at most so many entries
+    settings: Callable  # (tokenizer, args) -> config.json as a dict
+    model: Callable  # (config.json as a dict) -> the model
+
+
+KINDS = {
+    "bert": Kind(bert_tokenizer, bert_settings, bert_model),
+    "gpt2": Kind(gpt2_tokenizer, gpt2_settings, gpt2_model),
+}
+
+
+def make_tensors(stored, seed):
+    """Draw the weights of a model with this config.json -> {published name: tensor}.
+
+    As its authors do: normal with a standard deviation of 0.02, and in GPT-2 less where residuals
+    add up. Raises ValueError for a model_type that is not in KINDS.
+    """
+    if stored.get("model_type") not in KINDS:
+        raise ValueError(f"config.json: model_type must be one of {', '.join(KINDS)}")
+    torch.manual_seed(seed)
+    fresh = KINDS[stored["model_type"]].model(stored)
+    for name, p in fresh.named_parameters():
+        deviation = 0.02
+        if "c_proj" in name:
+            deviation /= math.sqrt(2 * fresh.config.n_layer)
+        if p.ndim == 2:
+            p.data.normal_(0, deviation)
+        elif name.endswith(".bias"):
+            p.data.zero_()
+    return fresh.published(fresh.state_dict())
+
+
+def make_folder(folder, args):
+    """Fill a folder with a tokenizer, a configuration and weights."""
+    kind = KINDS[args.kind]
+    lines = (line + "\n" for line in read_lines(args.text))
+    tokenizer = kind.tokenizer(lines, args.vocabulary)
+    write_whole(folder / "tokenizer.json", tokenizer.to_str().encode())
+    settings = kind.settings(open_tokenizer(folder), args)
+    write_whole(folder / "config.json", json_bytes(settings))
     write_weights(folder, args.seed)
 
 
 def write_weights(folder, seed):
-    config = gpt2_config(read_json(folder / "config.json"))
-    write_whole(folder / WEIGHTS, pack_weights(make_tensors(config, seed)))
+    tensors = make_tensors(read_json(folder / "config.json"), seed)
+    write_whole(folder / WEIGHTS, pack_weights(tensors))
 
 
 def parse_args(argv):
-    parser = cli.Parser(prog="python -m tools.fresh", description="Make a GPT-2 of random weights.")
+    parser = cli.Parser(
+        prog="python -m tools.fresh", description="Make a GPT-2 or a BERT of random weights."
+    )
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="new, or a model's that lacks the weights")
     add("--seed", type=cli.seed, default=0, help="seed for the weights (0)")
     add = parser.add_argument_group("for a new folder").add_argument
+    add("--kind", choices=KINDS, default="gpt2", help="(gpt2)")
     add("--text", type=Path, metavar="FILE", help="train the tokenizer on this text")
     add("--vocabulary", type=cli.count, default=8000, help="most entries of the tokenizer (8000)")
     add("--layers", type=cli.up_to(1000), default=6, help="(6)")
@@ -111,8 +183,6 @@ def parse_args(argv):
 
     if not args.text and not (args.folder / "config.json").exists():
         parser.error("--text: name a text to learn the tokenizer from")
-    if args.hidden % args.heads:
-        parser.error("--hidden must be a multiple of --heads")
     return args
 
 
