@@ -151,6 +151,24 @@ class Examples:
         """sha256 of all token ids and labels. It ties a checkpoint to its data."""
         return sha256_of_rows(self.ids, self.labels)
 
+    def arrays(self, rows, width=None):
+        """Row numbers [B] -> (ids, segments and mask as one [3, B, S]; labels [B]).
+
+        S is `width`, or what padded() makes of the longest row.
+        """
+        lengths = [len(self.ids[row]) for row in rows]
+        width = width or padded(max(lengths), self.limit)
+        # Zeros are padding, which is masked, so that any id will do.
+        inputs = np.zeros((3, len(rows), width), dtype=np.int64)
+        for i, row in enumerate(rows):
+            inputs[0, i, : lengths[i]] = self.ids[row]
+            inputs[1, i, : lengths[i]] = self.types[row]
+            inputs[2, i, : lengths[i]] = 1
+
+        labels = np.array([self.labels[row] for row in rows])
+        kind = np.float32 if labels.dtype.kind == "f" else np.int64  # scores, or class numbers
+        return inputs, labels.astype(kind)
+
     def num_questions(self):
         """How many questions the rows ask: one each."""
         return len(self)
@@ -347,23 +365,8 @@ def split_batch(rows, parts):
 
 
 def collate(examples, rows, device="cpu", width=None):
-    """Rows of Examples -> (ids, segments and mask as one [3, B, S]; labels [B]).
-
-    S is `width`, or what padded() makes of the longest row.
-    """
-    lengths = [len(examples.ids[row]) for row in rows]
-    width = width or padded(max(lengths), examples.limit)
-    # Zeros are padding, which is masked, so that any id will do.
-    inputs = np.zeros((3, len(rows), width), dtype=np.int64)
-    for i, row in enumerate(rows):
-        inputs[0, i, : lengths[i]] = examples.ids[row]
-        inputs[1, i, : lengths[i]] = examples.types[row]
-        inputs[2, i, : lengths[i]] = 1
-
-    labels = np.array([examples.labels[row] for row in rows])
-    kind = np.float32 if labels.dtype.kind == "f" else np.int64  # scores, or class numbers
-    labels = labels.astype(kind)
-    inputs, labels = torch.from_numpy(inputs), torch.from_numpy(labels)
+    """Rows of Examples -> (ids, segments and mask as one [3, B, S]; labels [B]), on a device."""
+    inputs, labels = map(torch.from_numpy, examples.arrays(rows, width))
     return inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 

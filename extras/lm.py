@@ -126,23 +126,8 @@ def read_blocks(task, split, path, tokenizer):
     The last tokens of the text that fill no block are dropped. (The authors' code drops some in
     every thousand lines.) Raises ValueError for a text that is not UTF-8 or shorter than a block.
     """
-    # Texts may be large, so lines are read twice and never kept.
-    words = count = 0
-    for line in read_lines(path):
-        words += len(line.split()) + 1  # a line end counts as a word
-        count += 1
-    lines = (line + "\n" for line in read_lines(path))  # so that blocks decode to the text
-
-    # Tokenise each line on its own, without special tokens, as the authors' code does.
+    ids, words = token_ids(path, tokenizer)
     size = tokenizer.truncation["max_length"]
-    tokenizer.no_truncation()
-    ids = array("i")
-    encoded = encode_texts(tokenizer, lines, add_special_tokens=False)
-    for line in progress(encoded, f"tokenising {path.name}", total=count, delay=2):
-        ids.extend(line.ids)
-    tokenizer.enable_truncation(size)
-
-    ids = np.frombuffer(ids, np.int32)  # [tokens of the text]
     count, rest = divmod(len(ids), size)
     if count == 0:
         raise ValueError(
@@ -153,6 +138,26 @@ def read_blocks(task, split, path, tokenizer):
         f"{count:,} blocks of {size}, and the last {rest} tokens are left out"
     )
     return Blocks.of(ids[: count * size].reshape(count, size), len(ids) / words)
+
+
+def token_ids(path, tokenizer):
+    """A text -> its token ids [tokens], and how many words it has. A line end counts as a word."""
+    # Texts may be large, so lines are read twice and never kept.
+    words = count = 0
+    for line in read_lines(path):
+        words += len(line.split()) + 1
+        count += 1
+    lines = (line + "\n" for line in read_lines(path))  # so that blocks decode to the text
+
+    # Tokenise each line on its own, without special tokens, as the authors' code does.
+    settings = tokenizer.truncation
+    tokenizer.no_truncation()
+    ids = array("i")
+    encoded = encode_texts(tokenizer, lines, add_special_tokens=False)
+    for line in progress(encoded, f"tokenising {path.name}", total=count, delay=2):
+        ids.extend(line.ids)
+    tokenizer.enable_truncation(**settings)
+    return np.frombuffer(ids, np.int32), words
 
 
 # --- the model ------------------------------------------------------------------------------------

@@ -181,6 +181,8 @@ def parse_args(argv):
     add("--dropout", type=cli.fraction_below_one, default=0.1, help="the same everywhere (0.1)")
     args = parser.parse_args(argv)
 
+    if args.hidden % args.heads:
+        parser.error("--hidden must be a multiple of --heads")
     if not args.text and not (args.folder / "config.json").exists():
         parser.error("--text: name a text to learn the tokenizer from")
     return args
