@@ -79,7 +79,7 @@ def comparison(groups, a, b):
     share = total_shared / max(total, 1)
     by_chance = total_by_chance / max(total, 1)
     text = "of what the first mask keeps is kept by the second too; chance would share"
-    lines.append("much is not the task: on movies, a mask of shuffled labels shared 0.76")
+    lines.append("how much of it is the task? compare with a mask of shuffled labels")
     lines.append(f"{share:.3f} {text} {by_chance:.3f}")
     return lines
 

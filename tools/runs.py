@@ -260,15 +260,11 @@ def seed_of(line):
     return line["seed"]
 
 
-def mean_of(lines, key):
-    return statistics.mean(line[key] for line in lines)
-
-
 # Each of these writes a cell of a table, given the lines of its row.
 
 
 def metric_cell(task, metric, lines):
-    """Mean ± standard deviation of a metric, and the number of seeds: "81.2 ± 0.4 (5)".
+    """Mean ± standard deviation of a metric over seeds: "81.2 ± 0.4".
 
     Shares are in percent. Where lower is better, as for perplexity, nothing is a share.
     """
@@ -280,7 +276,13 @@ def metric_cell(task, metric, lines):
     text = f"{statistics.mean(values):.1f}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.1f}"
-    return f"{text} ({len(values)})"
+    return text
+
+
+def seeds(lines):
+    """How many runs each task has: "5", or "1 to 3"."""
+    counts = set(map(len, group(lines, task_of).values()))
+    return " to ".join(map(str, sorted(counts)))
 
 
 def mean_over_tasks(lines):
@@ -320,7 +322,7 @@ def reached(lines):
 
 
 def minutes(lines):
-    return f"{mean_of(lines, 'seconds') / 60:.1f}"
+    return f"{statistics.mean(line['seconds'] for line in lines) / 60:.1f}"
 
 
 def table(rows, averages=False):
@@ -333,10 +335,15 @@ def table(rows, averages=False):
     for task in sorted(tasks, key=[*TASKS, *sorted(tasks)].index):
         for metric in tasks[task][0]["final"]:
             if metric.split()[0] == data.task_of(tasks[task][0]).metrics[0]:  # on every dev set
-                columns[f"{task}, {metric} (seeds)"] = partial(metric_cell, task, metric)
+                columns[f"{task}, {metric}"] = partial(metric_cell, task, metric)
     if averages:
         columns["average"] = partial(average, tasks.keys())
-    columns |= {"stored per task": stored, "density reached": reached, "minutes": minutes}
+    columns |= {
+        "seeds": seeds,
+        "stored per task": stored,
+        "density reached": reached,
+        "minutes": minutes,
+    }
 
     written = [["method", *columns]]
     written.append(["---"] * len(written[0]))
