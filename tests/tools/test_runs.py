@@ -331,7 +331,7 @@ def test_what_tuning_chose_is_what_is_run():
     main = runs.read_list(ROOT / "results" / "lists" / "main.txt")
     best = runs.best_settings(tuning, most=1).values()
     chosen = dict(zip(tuning, best, strict=True))
-    for name, tried in tuning.items():
+    for tried in tuning.values():
         assert len(tried) == 2 * (10 + 3 * 2)
         assert all("--data-dir=held" in made["command"] for made in tried)
     later = rivals()
