@@ -136,10 +136,18 @@ def one_bit(model, train, dev, args, device):
             change(model, name, Signs(linear, tuned[name] - weight.detach()))
             numbers += 1
             bits += weight.numel()
-        elif not torch.equal(weight, tuned[name]):
+        elif not same(weight, tuned[name]):
             weight.data = tuned[name]
             numbers += weight.numel()
     return finish(model, numbers, bits)
+
+
+def same(weight, tuned):
+    """Whether a fine-tuned model has this weight unchanged, but for rounding to 16 bits.
+
+    A run in bfloat16 rounds what is frozen, and saves it like that.
+    """
+    return torch.equal(weight, tuned) or torch.equal(weight.bfloat16().float(), tuned)
 
 
 # --- the rows -------------------------------------------------------------------------------------

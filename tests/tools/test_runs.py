@@ -368,8 +368,7 @@ def test_what_rivals_run_is_the_best_of_five_settings():
             for task, lines in tasks.items():
                 line = max(lines, key=runs.score)
                 best[task] = frozenset(settings_of(line["command"]))
-        for list_name in ("rivals.txt",):
-            rows = runs.read_list(ROOT / "results" / "lists" / list_name)
-            for command in rows.get(name, {}).values():
-                task = command.split("--task=")[1].split()[0]
-                assert settings_of(command) == best[task]
+        rows = runs.read_list(ROOT / "results" / "lists" / "price.txt")
+        for command in rows.get(name, {}).values():
+            task = command.split("--task=")[1].split()[0]
+            assert settings_of(command) == best[task]
