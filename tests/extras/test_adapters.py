@@ -116,8 +116,21 @@ def test_the_logits_of_a_lora_run_are_those_it_was_trained_to(train_on, tmp_path
 
 
 def test_a_rank_is_a_whole_number(train_on, fails):
-    said = fails(train.main, train_on.command("run", "lora", "--rank", 1.5))
-    assert "--rank: must be a whole number; got 1.5" in said
+    for rank in ("1.5", "17"):
+        said = fails(train.main, train_on.command("run", "lora", "--rank", rank))
+        assert f"--rank: must be a whole number up to 16; got {rank}" in said
+
+
+def test_a_fresh_classifier_counts_as_stored(train_on, capsys):
+    out = train_on("run", "lora", "--rank", 3, "--head", "classifier")
+    assert result_of(out)["stored_numbers"] == 4 * 3 * (16 + 16) + 2 * 16 + 2
+    assert same_number(out, capsys)
+
+
+def test_bitdelta_takes_a_teacher_of_the_same_model(train_on, make_model, fails):
+    other = train_on("dense", "finetune", model=make_model("other", intermediate_size=32))
+    said = fails(train.main, train_on.command("run", "bitdelta", "--teacher", other))
+    assert f"--teacher: {other} was not made of this --model" in said
 
 
 def test_signs_by_hand():
