@@ -175,7 +175,7 @@ def averages_of(lines):
     """The mean over tasks of each seed, in percent."""
     from tools import runs
 
-    seeds = runs.group(lines, runs.seed_of).values()
+    seeds = runs.group(lines, lambda line: line["seed"]).values()
     return [100 * runs.mean_over_tasks(seed) for seed in seeds]
 
 
