@@ -48,7 +48,7 @@ RECIPE = {
     "evals": 20,  # evaluations per run
 }
 LARGE = {"epochs": 12, "batch": 64}  # the paper's code for the four large tasks
-MOVIES = {  # ours: minutes on a CPU, see results/README.md
+MOVIES = {  # ours: minutes on a CPU
     "model": "minilm",
     "epochs": 1,
     "batch": 16,

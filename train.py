@@ -561,6 +561,7 @@ def finish(args, run, job):
         result |= mask_facts(job.learner.masks, masks, job.density)
 
     if "weights" in METHODS[args.method].trains:  # a whole model
+        # What is frozen is stored as it was used, in bfloat16 rounded.
         whole = job.model.state_dict() | trained
         if masks:
             whole |= job.learner.masks.final_weights(job.density, torch.float32)

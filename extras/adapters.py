@@ -104,10 +104,14 @@ def finish(model, numbers, bits=0):
 
 
 def low_rank(model, train, dev, args, device):
-    """Method.before: LoRA for query and value. Raises ValueError for a rank that is not whole."""
-    if args.rank != int(args.rank):
-        raise ValueError(f"--rank: must be a whole number; got {args.rank}")
+    """Method.before: LoRA for query and value. Raises ValueError for a rank that makes no sense."""
+    width = model.config.hidden_size
+    if args.rank > width or args.rank != int(args.rank):
+        raise ValueError(f"--rank: must be a whole number up to {width}; got {args.rank:g}")
     numbers = 0
+    for name, parameter in model.named_parameters():
+        if name.startswith("classifier."):
+            numbers += parameter.numel()
     groups = model.prunable()
     for name in [*groups["query"], *groups["value"]]:
         layer = LowRank(model.get_submodule(name.removesuffix(".weight")), int(args.rank))
@@ -119,7 +123,7 @@ def low_rank(model, train, dev, args, device):
 def one_bit(model, train, dev, args, device):
     """Method.before: BitDelta. What the teacher has changed besides matrices is stored as it is.
 
-    Raises ValueError without a teacher.
+    Raises ValueError without a teacher, and for one that is not of this model.
     """
     if not args.teacher:
         raise ValueError("--method bitdelta needs the dense run that it stores: give its --teacher")
@@ -131,15 +135,25 @@ def one_bit(model, train, dev, args, device):
 
     numbers = bits = 0
     for name, weight in list(model.named_parameters()):
+        if name not in tuned or tuned[name].shape != weight.shape:
+            raise ValueError(f"--teacher: {args.teacher} was not made of this --model and --head")
         if name in matrices:
             linear = model.get_submodule(name.removesuffix(".weight"))
             change(model, name, Signs(linear, tuned[name] - weight.detach()))
             numbers += 1
             bits += weight.numel()
-        elif not torch.equal(weight, tuned[name]):
+        elif not same(weight, tuned[name]):
             weight.data = tuned[name]
             numbers += weight.numel()
     return finish(model, numbers, bits)
+
+
+def same(weight, tuned):
+    """Whether a fine-tuned model has this weight unchanged, but for rounding to 16 bits.
+
+    A run in bfloat16 rounds what is frozen, and saves it like that.
+    """
+    return torch.equal(weight, tuned) or torch.equal(weight.bfloat16().float(), tuned)
 
 
 # --- the rows -------------------------------------------------------------------------------------

@@ -79,9 +79,8 @@ def comparison(groups, a, b):
     share = total_shared / max(total, 1)
     by_chance = total_by_chance / max(total, 1)
     text = "of what the first mask keeps is kept by the second too; chance would share"
-    lines.append("much is not the task: on movies, a mask of shuffled labels shared 0.76")
-    lines.append(f"{share:.3f} {text} {by_chance:.3f}")
-    return lines
+    question = "how much of it is the task? compare with a mask of shuffled labels"
+    return [*lines, question, f"{share:.3f} {text} {by_chance:.3f}"]
 
 
 # --- pictures ---------------------------------------------------------------------------------
@@ -112,13 +111,11 @@ def plot_prices(path, curves):
     figure = figure_of(6, 3.6)
     axes = figure.subplots()
     for name, points in curves.items():
-        sizes, means, deviations = zip(*points, strict=True)
-        axes.errorbar(sizes, means, deviations, fmt="o-", capsize=3, label=name)
+        axes.errorbar(*zip(*points, strict=True), fmt="o-", label=name)
     axes.set_xscale("log")
     axes.set_xlabel("MB per task, beside the backbone")
     axes.set_ylabel("mean dev score of the tasks")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend()
     save(figure, path)
 
 

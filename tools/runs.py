@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,6 @@ from tools.picture import plot_prices
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "train.py"
 RESULTS = ROOT / "results" / "runs.jsonl"
-HELD = Path("held")  # where holdout writes
 TOGETHER = ("movies", "sst2")  # they share sentences, so averages count them as one task
 
 # The flags that differ within a row of a table.
@@ -146,6 +146,7 @@ class Started(NamedTuple):
     command: str
     gpu: str
     folder: tempfile.TemporaryDirectory
+    out: Path  # what it writes, by default in that folder
     process: subprocess.Popen
 
 
@@ -153,36 +154,32 @@ def start(command, gpu):
     """Start a run on a GPU, in a new folder."""
     folder = tempfile.TemporaryDirectory()
     home = Path(folder.name)
-    words = [sys.executable, TRAIN, *flags_of(command), "--out", run_folder(command, home)]
+    out = home / "run"
+    if "--out=" in command:  # this folder is kept
+        out = Path(command.partition("--out=")[2].split()[0])
+    words = [sys.executable, TRAIN, *flags_of(command), "--out", out]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
     with open(home / "errors", "wb") as errors:
         output = {"stdout": subprocess.DEVNULL, "stderr": errors}
         process = subprocess.Popen(words, env=environment, **output)
-    return Started(command, gpu, folder, process)
-
-
-def run_folder(command, home):
-    """The folder that a command names by --out, or else one in `home`, which is deleted."""
-    named = [flag for flag in flags_of(command) if flag.startswith("--out=")]
-    return Path(named[0].removeprefix("--out=")) if named else home / "run"
+    return Started(command, gpu, folder, out, process)
 
 
 def packed_bytes(path):
     """How many bytes the masks in a mask file take. Their bits are compressed where that helps."""
     tensors = load_file(path).values() if path.exists() else []
-    return sum(tensor.numel() for tensor in tensors if tensor.dtype == torch.uint8)
+    return sum(t.nbytes for t in tensors if t.dtype == torch.uint8)
 
 
 def finish(run, results, where):
     """Append the line of a run that has ended to the results -> [], or [the error] if it failed."""
     with run.folder as folder:
-        path = run_folder(run.command, Path(folder))
         if run.process.returncode:
             errors = Path(folder, "errors").read_text("utf-8", "replace").strip()
             last = errors.split("\n")[-1] or f"exit status {run.process.returncode}"
             return [f"failed: {run.command}: {last}"]
-        result = json.loads((path / "result.json").read_text("utf-8"))
-        where = where | {"mask_bytes": packed_bytes(path / "mask.safetensors")}
+        result = json.loads((run.out / "result.json").read_text("utf-8"))
+        result["mask_bytes"] = packed_bytes(run.out / "mask.safetensors")
 
     for key in ("densities", "digest"):  # of every matrix, and of the file
         result.pop(key, None)
@@ -238,7 +235,7 @@ def make_missing(path, results, at_once):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     failed = make_runs(missing, results, at_once)
     if failed:
-        print("\n".join(failed))
+        print(*failed, sep="\n")
         raise ValueError(
             f"{len(failed)} of {len(missing)} runs failed; the same command makes them again"
         )
@@ -252,23 +249,15 @@ def score(line):
     return line["final"][data.task_of(line).metrics[0]]
 
 
-def task_of(line):
-    return line["task"]
-
-
-def seed_of(line):
-    return line["seed"]
-
-
-def mean_of(lines, key):
-    return statistics.mean(line[key] for line in lines)
+task_of = itemgetter("task")
+seed_of = itemgetter("seed")
 
 
 # Each of these writes a cell of a table, given the lines of its row.
 
 
 def metric_cell(task, metric, lines):
-    """Mean ± standard deviation of a metric, and the number of seeds: "81.2 ± 0.4 (5)".
+    """Mean ± standard deviation of a metric over seeds: "81.2 ± 0.4".
 
     Shares are in percent. Where lower is better, as for perplexity, nothing is a share.
     """
@@ -280,7 +269,13 @@ def metric_cell(task, metric, lines):
     text = f"{statistics.mean(values):.1f}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.1f}"
-    return f"{text} ({len(values)})"
+    return text
+
+
+def seeds(lines):
+    """How many runs each task has: "5", or "1 to 3"."""
+    counts = set(map(len, group(lines, task_of).values()))
+    return " to ".join(map(str, sorted(counts)))
 
 
 def mean_over_tasks(lines):
@@ -296,8 +291,8 @@ def average(tasks, lines):
     """The mean over tasks, in percent. "" if one is missing."""
     if group(lines, task_of).keys() != tasks:
         return ""
-    mean = mean_over_tasks(lines)
-    return f"{100 * round(mean, 12):.1f}"  # the order of sums must not decide how 0.7405 is rounded
+    # Rounded first: the order of sums must not decide what becomes of 0.7405.
+    return f"{100 * round(mean_over_tasks(lines), 12):.1f}"
 
 
 def megabytes(line):
@@ -320,7 +315,7 @@ def reached(lines):
 
 
 def minutes(lines):
-    return f"{mean_of(lines, 'seconds') / 60:.1f}"
+    return f"{statistics.mean(line['seconds'] for line in lines) / 60:.1f}"
 
 
 def table(rows, averages=False):
@@ -333,10 +328,15 @@ def table(rows, averages=False):
     for task in sorted(tasks, key=[*TASKS, *sorted(tasks)].index):
         for metric in tasks[task][0]["final"]:
             if metric.split()[0] == data.task_of(tasks[task][0]).metrics[0]:  # on every dev set
-                columns[f"{task}, {metric} (seeds)"] = partial(metric_cell, task, metric)
+                columns[f"{task}, {metric}"] = partial(metric_cell, task, metric)
     if averages:
         columns["average"] = partial(average, tasks.keys())
-    columns |= {"stored per task": stored, "density reached": reached, "minutes": minutes}
+    columns |= {
+        "seeds": seeds,
+        "stored per task": stored,
+        "density reached": reached,
+        "minutes": minutes,
+    }
 
     written = [["method", *columns]]
     written.append(["---"] * len(written[0]))
@@ -378,8 +378,8 @@ def prices(rows):
         size = statistics.mean(map(megabytes, lines))
         scores = [mean_over_tasks(seed) for seed in group(lines, seed_of).values()]
         deviation = statistics.stdev(scores) if len(scores) > 1 else math.nan
-        points = found.setdefault(lines[0]["method"], [])
-        points.append((size, statistics.mean(scores), deviation))
+        point = (size, statistics.mean(scores), deviation)
+        found.setdefault(lines[0]["method"], []).append(point)
     return {name: sorted(points) for name, points in found.items()}
 
 
@@ -387,7 +387,7 @@ def prices(rows):
 
 
 def hold_out(name, rows):
-    """Split the train file of a task in two -> HELD/FOLDER/train.tsv and dev.tsv.
+    """Split the train file of a task in two -> held/FOLDER/train.tsv and dev.tsv.
 
     The lines are always shuffled alike, and the last `rows` of them become dev.
     """
@@ -401,7 +401,7 @@ def hold_out(name, rows):
     header = [lines.pop(0)] if isinstance(task.label, str) else []
     random.Random(0).shuffle(lines)
     for split, part in (("train", lines[:-rows]), (task.dev[0], lines[-rows:])):
-        path = HELD / task.folder / task.file.format(split)
+        path = Path("held") / task.folder / task.file.format(split)
         write_whole(path, "\n".join([*header, *part, ""]).encode())
         print(path)
 

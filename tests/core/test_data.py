@@ -79,7 +79,7 @@ def test_recipes_are_those_that_were_published():
         name: smp | {"epochs": 12, "batch": 64} for name in ("sst2", "qnli", "mnli")
     }
 
-    # Our own, for minutes on a CPU; results/README.md has what was tried.
+    # Our own, for minutes on a CPU.
     movies = {
         "epochs": 1,
         "batch": 16,

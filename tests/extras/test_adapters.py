@@ -116,8 +116,21 @@ def test_the_logits_of_a_lora_run_are_those_it_was_trained_to(train_on, tmp_path
 
 
 def test_a_rank_is_a_whole_number(train_on, fails):
-    said = fails(train.main, train_on.command("run", "lora", "--rank", 1.5))
-    assert "--rank: must be a whole number; got 1.5" in said
+    for rank in ("1.5", "17"):
+        said = fails(train.main, train_on.command("run", "lora", "--rank", rank))
+        assert f"--rank: must be a whole number up to 16; got {rank}" in said
+
+
+def test_a_fresh_classifier_counts_as_stored(train_on, capsys):
+    out = train_on("run", "lora", "--rank", 3, "--head", "classifier")
+    assert result_of(out)["stored_numbers"] == 4 * 3 * (16 + 16) + 2 * 16 + 2
+    assert same_number(out, capsys)
+
+
+def test_bitdelta_takes_a_teacher_of_the_same_model(train_on, make_model, fails):
+    other = train_on("dense", "finetune", model=make_model("other", intermediate_size=32))
+    said = fails(train.main, train_on.command("run", "bitdelta", "--teacher", other))
+    assert f"--teacher: {other} was not made of this --model" in said
 
 
 def test_signs_by_hand():
@@ -129,8 +142,12 @@ def test_signs_by_hand():
     assert torch.allclose(found, torch.tensor([[1.2, 1.8], [3.2, 3.8]]))
 
 
-def test_bitdelta_stores_one_bit_per_weight_and_one_number_per_matrix(train_on, capsys, fails):
-    dense = train_on("dense", "finetune-encoder", "--weight-lr", "1e-2")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bitdelta_stores_one_bit_per_weight_and_one_number_per_matrix(
+    train_on, capsys, fails, dtype
+):
+    """In bfloat16 the dense run has rounded its embeddings. They are not stored all the same."""
+    dense = train_on("dense", "finetune-encoder", "--weight-lr", "1e-2", "--dtype", dtype)
     out = train_on("run", "bitdelta", "--teacher", dense, "--weight-lr", "1e-3")
     before = load_file(train_on.base / "model.safetensors")
     tuned = load_file(dense / "model.safetensors")
@@ -142,8 +159,10 @@ def test_bitdelta_stores_one_bit_per_weight_and_one_number_per_matrix(train_on, 
         clear = (tuned[name] - before[name]).abs() > 1e-5
         assert torch.equal(change[clear] > 0, (tuned[name] > before[name])[clear])
     others = before.keys() - matrices
-    assert all(torch.equal(after[name], tuned[name]) for name in others)
-    stored = sum(before[n].numel() for n in others if not torch.equal(before[n], tuned[n]))
+    embeddings = {name for name in others if "_embeddings.weight" in name}
+    assert all(torch.equal(after[name], tuned[name]) for name in others - embeddings)
+    assert all(torch.equal(after[name], before[name]) for name in embeddings)
+    stored = sum(before[name].numel() for name in others - embeddings)
     result = result_of(out)
     assert result["stored_bits"] == PRUNABLE and len(matrices) == 12
     assert result["stored_numbers"] == 12 + stored

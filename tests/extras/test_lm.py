@@ -390,3 +390,20 @@ def test_questions_a_language_model_cannot_answer(make_gpt2, texts, tmp_path, fa
     assert "the task takes 1 texts, not 2" in fails(
         eval_.main, [tmp_path / "run", "--text", "a", "--pair", "b"]
     )
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "finetune-encoder", "p-fisher"])
+def test_what_bert_has_gpt2_has_too(make_gpt2, texts, tmp_path, capsys, method):
+    flags = ["--method", method, "--weight-lr", "1e-2"]
+    if method == "p-fisher":
+        flags += ["--ffn-share", 1]
+    result = run(make_gpt2, texts, tmp_path, *flags)
+    before = load_file(tmp_path / "run-model" / "model.safetensors")
+    if method != "bitfit":
+        after = load_file(tmp_path / "run" / "model.safetensors")
+        assert torch.equal(after["wte.weight"], before["wte.weight"]) == (method != "p-fisher")
+    capsys.readouterr()
+    eval_.main([str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert f"training reported {show(result['final'])}" in said
+    assert f"): {show(result['final'])}" in said

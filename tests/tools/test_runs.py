@@ -18,7 +18,6 @@ from tools import runs
 
 ROOT = Path(train.__file__).parent
 LISTS = sorted((ROOT / "results" / "lists").glob("*.txt"))
-OTHERS = {"movement": "movement.jsonl", "second": "second.jsonl"}  # not in runs.jsonl
 
 # Stands for train.py. It fails for seed 13, waits for ever for seed 99, and with --together it
 # waits until two of it have started.
@@ -161,8 +160,8 @@ def test_a_tiny_model_is_trained_and_shown(make_model, glue, tmp_path, capsys):
     assert "--steps: must be a whole number" in capsys.readouterr().out
     runs.main(["table", *argv])
     head, _, row = capsys.readouterr().out.splitlines()
-    assert head.startswith("| method | movies, accuracy (seeds) | stored per task |")
-    assert row.startswith("| tiny | ") and " (1) | 0.00 MB | 0.50 | " in row
+    assert head.startswith("| method | movies, accuracy | seeds | stored per task |")
+    assert row.startswith("| tiny | ") and " | 1 | 0.00 MB | 0.50 | " in row
 
 
 # --- tables and curves ----------------------------------------------------------------------------
@@ -183,13 +182,13 @@ def test_a_table_by_hand():
         "soft": [line("mrpc", 0.7, reached=0.31, **soft), line("mrpc", 0.7, reached=0.42, **soft)],
         "head": [line("mrpc", 0.5, stored_numbers=770, seconds=30.0)],
     }
-    tasks = "movies, accuracy (seeds) | mrpc, accuracy (seeds)"
+    tasks = "movies, accuracy | mrpc, accuracy"
     assert runs.table(rows).splitlines() == [
-        f"| method | {tasks} | stored per task | density reached | minutes |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| smp-s | 86.0 ± 1.4 (2) | 80.0 (1) | 1.32 MB | 0.50 | 1.5 |",
-        "| soft |  | 70.0 ± 0.0 (2) | 11.32 MB | 0.31 to 0.42 | 1.5 |",
-        "| head |  | 50.0 (1) | 1.33 MB | 0.50 | 0.5 |",
+        f"| method | {tasks} | seeds | stored per task | density reached | minutes |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| smp-s | 86.0 ± 1.4 | 80.0 | 1 to 2 | 1.32 MB | 0.50 | 1.5 |",
+        "| soft |  | 70.0 ± 0.0 | 2 | 11.32 MB | 0.31 to 0.42 | 1.5 |",
+        "| head |  | 50.0 | 1 | 1.33 MB | 0.50 | 0.5 |",
     ]
 
 
@@ -198,16 +197,16 @@ def test_an_average_by_hand():
     values = {"movies": 0.9, "mrpc": 0.5, "cola": 0.4, "stsb": 0.1, "sst2": 0.7}
     whole = [line(task, value) for task, value in values.items()]
     head, _, row, other = runs.table({"a": whole, "b": whole[:4]}, averages=True).splitlines()
-    assert "sst2, accuracy (seeds) | average | stored" in head
-    assert " | 70.0 (1) | 45.0 | 1.32 MB |" in row  # (80 + 50 + 40 + 10) / 4
-    assert " |  |  | 1.32 MB |" in other
+    assert "stsb, pearson | average | seeds | stored" in head
+    assert " | 10.0 | 45.0 | 1 | 1.32 MB |" in row  # (80 + 50 + 40 + 10) / 4
+    assert "| 10.0 |  | 1 | 1.32 MB |" in other
 
 
 def test_a_perplexity_is_no_share_and_has_a_column_for_every_set():
     final = {"perplexity": 27.24, "word_perplexity": 90.0, "perplexity test": 25.0}
     head, _, row = runs.table({"a": [line("ptb", 0) | {"final": final}]}).splitlines()
-    assert head.startswith("| method | ptb, perplexity (seeds) | ptb, perplexity test (seeds) | st")
-    assert row.startswith("| a | 27.2 (1) | 25.0 (1) | ")
+    assert head.startswith("| method | ptb, perplexity | ptb, perplexity test | seeds | st")
+    assert row.startswith("| a | 27.2 | 25.0 | 1 | ")
 
 
 def test_the_best_settings_by_hand():
@@ -251,7 +250,7 @@ def test_what_is_shown_of_a_file_of_results(tmp_path, capsys, fails):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(line("rte", 0.5, flags="--lr=1 --seed=0")) + "\n")
     runs.main(["table", str(path)])
-    assert "| smp-s --lr=1 | 50.0 (1) |" in capsys.readouterr().out
+    assert "| smp-s --lr=1 | 50.0 | 1 |" in capsys.readouterr().out
     (tmp_path / "list.txt").write_text("python train.py --task=rte --method=smp-l\n")
     error = fails(runs.main, ["table", tmp_path / "list.txt", "--results", path])
     assert error.endswith(f"has no run of {path.parent}/list.txt: python -m tools.runs run "
@@ -296,7 +295,7 @@ def test_rows_are_held_out(tmp_path, monkeypatch, capsys, fails):
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: path.stem)
 def test_every_run_of_the_lists_is_made(path):
-    done = runs.read_results(ROOT / "results" / OTHERS.get(path.stem, "runs.jsonl"))
+    done = runs.read_results(runs.RESULTS)
     for commands in runs.read_list(path).values():
         assert commands.keys() <= done.keys()
 
@@ -307,8 +306,11 @@ def test_every_result_is_of_a_list():
         for commands in runs.read_list(path).values():
             listed |= commands.keys()
     assert runs.read_results(runs.RESULTS).keys() <= listed
-    for name in OTHERS.values():
-        assert runs.read_results(ROOT / "results" / name).keys() <= listed
+
+
+def test_results_are_of_clean_commits():
+    for line in runs.read_results(runs.RESULTS).values():
+        assert line["clean"], line["command"]
 
 
 @pytest.mark.slow
@@ -319,15 +321,53 @@ def test_train_takes_every_flag_of_the_lists():
             train.parse_args(shlex.split(runs.expand(command)[0])[2:])  # exits if one is unknown
 
 
-def test_what_tuning_chose_is_what_main_runs():
-    """All had the same budget: ten settings, the best three of them with three seeds."""
+def settings_of(command):
+    return set(runs.label_of(command, (*runs.IN_A_ROW, "--steps=", "--data-dir=")).split())
+
+
+def test_what_tuning_chose_is_what_is_run():
+    """Ten settings for each method, the best three of them with three seeds."""
     tuning = runs.read_rows(ROOT / "results" / "lists" / "tuning.txt", runs.RESULTS)
     main = runs.read_list(ROOT / "results" / "lists" / "main.txt")
-    assert tuning.keys() == main.keys()
-    best = runs.best_settings(tuning, most=1)
-    for (name, tried), chosen in zip(tuning.items(), best, strict=True):
+    best = runs.best_settings(tuning, most=1).values()
+    chosen = dict(zip(tuning, best, strict=True))
+    for tried in tuning.values():
         assert len(tried) == 2 * (10 + 3 * 2)
         assert all("--data-dir=held" in made["command"] for made in tried)
-        for command in main[name].values():
-            assert runs.label_of(command, (*runs.IN_A_ROW, "--steps=")) == chosen
+    for name, commands in main.items():
+        for command in commands.values():
             assert "--data-dir" not in command
+            if name in chosen:
+                assert settings_of(command) == settings_of(chosen[name][0]["command"])
+
+
+def rivals():
+    """What tuning-rivals.txt has tried: {row: {task: [lines]}}, five settings of each."""
+    path = ROOT / "results" / "lists" / "tuning-rivals.txt"
+    if not path.exists():
+        return {}
+    rows = runs.read_rows(path, runs.RESULTS)
+    return {name: runs.group(lines, runs.task_of) for name, lines in rows.items()}
+
+
+def test_what_rivals_run_is_the_best_of_five_settings():
+    """By the mean over tasks. Where five tasks were tried, each has its own."""
+    tried = rivals()
+    for name, tasks in tried.items():
+        means = {}
+        for lines in tasks.values():
+            assert len(lines) <= 5
+            for line in lines:
+                setting = frozenset(settings_of(line["command"]))
+                means.setdefault(setting, []).append(runs.score(line))
+        means = {s: sum(values) for s, values in means.items() if len(values) == len(tasks)}
+        assert 4 <= len(means) <= 5  # at too high a rate one may diverge
+        best = {task: max(means, key=means.get) for task in runs.TASKS}
+        if len(tasks) == 5:
+            for task, lines in tasks.items():
+                line = max(lines, key=runs.score)
+                best[task] = frozenset(settings_of(line["command"]))
+        rows = runs.read_list(ROOT / "results" / "lists" / "price.txt")
+        for command in rows.get(name, {}).values():
+            task = command.split("--task=")[1].split()[0]
+            assert settings_of(command) == best[task]
