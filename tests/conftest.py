@@ -181,8 +181,8 @@ def machine(monkeypatch, request):
 
 @pytest.fixture
 def tables():
-    """METHODS and TASKS, for rows of a test's own. Afterwards they are as before."""
-    before = [(table, dict(table)) for table in (mask.METHODS, data.TASKS)]
+    """METHODS and TASKS, for rows of a test's own. Afterwards they are as before, as SCHEDULES."""
+    before = [(table, dict(table)) for table in (mask.METHODS, data.TASKS, mask.SCHEDULES)]
     yield mask.METHODS, data.TASKS
     for table, rows in before:
         table.clear()

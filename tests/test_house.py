@@ -162,7 +162,7 @@ def test_a_file_of_ones_own_in_extras_breaks_no_test(tmp_path):
     tests = ["tests/core/test_data.py", "tests/test_house.py", "tests/test_readme.py"]
     tests += [f"{methods}what_scores_are_and_what_trains", f"{each}[smp-shared]"]
     said = python("-m", "pytest", "-q", *tests)
-    assert len(snippets) == 3 and re.search(r"^\d\d\d passed", said, re.M)
+    assert len(snippets) == 4 and re.search(r"^\d\d\d passed", said, re.M)
 
 
 def test_the_readme_is_short():
