@@ -115,8 +115,8 @@ TASKS = {
 }  # fmt: skip
 
 
-# Tasks made of a table of your own, which has no row: extras/own.py puts its functions here.
-own = SimpleNamespace(
+# Tasks made of a table of your own, which has no row here: extras/own.py puts its functions in.
+tables = SimpleNamespace(
     flags={},  # further flags of train.py, {name: (type, help)}
     settings=lambda given: {},  # flags as given -> the defaults that follow from the table
     task=None,  # what is called "table" among these -> Task
@@ -125,8 +125,8 @@ own = SimpleNamespace(
 
 def task_of(settings):
     """The Task of a run's settings, or of its result; None if nobody knows it."""
-    if own.task and settings.get("table"):
-        return own.task(settings["table"])
+    if tables.task and settings.get("table"):
+        return tables.task(settings["table"])
     return TASKS.get(settings["task"])
 
 
@@ -263,17 +263,11 @@ def encode(texts, labels, tokenizer):
     return Examples(ids, types, labels, tokenizer.truncation["max_length"], cut=cut)
 
 
-def row(task):
-    """A Task, or its name in TASKS -> the Task."""
-    return TASKS[task] if isinstance(task, str) else task
-
-
 def split_path(task, split, data_dir):
-    """Where the file of a split is or will be. task: see row(). data_dir: see load_split.
+    """Where the file of a split is or will be. data_dir: see load_split.
 
     Raises ValueError if data_dir lacks it.
     """
-    task = row(task)
     path = Path(data_dir or fetch.cache() / "glue")
     if not path.is_file():
         path = path / task.folder / task.file.format(split)
@@ -285,10 +279,10 @@ def split_path(task, split, data_dir):
 def load_split(task, split, data_dir, tokenizer):
     """Examples of a split ("train", or one of the task's dev) of data_dir/FOLDER/FILE.
 
-    task: see row(). data_dir None: the cache, which is filled on first use. It may also name one
-    file, to read as this split.
+    task: a Task, or its name. data_dir None: the cache, which is filled on first use. It may also
+    name one file, to read as this split.
     """
-    task = row(task)
+    task = TASKS[task] if isinstance(task, str) else task
     path = split_path(task, split, data_dir)
     if not path.exists():  # in the cache, on first use
         task.fetch(task, split)

@@ -84,29 +84,30 @@ def load_run(run, model_name=None):
     run = Path(run)
     result = read_result(run)
     task, method = data.task_of(result), METHODS[result["method"]]
-    own = "weights" in method.trains  # the run has a model of its own
+    has_model = "weights" in method.trains  # of its own
     # Such a run has no use for another backbone.
-    if own and (run.is_file() or model_name):
+    if has_model and (run.is_file() or model_name):
         raise ValueError(
             f"{run}: this run trained weights of its own; name its folder, and leave out --model"
         )
     # A mask needs the backbone that it was made for; trained weights lie in the run's folder.
-    folder = run if own else fetch.model_folder(model_name or result["model"])
-    if own:
+    folder = run if has_model else fetch.model_folder(model_name or result["model"])
+    if has_model:
         path = run / "model.safetensors"
         check_digest(path.read_bytes(), "sha256", result["sha256"].get(path.name), path)
-    model, tokenizer = load_backbone(folder, task, result["length"], result["head"], fresh=not own)
+    fresh = not has_model  # whether a classifier is the run's, or lies beside its mask
+    model, tokenizer = load_backbone(folder, task, result["length"], result["head"], fresh)
 
     # A mask on other weights, or words read by another tokenizer, would give nonsense.
     for what, found in identity(folder, model).items():
-        if own and what == "fingerprint":  # its weights have moved on since
+        if has_model and what == "fingerprint":  # its weights have moved on since
             continue
         if found != result[what]:
             raise ValueError(
                 f"--model: the {what} of {folder} is not the one that {run} was trained with"
             )
     # The method decides whether there must be a mask, not the file.
-    masks = load_masks_into(model, run, result) if method.how_many or not own else {}
+    masks = load_masks_into(model, run, result) if method.how_many or not has_model else {}
     return Loaded(result, task, folder, model, tokenizer, masks)
 
 
@@ -140,10 +141,10 @@ def load_masks_into(model, run, result):
 
 def load_sets(result, splits, data_dir, tokenizer):
     """{split: Examples} from a folder, or by default the run's own, unchanged."""
-    own = result["data_dir"]
-    if own and not Path(own).exists():
-        own = None  # a mask from another machine; the cache may have its data
-    folder, task = data_dir or own, data.task_of(result)
+    run_data = result["data_dir"]
+    if run_data and not Path(run_data).exists():
+        run_data = None  # a mask from another machine; the cache may have its data
+    folder, task = data_dir or run_data, data.task_of(result)
     sets = {split: data.load_split(task, split, folder, tokenizer) for split in splits}
     # A run's number means nothing on rows that have changed since.
     for split, examples in sets.items():
@@ -244,7 +245,7 @@ INSTEAD_FLAGS = {
 }
 TEXT_FLAGS = {
     "pair": (str, "the second sentence, or the paragraph, where the task takes two texts"),
-    "temperature": (cli.number(float, 0.01, 100), "draw tokens of a language model; 1 as it says"),
+    "temperature": (cli.number(float, 0.01, 100), "draw a language model's tokens, at this value"),
     "seed": (cli.seed, "for what is drawn"),
 }
 DATA_FLAGS = {

@@ -276,6 +276,7 @@ class Masks(nn.Module):
         masked, regularizer = self.stacked(density)
         return self.by_name(masked), regularizer
 
+    # Apart from forward, so that --compile can fuse it without the views that by_name makes.
     def stacked(self, density):
         """-> masked weights {group: [L, out, in]}, and R, the mean of sigmoid(S) over a matrix.
 
@@ -355,7 +356,7 @@ class Method:
     trains: tuple = ("scores",)
     recipe: dict = field(default_factory=lambda: SMP)  # the flags it takes, and its defaults
     masks: type = Masks  # a subclass starts its scores differently
-    before: Callable | None = None  # makes the model smaller before training, see extras/pprune.py
+    before: Callable | None = None  # changes the model before training: extras/pprune, adapters
 
     def masked(self, model):
         """{name: weight [out, in]} of a model's weights that get a mask."""

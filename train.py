@@ -102,7 +102,7 @@ def flag_groups():
     """FLAGS, and those of extras/."""
     others = sorted(method_flags() - FLAGS[METHOD].keys())  # such as --ffn-share
     others = dict.fromkeys(others, (positive, "only for some methods"))
-    return FLAGS | {"your own table": data.own.flags, "extras": others}
+    return FLAGS | {"your own table": data.tables.flags, "extras": others}
 
 
 def method_flags():
@@ -131,7 +131,7 @@ def recipe(given):
     A method's defaults override those of the task. The rest follow from the sparsity, and the
     schedule from the model, see prepare().
     """
-    usual = DEFAULTS | data.own.settings(given)
+    usual = DEFAULTS | data.tables.settings(given)
     chosen = usual | given
     method = METHODS[chosen["method"]]
     # Each line overrides those before it.
@@ -187,6 +187,8 @@ def parse_args(argv):
     for name in sorted(method_flags() & given.keys() - allowed):
         known = ", ".join(map(cli.flag, sorted(allowed)))
         parser.error(f"{cli.flag(name)}: {args.method} does not use it; its own flags are {known}")
+    if Path(given.get("data_dir", "")).is_file():
+        parser.error("--data-dir: name the folder that holds the tasks' folders, not a file")
     if args.hold > args.ramp:
         parser.error(f"--hold must be at most --ramp, {args.ramp}; got {args.hold}")
     return args
@@ -211,7 +213,7 @@ class Learner(nn.Module):
             self.masks = method.masks(model.prunable(), method, dtype, temperature or 1.0)
             masked = self.masks.by_name(self.masks.weights)
 
-        # Then ordinary weights that train: all of them, vectors, or a classifier.
+        # Then ordinary weights that train: those that the method names.
         trained = method.trained(model)
         self.names = list(trained)  # a ParameterDict takes no names with dots
         self.weights = nn.ParameterList(w.detach().float().clone() for w in trained.values())
@@ -386,10 +388,10 @@ def prepare(args, run):
     if "schedule" in method.recipe:
         facts["schedule"] = args.schedule or USUAL_SCHEDULE.get(model.config.model_type, "linear")
 
-    train = sets.pop("train")
+    train, dev = sets.pop("train"), sets
     facts["density"] = 1 - args.sparsity
-    if method.before:  # whole heads and neurons may go before training
-        model, more = method.before(model, train, sets, args, device)
+    if method.before:  # whole heads and neurons may go, or layers change, before training
+        model, more = method.before(model, train, dev, args, device)
         facts |= more | {"config": str(model.config)}
     # Freeze the model, and put beside it what trains.
     model.to(device).requires_grad_(False).train(args.dropout)
@@ -400,10 +402,10 @@ def prepare(args, run):
 
     density = facts["density"]
     machine = f"{parallel.processes()} x {device} in {facts['dtype']}: {why}"
-    for line in opening(args, train, sets, total, density, machine):
+    for line in opening(args, train, dev, total, density, machine):
         print(line)
     return Job(
-        data.task_of(vars(args)), model, learner, teacher, train, sets,
+        data.task_of(vars(args)), model, learner, teacher, train, dev,
         device, total, density, folder, frozen_sha256, facts,
     )  # fmt: skip
 
@@ -523,16 +525,17 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
 
         # Once in a while: log, evaluate under the exact masks, save.
         done = step + 1
-        if done % LOG_EVERY == 0 or done in eval_steps:
+        log_now = done % LOG_EVERY == 0 or done in eval_steps
+        if log_now:
             bar.set_postfix(run.report(done, recent, *schedule[step]), refresh=False)
             recent.clear()
         if done in eval_steps:
-            reached, _ = schedule[done]  # schedule[total] is the target
-            scores = evaluate_learner(args, job, done, reached)
-            run.evaluated(step=done, density=reached, dev=scores)
+            density, _ = schedule[done]  # schedule[total] is the target
+            scores = evaluate_learner(args, job, done, density)
+            run.evaluated(step=done, density=density, dev=scores)
             bar.write(evaluation(**run.evaluations[-1]))
-        if done < total and not recent:
-            run.save(done, learner, optimizer)  # once a minute
+        if log_now and done < total:
+            run.save(done, learner, optimizer)  # at most once a minute
 
 
 def evaluate_learner(args, job, step, density):
@@ -590,7 +593,7 @@ def describe(args, run, job):
     result |= {
         "words": task.words,
         "best": task.best(on_target, key=lambda line: line["dev"][task.metrics[0]]),
-        # Of a run without masks. mask_facts() has the others' numbers.
+        # Ordinary weights that trained. mask_facts() and a method's own facts may say more.
         "stored_numbers": sum(p.numel() for p in job.learner.weights),
         "stored_bits": 0,
         "sha256": {},
@@ -621,9 +624,11 @@ def mask_facts(learned, masks, density):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    run = interrupted_run(args.resume) if args.resume else Run(args.out, argv)
-    # A resumed run continues with the flags that it began with, from its checkpoint.
-    args = parse_args(run.argv)
+    if args.resume:  # a resumed run continues with the flags that it began with
+        run = interrupted_run(args.resume)
+        args = parse_args(run.argv)
+    else:
+        run = Run(args.out, argv)
     job = prepare(args, run)
     torch.manual_seed(args.seed * parallel.processes() + parallel.rank())  # each its own dropout
     with run:

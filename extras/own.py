@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import extras.glue  # noqa: F401 (the metrics of scores)
-from data import ACCURACY, MOVIES, TASKS, Task, encode, own
+from data import ACCURACY, MOVIES, TASKS, Task, encode, tables
 from model import label_word_ids
 from plumbing import fetch
 from plumbing.checkpoints import cutting_tokenizer, encode_texts
@@ -196,7 +196,7 @@ def usable_rows(path, table, rows, header, labelled=True):
         raise ValueError(f"{bad[0]}; {len(bad)} rows cannot be used, and {SKIP}")
     if not kept:
         raise ValueError(f"{path} holds no rows that can be used")
-    note = f"{len(bad)} rows cannot be used and are left out, the first is {bad[0]}" if bad else ""
+    note = f"{len(bad)} rows cannot be used, the first is {bad[0]}" if bad else ""
     return kept, texts, labels, note
 
 
@@ -228,7 +228,7 @@ def held_out(texts):
 
 
 def settings(given):
-    """data.own.settings: read the table that --train names, and decide how to learn it.
+    """data.tables.settings: read the table that --train names, and decide how to learn it.
 
     Raises ValueError that names the flag to change.
     """
@@ -243,6 +243,7 @@ def settings(given):
 
     table = {"file": Path(given["train"]).name, "train": given["train"]}
     table["dev"] = given.get("dev", "")
+    table["sha256"] = sha256(Path(given["train"]).read_bytes())
     header, rows, _ = read_table(given["train"])
     table |= find_columns(given, header, rows)
     table |= {"skip_bad_rows": "skip_bad_rows" in given, "words": {}}
@@ -355,7 +356,7 @@ def choose_words(table, chosen, head, model):
 
 
 def make_task(table):
-    """data.own.task: a description -> Task."""
+    """data.tables.task: a description -> Task."""
     return Task(
         folder="",
         file=table["file"],
@@ -379,11 +380,13 @@ def report_missing(task, split):
 def read(table, task, split, path, tokenizer):
     """Task.read: the rows of a split -> Examples. Says what is left out, and for "train" all else.
 
-    path: that of --train, which --dev may stand beside; or another file to evaluate.
+    path: the run's table, wherever it is now, or another file to evaluate.
     """
-    ours = str(path) == str(Path(table["train"]))
+    # Whatever it is called, the rows that trained must not be evaluated.
+    ours = str(path) == str(Path(table["train"])) or sha256(path.read_bytes()) == table["sha256"]
     if ours and split == "dev" and table["dev"]:
-        path = Path(table["dev"])
+        beside = path.with_name(Path(table["dev"]).name)  # where both have moved
+        path = beside if beside.exists() else Path(table["dev"])
     header, rows, _ = read_table(path)
     _, texts, labels, note = usable_rows(path, table, rows, header)
     said = [note] if note else []
@@ -439,20 +442,27 @@ def describe_table(table):
 def answer_file(table, path, answers):
     """Task.answer_file: a table of texts -> its lines, with answer and probability at the end.
 
-    The file needs only the columns of the text. The cells are separated as they were.
+    The file needs only the columns of the text. The cells are separated as they were. A row that
+    cannot be used gets no answer.
     """
     header, rows, delimiter = read_table(path)
-    rows, texts, _, note = usable_rows(path, table, rows, header, labelled=False)
+    lenient = table | {"skip_bad_rows": True}
+    kept, texts, _, note = usable_rows(path, lenient, rows, header, labelled=False)
     if note:
         print(note, file=sys.stderr)
+    found = dict(zip((row.line for row in kept), answers(texts), strict=True))
+
     written = io.StringIO()
     writer = csv.writer(written, delimiter=delimiter, lineterminator="\n")
-    writer.writerow([*header, *(["score"] if table["scale"] else ["answer", "probability"])])
-    for row, found in zip(rows, answers(texts), strict=True):
-        number, label = found[0]  # the likeliest
-        answer = [f"{number:.4f}"] if table["scale"] else [label, f"{number:.4f}"]
+    added = ["score"] if table["scale"] else ["answer", "probability"]
+    writer.writerow([*header, *added])
+    for row in rows:
+        answer = [""] * len(added)
+        if row.line in found:
+            number, label = found[row.line][0]  # the likeliest
+            answer = [f"{number:.4f}"] if table["scale"] else [label, f"{number:.4f}"]
         writer.writerow([*row.cells[: len(header)], *answer])
     return written.getvalue().removesuffix("\n").split("\n")
 
 
-own.flags, own.settings, own.task = FLAGS, settings, make_task
+tables.flags, tables.settings, tables.task = FLAGS, settings, make_task

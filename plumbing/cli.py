@@ -190,7 +190,7 @@ MACHINE_FLAGS = {
     "device": (("cuda", "mps", "cpu"), "by default a GPU, if there is one"),
     "dtype": (
         ("float32", "bfloat16"),
-        "by default bfloat16 where it is native, in evaluation as in training",
+        "default: bfloat16 if the hardware has it; in evaluation as in training",
     ),
 }
 

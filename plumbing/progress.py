@@ -64,8 +64,8 @@ class Bar(tqdm):
     def format_dict(self):
         found = super().format_dict
         left = self.clock.left(self.n) if self.clock else None
-        if left is not None:  # tqdm divides the steps that are left by this rate, if it is not 0
-            found["rate"] = max(self.total - self.n, 1) / max(left, 1e-9)
+        if left:  # tqdm divides the steps that are left by this rate; at the end it shows the mean
+            found["rate"] = (self.total - self.n) / left
         return found
 
 

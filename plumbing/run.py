@@ -54,7 +54,8 @@ def run_folder(values, changed):
         else:
             name += f"-{'-'.join(value) if isinstance(value, list) else Path(value).name}"
     name += f"-seed{values['seed']}"
-    return Path("runs") / name.replace(":", "of")  # smp-2:4; Windows takes no colons
+    name = name.replace(":", "of")  # smp-2:4; Windows takes no colons
+    return Path("runs") / "".join(c if c.isalnum() or c in "-_.,+ " else "-" for c in name)
 
 
 class Run:
@@ -111,7 +112,8 @@ class Run:
         flags: {name: value}. description: {what: value}, the model, the data, the device and so on.
         """
         identity = {flag(name): str(value) for name, value in flags.items()} | description
-        del identity["--out"], identity["--resume"]
+        for what in ("--out", "--resume", "--table"):  # digests stand for the rows of a table
+            identity.pop(what, None)
         for what, value in identity.items():
             before = self.identity.get(what, value)  # a new run has depended on nothing
             if before != value:

@@ -394,7 +394,7 @@ def hold_out(name, rows):
     if name not in TASKS or TASKS[name].read:
         raise ValueError(f"{name} is not a task with a train.tsv")
     task = TASKS[name]
-    source = split_path(name, "train", None)
+    source = split_path(TASKS[name], "train", None)
     if not source.exists():  # in the cache, on first use
         task.fetch(task, "train")
     lines = list(read_lines(source))

@@ -225,7 +225,7 @@ def test_rows_that_cannot_be_used_are_named_or_left_out(here, fails, capsys):
     assert f"{path}:5: 'review' is empty; 3 rows cannot be used, and --skip-bad-rows" in said
     train.main([str(word) for word in [*command, "--skip-bad-rows", "--out", here / "run"]])
     said = capsys.readouterr().out
-    assert said.count(f"f.csv: 3 rows cannot be used and are left out, the first is {path}:5") == 2
+    assert said.count(f"f.csv: 3 rows cannot be used, the first is {path}:5") == 2
     assert json.loads((here / "run" / "result.json").read_text())["table"]["rows"] == 117
 
     # Labels that training did not see, in a file to evaluate.
@@ -342,7 +342,11 @@ def test_another_place_and_another_file(here, fails, capsys):
     """The run's numbers need its own rows. --dev takes any file with its columns."""
     path = write(here / "f.csv", reviews())
     train.main(["--train", "f.csv", *FLAGS, "--out", "run"])
-    eval_.main(["run", "--dev", str(path.rename(here / "g.csv"))])
+    moved = path.rename(here / "g.csv")
+    eval_.main(["run", "--dev", str(moved)])
+    assert "dev (50 examples)" in capsys.readouterr().out  # never those that trained
+    moved.write_text(moved.read_text() + "\n")
+    eval_.main(["run", "--dev", str(moved)])
     assert "dev (120 examples)" in capsys.readouterr().out  # all rows: it is another file
     assert "the run's table is not here; eval.py --dev names" in fails(eval_.main, ["run"])
     write(path, reviews(100))
@@ -386,18 +390,17 @@ def test_altered_tables_end_in_one_line(here, survives):
     fuzz(path, survives, command)
 
 
-def test_answers_leave_out_what_cannot_be_answered(here, fails, capsys):
-    """As in training: a line that names the row, or with --skip-bad-rows a note on stderr."""
+def test_a_row_that_cannot_be_used_gets_no_answer(here, fails, capsys):
+    """So the rows stay beside those of the file. A note on stderr says so."""
     write(here / "f.csv", reviews())
-    train.main(["--train", "f.csv", *FLAGS, "--out", "strict"])
-    train.main(["--train", "f.csv", *FLAGS, "--out", "lenient", "--skip-bad-rows"])
+    train.main(["--train", "f.csv", *FLAGS, "--out", "run"])
+    capsys.readouterr()
     (here / "new.csv").write_bytes(b'x,review\r\n1,a film\r\n2,\r\n3,"a ""film"""\r\n')
-    said = fails(eval_.main, ["strict", "--text-file", "new.csv"])
-    assert "new.csv:3: 'review' is empty; 1 rows cannot be used" in said
-    eval_.main(["lenient", "--text-file", "new.csv"])
+    eval_.main(["run", "--text-file", "new.csv"])
     out, err = capsys.readouterr()
-    assert [line.split(",")[0] for line in out.splitlines()] == ["x", "1", "3"]
-    assert '3,"a ""film""",' in out and "1 rows cannot be used and are left out" in err
+    assert [line.split(",")[0] for line in out.splitlines()] == ["x", "1", "2", "3"]
+    assert out.splitlines()[2] == "2,,," and '3,"a ""film""",' in out
+    assert "1 rows cannot be used, the first is new.csv:3: 'review' is empty" in err
     write(here / "other.csv", [["text"], ["a film"]])
-    said = fails(eval_.main, ["strict", "--text-file", "other.csv"])
+    said = fails(eval_.main, ["run", "--text-file", "other.csv"])
     assert "other.csv: 0 columns 'review'; it has ['text']" in said

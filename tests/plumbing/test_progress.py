@@ -112,3 +112,13 @@ def test_a_bar_tells_what_its_clock_says(stderr, monkeypatch):
     lines = stream.getvalue().splitlines()
     assert lines[1].startswith("smp-s: 997 of 1000 ") and "about 01:15 left" in lines[1]
     assert lines[-1].startswith("smp-s: 1000 of 1000 ") and "about 00:00 left" in lines[-1]
+
+
+def test_a_finished_bar_tells_its_mean_speed(stderr):
+    bar = progress(range(4), "smp-s", clock=Clock(total=4))
+    assert bar.format_dict["rate"] is None  # tqdm then takes the mean
+    bar.clock.add(4, seconds=2.0)
+    bar.n = 4
+    assert bar.format_dict["rate"] is None
+    bar.n = 2
+    assert bar.format_dict["rate"] == 0.5
