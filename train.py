@@ -514,8 +514,7 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
     )
     # An evaluation in steps. Without a backward pass, a row takes about a third of the time.
     pause = sum(map(len, job.dev.values())) / args.batch / 3
-    clock = Clock(total, run.step, eval_steps, pause)
-    bar = progress(batches, args.method, leave=True, clock=clock)
+    bar = progress(batches, args.method, True, Clock(total, run.step, eval_steps, pause))
     recent = []  # losses since the last log line, on the device
     for step, parts in enumerate(bar, run.step):
         # One step: mask, learn, clip, Adam.
