@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import task_of
 from mask import METHODS, Method
-from plumbing.checkpoints import read_model
+from model import load_backbone
 
 # --- layers that change a frozen weight -----------------------------------------------------------
 
@@ -127,8 +128,9 @@ def one_bit(model, train, dev, args, device):
     """
     if not args.teacher:
         raise ValueError("--method bitdelta needs the dense run that it stores: give its --teacher")
-    _, tensors = read_model(Path(args.teacher))
-    tuned = {model.canonical(name): tensor for name, tensor in tensors.items()}
+    folder = Path(args.teacher)
+    teacher, _ = load_backbone(folder, task_of(vars(args)), args.length, args.head, fresh=False)
+    tuned = teacher.state_dict()
     matrices = {}
     for weights in model.prunable().values():
         matrices |= weights
