@@ -13,6 +13,7 @@ W' has replaced W. Its result counts the numbers and bits that a task would have
     python train.py --method bitdelta --teacher dense
 """
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -161,8 +162,11 @@ def same(weight, tuned):
 # --- the rows -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Adapter(Method):
     """A method that trains the parameters with these names, and stores a whole model."""
+
+    learns_what: str = ""  # in words, for the card of an exported folder
 
     def trains_tensor(self, name, tensor):
         return name.endswith((*LowRank.learns, *Signs.learns)) or name.startswith("classifier.")
@@ -171,7 +175,17 @@ class Adapter(Method):
 METHODS |= {
     "bitfit": Method(None, trains=("vectors",), recipe={"weight_lr": 3e-3}),
     "lora": Adapter(
-        None, trains=("weights",), recipe={"weight_lr": 1e-3, "rank": 8.0}, before=low_rank
+        None,
+        trains=("weights",),
+        recipe={"weight_lr": 1e-3, "rank": 8.0},
+        before=low_rank,
+        learns_what="a low-rank change of each query and value matrix",
     ),
-    "bitdelta": Adapter(None, trains=("weights",), recipe={"weight_lr": 1e-4}, before=one_bit),
+    "bitdelta": Adapter(
+        None,
+        trains=("weights",),
+        recipe={"weight_lr": 1e-4},
+        before=one_bit,
+        learns_what="one number per matrix, by which the signs of the teacher's changes count",
+    ),
 }
