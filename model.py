@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plumbing.checkpoints import build_from, cutting_tokenizer, read_config, read_model
+from plumbing.checkpoints import FAMILIES, build_from, cutting_tokenizer, read_config, read_model
 from plumbing.files import prefix_errors
 from plumbing.graphs import Dropout, dropout
 
@@ -323,8 +323,6 @@ class Bert(nn.Module):
 
 # --- loading: every tensor of a checkpoint is used once, or known to be unused -------------------
 
-# All families but the first are RoBERTa. Their padding ids, where config.json leaves them out.
-FAMILIES = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1}
 ONLY = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
 
 # Tensors that checkpoints carry and that no model uses, or none with that head.

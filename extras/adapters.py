@@ -13,6 +13,7 @@ W' has replaced W. Its result counts the numbers and bits that a task would have
     python train.py --method bitdelta --teacher dense
 """
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import task_of
 from mask import METHODS, Method
-from plumbing.checkpoints import read_model
+from model import load_backbone
 
 # --- layers that change a frozen weight -----------------------------------------------------------
 
@@ -127,8 +129,9 @@ def one_bit(model, train, dev, args, device):
     """
     if not args.teacher:
         raise ValueError("--method bitdelta needs the dense run that it stores: give its --teacher")
-    _, tensors = read_model(Path(args.teacher))
-    tuned = {model.canonical(name): tensor for name, tensor in tensors.items()}
+    folder = Path(args.teacher)
+    teacher, _ = load_backbone(folder, task_of(vars(args)), args.length, args.head, fresh=False)
+    tuned = teacher.state_dict()
     matrices = {}
     for weights in model.prunable().values():
         matrices |= weights
@@ -159,8 +162,11 @@ def same(weight, tuned):
 # --- the rows -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Adapter(Method):
     """A method that trains the parameters with these names, and stores a whole model."""
+
+    learns_what: str = ""  # in words, for the card of an exported folder
 
     def trains_tensor(self, name, tensor):
         return name.endswith((*LowRank.learns, *Signs.learns)) or name.startswith("classifier.")
@@ -169,7 +175,17 @@ class Adapter(Method):
 METHODS |= {
     "bitfit": Method(None, trains=("vectors",), recipe={"weight_lr": 3e-3}),
     "lora": Adapter(
-        None, trains=("weights",), recipe={"weight_lr": 1e-3, "rank": 8.0}, before=low_rank
+        None,
+        trains=("weights",),
+        recipe={"weight_lr": 1e-3, "rank": 8.0},
+        before=low_rank,
+        learns_what="a low-rank change of each query and value matrix",
     ),
-    "bitdelta": Adapter(None, trains=("weights",), recipe={"weight_lr": 1e-4}, before=one_bit),
+    "bitdelta": Adapter(
+        None,
+        trains=("weights",),
+        recipe={"weight_lr": 1e-4},
+        before=one_bit,
+        learns_what="one number per matrix, by which the signs of the teacher's changes count",
+    ),
 }

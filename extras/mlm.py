@@ -9,6 +9,7 @@ larger share, always masked, learns more from a short budget (Wettig et al., EAC
     python train.py --task movies --model RUN
 """
 
+import json
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ from extras.lm import Blocks, token_ids
 from model import Bert, load_backbone
 from plumbing import fetch
 from plumbing.checkpoints import build_from
-from plumbing.files import seal, sha256, unseal, write_whole
+from plumbing.files import json_bytes, prefix_errors, seal, sha256, unseal, write_whole
 
 SHARE = 0.2  # of the tokens of a block are masked
 TOKENS = "smp-tokens-1"  # the format of a file of token ids
@@ -91,19 +92,20 @@ def read_blocks(task, split, path, tokenizer):
     blocks = np.empty((count, size), dtype=np.int32)
     blocks[:, 0], blocks[:, -1] = cls, sep
     blocks[:, 1:-1] = ids[: count * inner].reshape(count, inner)
-
     chosen = None if split == "train" else draw(count, size, torch.Generator().manual_seed(0))
     return MaskedBlocks(blocks, [], [], size, mask, chosen)  # types and labels follow from the ids
 
 
 def stored_ids(path, tokenizer):
     """All token ids of a text [tokens]. The cache keeps them, as a large text takes minutes."""
-    key = sha256(path.read_bytes() + tokenizer.to_str().encode())
+    settings = json.loads(tokenizer.to_str()) | {"truncation": None}  # whatever --length is
+    key = sha256(json_bytes([sha256(path.read_bytes()), settings]))
     store = fetch.cache() / "tokens" / f"{key}.safetensors"
     if not store.exists():
         ids, _ = token_ids(path, tokenizer)
         write_whole(store, seal(TOKENS, {"ids": torch.from_numpy(ids)}, path.name))
-    tensors, _ = unseal(store, TOKENS)
+    with prefix_errors("delete this file, and it will be made again"):
+        tensors, _ = unseal(store, TOKENS)
     return tensors["ids"].numpy()
 
 
@@ -132,9 +134,7 @@ def load(folder, length, head):
     plain, tokenizer = load_backbone(folder, replace(TASKS["mlm"], load=None), length)
     mask = tokenizer.token_to_id("[MASK]")
     if head != "words" or mask is None or not hasattr(plain, "cls"):
-        raise ValueError(
-            f"{folder}: --task mlm needs a model with [MASK] and a masked-LM head, and no --head"
-        )
+        raise ValueError(f"{folder}: mlm needs a model with [MASK] and a masked-LM head, no --head")
     return build_from(partial(MaskedLM, plain.config, mask), plain.state_dict()), tokenizer
 
 

@@ -1,7 +1,7 @@
 """The methods that SMP is compared with.
 
-All but Piggyback train the weights too, with AdamW. Embeddings
-stay frozen, as in the paper's Table 1.
+All but Piggyback train the weights too, with AdamW. Embeddings stay frozen, as in the paper's
+Table 1.
 
 - Magnitude pruning: Zhu and Gupta 2017 (arXiv 1710.01878).
 - Movement and soft movement pruning: Sanh et al., NeurIPS 2020 (arXiv 2005.07683).

@@ -58,6 +58,7 @@ class Windows(Examples):
     spans: list
     # Dicts: id, question, context, impossible, answers [(first character, text)].
     questions: list
+    long_questions: int = 0  # how many questions were cut
 
     def num_questions(self):
         return len(self.questions)
@@ -124,7 +125,7 @@ def fetch_squad(task, split):
 def read_articles(path):
     """Return the list of articles in a SQuAD file. Raises ValueError if it has none."""
     stored = read_json(path)
-    if not isinstance(stored, dict) or not isinstance(stored.get("data"), list):
+    if not isinstance(stored.get("data"), list):
         raise ValueError(f"{path} is not a SQuAD file: it has no list of articles under data")
     return stored["data"]
 
@@ -136,8 +137,9 @@ def read_squad(path):
     """
     questions = []
     empty = 0
+    articles = read_articles(path)
     try:
-        for article in read_articles(path):
+        for article in articles:
             paragraphs = article.get("paragraphs") or []
             empty += not paragraphs
             for paragraph in paragraphs:
@@ -233,20 +235,25 @@ def make_windows(questions, tokenizer, length, training=False, kind=Windows):
             f"--length {length}: question and paragraph need {SHORTEST_WINDOW} tokens or more"
         )
     special = tokenizer.num_special_tokens_to_add(False)
-    tokenizer.enable_truncation(min(LONGEST_QUESTION, length // 3) + special)
-    texts, cut = [], 0
+    tokenizer.enable_truncation(longest_question(length) + special)
+    texts, long_questions = [], 0
     asked = encode_texts(tokenizer, [question["question"] for question in questions])
     for question, encoding in zip(questions, asked, strict=True):
         kept = max(end for _, end in encoding.offsets)  # characters of the question
         texts.append((question["question"][:kept], question["context"]))
-        cut += bool(encoding.overflowing)
+        long_questions += bool(encoding.overflowing)
     tokenizer.enable_truncation(length, stride=min(STRIDE, length // 3), strategy="only_second")
 
-    windows = kind(Rows(), Rows(), [], length, [], [], [], cut=cut)
+    windows = kind(Rows(), Rows(), [], length, [], [], [], long_questions)
     pairs = zip(questions, encode_texts(tokenizer, texts), strict=True)
     for question, encoding in progress(pairs, "cutting windows", total=len(questions)):
         add_windows(windows, question, [encoding, *encoding.overflowing], training)
     return windows
+
+
+def longest_question(length):
+    """How many tokens of a question windows of `length` tokens keep."""
+    return min(LONGEST_QUESTION, length // 3)
 
 
 def add_windows(windows, question, encodings, training):
@@ -281,6 +288,11 @@ def read_windows(task, split, path, tokenizer, kind=Windows):
     check_answers(path, questions, kind)
     length = tokenizer.truncation["max_length"]
     windows = make_windows(questions, tokenizer, length, split == "train", kind)
+    if windows.long_questions:
+        notes.append(
+            f"{path}: questions longer than {longest_question(length)} tokens, which are cut: "
+            f"{windows.long_questions}"
+        )
     if lost := len(questions) - windows.num_questions():
         notes.append(
             f"{path}: left out {lost} of {len(questions)} questions; their answers are not "

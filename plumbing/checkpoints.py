@@ -24,7 +24,8 @@ WEIGHTS = "model.safetensors"
 BUFFERS = ("position_ids", "token_type_ids", ".attn.bias", ".attn.masked_bias")
 PORTION = 64  # texts that are encoded at once
 
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")  # model_types; all but BERT are RoBERTa
+# {model_type: padding id, unless config.json has one}. All but BERT are RoBERTa.
+FAMILIES = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1}
 
 # The special tokens of BERT, those of RoBERTa, and GPT-2's only one.
 SPECIAL = {
@@ -69,7 +70,8 @@ def read_model(folder):
     for kind in ("bert", "roberta"):
         if any(name.startswith(f"{kind}.") for name in tensors):
             family = stored.setdefault("model_type", kind)  # or a relative, such as camembert
-            if family in FAMILIES and (family == "bert") != (kind == "bert"):
+            # A list, because the file may hold an unhashable value.
+            if family in list(FAMILIES) and (family == "bert") != (kind == "bert"):
                 raise ValueError(
                     f"{folder}: model_type is {family!r}, but its tensors are {kind}.*"
                 )

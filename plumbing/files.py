@@ -3,8 +3,8 @@
 A sealed file is a safetensors file. Its metadata hold a format, a description (JSON) and the sha256
 of everything. Masks and checkpoints are sealed files.
 
-    write_whole(path, seal("smp-checkpoint-3", {"scores": tensor}, {"step": 300}))
-    tensors, description = unseal(path, "smp-checkpoint-3")
+    write_whole(path, seal("my-format-1", {"scores": tensor}, {"step": 300}))
+    tensors, description = unseal(path, "my-format-1")
 """
 
 import hashlib

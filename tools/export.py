@@ -2,9 +2,9 @@
 
 An ordinary folder loads in other libraries. The removed weights are zeros in their places. Zeros
 alone make nothing smaller or faster: they are multiplied like other numbers. --compact takes out
-the heads and neurons that the mask cut off, and the rest computes the same; measure its speed with
-`python -m tools.bench --model FOLDER`. --mask writes the mask alone, to share as
-adapters are shared. Each folder has a README.md with metadata, as model hubs read it.
+the heads and neurons that the mask cut off, and the rest computes the same. Measure its speed with
+`python -m tools.bench --model FOLDER`. --mask writes the mask alone, to share as adapters are
+shared. Each folder has a README.md with metadata, as model hubs read it.
 
     python -m tools.export RUN FOLDER [--compact | --mask]
 """
@@ -18,14 +18,11 @@ import torch
 
 from data import task_of
 from eval import load_run, masked_weights
+from extras.gpt2 import GPT2
 from extras.own import describe_table
 from extras.pprune import modules, shrink
 from mask import METHODS
-from plumbing.checkpoints import (
-    PER_LAYER,
-    model_files,
-    read_model,
-)
+from plumbing.checkpoints import PER_LAYER, model_files, read_model
 from plumbing.cli import Parser, one_line_errors, printable, show
 from plumbing.fetch import model_name
 from plumbing.files import part_path, sha256, signed_json, write_whole
@@ -43,10 +40,11 @@ library_name: {library}
 tags: [pruning, sparsity, static-model-pruning, "{method}"]
 {base}---
 
-# {task}, pruned to a density of {density:.4f}
+# {task}, at a density of {density:.4f}
 
-Backbone {name}, method {method}. What trained: {trained} (vectors are biases and LayerNorms).
-Removed weights are zero. Dev: {scores} ({facts}). {table}
+Backbone {name}, method {method}. What trained: {trained}.
+The density is the share of the layers' weights that remain. The others are zero.
+Dev: {scores} ({facts}). {table}
 
 {use}"""
 FACTS = "seed {seed}, {steps} steps, {seconds} seconds, commit {commit}, {device}, {dtype}"
@@ -69,6 +67,16 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 model = GPT2LMHeadModel.from_pretrained(".").eval()
 inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=30)[0]))
+```
+"""
+MASKED_LM_USE = """```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForMaskedLM.from_pretrained(".").eval()
+inputs = tokenizer("The film was [MASK].", return_tensors="pt")
+masked = inputs["input_ids"] == tokenizer.mask_token_id
+print(tokenizer.decode(model(**inputs).logits[masked].argmax(-1)))
 ```
 """
 COMPACT_USE = """{description}
@@ -98,11 +106,13 @@ and any backbone but the one that the mask was trained for. The fingerprint of i
 def card(result, library, use):
     """Write the README.md of an exported folder -> bytes. use: the text that follows the facts."""
     base = HUB.get(result["model"])  # a folder has no name there, and is named without its path
+    method = METHODS[result["method"]]
+    trained = getattr(method, "learns_what", ", ".join(method.trains))
     parts = {
         "library": library,
         "base": f"base_model: {base}\n" if base else "",
         "name": printable(model_name(result["model"])),
-        "trained": ", ".join(METHODS[result["method"]].trains),
+        "trained": trained.replace("vectors", "vectors (biases and LayerNorms)"),
         "scores": show(result["final"]),
         "facts": facts(result),
         "table": describe_table(result.get("table")),
@@ -135,7 +145,11 @@ def export(folder, run):
         )
     _, tensors = read_model(run.folder)  # all of them, under their original names
     apply_run(tensors, run)
-    use = classifier_use(run.result, run.model) if run.result["words"] else LANGUAGE_MODEL_USE
+    use = MASKED_LM_USE
+    if isinstance(run.model, GPT2):
+        use = LANGUAGE_MODEL_USE
+    elif run.result["words"]:
+        use = classifier_use(run.result, run.model)
     files = model_files(run.folder, tensors, run.model.config)
     files["README.md"] = card(run.result, "transformers", use)
     write_files(folder, files)
@@ -148,8 +162,7 @@ def apply_run(tensors, run):
     trained = dict(run.masks)
     method = METHODS[run.result["method"]]
     if "weights" not in method.trains:
-        for name, weight in method.trained(model).items():
-            trained[name] = weight.detach()
+        trained |= method.trained(model)
     published = model.published(trained)
     trained = {model.canonical(name): tensor for name, tensor in published.items()}
 
@@ -170,13 +183,12 @@ def classifier_use(result, model):
     if not hasattr(model, "cls"):  # without a masked-LM head, words are compared with the state
         loader = "AutoModel"
         logits = "output.last_hidden_state @ model.get_input_embeddings().weight.T"
-    two_texts = '"a text", "its pair"'
     return CLASSIFIER_USE.format(
         where="start and the end of an answer" if model.every_token else "first token",
         first="" if model.every_token else "[:, 0]",
         words=result["words"],
         ids=model.words.tolist(),
-        texts=two_texts if len(task_of(result).text) == 2 else '"a text"',
+        texts='"a text", "its pair"' if len(task_of(result).text) == 2 else '"a text"',
         loader=loader,
         logits=logits,
     )
@@ -250,13 +262,17 @@ def export_compact(folder, run):
 
 def describe_dead(model, smaller):
     """Say how much smaller a model is without its dead heads and neurons."""
-    all_heads, all_neurons = torch.tensor(model.config.layers).sum(0).tolist()
-    heads, neurons = torch.tensor(smaller.config.layers).sum(0).tolist()
+    all_heads, all_neurons, before = size_of(model)
+    heads, neurons, after = size_of(smaller)
     text = f"{all_heads - heads} of {all_heads} attention heads "
     text += f"and {all_neurons - neurons:,} of {all_neurons:,} neurons are dead"
-    before = sum(p.numel() for p in model.parameters())
-    after = sum(p.numel() for p in smaller.parameters())
     return f"{text}\nparameters {before:,} -> {after:,}"
+
+
+def size_of(model):
+    """How many heads, neurons and parameters a model has."""
+    heads, neurons = torch.tensor(model.config.layers).sum(0).tolist()
+    return heads, neurons, sum(p.numel() for p in model.parameters())
 
 
 def write_compact(folder, run, model, description):

@@ -24,7 +24,7 @@ from data import TASKS
 from extras.gpt2 import GPT2, gpt2_config
 from extras.lm import END
 from plumbing import cli
-from plumbing.checkpoints import WEIGHTS, open_tokenizer, pack_weights, read_config
+from plumbing.checkpoints import WEIGHTS, pack_weights, read_config
 from plumbing.files import json_bytes, prefix_errors, read_json, read_lines, write_whole
 from tools.export import partial_folder
 
@@ -79,10 +79,12 @@ def bert_tokenizer(lines, vocabulary):
     tokenizer.train_from_iterator(lines, vocabulary, show_progress=False)
     pieces = tokenizer.get_vocab()
     pieces = sorted(pieces, key=pieces.get)  # by id: the rarest are the last
-
     labels = {word for task in TASKS.values() for word in task.words.values()}
-    missing = sorted(labels - set(pieces))
-    pieces = pieces[: vocabulary - len(missing)] + missing
+    least = len(labels) + 5  # with [PAD], [UNK], [CLS], [SEP] and [MASK], which come first
+    if vocabulary < least:
+        raise ValueError(f"--vocabulary: the label words of all tasks need {least} or more")
+    others = [piece for piece in pieces if piece not in labels]
+    pieces = others[: vocabulary - len(labels)] + sorted(labels)
     return BertWordPieceTokenizer({piece: i for i, piece in enumerate(pieces)})
 
 
@@ -118,11 +120,12 @@ class Kind(NamedTuple):
     tokenizer: Callable  # (lines, vocabulary) -> a trained tokenizer of at most so many entries
     settings: Callable  # (tokenizer, args) -> config.json as a dict
     model: Callable  # (config.json as a dict) -> the model
+    task: str  # the one to train it on
 
 
 KINDS = {
-    "bert": Kind(bert_tokenizer, bert_settings, bert_model),
-    "gpt2": Kind(gpt2_tokenizer, gpt2_settings, gpt2_model),
+    "bert": Kind(bert_tokenizer, bert_settings, bert_model, "mlm"),
+    "gpt2": Kind(gpt2_tokenizer, gpt2_settings, gpt2_model, "wikitext2"),
 }
 
 
@@ -153,8 +156,7 @@ def make_folder(folder, args):
     lines = (line + "\n" for line in read_lines(args.text))
     tokenizer = kind.tokenizer(lines, args.vocabulary)
     write_whole(folder / "tokenizer.json", tokenizer.to_str().encode())
-    settings = kind.settings(open_tokenizer(folder), args)
-    write_whole(folder / "config.json", json_bytes(settings))
+    write_whole(folder / "config.json", json_bytes(kind.settings(tokenizer, args)))
     write_weights(folder, args.seed)
 
 
@@ -199,7 +201,11 @@ def main(argv=None):
                 make_folder(part, args)
         else:
             write_weights(args.folder, args.seed)
-    print(f"{args.folder}: random weights; train them with --model {args.folder} --method finetune")
+    task = KINDS[read_json(args.folder / "config.json")["model_type"]].task
+    print(
+        f"{args.folder}: random weights; train them with "
+        f"--task {task} --model {args.folder} --method finetune"
+    )
 
 
 if __name__ == "__main__":

@@ -210,6 +210,7 @@ def test_every_tensor_is_used_once_or_named(make_model, change, message):
         ({"layer_norm_eps": -1e-5}, "layer_norm_eps is -1e-05"),
         ({"pad_token_id": -1}, "pad_token_id is -1"),
         ({"model_type": "roberta"}, "model_type is 'roberta', but its tensors are bert"),
+        ({"model_type": "camembert"}, "model_type is 'camembert', but its tensors are bert"),
         ({"num_hidden_layers": 1}, "the weights do not fit config.json: Unexpected key.*layer.1"),
     ],
 )

@@ -392,6 +392,36 @@ def test_questions_a_language_model_cannot_answer(make_gpt2, texts, tmp_path, fa
     )
 
 
+def test_bitdelta_takes_gpt2s_three_matrices_from_c_attn(make_gpt2, texts, tmp_path, capsys):
+    """Each of query, key and value changes by one number, and what was no matrix is the teacher's.
+
+    Embeddings do not train in finetune-encoder.
+    """
+    flags = ["--method", "finetune-encoder", "--weight-lr", "1e-2"]
+    run(make_gpt2, texts, tmp_path, *flags, name="dense")
+    model, dense = tmp_path / "dense-model", tmp_path / "dense"
+    flags = ["--method", "bitdelta", "--teacher", dense]
+    result = run(make_gpt2, texts, tmp_path, *flags, model=model)
+    before, tuned, after = (
+        load_file(folder / "model.safetensors") for folder in (model, dense, tmp_path / "run")
+    )
+    assert before.keys() == tuned.keys() == after.keys()
+    matrices = {name for name in before if name.startswith("h.") and before[name].ndim == 2}
+    bits = stored = 0
+    for name, tensor in before.items():
+        if name not in matrices:
+            assert torch.equal(after[name], tuned[name])
+            stored += 0 if torch.equal(tuned[name], tensor) else tensor.numel()
+            continue
+        bits += tensor.numel()
+        for part in (after[name] - tensor).chunk(3 if "c_attn" in name else 1, dim=1):
+            assert torch.allclose(part.abs(), part.abs().mean(), atol=1e-5)
+    assert result["stored_bits"] == bits and result["stored_numbers"] == 2 * 6 + stored
+    capsys.readouterr()
+    eval_.main([str(tmp_path / "run")])
+    assert f"training reported {show(result['final'])}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", ["lora", "bitfit", "finetune-encoder", "p-fisher"])
 def test_what_bert_has_gpt2_has_too(make_gpt2, texts, tmp_path, capsys, method):
     flags = ["--method", method, "--weight-lr", "1e-2"]

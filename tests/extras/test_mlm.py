@@ -111,8 +111,12 @@ def test_tokens_are_kept_in_the_cache(make_model, texts, tmp_path, cache_folder)
     content = bytearray(store.read_bytes())
     content[-1] ^= 1
     store.write_bytes(content)
-    with pytest.raises(ValueError, match="was altered"):
+    with pytest.raises(ValueError, match=f"delete this file.*: {store} was altered"):
         read(texts, tmp_path, "dev")
+    store.unlink()
+    _, third = read(texts, tmp_path, "dev", length=8)  # a text has the same tokens at any length
+    assert [path.name for path in (cache_folder / "tokens").iterdir()] == [store.name]
+    assert third.ids.shape[1] == 8
 
 
 def test_from_pretraining_to_a_mask(pretrain, glue, tmp_path, capsys, fails):

@@ -16,6 +16,7 @@ import train
 from extras import squad
 from plumbing import cli, fetch
 from plumbing.checkpoints import cutting_tokenizer
+from plumbing.summary import cut_texts
 
 CONTEXT = "the film was good , it was fun . a bad film is dull and very bad"
 
@@ -159,15 +160,16 @@ def test_misplaced_answers_are_counted_not_fatal(tokenizer, tmp_path, capsys):
 )
 def test_bad_files_are_named(tmp_path, content, message):
     (tmp_path / "f.json").write_text(content)
-    with pytest.raises(ValueError, match=f"f.json.*{message}"):
+    with pytest.raises(ValueError, match=f"f.json.*{message}") as raised:
         squad.read_squad(tmp_path / "f.json")
+    assert str(raised.value).count("f.json") == 1
 
 
 @pytest.mark.parametrize("length", [16, 17, 18, 30])
 def test_a_long_question_is_cut_and_windows_share_a_third(tokenizer, tmp_path, length):
     asked = question("is it fun " * 40, "fun"), question("is it", "dull")
     w = windows_of(tokenizer, *asked, length=length, folder=tmp_path)
-    assert w.cut == 1
+    assert (w.long_questions, w.cut) == (1, 0)
     assert max(map(len, w.ids)) == length and w.num_questions() == 2
     sizes = {types.index(1) - 2 for types in w.types}  # of the questions, without [CLS] and [SEP]
     assert sizes == {length // 3, 2}
@@ -179,6 +181,18 @@ def test_a_long_question_is_cut_and_windows_share_a_third(tokenizer, tmp_path, l
     assert all(
         a[-(length // 3) :] == b[: length // 3] for a, b in zip(parts, parts[1:], strict=False)
     )
+
+
+def test_long_questions_are_noted_once_and_are_no_cut_texts(tokenizer, tmp_path, capsys):
+    """--length has not cut them: BERT's code keeps 64 tokens of a question at any length."""
+    asked = question("is it fun " * 40, "fun"), question("is it", "dull")
+    write_squad(tmp_path / "squad" / "dev-v1.1.json", asked)
+    windows = data.load_split("squad", "dev", tmp_path, tokenizer)
+    assert "questions longer than 5 tokens, which are cut: 1\n" in capsys.readouterr().out
+    assert list(cut_texts(16, {"dev": windows})) == []
+    write_squad(tmp_path / "squad" / "dev-v1.1.json", asked[1:])
+    data.load_split("squad", "dev", tmp_path, tokenizer)
+    assert "which are cut" not in capsys.readouterr().out
 
 
 def test_too_short_windows_are_refused(tokenizer, tmp_path):

@@ -114,7 +114,7 @@ def test_what_was_trained_is_not_called_unchanged(make_model, trained, tmp_path,
     export.main([str(run), str(out)])
     readme = (out / "README.md").read_text()
     trained_what = readme.split(f"Backbone m, method {method}. What trained: ")[1]
-    assert "weights" in trained_what.split(" (vectors")[0]
+    assert "weights" in trained_what.split(".\n")[0]
 
 
 def test_biases_that_trained_beside_a_mask_are_exported(make_model, trained, tmp_path):
@@ -136,7 +136,42 @@ def test_biases_that_trained_beside_a_mask_are_exported(make_model, trained, tmp
             tensor, weight * loaded.masks.get(loaded.model.canonical(name), torch.tensor(True))
         )
     assert any((found[name] != before[name]).any() for name in found if "LayerNorm.bias" in name)
-    assert "What trained: scores, vectors" in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "What trained: scores, vectors (biases and LayerNorms)."
+        in (tmp_path / "out" / "README.md").read_text()
+    )
+
+
+def test_a_card_says_what_an_adapter_trained(make_model, trained, tmp_path):
+    """A run of LoRA or BitDelta stores a whole model, of which little has trained."""
+    run = trained(make_model("m"), "--method", "lora")
+    dense = run.rename(tmp_path / "lora")
+    export.main([str(dense), str(tmp_path / "a")])
+    readme = (tmp_path / "a" / "README.md").read_text()
+    assert "at a density of 1.0000" in readme and "What trained: weights" not in readme
+    assert "What trained: a low-rank change of each query and value matrix.\n" in readme
+
+    run = trained(tmp_path / "m", "--method", "bitdelta", "--teacher", dense)
+    export.main([str(run), str(tmp_path / "b")])
+    readme = (tmp_path / "b" / "README.md").read_text()
+    assert "What trained: one number per matrix" in readme and "of 1.0000" in readme
+
+
+@pytest.mark.parametrize("method", ["finetune", "smp-s"])
+def test_a_masked_language_model_is_exported_as_one(make_model, trained, tmp_path, method):
+    (tmp_path / "texts" / "mlm").mkdir(parents=True)
+    for split in ("train", "dev"):
+        (tmp_path / "texts" / "mlm" / f"{split}.txt").write_text("the film was good\n" * 40)
+    model = make_model()
+    flags = ["--task", "mlm", "--data-dir", tmp_path / "texts", "--method", method]
+    export.main([str(trained(model, *flags)), str(tmp_path / "out")])
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModelForMaskedLM.from_pretrained" in readme and "[MASK]" in readme
+    assert "GPT2" not in readme and "label word" not in readme
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out")
+    )
+    assert before.keys() == after.keys()
 
 
 def test_a_table_of_ones_own_is_named_and_no_other(make_model, tmp_path, monkeypatch):

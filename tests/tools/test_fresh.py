@@ -39,6 +39,26 @@ def test_a_bert_has_every_label_word(make_bert):
     assert tokenizer.encode("GREAT").tokens == ["[CLS]", "great", "[SEP]"]
 
 
+def test_a_vocabulary_has_room_for_the_label_words(make_bert, tmp_path, fails):
+    labels = {word for task in TASKS.values() for word in task.words.values()}
+    flags = ["--kind", "bert", "--text", tmp_path / "text", "--vocabulary"]
+    said = fails(fresh.main, [tmp_path / "few", *flags, len(labels) + 4])
+    assert f"--vocabulary: the label words of all tasks need {len(labels) + 5} or more" in said
+    assert not (tmp_path / "few").exists()
+    folder = make_bert("m", "--vocabulary", len(labels) + 5)
+    _, tokenizer = load_backbone(folder, TASKS["rte"], 16)
+    assert tokenizer.get_vocab().keys() == {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} | labels
+
+
+def test_it_says_how_to_train_each_kind(make_bert, tmp_path, capsys):
+    folders = {"mlm": make_bert("m"), "wikitext2": make_bert("n", "--kind", "gpt2")}
+    (folders["mlm"] / "model.safetensors").unlink()
+    fresh.main([str(folders["mlm"])])  # the weights alone: config.json says what it is
+    said = capsys.readouterr().out
+    for (task, folder), times in zip(folders.items(), (2, 1), strict=True):
+        assert said.count(f"--task {task} --model {folder} --method finetune\n") == times
+
+
 def test_its_weights_are_those_of_its_seed(make_bert, tmp_path):
     """Normal with a deviation of 0.02, zero biases, LayerNorms of one."""
     folders = make_bert("a"), make_bert("b"), make_bert("c", "--seed", 1)
