@@ -240,7 +240,7 @@ def read_texts(args, width):
 
 INSTEAD_FLAGS = {
     "text": (str, "classify, answer or continue this text"),
-    "text_file": (Path, "the same for each line of a file, as TSV"),
+    "text_file": (Path, "the same for each line of a file, or row of a table"),
     "predict": (Path, "answer GLUE's test.tsv, or a file of SQuAD, as its server takes it"),
 }
 TEXT_FLAGS = {
