@@ -8,6 +8,7 @@ holds columns, labels and counts, and no text of the table.
     python eval.py RUN --text-file new.csv > answered.csv
 """
 
+import codecs
 import csv
 import io
 import math
@@ -120,7 +121,8 @@ def split_rows(text, delimiter, **options):
 def column_number(path, header, name):
     """Where a column is. Raises ValueError unless there is exactly one of this name."""
     if header.count(name) != 1:
-        raise ValueError(f"{path}: {header.count(name)} columns {name!r}; it has {header}")
+        found = "two columns" if name in header else "no column"
+        raise ValueError(f"{path} has {found} {name!r}, but {header}")
     return header.index(name)
 
 
@@ -193,10 +195,10 @@ def usable_rows(path, table, rows, header, labelled=True):
         texts.append(tuple(cells))
 
     if bad and not table["skip_bad_rows"]:
-        raise ValueError(f"{bad[0]}; {len(bad)} rows cannot be used, and {SKIP}")
+        raise ValueError(f"{bad[0]}; unusable rows: {len(bad)}, and {SKIP}")
     if not kept:
         raise ValueError(f"{path} holds no rows that can be used")
-    note = f"{len(bad)} rows cannot be used, the first is {bad[0]}" if bad else ""
+    note = f"unusable rows: {len(bad)}, the first is {bad[0]}" if bad else ""
     return kept, texts, labels, note
 
 
@@ -388,7 +390,8 @@ def read(table, task, split, path, tokenizer):
         beside = path.with_name(Path(table["dev"]).name)  # where both have moved
         path = beside if beside.exists() else Path(table["dev"])
     header, rows, _ = read_table(path)
-    _, texts, labels, note = usable_rows(path, table, rows, header)
+    lenient = table if ours else table | {"skip_bad_rows": True}
+    _, texts, labels, note = usable_rows(path, lenient, rows, header)
     said = [note] if note else []
 
     if ours and not table["dev"]:  # both splits are in this file
@@ -446,6 +449,7 @@ def answer_file(table, path, answers):
     cannot be used gets no answer.
     """
     header, rows, delimiter = read_table(path)
+    marked = path.read_bytes().startswith(codecs.BOM_UTF8)  # as Excel wants it
     lenient = table | {"skip_bad_rows": True}
     kept, texts, _, note = usable_rows(path, lenient, rows, header, labelled=False)
     if note:
@@ -462,7 +466,9 @@ def answer_file(table, path, answers):
             number, label = found[row.line][0]  # the likeliest
             answer = [f"{number:.4f}"] if table["scale"] else [label, f"{number:.4f}"]
         writer.writerow([*row.cells[: len(header)], *answer])
-    return written.getvalue().removesuffix("\n").split("\n")
+    lines = written.getvalue().removesuffix("\n").split("\n")
+    lines[0] = "\ufeff" * marked + lines[0]
+    return lines
 
 
 tables.flags, tables.settings, tables.task = FLAGS, settings, make_task

@@ -51,7 +51,8 @@ def one_line_errors():
     """
     with suppress(AttributeError):  # a notebook's stream cannot do this
         # Any character can be printed, and a log has the lines of stdout and stderr in order.
-        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+        encoding = None if sys.stdout.isatty() else "utf-8"  # as files are read here
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace", line_buffering=True)
     status = 2
     try:
         yield
@@ -61,7 +62,7 @@ def one_line_errors():
         line = ""
         status = 141
     except KeyboardInterrupt:
-        line = "\ninterrupted; python train.py --resume RUN_DIR continues a run\n"
+        line = "interrupted\n"
         status = 130
     except BaseException as error:
         line = describe(error)

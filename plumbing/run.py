@@ -85,6 +85,7 @@ class Run:
         self.identity = identity or {}
         self.began = time.time() - seconds
         self.saved = 0.0  # when the last checkpoint was written
+        self.saved_step = step  # and at which step
         self.log_size = log
         self.check_folder()
 
@@ -142,9 +143,11 @@ class Run:
         file.truncate(self.log_size)
         return file
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         if self.file:
             self.file.close()
+        if kind is KeyboardInterrupt and self.checkpoint.exists():
+            say(f"python train.py --resume {self.folder} continues from step {self.saved_step}")
 
     # --- writing ---
 
@@ -198,6 +201,7 @@ class Run:
         except OSError as error:
             say(f"no checkpoint ({error}): training goes on, but could not be resumed")
         self.saved = time.time()
+        self.saved_step = step
 
     def restore(self, learner, optimizer):
         """Load the checkpoint of a resumed run. A new run has none to load."""

@@ -53,7 +53,7 @@ def summary(result, folder, files, labels):
     """
     yield f"final  dev {show(result['final'])}"
     best = result["best"]
-    yield f"best   dev {show(best['dev'])} at step {best['step']}, chosen on dev"
+    yield f"best   dev {show(best['dev'])} at step {best['step']}, chosen on dev at this density"
     if "kept" in result:  # it has a mask
         yield from shaded_table("density", result["densities"])
         yield KEPT.format(**result)

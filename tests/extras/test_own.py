@@ -151,7 +151,7 @@ def test_columns_that_are_not_clear_are_asked_for(here, fails):
     assert "['a', 'b'] could all be the text; name it by --text-col" in fails(train.main, command)
     command += ["--text-column", "a"]
     assert "['x', 'y'] could all be the label; name it by --label" in fails(train.main, command)
-    assert "0 columns 'z'; it has ['a'," in fails(train.main, [*command, "--label-column", "z"])
+    assert "no column 'z', but ['a'," in fails(train.main, [*command, "--label-column", "z"])
     more = ["--text-column", "b", "--text-column", "x", "--label-column", "y"]
     assert "--text-column: name one column, or two" in fails(train.main, [*command, *more])
     more = ["--label-column", "b"]
@@ -187,7 +187,7 @@ def test_words_that_cannot_be(here, fails):
         (["--words", "great,great"], "--words: label word 'great' is"),
         (["--head", "words"], "--words: label word 'negative' is"),
         (["--head", "classifier", "--words", "a,b"], "--words: a classifier has none"),
-        (["--regression"], "f.csv:2: 'negative' is not a score; 120 rows cannot be used"),
+        (["--regression"], "f.csv:2: 'negative' is not a score; unusable rows: 120"),
         (["--task", "movies"], "--train makes a task of its own; leave out --task"),
         (["--data-dir", "x"], "--train makes a task of its own; leave out --data-dir"),
     ):
@@ -222,10 +222,10 @@ def test_rows_that_cannot_be_used_are_named_or_left_out(here, fails, capsys):
     path = write(here / "f.csv", rows)
     command = ["--train", path, *FLAGS, "--label-column", "sentiment", "--text-column", "review"]
     said = fails(train.main, command)
-    assert f"{path}:5: 'review' is empty; 3 rows cannot be used, and --skip-bad-rows" in said
+    assert f"{path}:5: 'review' is empty; unusable rows: 3, and --skip-bad-rows" in said
     train.main([str(word) for word in [*command, "--skip-bad-rows", "--out", here / "run"]])
     said = capsys.readouterr().out
-    assert said.count(f"f.csv: 3 rows cannot be used, the first is {path}:5") == 2
+    assert said.count(f"f.csv: unusable rows: 3, the first is {path}:5") == 2
     assert json.loads((here / "run" / "result.json").read_text())["table"]["rows"] == 117
 
     # Labels that training did not see, in a file to evaluate.
@@ -310,7 +310,10 @@ def test_from_a_table_to_answers(here, capsys, name):
     write(here / new_name, new, **options)
     eval_.main([str(run), "--text-file", new_name])
     delimiter = options.get("delimiter", ",")
-    answered = [*csv.reader(io.StringIO(capsys.readouterr().out), delimiter=delimiter)]
+    out = capsys.readouterr().out
+    marked = (here / new_name).read_bytes().startswith(b"\xef\xbb\xbf")
+    assert out.startswith("\ufeff") == marked  # without it, Excel would not read UTF-8
+    answered = [*csv.reader(io.StringIO(out.removeprefix("\ufeff")), delimiter=delimiter)]
     assert answered[0] == [*map(str, new[0]), "answer", "probability"]
     loaded = eval_.load_run(str(run))
     columns = [new[0].index(column) for column in loaded.task.text]
@@ -400,7 +403,7 @@ def test_a_row_that_cannot_be_used_gets_no_answer(here, fails, capsys):
     out, err = capsys.readouterr()
     assert [line.split(",")[0] for line in out.splitlines()] == ["x", "1", "2", "3"]
     assert out.splitlines()[2] == "2,,," and '3,"a ""film""",' in out
-    assert "1 rows cannot be used, the first is new.csv:3: 'review' is empty" in err
+    assert "unusable rows: 1, the first is new.csv:3: 'review' is empty" in err
     write(here / "other.csv", [["text"], ["a film"]])
     said = fails(eval_.main, ["run", "--text-file", "other.csv"])
-    assert "other.csv: 0 columns 'review'; it has ['text']" in said
+    assert "other.csv has no column 'review', but ['text']" in said

@@ -133,10 +133,15 @@ def test_output_that_goes_nowhere_is_no_traceback(argv, tmp_path):
         assert all("No space left" in line for line in said)
 
 
-def test_names_that_the_terminal_cannot_show(argv, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+@pytest.mark.parametrize("terminal", [True, False])
+def test_names_that_the_terminal_cannot_show(argv, tmp_path, monkeypatch, terminal):
+    """It shows their codes. In a file they are UTF-8."""
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdout", stream)
     train.main([*argv, "--out", str(tmp_path / "r\u00e9sum\u00e9")])
-    assert b"r\\xe9sum\\xe9" in sys.stdout.buffer.getvalue()
+    shown = b"r\\xe9sum\\xe9" if terminal else "r\u00e9sum\u00e9".encode()
+    assert shown in stream.buffer.getvalue()
     assert (tmp_path / "r\u00e9sum\u00e9" / "result.json").exists()
 
 
