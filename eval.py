@@ -95,7 +95,7 @@ def load_run(run, model_name=None):
     if has_model:
         path = run / "model.safetensors"
         check_digest(path.read_bytes(), "sha256", result["sha256"].get(path.name), path)
-    fresh = not has_model  # whether a classifier is the run's, or lies beside its mask
+    fresh = not has_model  # a classifier that lies beside a mask is put into a fresh one below
     model, tokenizer = load_backbone(folder, task, result["length"], result["head"], fresh)
 
     # A mask on other weights, or words read by another tokenizer, would give nonsense.

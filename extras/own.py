@@ -121,8 +121,8 @@ def split_rows(text, delimiter, **options):
 def column_number(path, header, name):
     """Where a column is. Raises ValueError unless there is exactly one of this name."""
     if header.count(name) != 1:
-        found = "two columns" if name in header else "no column"
-        raise ValueError(f"{path} has {found} {name!r}, but {header}")
+        count = header.count(name) or "no"
+        raise ValueError(f"{path} has {count} column(s) {name!r}; its columns are {header}")
     return header.index(name)
 
 

@@ -35,7 +35,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's state for each parameter
 SAVE_EVERY = 60  # seconds between checkpoints: one of bert-base takes three to write
 
 
-# The name of a run's folder has the first few of these in any case, and none of the others.
+# Flags that the name of a run's folder always has, or never.
 NOT_CHANGES = {"task", "model", "method", "sparsity", "seed", "train", "out"}
 NOT_CHANGES |= MACHINE_FLAGS.keys() | {"accumulate", "compile", "eager", "deterministic"}
 

@@ -151,7 +151,7 @@ def test_columns_that_are_not_clear_are_asked_for(here, fails):
     assert "['a', 'b'] could all be the text; name it by --text-col" in fails(train.main, command)
     command += ["--text-column", "a"]
     assert "['x', 'y'] could all be the label; name it by --label" in fails(train.main, command)
-    assert "no column 'z', but ['a'," in fails(train.main, [*command, "--label-column", "z"])
+    assert "no column(s) 'z'; its columns are ['a'," in fails(train.main, [*command, "--label-column", "z"])
     more = ["--text-column", "b", "--text-column", "x", "--label-column", "y"]
     assert "--text-column: name one column, or two" in fails(train.main, [*command, *more])
     more = ["--label-column", "b"]
@@ -406,4 +406,4 @@ def test_a_row_that_cannot_be_used_gets_no_answer(here, fails, capsys):
     assert "unusable rows: 1, the first is new.csv:3: 'review' is empty" in err
     write(here / "other.csv", [["text"], ["a film"]])
     said = fails(eval_.main, ["run", "--text-file", "other.csv"])
-    assert "other.csv has no column 'review', but ['text']" in said
+    assert "other.csv has no column(s) 'review'; its columns are ['text']" in said
