@@ -123,8 +123,8 @@ def attention(q, k, v, attend, p, causal=False):
         scores = q / q.shape[-1] ** 0.5 @ k.mT + attend  # q k^T / sqrt(D): [B, heads, R, S]
         weights = dropout(scores.softmax(-1), p)  # how much of each value to take
         return weights @ v
-    # The same as one kernel, which makes a causal mask itself. To train with it in bfloat16 on a CPU
-    # takes two to five times as long as with the three lines.
+    # The same as one kernel, which makes a causal mask itself. In training on a CPU in bfloat16, it
+    # takes two to five times as long as the three lines.
     attend = None if causal else attend
     return F.scaled_dot_product_attention(q, k, v, attend, p, causal)
 

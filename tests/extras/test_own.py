@@ -151,7 +151,8 @@ def test_columns_that_are_not_clear_are_asked_for(here, fails):
     assert "['a', 'b'] could all be the text; name it by --text-col" in fails(train.main, command)
     command += ["--text-column", "a"]
     assert "['x', 'y'] could all be the label; name it by --label" in fails(train.main, command)
-    assert "no column(s) 'z'; its columns are ['a'," in fails(train.main, [*command, "--label-column", "z"])
+    said = fails(train.main, [*command, "--label-column", "z"])
+    assert "no column(s) 'z'; its columns are ['a'," in said
     more = ["--text-column", "b", "--text-column", "x", "--label-column", "y"]
     assert "--text-column: name one column, or two" in fails(train.main, [*command, *more])
     more = ["--label-column", "b"]
