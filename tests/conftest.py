@@ -158,6 +158,12 @@ def write_tokenizer(path):
 
 
 @pytest.fixture(autouse=True)
+def empty_folder(monkeypatch, tmp_path_factory):
+    """The current folder is empty: runs/ of the person who tests is neither read nor written."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+
+
+@pytest.fixture(autouse=True)
 def machine(monkeypatch, request):
     """The same device and dtype by default on every machine, also in processes of their own.
 
