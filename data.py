@@ -87,6 +87,7 @@ class Task:
     every_token: bool = False  # the model reads every token
     load: Callable | None = None  # (folder, length, head) -> model, tokenizer; default: a BERT
     read: Callable | None = None  # (task, split, path, tokenizer) -> Examples; default: a TSV file
+    step: Callable | None = None  # make_forward_backward; default: train.py's
     format_answer: Callable | None = None  # (texts, tokenizer, logits_of, args) -> lines of --text
     answer_file: Callable | None = None  # (path, answers) -> lines of --text-file; default: TSV
 

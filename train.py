@@ -504,12 +504,12 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
     optimizer = make_optimizer(learner, args.lr, args.weight_lr, args.decay)
     run.restore(learner, optimizer)  # does nothing in a new run
 
-    forward_backward = make_forward_backward(job.model, learner, job.teacher)
+    own_step = None if job.teacher else job.task.step  # of a language model, see extras/lm.py
+    forward_backward = (own_step or make_forward_backward)(job.model, learner, job.teacher)
     if job.device.type == "cuda" and not args.eager:  # wrapped from outside, as by torch.compile
         forward_backward = Recorded(forward_backward, learner.parameters())
 
-    # From the step that a resumed run has reached.
-    batches = data.training_batches(
+    batches = data.training_batches(  # from the step that a resumed run has reached
         job.train, args.batch, stop_after or total, args.seed, job.device, args.accumulate, run.step
     )
     # An evaluation in steps. Without a backward pass, a row takes about a third of the time.

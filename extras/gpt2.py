@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from extras.head import softmax_loss, token_logits, token_loss
 from model import attention
 from plumbing.checkpoints import build_from, read_config
 from plumbing.graphs import Dropout
@@ -131,6 +132,7 @@ class GPT2(nn.Module):
         self.dropout = Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, *sizes) for sizes in config.layers)
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.softmax_loss = softmax_loss
 
     def resized(self, config, tensors):
         return build_from(partial(GPT2, config), tensors).train(self.training)
@@ -148,17 +150,22 @@ class GPT2(nn.Module):
             x = block(x, attend)
         return self.ln_f(x)
 
-    def forward(self, input_ids, token_type_ids=None, attention_mask=None):
-        """Token ids [B, S] -> logits for the token after each [B, S, V].
+    def forward(self, input_ids, token_type_ids=None, attention_mask=None, labels=None):
+        """Token ids [B, S] -> logits for the token after each [B, S, V], or with labels the loss.
 
         Padding must come last, because the attention mask is ignored.
         """
-        return F.linear(self.states(input_ids), self.wte.weight)
+        states = self.states(input_ids)
+        if labels is None:
+            return token_logits(states, self.wte.weight)
+        states, labels = states.flatten(0, 1), labels.flatten()  # [B * S, H] and [B * S]
+        return token_loss(states, self.wte.weight, None, labels, self.softmax_loss)
 
     def compile_layers(self):
-        """Let torch.compile fuse the kernels of each layer."""
+        """Let torch.compile fuse the kernels of each layer, and of the loss."""
         for block in self.h:
             block.compile(dynamic=True)
+        self.softmax_loss = torch.compile(softmax_loss)
 
     def prunable(self):
         """{group: {parameter name: weight [out, in]}}, six groups with one matrix per layer."""

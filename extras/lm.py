@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from data import TASKS, Examples, Task
 from extras.glue import fetch_file, fetch_zip
 from extras.gpt2 import load_gpt2
+from extras.head import NOTHING
 from plumbing import fetch
 from plumbing.checkpoints import encode_texts, open_tokenizer, read_model
 from plumbing.cli import printable
@@ -40,7 +42,6 @@ MD5 = {
     "wikitext-2/wiki.valid.tokens": "d756d22ab2310e7e60c094bea5c5a8eb",
     "wikitext-2/wiki.test.tokens": "781c9418ab9414bd09e4aad825aae752",
 }
-NOTHING = -100  # the label of a block's last token; cross-entropy ignores it
 CONTINUED = 50  # tokens that eval.py --text adds, at most
 END = "<|endoftext|>"
 
@@ -182,6 +183,18 @@ def load(folder, length, head):
     return model, tokenizer
 
 
+def make_forward_backward(model, learner, teacher=None):
+    """Task.step: train.py's, but the model computes the loss, and never holds all logits."""
+
+    def forward_backward(inputs, labels, share, density, penalty):
+        weights, regularizer = learner(density)
+        loss = functional_call(model, weights, (*inputs, labels), tie_weights=False)
+        (share * (loss + penalty * regularizer)).backward()
+        return torch.stack([loss, regularizer]).detach()
+
+    return forward_backward
+
+
 def format_answer(texts, tokenizer, logits_of, args):
     """Task.format_answer: continue a text by up to CONTINUED tokens -> its lines."""
     size = tokenizer.truncation["max_length"]
@@ -234,7 +247,7 @@ def add_task(name, folder, file, epochs, weight_lr):
     TASKS[name] = Task(
         folder, ("text",), "", {}, ("perplexity", "word_perplexity", "accuracy"), recipe,
         dev=("valid", "test"), file=file, fetch=fetch_text, best=min, load=load,
-        read=read_blocks, format_answer=format_answer,
+        read=read_blocks, step=make_forward_backward, format_answer=format_answer,
     )  # fmt: skip
 
 

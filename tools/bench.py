@@ -18,7 +18,7 @@ import time
 import torch
 
 from data import Part
-from extras import gpt2
+from extras import gpt2, lm
 from mask import METHODS, mean_sigmoid
 from model import Bert, Config, load_model
 from plumbing import cli, fetch, parallel
@@ -76,9 +76,8 @@ def make_batch(args, vocabulary, device):
     rows = args.batch // parallel.processes()
     ids = torch.randint(vocabulary, (rows, args.length), device=device)
     labels = ids if args.gpt2 else ids[:, 0] % 2
-    types = torch.zeros_like(ids)
-    attention = torch.ones_like(ids)
-    return Part(torch.stack([ids, types, attention]), labels)
+    # Token ids, segments (all 0) and attention mask (no padding).
+    return Part(torch.stack([ids, torch.zeros_like(ids), torch.ones_like(ids)]), labels)
 
 
 def flops(args):
@@ -183,7 +182,8 @@ def time_step(args, method, device, dtype, peak, bandwidth):
     if learner.masks:
         for scores in learner.masks.scores.values():
             scores.data.normal_(0, 0.1)
-    forward_backward = make_forward_backward(model, learner)
+    make = lm.make_forward_backward if args.gpt2 else make_forward_backward
+    forward_backward = make(model, learner)
     if args.compile:
         compile_step(model, learner.masks)
     if device.type == "cuda":

@@ -1,0 +1,101 @@
+"""The head of a language model: the loss without all logits is the loss with them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+import train
+from extras import head, lm
+from extras.head import NOTHING, padded, token_logits, token_loss
+from mask import METHODS
+
+WORDS, WIDTH = 101, 8  # not a multiple of 64
+
+
+@pytest.fixture
+def numbers():
+    """Hidden states of 30 tokens, rows and bias of a vocabulary, and labels, some of NOTHING."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).requires_grad_()
+
+    labels = torch.randint(WORDS, (30,), generator=generator)
+    labels[::5] = NOTHING
+    return draw(30, WIDTH), draw(WORDS, WIDTH), draw(WORDS), labels
+
+
+def gradients(loss, tensors):
+    return torch.autograd.grad(3 * loss, tensors)  # 3: the loss is scaled, as by a part's share
+
+
+@pytest.mark.parametrize("tokens", [4, 7, 30, 4096])  # at the same time
+def test_loss_and_gradients_are_those_of_all_logits(numbers, tokens, monkeypatch):
+    monkeypatch.setattr(head, "TOKENS", tokens)
+    *tensors, labels = numbers
+    loss = token_loss(*tensors, labels)
+    expected = F.cross_entropy(F.linear(*tensors), labels)
+    assert loss.dtype == torch.float32
+    assert torch.allclose(loss, expected, rtol=1e-6)
+    found = gradients(loss, tensors)
+    for mine, theirs in zip(found, gradients(expected, tensors), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+def test_what_is_frozen_gets_no_gradient(numbers):
+    states, rows, bias, labels = numbers
+    loss = token_loss(states, rows.detach(), None, labels)
+    expected = F.cross_entropy(states @ rows.detach().T, labels)
+    assert torch.allclose(*gradients(loss, [states]), *gradients(expected, [states]), atol=1e-6)
+
+
+def test_in_bfloat16_the_loss_is_of_float32(numbers):
+    """Its sum is taken in float32: only the logits are rounded."""
+    states, rows, bias, labels = (
+        n.detach().bfloat16() if n.is_floating_point() else n for n in numbers
+    )
+    expected = F.cross_entropy(F.linear(states, rows, bias).float(), labels)
+    assert torch.allclose(token_loss(states, rows, bias, labels), expected, rtol=1e-6)
+
+
+def test_a_word_of_no_probability_has_a_finite_loss():
+    """By hand: one word has the logit 200, the others 0. exp(-200) is 0 in float32."""
+    rows = torch.zeros(5, 1)
+    rows[2] = 200
+    loss = token_loss(torch.ones(2, 1), rows, None, torch.tensor([2, 0]))
+    assert loss.item() == pytest.approx((0 + 200) / 2)
+
+
+@pytest.mark.parametrize("words", [63, 64, 65])
+def test_padding_is_never_seen_and_never_likely(words):
+    generator = torch.Generator().manual_seed(0)
+    states = -torch.rand(2, 3, WIDTH, generator=generator)
+    rows = torch.rand(words, WIDTH, generator=generator)  # all logits are below the padding's 0
+    logits = token_logits(states, rows)
+    assert torch.allclose(logits, states @ rows.T, atol=1e-6)
+    rows, bias = padded(rows)
+    assert len(rows) == len(bias) == 64 * (1 + (words > 64))
+    assert (F.linear(states, rows, bias).softmax(-1)[..., words:] == 0).all()
+
+
+def test_a_language_model_computes_the_loss_of_its_logits(make_gpt2, monkeypatch):
+    """And its step has the gradients of train.py's."""
+    monkeypatch.setattr(head, "TOKENS", 10)
+    model, _ = lm.load(make_gpt2(), 8, "words")
+    model.eval().requires_grad_(False)
+    ids = torch.arange(24).view(3, 8) % model.config.vocab_size
+    labels = F.pad(ids[:, 1:], (0, 1), value=NOTHING)
+    inputs = torch.stack([ids, ids * 0, ids * 0 + 1])
+    learner = train.Learner(model, METHODS["smp-s"], torch.float32)
+    for scores in learner.masks.scores.values():
+        scores.data.normal_(generator=torch.Generator().manual_seed(1))
+    assert functional_call(model, {}, (*inputs, labels)).shape == ()
+
+    found = []
+    for make in (train.make_forward_backward, lm.make_forward_backward):
+        learner.zero_grad()
+        losses = make(model, learner)(inputs, labels, 0.5, 0.5, 10.0)
+        found.append([losses, *(p.grad.clone() for p in learner.parameters())])
+    for plain, mine in zip(*found, strict=True):
+        assert torch.allclose(plain, mine, rtol=1e-4, atol=1e-7)
