@@ -35,17 +35,12 @@ def token_logits(states, rows, bias=None):
 def softmax_loss(logits, labels):
     """Logits [N, V], labels [N] -> each token's loss [N], in float32, and its gradient [N, V]."""
     labels = labels.clamp(min=0)[:, None]  # [N, 1]; NOTHING may be any word, as it will not count
-    highest, word = logits.max(1, keepdim=True)
-    probabilities = logits.softmax(1, dtype=torch.float32)
+    log_probabilities = logits.log_softmax(1, dtype=torch.float32)
+    losses = -log_probabilities.gather(1, labels)
 
-    # loss = log sum exp(logits) - logit. The sum follows from the likeliest word's probability,
-    # the only one that never rounds to 0.
-    log_sum = highest - probabilities.gather(1, word).log()
-    losses = log_sum - logits.gather(1, labels)  # [N, 1]
-
-    # The gradient is probability - 1 for the label, and the probability for every other word.
-    at_label = probabilities.gather(1, labels) - 1
-    gradient = probabilities.to(logits.dtype).scatter_(1, labels, at_label.to(logits.dtype))
+    # The gradient is the probability of each word, but for the label probability - 1.
+    gradient = torch.exp(log_probabilities, out=torch.empty_like(logits))  # without a float32 copy
+    gradient.scatter_(1, labels, torch.expm1(-losses).to(gradient.dtype))
     return losses[:, 0], gradient
 
 
@@ -71,8 +66,8 @@ class TokenLoss(torch.autograd.Function):
 
         loss = torch.zeros((), device=states.device)
         of_states = torch.empty_like(states)
-        of_rows = torch.zeros_like(rows_padded, dtype=torch.float32)
-        of_bias = torch.zeros_like(bias_padded, dtype=torch.float32)
+        of_rows = torch.zeros_like(rows_padded)
+        of_bias = torch.zeros_like(bias_padded)
         for start in range(0, len(states), TOKENS):
             part = slice(start, start + TOKENS)
             logits = F.linear(states[part], rows_padded, bias_padded)  # [TOKENS, V']
@@ -82,17 +77,15 @@ class TokenLoss(torch.autograd.Function):
             # The share scales the small factor of each product instead of the gradient [N, V'].
             of_states[part] = (gradient @ rows_padded) * share[part]
             if ctx.needs_input_grad[1]:
-                of_rows += gradient.T @ (states[part] * share[part]).to(states.dtype)
+                of_rows.addmm_(gradient.T, (states[part] * share[part]).to(rows.dtype))
             if ctx.needs_input_grad[2]:
-                of_bias += share[part, 0].to(gradient.dtype) @ gradient
-        words = len(rows)
-        ctx.save_for_backward(of_states, of_rows[:words], of_bias[:words])
-        ctx.dtype = rows.dtype
+                of_bias.addmv_(gradient.T, share[part, 0].to(rows.dtype))
+        ctx.save_for_backward(of_states, of_rows[: len(rows)], of_bias[: len(rows)])
         return loss
 
     @staticmethod
     def backward(ctx, scale):
         of_states, of_rows, of_bias = ctx.saved_tensors
-        of_rows = (of_rows * scale).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        of_bias = (of_bias * scale).to(ctx.dtype) if ctx.needs_input_grad[2] else None
-        return (of_states * scale).to(of_states.dtype), of_rows, of_bias, None, None
+        of_rows = of_rows * scale if ctx.needs_input_grad[1] else None
+        of_bias = of_bias * scale if ctx.needs_input_grad[2] else None
+        return of_states * scale, of_rows, of_bias, None, None

@@ -35,8 +35,8 @@ class Recorded:
 
     def __init__(self, function, parameters):
         self.function = function
-        # parameter -> where all graphs leave its gradient
-        self.gradients = {p: torch.empty_like(p) for p in parameters}
+        self.parameters = list(parameters)
+        self.gradients = []  # where all graphs leave them: where the first one does
         self.graphs = {}  # kind of arguments -> (graph, its static arguments, its result)
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream()
@@ -53,11 +53,12 @@ class Recorded:
                 static.copy_(argument)
 
         # A gradient from an earlier part of this step is in the tensor that the replay overwrites.
-        for p, gradient in self.gradients.items():
+        pairs = list(zip(self.parameters, self.gradients, strict=True))
+        for p, gradient in pairs:
             if p.grad is gradient:
                 p.grad = gradient.clone()
         graph.replay()
-        for p, gradient in self.gradients.items():
+        for p, gradient in pairs:
             p.grad = gradient if p.grad is None else p.grad + gradient
         return result.clone()
 
@@ -67,10 +68,10 @@ class Recorded:
         The gradients so far stay as they are.
         """
         arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-        before = {p: p.grad for p in self.gradients}
+        before = [p.grad for p in self.parameters]
 
         # In their first two calls, libraries choose their kernels and workspaces.
-        for p in self.gradients:
+        for p in self.parameters:
             p.grad = None
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
@@ -78,14 +79,17 @@ class Recorded:
             self.function(*arguments)
 
         # thread_local: NCCL's threads may query the device while this one records.
-        for p in self.gradients:
+        for p in self.parameters:
             p.grad = None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"):
             result = self.function(*arguments)
-            torch._foreach_copy_(list(self.gradients.values()), [p.grad for p in self.gradients])
+            gradients = [p.grad for p in self.parameters]
+            if self.gradients:
+                torch._foreach_copy_(self.gradients, gradients)
 
-        for p, gradient in before.items():
+        self.gradients = self.gradients or gradients
+        for p, gradient in zip(self.parameters, before, strict=True):
             p.grad = gradient
         return graph, arguments, result
 

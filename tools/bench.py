@@ -27,6 +27,7 @@ from plumbing.graphs import Recorded, compile_step
 from train import Learner, make_forward_backward, make_optimizer, set_rates, train_step
 
 DENSITY = 0.5
+SCORED = [name for name, method in METHODS.items() if "scores" in method.trains]
 BERT_WORDS = 30522  # vocabulary sizes
 GPT2_WORDS = 50257
 
@@ -35,7 +36,6 @@ def parse_args(argv=None):
     parser = cli.Parser(
         prog="python -m tools.bench", description="Time one training step and its parts."
     )
-    learning = [name for name, method in METHODS.items() if "scores" in method.trains]
     add = parser.add_argument
     add("--layers", type=cli.up_to(1000), default=6, help="(6)")
     add("--hidden", type=cli.up_to(16384), default=384, help="width (384); heads of 32 or 64")
@@ -43,8 +43,9 @@ def parse_args(argv=None):
     add("--batch", type=cli.up_to(65536), default=32, help="examples per step, in all (32)")
     add("--length", type=cli.count, default=64, help="tokens per example (64)")
     add("--steps", type=cli.up_to(10000), default=20, help="timed steps of each kind (20)")
-    add("--method", choices=learning, default="smp-s", help="compared with finetune (smp-s)")
+    add("--method", choices=SCORED, default="smp-s", help="compared with finetune (smp-s)")
     cli.add_flags(parser, "machine", cli.MACHINE_FLAGS)
+    add("--no-dropout", action="store_true", help="as in train.py")
     add("--compile", action="store_true", help="as in train.py")
     add("--eager", action="store_true", help="as in train.py; also times the parts of a step")
     add("--model", metavar="NAME", help="time the evaluation of this model, a name or a folder")
@@ -93,8 +94,7 @@ def flops(args):
     matrices = 2 * 12 * h * h  # per token
     layer = tokens * (matrices + 4 * args.length * h)
     if args.gpt2:
-        head = 2 * tokens * h * GPT2_WORDS
-        return 3 * args.layers * layer + 2 * head
+        return 3 * args.layers * layer + 4 * tokens * h * GPT2_WORDS
     keys_and_values = 2 * tokens * 2 * h * h
     rest = 2 * args.batch * 10 * h * h
     return 3 * ((args.layers - 1) * layer + keys_and_values + rest)
@@ -126,8 +126,7 @@ def lower_bound_ms(args, learner, peak, bandwidth):
     """
     moved = 7 * size_of(learner.parameters())
     if learner.masks:
-        moved += size_of(learner.masks.scores.values())
-        moved += size_of(learner.masks.weights.values())
+        moved += size_of([*learner.masks.scores.values(), *learner.masks.weights.values()])
     products = flops(args) / parallel.processes() / peak
     return 1000 * (products + moved / bandwidth)
 
@@ -177,7 +176,7 @@ def print_median(name, times, note=""):
 
 def time_step(args, method, device, dtype, peak, bandwidth):
     """Time whole training steps of a method, and the parts of masking -> {what: number}."""
-    model = make_model(args).to(device).train()
+    model = make_model(args).to(device).train(not args.no_dropout)
     learner = Learner(model, METHODS[method], dtype)
     if learner.masks:
         for scores in learner.masks.scores.values():
@@ -265,8 +264,10 @@ def time_inference(args, device, dtype):
     inputs = make_batch(args, model.config.vocab_size, device).inputs
     times = time_calls(lambda: model(*inputs), device, args.steps)
     speed = args.batch / statistics.median(times) * 1000
-    median = print_median("evaluation", times, f"  {speed:,.0f} examples/s")
-    return {"evaluation": median, "examples/s": round(speed, 1)}
+    return {
+        "evaluation": print_median("evaluation", times, f"  {speed:,.0f} examples/s"),
+        "examples/s": round(speed, 1),
+    }
 
 
 def compare(args, device, dtype):
@@ -302,7 +303,7 @@ def main(argv=None):
 
     settings = dict(vars(args))
     if args.model:
-        for unused in ("layers", "hidden", "gpt2", "method", "compile", "eager"):
+        for unused in ("layers", "hidden", "gpt2", "method", "no_dropout", "compile", "eager"):
             del settings[unused]
         results = time_inference(args, device, dtype)
     else:
