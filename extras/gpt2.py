@@ -96,8 +96,9 @@ class Attention(nn.Module):
         mixed = F.linear(x, weight, bias)
         if self.heads == 0:  # nothing is left to mix
             return self.dropout(self.c_proj(mixed))
-        # -> [3, B, heads, S, D]
-        q, k, v = mixed.unflatten(2, (3, self.heads, self.size)).permute(2, 0, 3, 1, 4)
+        # Three of [B, S, heads * D] -> [B, heads, S, D]
+        parts = mixed.chunk(3, dim=2)
+        q, k, v = (part.unflatten(2, (self.heads, self.size)).transpose(1, 2) for part in parts)
         dropout = self.attn_pdrop if self.training else 0.0
         mixed = attention(q, k, v, attend, dropout, causal=True)
         mixed = mixed.transpose(1, 2).flatten(2)  # [B, heads, S, D] -> [B, S, heads * D]
