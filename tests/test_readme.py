@@ -221,6 +221,6 @@ def test_the_page_is_short():
 def test_tables_are_those_of_the_results(name, capsys):
     from tools import runs
 
-    averages = ["--average"] if name in ("main", "price") else []
+    averages = ["--average"] if name in ("main", "price", "rivals") else []
     runs.main(["table", str(LISTS / f"{name}.txt"), *averages])
     assert f"\n\n{capsys.readouterr().out}\n" in RESULTS  # the whole of a table

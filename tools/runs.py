@@ -257,7 +257,7 @@ seed_of = itemgetter("seed")
 
 
 def metric_cell(task, metric, lines):
-    """Mean ± standard deviation of a metric over seeds: "81.2 ± 0.4".
+    """Mean ± standard deviation of a metric over seeds: "81.2±0.4".
 
     Shares are in percent. Where lower is better, as for perplexity, nothing is a share.
     """
@@ -268,7 +268,7 @@ def metric_cell(task, metric, lines):
     values = [scale * line["final"][metric] for line in mine]
     text = f"{statistics.mean(values):.1f}"
     if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.1f}"
+        text += f"±{statistics.stdev(values):.1f}"
     return text
 
 
