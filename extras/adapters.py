@@ -29,22 +29,18 @@ from model import load_backbone
 
 
 class Changed(nn.Module):
-    """A linear layer whose weight is W' = changed(W), of a frozen W."""
+    """A linear layer whose frozen weight W is used as W' = changed(W)."""
 
     learns = ()  # the names of its parameters that train
 
     def __init__(self, linear):
         super().__init__()
-        self.frozen = linear.weight  # [out, in]
+        self.weight = linear.weight  # [out, in]
         self.bias = linear.bias
 
-    @property
-    def weight(self):
-        learnt = [getattr(self, name) for name in self.learns]
-        return self.changed(self.frozen, *learnt)
-
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias)
+        learnt = [getattr(self, name) for name in self.learns]
+        return F.linear(x, self.changed(self.weight, *learnt), self.bias)
 
 
 class LowRank(Changed):
@@ -94,8 +90,7 @@ def fold(model, published, tensors):
     tensors = dict(tensors)
     for path, layer in model.named_modules():
         if isinstance(layer, Changed):
-            weight = layer.frozen.detach()
-            del tensors[f"{path}.frozen"]
+            weight = layer.weight.detach()
             learnt = [tensors.pop(f"{path}.{name}").to(weight.dtype) for name in layer.learns]
             tensors[f"{path}.weight"] = layer.changed(weight, *learnt).float()
     return published(tensors)

@@ -89,15 +89,11 @@ class Attention(nn.Module):
         self.dropout = Dropout(c.resid_pdrop)
 
     def forward(self, x, attend):
-        # One product for all three is faster: [B, S, H] -> [B, S, 3 * heads * D].
-        three = self.query, self.key, self.value
-        weight = torch.cat([linear.weight for linear in three])
-        bias = torch.cat([linear.bias for linear in three])
-        mixed = F.linear(x, weight, bias)
-        if self.heads == 0:  # nothing is left to mix
-            return self.dropout(self.c_proj(mixed))
-        # Three of [B, S, heads * D] -> [B, heads, S, D]
-        parts = mixed.chunk(3, dim=2)
+        parts = [self.query(x), self.key(x), self.value(x)]  # [B, S, heads * D] each
+        if self.heads == 0:
+            # Nothing is left to mix. The empty sum gives all three parts their (empty) gradients.
+            return self.dropout(self.c_proj(sum(parts)))
+        # [B, S, heads * D] -> [B, heads, S, D]
         q, k, v = (part.unflatten(2, (self.heads, self.size)).transpose(1, 2) for part in parts)
         dropout = self.attn_pdrop if self.training else 0.0
         mixed = attention(q, k, v, attend, dropout, causal=True)
