@@ -159,7 +159,7 @@ class GPT2(nn.Module):
         if labels is None:
             return token_logits(states, self.wte.weight)
         states, labels = states.flatten(0, 1), labels.flatten()  # [B * S, H] and [B * S]
-        return token_loss(states, self.wte.weight, None, labels, self.softmax_loss)
+        return token_loss(states, self.wte.weight, labels, self.softmax_loss)
 
     def compile_layers(self):
         """Let torch.compile fuse the kernels of each layer, and of the loss."""

@@ -36,7 +36,7 @@ class Recorded:
     def __init__(self, function, parameters):
         self.function = function
         self.parameters = list(parameters)
-        self.gradients = []  # where all graphs leave them: where the first one does
+        self.gradients = []  # the tensors of the first graph, where the others leave theirs too
         self.graphs = {}  # kind of arguments -> (graph, its static arguments, its result)
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream()

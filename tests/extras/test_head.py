@@ -15,7 +15,7 @@ WORDS, WIDTH = 101, 8  # not a multiple of 64
 
 @pytest.fixture
 def numbers():
-    """Hidden states of 30 tokens, rows and bias of a vocabulary, and labels, some of NOTHING."""
+    """Hidden states of 30 tokens, the embeddings of a vocabulary, and labels, some of NOTHING."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -23,7 +23,7 @@ def numbers():
 
     labels = torch.randint(WORDS, (30,), generator=generator)
     labels[::5] = NOTHING
-    return draw(30, WIDTH), draw(WORDS, WIDTH), draw(WORDS), labels
+    return draw(30, WIDTH), draw(WORDS, WIDTH), labels
 
 
 def gradients(loss, tensors):
@@ -44,39 +44,38 @@ def test_loss_and_gradients_are_those_of_all_logits(numbers, tokens, monkeypatch
 
 
 def test_what_is_frozen_gets_no_gradient(numbers):
-    states, rows, bias, labels = numbers
-    loss = token_loss(states, rows.detach(), None, labels)
-    expected = F.cross_entropy(states @ rows.detach().T, labels)
+    states, words, labels = numbers
+    loss = token_loss(states, words.detach(), labels)
+    expected = F.cross_entropy(states @ words.detach().T, labels)
     assert torch.allclose(*gradients(loss, [states]), *gradients(expected, [states]), atol=1e-6)
 
 
 def test_in_bfloat16_the_loss_is_of_float32(numbers):
     """Its sum is taken in float32: only the logits are rounded."""
-    states, rows, bias, labels = (
-        n.detach().bfloat16() if n.is_floating_point() else n for n in numbers
-    )
-    expected = F.cross_entropy(F.linear(states, rows, bias).float(), labels)
-    assert torch.allclose(token_loss(states, rows, bias, labels), expected, rtol=1e-6)
+    *tensors, labels = numbers
+    states, words = (tensor.detach().bfloat16() for tensor in tensors)
+    expected = F.cross_entropy(F.linear(states, words).float(), labels)
+    assert torch.allclose(token_loss(states, words, labels), expected, rtol=1e-6)
 
 
 def test_a_word_of_no_probability_has_a_finite_loss():
     """By hand: one word has the logit 200, the others 0. exp(-200) is 0 in float32."""
-    rows = torch.zeros(5, 1)
-    rows[2] = 200
-    loss = token_loss(torch.ones(2, 1), rows, None, torch.tensor([2, 0]))
+    words = torch.zeros(5, 1)
+    words[2] = 200
+    loss = token_loss(torch.ones(2, 1), words, torch.tensor([2, 0]))
     assert loss.item() == pytest.approx((0 + 200) / 2)
 
 
-@pytest.mark.parametrize("words", [63, 64, 65])
-def test_padding_is_never_seen_and_never_likely(words):
+@pytest.mark.parametrize("count", [63, 64, 65])
+def test_padding_is_never_seen_and_never_likely(count):
     generator = torch.Generator().manual_seed(0)
     states = -torch.rand(2, 3, WIDTH, generator=generator)
-    rows = torch.rand(words, WIDTH, generator=generator)  # all logits are below the padding's 0
-    logits = token_logits(states, rows)
-    assert torch.allclose(logits, states @ rows.T, atol=1e-6)
-    rows, bias = padded(rows)
-    assert len(rows) == len(bias) == 64 * (1 + (words > 64))
-    assert (F.linear(states, rows, bias).softmax(-1)[..., words:] == 0).all()
+    words = torch.rand(count, WIDTH, generator=generator)  # all logits are below the padding's 0
+    logits = token_logits(states, words)
+    assert torch.allclose(logits, states @ words.T, atol=1e-6)
+    words, bias = padded(words)
+    assert len(words) == len(bias) == 64 * (1 + (count > 64))
+    assert (F.linear(states, words, bias).softmax(-1)[..., count:] == 0).all()
 
 
 def test_a_language_model_computes_the_loss_of_its_logits(make_gpt2, monkeypatch):
