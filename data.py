@@ -101,6 +101,7 @@ ACCURACY = ("accuracy",)
 PAIR = ("sentence1", "sentence2")
 QNLI_PAIR = ("question", "sentence")
 
+# name: folder, columns of the text, column of the label, {label: word}, metrics, recipe
 TASKS = {
     "movies": Task(
         "movies", ("sentence",), "label", SENTIMENT, ACCURACY, MOVIES, fetch=fetch.fetch_movies,

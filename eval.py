@@ -113,6 +113,8 @@ def load_run(run, model_name=None):
 
 def read_result(run):
     """The result of a run's folder or mask file. Raises ValueError if it is not for this code."""
+    if not run.exists():
+        raise ValueError(f"{run}: there is no such run folder or mask file")
     # Whether it is a result at all is plumbing's question. Here: do we know its task and method?
     result = read_description(run)
     if result["method"] not in METHODS:
@@ -157,7 +159,7 @@ def load_sets(result, splits, data_dir, tokenizer):
 
 
 def densities(groups, masks):
-    """{group: matrix names}, {name: bool [out, in]} -> {group: [density of each layer]}."""
+    """{group: matrix names, or a dict of them}, {name: bool [out, in]} -> {group: [densities]}."""
     found = {}
     # Groups and layers come in the model's order.
     for group, names in groups.items():
@@ -245,12 +247,12 @@ INSTEAD_FLAGS = {
 }
 TEXT_FLAGS = {
     "pair": (str, "the second sentence, or the paragraph, where the task takes two texts"),
-    "temperature": (cli.number(float, 0.01, 100), "draw a language model's tokens, at this value"),
-    "seed": (cli.seed, "for what is drawn"),
+    "temperature": (cli.number(float, 0.01, 100), "sample at this temperature (language models)"),
+    "seed": (cli.seed, "for the samples"),
 }
 DATA_FLAGS = {
     "model": (str, "the backbone of a mask file, if it is somewhere else"),
-    "data_dir": (str, "folder with the tasks' folders, if it is another"),
+    "data_dir": (str, "folder with the tasks' folders, if it has moved"),
     "dev": (str, "evaluate this file instead of the run's dev set"),
 }
 
@@ -292,7 +294,8 @@ def evaluate_run(run, args):
     elif args.predict:
         task.predict(args.predict, run, loaded, logits_of)
     else:
-        sets = load_sets(result, task.dev, args.dev or args.data_dir, tokenizer)
+        splits = task.dev[:1] if args.dev else task.dev  # one file is one set
+        sets = load_sets(result, splits, args.dev or args.data_dir, tokenizer)
         method = result.get("pruned_with", result["method"])
         print(f"{run}: {result['task']}, {method} on {device} in {cli.dtype_name(dtype)} ({why})")
         metrics = evaluate(loaded.model, weights, sets, task.metrics, device)
@@ -303,7 +306,7 @@ def show_run(loaded, sets, metrics):
     """Print a run's mask, and its metrics on the dev sets."""
     model = loaded.model
     if loaded.masks:
-        for line in cli.shaded_table("density", densities(model.prunable(), loaded.masks)):
+        for line in cli.shaded_table(densities(model.prunable(), loaded.masks)):
             print(line)
     if model.config.heads_per_layer:  # P-pruning took some out
         print(f"heads and neurons left in each layer: {model.config.layers}")

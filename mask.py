@@ -57,7 +57,7 @@ def penalty_at(step, total, final=400.0):
 # --- how many weights each matrix keeps -------------------------------------------------------
 #
 # A function (importance, sizes, density, scores, exact) -> k [G, L], whole numbers. It gets
-#   importance [G, L]   float64, R(S/p) of each matrix: the mean of sigmoid(S/p)
+#   importance [G, L]   float64, the mean of sigmoid(S/p) over each matrix; p is the temperature
 #   sizes [G, 1]        float64, the n of each group
 #   density             the share v of all weights to keep: a number, or in training a 0-dim tensor
 #   scores              {group: [L, out, in]}, for those of extras/ that look at single scores
@@ -112,8 +112,8 @@ def whole_counts(counts, totals):
     floors = counts.floor()
     missing = totals - floors.sum(1, keepdim=True)  # [G, 1]
     order = (counts - floors).argsort(dim=1, descending=True, stable=True)
-    place = order.argsort(dim=1)  # 0 for the largest fraction of a group
-    return (floors + (place < missing)).long()
+    rank = order.argsort(dim=1)  # 0 for the largest fraction of a group
+    return (floors + (rank < missing)).long()
 
 
 # --- which ones: the k highest scores of each matrix -------------------------------------------
@@ -127,7 +127,7 @@ def highest(scores, k, exact):
     then, which is cheaper and enough in training.
     """
     flat = [s.detach().flatten(1).float() for s in scores.values()]  # [L, out, in] -> [L, n]
-    k = k.to(flat[0].device)  # on Apple's GPUs the host has counted
+    k = k.to(flat[0].device)  # Apple's GPUs lack float64, so there k was counted on the CPU
     cuts = thresholds(flat, k, exact)
 
     masks = {}

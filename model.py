@@ -100,12 +100,13 @@ class Embeddings(nn.Module):
         self.first = c.first_position
 
     def forward(self, input_ids, token_type_ids):
-        length = input_ids.shape[1]
-        positions = self.position_embeddings.weight[self.first : self.first + length]  # [S, H]
-        if self.first:
-            # RoBERTa: padding inside a text has no position, and the tokens behind it move up.
-            real = input_ids != self.first - 1
-            index = real.cumsum(1) * real + self.first - 1  # [B, S]
+        if self.first == 0:
+            positions = self.position_embeddings.weight[: input_ids.shape[1]]  # [S, H]
+        else:
+            # RoBERTa: positions begin behind the id of padding, whose own position is that id.
+            padding = self.first - 1
+            real = input_ids != padding
+            index = real.cumsum(1) * real + padding  # [B, S]
             positions = self.position_embeddings(index)  # [B, S, H]
         words = self.word_embeddings(input_ids)  # [B, S, H]
         # Segments: 0 for the first text, 1 for its pair.
@@ -227,7 +228,8 @@ class Bert(nn.Module):
     """
 
     activation = staticmethod(F.gelu)  # what the neurons apply
-    states = property(lambda self: self.bert)  # (inputs) -> what the last layer gives [B, S, H]
+    # (inputs) -> what the last layer gives [B, S, H], for methods that look inside a model.
+    states = property(lambda self: self.bert)
 
     def __init__(self, config, words, parts=(), every_token=False):
         super().__init__()
@@ -238,7 +240,8 @@ class Bert(nn.Module):
         self.bert = Encoder(config)
         if "cls" in parts:  # the decoder's weight is the word embedding; only its bias is stored
             predictions = nn.Module()
-            predictions.transform = AddNorm(config, config.hidden_size)  # for the tensors' names
+            # For the names of its tensors. Its forward never runs, see word_logits.
+            predictions.transform = AddNorm(config, config.hidden_size)
             predictions.bias = nn.Parameter(torch.zeros(config.vocab_size))
             self.cls = nn.ModuleDict({"predictions": predictions})
         if "pooler" in parts:
@@ -434,7 +437,7 @@ def load_model(stored, tensors, words, head="words", every_token=False, fresh=Tr
 
 def build_bert(config, words, tensors, head="words", every_token=False):
     """A Bert of tensors {name: tensor}, which it keeps. Raises ValueError for one that misfits."""
-    parts = {head}  # "words" is no part, and matches nothing
+    parts = {"classifier"} if head == "classifier" else set()
     for part in ("cls", "pooler", "classifier"):
         if any(f"{part}." in name for name in tensors):
             parts.add(part)

@@ -42,10 +42,14 @@ EXAMPLES = """examples:
   python train.py                               film reviews: minutes on a CPU
   python train.py --sparsity 0.9                a tenth stays; takes more steps
   python train.py --task rte --method finetune  dense BERT, to compare with
-  python train.py --train reviews.csv           a table of your own
 """
-TEXTS = {"usage": "python train.py [flags]", "epilog": EXAMPLES}
-TEXTS["description"] = "Learn which weights of a frozen BERT, or GPT-2, to keep."
+if data.tables.flags:  # extras/own.py is there
+    EXAMPLES += "  python train.py --train reviews.csv           a table of your own\n"
+TEXTS = {
+    "usage": "python train.py [flags]",
+    "description": "Learn which weights of a frozen BERT, or GPT-2, to keep.",
+    "epilog": EXAMPLES,
+}
 
 USUAL_SCHEDULE = {"bert": "cubic"}  # reference code: cubic for BERT, linear for RoBERTa
 
@@ -75,7 +79,7 @@ FLAGS = {
         "temperature": (positive, "p of SMP-S: larger values even the layers out"),
     },
     "length": {
-        "epochs": (positive, "passes over the training set"),
+        "epochs": (positive, "passes over the training set; by default at least 300 steps"),
         "steps": (count, "train for so many steps; overrides --epochs"),
         "batch": (count, "examples per step"),
         "length": (count, "longest input in tokens; longer ones are cut"),
@@ -101,7 +105,7 @@ FLAGS = {
 def flag_groups():
     """FLAGS, and those of extras/."""
     others = sorted(method_flags() - FLAGS[METHOD].keys())  # such as --ffn-share
-    others = dict.fromkeys(others, (positive, "only for some methods"))
+    others = dict.fromkeys(others, (positive, "of methods in extras/"))
     return FLAGS | {"your own table": data.tables.flags, "extras": others}
 
 
@@ -139,12 +143,12 @@ def recipe(given):
     usual |= {name: value for name, value in method.recipe.items() if value is not None}
     values = usual | given
     # What this method does not use is off, whatever the task says.
-    for name in method_flags() - takes(values):
+    for name in method_flags() - used_flags(values):
         values[name] = OFF.get(name)
 
     # Even the layers out while most weights stay (reference code; not in the paper).
     values.setdefault("temperature", 4.0 if 1 - values["sparsity"] >= 0.7 else 1.0)
-    # Small datasets train for least_steps by default, and evaluations are 10 steps apart.
+    # Small datasets train for least_steps by default, and evaluations are at least 10 steps apart.
     values["least_steps"] = 0 if "epochs" in given else least_steps(values["sparsity"])
     values["least_steps_per_eval"] = 1 if "evals" in given else 10
     changed = {name: value for name, value in given.items() if value != usual.get(name)}
@@ -152,10 +156,10 @@ def recipe(given):
     return values
 
 
-def takes(given):
+def used_flags(settings):
     """The method flags that have an effect with these settings."""
-    names = METHODS[given["method"]].recipe.keys()
-    return names | {"weight_lr"} if given["head"] == "classifier" else names
+    names = METHODS[settings["method"]].recipe.keys()
+    return names | {"weight_lr"} if settings["head"] == "classifier" else names
 
 
 def least_steps(sparsity):
@@ -183,7 +187,7 @@ def parse_args(argv):
 
     args = Namespace(**parsed | recipe(given))
     # A flag without effect would only mislead.
-    allowed = takes(vars(args))
+    allowed = used_flags(vars(args))
     for name in sorted(method_flags() & given.keys() - allowed):
         known = ", ".join(map(cli.flag, sorted(allowed)))
         parser.error(f"{cli.flag(name)}: {args.method} does not use it; its own flags are {known}")
@@ -388,7 +392,7 @@ def prepare(args, run):
     if "schedule" in method.recipe:
         facts["schedule"] = args.schedule or USUAL_SCHEDULE.get(model.config.model_type, "linear")
 
-    train, dev = sets.pop("train"), sets
+    train, dev = sets.pop("train"), sets  # dev: {split: Examples} of all others
     facts["density"] = 1 - args.sparsity
     if method.before:  # whole heads and neurons may go, or layers change, before training
         model, more = method.before(model, train, dev, args, device)
@@ -401,7 +405,7 @@ def prepare(args, run):
         compile_step(model, learner.masks)
 
     density = facts["density"]
-    machine = f"{parallel.processes()} x {device} in {facts['dtype']}: {why}"
+    machine = f"{parallel.processes()} x {device} in {facts['dtype']} ({why})"
     for line in opening(args, train, dev, total, density, machine):
         print(line)
     return Job(
@@ -506,7 +510,7 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
 
     own_step = None if job.teacher else job.task.step  # of a language model, see extras/lm.py
     forward_backward = (own_step or make_forward_backward)(job.model, learner, job.teacher)
-    if job.device.type == "cuda" and not args.eager:  # wrapped from outside, as by torch.compile
+    if job.device.type == "cuda" and not args.eager:  # replayed as a CUDA graph
         forward_backward = Recorded(forward_backward, learner.parameters())
 
     batches = data.training_batches(  # from the step that a resumed run has reached
@@ -625,6 +629,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.resume:  # a resumed run continues with the flags that it began with
         run = interrupted_run(args.resume)
+        print(f"{args.resume} continues after step {run.step}")
         args = parse_args(run.argv)
     else:
         run = Run(args.out, argv)

@@ -55,7 +55,7 @@ class Config:
     embd_pdrop: float = 0.1
     attn_pdrop: float = 0.1
     resid_pdrop: float = 0.1
-    model_type: str = "gpt2"  # not a number, and neither are the next two: see read_config
+    model_type: str = "gpt2"  # read_config sets this one and the next two
     heads_per_layer: tuple = ()  # only in a model that lost some, see model.Config
     neurons_per_layer: tuple = ()
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 MULTIPLE = 64  # of which V' is one, the number of words with the padding
-TOKENS = 4096  # so many tokens have logits at the same time
-NOTHING = -100  # the label of a token that predicts nothing
+CHUNK = 4096  # tokens that have logits at the same time
+IGNORED = -100  # the label of a token that predicts nothing
 
 
-def padded(words):
+def padded_vocabulary(words):
     """Embeddings [V, H] -> [V', H], and a bias [V'] that gives the padding a probability of 0."""
     more = -len(words) % MULTIPLE
     bias = F.pad(words.new_zeros(len(words)), (0, more), value=float("-inf"))
@@ -27,16 +27,16 @@ def padded(words):
 
 def token_logits(states, words):
     """Hidden states [..., H] and embeddings [V, H] -> logits [..., V]."""
-    return F.linear(states, *padded(words))[..., : len(words)]
+    return F.linear(states, *padded_vocabulary(words))[..., : len(words)]
 
 
 def softmax_loss(logits, labels):
     """Logits [N, V], labels [N] -> each token's loss [N], in float32, and its gradient [N, V]."""
-    labels = labels.clamp(min=0)[:, None]  # [N, 1]; for NOTHING any word will do: it counts nothing
+    labels = labels.clamp(min=0)[:, None]  # [N, 1]; for IGNORED any word will do: it counts nothing
     log_probabilities = logits.log_softmax(1, dtype=torch.float32)
     losses = -log_probabilities.gather(1, labels)
 
-    # The gradient is the probability of each word, but for the label probability - 1.
+    # The gradient is softmax(logits) - one_hot(label).
     gradient = torch.exp(log_probabilities, out=torch.empty_like(logits))  # rounds as it goes
     gradient.scatter_(1, labels, torch.expm1(-losses).to(gradient.dtype))
     return losses[:, 0], gradient
@@ -45,7 +45,7 @@ def softmax_loss(logits, labels):
 def token_loss(states, words, labels, softmax_loss=softmax_loss):
     """Mean cross-entropy of token_logits of states [N, H] with labels [N] -> [] in float32.
 
-    Tokens with the label NOTHING do not count. softmax_loss may be compiled.
+    Tokens with the label IGNORED do not count. softmax_loss may be compiled.
     """
     return TokenLoss.apply(states, words, labels, softmax_loss)
 
@@ -58,28 +58,30 @@ class TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, words, labels, softmax_loss):
-        words_padded, bias = padded(words)  # [V', H], [V']
-        counts = labels != NOTHING
+        padded, bias = padded_vocabulary(words)  # [V', H] and [V']
+        counts = labels != IGNORED
         share = (counts / counts.sum())[:, None]  # of each token in the mean [N, 1]
 
         loss = torch.zeros((), device=states.device)
-        of_states = torch.empty_like(states)
-        of_words = torch.zeros_like(words_padded)
-        for start in range(0, len(states), TOKENS):
-            part = slice(start, start + TOKENS)
-            logits = F.linear(states[part], words_padded, bias)  # [TOKENS, V']
+        grad_states = torch.empty_like(states)
+        grad_words = torch.zeros_like(padded) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(states), CHUNK):
+            part = slice(start, start + CHUNK)
+            logits = F.linear(states[part], padded, bias)  # [CHUNK, V']
             losses, gradient = softmax_loss(logits, labels[part])
             loss += (losses * share[part, 0]).sum()
 
-            # Scaling the small factors [TOKENS, H] costs less than scaling the gradient.
-            of_states[part] = (gradient @ words_padded) * share[part]
-            if ctx.needs_input_grad[1]:
-                of_words.addmm_(gradient.T, (states[part] * share[part]).to(words.dtype))
-        ctx.save_for_backward(of_states, of_words[: len(words)])
+            # Scaling the small factors [CHUNK, H] costs less than scaling the gradient.
+            grad_states[part] = (gradient @ padded) * share[part]
+            if grad_words is not None:
+                grad_words.addmm_(gradient.T, (states[part] * share[part]).to(words.dtype))
+        ctx.save_for_backward(grad_states, grad_words)
+        ctx.count = len(words)
         return loss
 
     @staticmethod
     def backward(ctx, scale):
-        of_states, of_words = ctx.saved_tensors
-        of_words = of_words * scale if ctx.needs_input_grad[1] else None
-        return of_states * scale, of_words, None, None
+        grad_states, grad_words = ctx.saved_tensors
+        if grad_words is not None:
+            grad_words = grad_words[: ctx.count] * scale
+        return grad_states * scale, grad_words, None, None

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from data import TASKS, Examples, Task
 from extras.glue import fetch_file, fetch_zip
 from extras.gpt2 import load_gpt2
-from extras.head import NOTHING
+from extras.head import IGNORED
 from plumbing import fetch
 from plumbing.checkpoints import encode_texts, open_tokenizer, read_model
 from plumbing.cli import printable
@@ -48,7 +48,7 @@ END = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Blocks(Examples):
-    """N blocks of S tokens. The label of each token is the next one, NOTHING at the end of a block.
+    """N blocks of S tokens. The label of each token is the next one, IGNORED at the end of a block.
 
     ids and labels are [N, S].
     """
@@ -59,7 +59,7 @@ class Blocks(Examples):
     @classmethod
     def of(cls, ids, tokens_per_word):
         """Make Blocks from ids [N, S]. The labels follow from them."""
-        labels = np.full_like(ids, NOTHING)
+        labels = np.full_like(ids, IGNORED)
         labels[:, :-1] = ids[:, 1:]
         return cls(ids, np.zeros((len(ids), 1), np.int32), labels, ids.shape[1], tokens_per_word)
 

@@ -1,7 +1,7 @@
 """Masked language modelling: pretrain a BERT on text of your own, and prune it afterwards.
 
 In each block of a text, a fifth of the tokens becomes [MASK], and the model guesses them. Which
-ones is drawn anew each time. Devlin et al. 2019 mask 15 %, and leave or replace some of these.
+ones is drawn anew for each batch. Devlin et al. 2019 mask 15 %, and leave or replace some of these.
 Larger shares, always masked, are no worse (Wettig et al., EACL 2023), and give more to guess.
 
     python -m tools.fresh FOLDER --kind bert --text mine/mlm/train.txt --vocabulary 16384

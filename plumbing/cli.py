@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -107,6 +108,13 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message.removeprefix("argument "))
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Breaks no name at its hyphens, so that it can be copied."""
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
 YES_OR_NO = argparse.BooleanOptionalAction  # --dropout and --no-dropout
 
 
@@ -119,7 +127,7 @@ def grouped_parser(groups, defaults=None, shown=None, **texts):
     if shown:
         every = {name: flag for flags in groups.values() for name, flag in flags.items()}
         groups = {"flags": {name: every[name] for name in shown.split() if name in every}}
-    formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=80)
+    formatter = partial(HelpFormatter, max_help_position=28, width=80)
     parser = Parser(formatter_class=formatter, add_help=False, **texts)
     add = partial(parser.add_argument, action="store_const", dest="help")
     add("-h", "--help", const="short", help="these flags, with the defaults of --task and --method")
@@ -203,14 +211,14 @@ def show(metrics):
     return printable(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
-def shaded_table(title, columns):
-    """{name: [value of each layer]}, from 0 to 1 -> lines: a row per layer, and the means below.
+def shaded_table(columns):
+    """{name: [density of each layer]} -> lines: a row per layer, and the means below.
 
-    Each value has a bar beside it, darker for larger values.
+    Each density has a bar beside it, darker for larger ones.
     """
     table = np.column_stack(list(columns.values()))  # [layers, columns]
     names = [name.replace("_", " ").replace("intermediate", "intermed.") for name in columns]
-    lines = [table_row(title, names)]
+    lines = [table_row("density", names)]
     for i, row in enumerate(table):
         lines.append(table_row(f"layer {i}", [f"{shade(x, table, 5)} {x:.3f}" for x in row]))
     return [*lines, table_row("all", [f"{mean:.4f}" for mean in table.mean(0)])]

@@ -36,7 +36,7 @@ class Recorded:
     def __init__(self, function, parameters):
         self.function = function
         self.parameters = list(parameters)
-        self.gradients = []  # the tensors of the first graph, where the others leave theirs too
+        self.gradients = []  # the first graph's own tensors; later graphs copy theirs into them
         self.graphs = {}  # kind of arguments -> (graph, its static arguments, its result)
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream()
@@ -52,14 +52,11 @@ class Recorded:
             if isinstance(argument, torch.Tensor):
                 static.copy_(argument)
 
-        # A gradient from an earlier part of this step is in the tensor that the replay overwrites.
-        pairs = list(zip(self.parameters, self.gradients, strict=True))
-        for p, gradient in pairs:
-            if p.grad is gradient:
-                p.grad = gradient.clone()
+        # The replay overwrites the gradients of an earlier part of this step.
+        earlier = [None if p.grad is None else p.grad.clone() for p in self.parameters]
         graph.replay()
-        for p, gradient in pairs:
-            p.grad = gradient if p.grad is None else p.grad + gradient
+        for p, gradient, before in zip(self.parameters, self.gradients, earlier, strict=True):
+            p.grad = gradient if before is None else before + gradient
         return result.clone()
 
     def record(self, arguments):
@@ -100,12 +97,13 @@ def dropout(x, p):
     On AMD's CPUs, torch draws a number for each element, one after the other. That was a fifth of a
     step. Here each number of 64 bits does for four elements.
     """
-    if not x.is_cpu or p in (0, 1) or torch.compiler.is_compiling():
+    threshold = round(p * 2**16)  # of 16 bits: p is met to 2^-17
+    if not x.is_cpu or threshold in (0, 2**16) or torch.compiler.is_compiling():
         return F.dropout(x, p)
     draws = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-    # As 16 bits each, from -2^15 to 2^15 - 1. So p is met to 2^-17.
+    # As 16 bits each, from -2^15 to 2^15 - 1.
     draws = draws.view(torch.int16)[: x.numel()].view(x.shape)
-    kept = draws >= round(p * 2**16) - 2**15
+    kept = draws >= threshold - 2**15
     return x * (kept.to(x.dtype) / (1 - p))
 
 

@@ -16,7 +16,7 @@ OPENING = """\
 on {machine}"""
 KEPT = "kept   {kept:,} of {prunable:,} weights: density {density:.6f}"
 REACHED = "the training mask keeps a share of {reached:.4f}, for a sparsity of {sparsity:.4g}"
-FROZEN = "frozen weights are bit-identical to those of {model} ({fingerprint:.12})"
+FROZEN = "no frozen weight has moved; the backbone is {model} ({fingerprint:.12})"
 GUESSING = (
     "the model only guesses: the commonest answer alone has accuracy {:.4f}. "
     "Train longer (--steps), or remove less (--sparsity)"
@@ -53,9 +53,9 @@ def summary(result, folder, files, labels):
     """
     yield f"final  dev {show(result['final'])}"
     best = result["best"]
-    yield f"best   dev {show(best['dev'])} at step {best['step']}, chosen on dev at this density"
+    yield f"best   dev {show(best['dev'])} at step {best['step']}, of those at this density"
     if "kept" in result:  # it has a mask
-        yield from shaded_table("density", result["densities"])
+        yield from shaded_table(result["densities"])
         yield KEPT.format(**result)
         if abs(result["reached"] + result["sparsity"] - 1) > 0.01:  # it is not 1 - sparsity
             yield REACHED.format(**result)

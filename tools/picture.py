@@ -245,7 +245,7 @@ def main(argv=None):
         lines = [args.out]
     else:
         heads = head_densities(groups, first.masks, first.model.config.layers[0][0])
-        lines = shaded_table("density", found) + head_map(heads)
+        lines = shaded_table(found) + head_map(heads)
     for line in lines:
         print(line)
 

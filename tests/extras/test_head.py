@@ -7,7 +7,7 @@ from torch.func import functional_call
 
 import train
 from extras import head, lm
-from extras.head import NOTHING, padded, token_logits, token_loss
+from extras.head import IGNORED, padded_vocabulary, token_logits, token_loss
 from mask import METHODS
 
 WORDS, WIDTH = 101, 8  # not a multiple of 64
@@ -15,14 +15,14 @@ WORDS, WIDTH = 101, 8  # not a multiple of 64
 
 @pytest.fixture
 def numbers():
-    """Hidden states of 30 tokens, the embeddings of a vocabulary, and labels, some of NOTHING."""
+    """Hidden states of 30 tokens, the embeddings of a vocabulary, and labels, some of IGNORED."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator).requires_grad_()
 
     labels = torch.randint(WORDS, (30,), generator=generator)
-    labels[::5] = NOTHING
+    labels[::5] = IGNORED
     return draw(30, WIDTH), draw(WORDS, WIDTH), labels
 
 
@@ -32,7 +32,7 @@ def gradients(loss, tensors):
 
 @pytest.mark.parametrize("tokens", [4, 7, 30, 4096])  # at the same time
 def test_loss_and_gradients_are_those_of_all_logits(numbers, tokens, monkeypatch):
-    monkeypatch.setattr(head, "TOKENS", tokens)
+    monkeypatch.setattr(head, "CHUNK", tokens)
     *tensors, labels = numbers
     loss = token_loss(*tensors, labels)
     expected = F.cross_entropy(F.linear(*tensors), labels)
@@ -73,18 +73,18 @@ def test_padding_is_never_seen_and_never_likely(count):
     words = torch.rand(count, WIDTH, generator=generator)  # all logits are below the padding's 0
     logits = token_logits(states, words)
     assert torch.allclose(logits, states @ words.T, atol=1e-6)
-    words, bias = padded(words)
+    words, bias = padded_vocabulary(words)
     assert len(words) == len(bias) == 64 * (1 + (count > 64))
     assert (F.linear(states, words, bias).softmax(-1)[..., count:] == 0).all()
 
 
 def test_a_language_model_computes_the_loss_of_its_logits(make_gpt2, monkeypatch):
     """And its step has the gradients of train.py's."""
-    monkeypatch.setattr(head, "TOKENS", 10)
+    monkeypatch.setattr(head, "CHUNK", 10)
     model, _ = lm.load(make_gpt2(), 8, "words")
     model.eval().requires_grad_(False)
     ids = torch.arange(24).view(3, 8) % model.config.vocab_size
-    labels = F.pad(ids[:, 1:], (0, 1), value=NOTHING)
+    labels = F.pad(ids[:, 1:], (0, 1), value=IGNORED)
     inputs = torch.stack([ids, ids * 0, ids * 0 + 1])
     learner = train.Learner(model, METHODS["smp-s"], torch.float32)
     for scores in learner.masks.scores.values():

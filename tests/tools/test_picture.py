@@ -43,7 +43,7 @@ def test_density_of_matrices_and_heads(masks):
 
 
 def test_maps_fit_the_terminal(masks):
-    lines = shaded_table("density", eval_.densities(GROUPS, masks))
+    lines = shaded_table(eval_.densities(GROUPS, masks))
     assert all(len(line) <= 80 for line in lines) and lines[0].split()[:3] == [
         "density",
         "query",
@@ -54,9 +54,9 @@ def test_maps_fit_the_terminal(masks):
     (row,) = picture.head_map(np.full((1, 16), 0.5))[1:]
     assert len(row) <= 80 and row.count("░50") == 16  # all alike
     assert picture.head_map(np.zeros((1, 2)))[1].split() == ["layer", "0", "0", "0"]
-    lines = shaded_table("density", {"a": [0.42, 0.46, 0.5, 0.54]})
+    lines = shaded_table({"a": [0.42, 0.46, 0.5, 0.54]})
     assert [line.split()[2] for line in lines[1:-1]] == ["░" * 5, "▒" * 5, "▓" * 5, "█" * 5]
-    lines = shaded_table("density", {"a": [0.5, 0.501]})
+    lines = shaded_table({"a": [0.5, 0.501]})
     assert [line.split()[2] for line in lines[1:-1]] == ["░" * 5] * 2  # all alike
 
 
