@@ -26,24 +26,32 @@ from plumbing.files import check_digest, split_lines, write_whole
 def f1(predicted, true):
     """F1 of class 1, of more than two classes their mean (macro). 0 without a true positive."""
     classes = np.union1d(predicted, true)
+    if classes.max() <= 1:  # no more than two
+        classes = [1]
     scores = []
-    for c in classes if classes.max() > 1 else [1]:
-        # Twice the true positives, over all that were found and all that are there.
-        found, real = predicted == c, true == c
-        scores.append(2 * (found & real).sum() / max(found.sum() + real.sum(), 1))
+    for c in classes:
+        found = predicted == c
+        real = true == c
+        hits = (found & real).sum()  # true positives
+        # 2 / (1 / precision + 1 / recall), where precision = hits / found, recall = hits / real.
+        total = found.sum() + real.sum()
+        scores.append(2 * hits / max(total, 1))
     return float(np.mean(scores))
 
 
 def correlation(predicted, true):
     """Pearson's r of [N] and [N], or of rows [C, N] together. It is 0 when one side is constant."""
-    p, t = predicted.astype(np.float64), true.astype(np.float64)
+    p = predicted.astype(np.float64)
+    t = true.astype(np.float64)
     # Exact: deviations from a rounded mean would not be 0.
     if not np.ptp(p, -1).any() or not np.ptp(t, -1).any():
         return 0.0
-    # The sum of products of deviations, over the square root of the product of their squares.
+    # From here on, deviations from the mean.
     p -= p.mean(-1, keepdims=True)
     t -= t.mean(-1, keepdims=True)
-    return float((p * t).sum() / np.sqrt((p * p).sum() * (t * t).sum()))
+    covariance = (p * t).sum()  # N times it, which cancels out
+    variances = (p * p).sum() * (t * t).sum()
+    return float(covariance / np.sqrt(variances))
 
 
 def mcc(predicted, true):
@@ -90,6 +98,11 @@ TASKS |= {
 
 URL = "https://dl.fbaipublicfiles.com/glue/data"
 LARGEST = 1 << 30  # most bytes of a split, unzipped
+# What zipfile raises for an archive that is broken, or lacks a file.
+BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, OSError)
+# MRPC's two files, below or beside URL.
+MRPC_DEV_IDS = "mrpc_dev_ids.tsv"
+MRPC_TEXT = "../../senteval/senteval_data/msr_paraphrase_train.txt"
 
 # GLUE's archives, and the MD5 of each file that must be in them.
 GLUE = {
@@ -152,7 +165,8 @@ def fill_checked(folder, files, sums):
 
 def fetch_file(url, path, md5, remedy):
     """Download a file with a known MD5."""
-    fill_checked(path.parent, {path.name: download(url, remedy)}, {path.name: md5})
+    content = download(url, remedy)
+    fill_checked(path.parent, {path.name: content}, {path.name: md5})
 
 
 def fetch_zip(url, folder, sums, remedy):
@@ -166,10 +180,11 @@ def fetch_zip(url, folder, sums, remedy):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             for name in sums:
                 member = f"{folder.name}/{name}"
-                if archive.getinfo(member).file_size > LARGEST:  # never more than it says is read
+                size = archive.getinfo(member).file_size  # no more than that will be read
+                if size > LARGEST:
                     raise zipfile.BadZipFile(f"{name} would take more than a gibibyte")
                 files[name] = archive.read(member)
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, OSError) as error:
+    except BROKEN as error:
         raise ValueError(f"{url} is not the archive of {folder.name} ({error}); not kept") from None
     fill_checked(folder, files, sums)
 
@@ -179,18 +194,21 @@ def assemble_mrpc(base, remedy):
 
     mrpc_dev_ids.tsv lists the pairs of ids that make the dev set, out of the training file.
     """
-    rows = []
-    for place in ("mrpc_dev_ids.tsv", "../../senteval/senteval_data/msr_paraphrase_train.txt"):
-        text = download(urljoin(f"{base}/", place), remedy).decode("utf-8")
-        rows.append([line.strip().split("\t") for line in split_lines(text)])
-    dev_ids, pairs = rows
+    root = f"{base}/"
+    dev_ids = download_lines(urljoin(root, MRPC_DEV_IDS), remedy)  # such as "7\t8"
+    lines = download_lines(urljoin(root, MRPC_TEXT), remedy)
+    train, dev = lines[:1], lines[:1]  # each with the header
+    for line in lines[1:]:
+        ids = "\t".join(line.split("\t")[1:3])  # "label\t7\t8\ttext\ttext" -> "7\t8"
+        part = dev if ids in dev_ids else train
+        part.append(line)
+    return {"train.tsv": join(train), "dev.tsv": join(dev)}
 
-    train, dev = [pairs[0]], [pairs[0]]  # each with the header
-    for row in pairs[1:]:
-        part = dev if row[1:3] in dev_ids else train
-        part.append(row)
-    parts = {"train.tsv": train, "dev.tsv": dev}
-    return {name: join("\t".join(row) for row in part) for name, part in parts.items()}
+
+def download_lines(url, remedy):
+    """Download a text -> its lines, without white space around them."""
+    text = download(url, remedy).decode("utf-8")
+    return [line.strip() for line in split_lines(text)]
 
 
 # --- the test server ------------------------------------------------------------------------------
@@ -208,31 +226,41 @@ def predict(path, run, loaded, logits_of):
     Each row keeps the index that it has in the file. Without such a column, rows count from 0.
     """
     task = loaded.task
-    text = TEST_TEXT.get(task.folder, task.text)
-    header = next(read_cells(path), [])
-    index = [name for name in INDEX if name in header][:1]
-    rows = [cells for _, cells in read_columns(path, [*text, *index])]
-    texts = [tuple(cells[: len(text)]) for cells in rows]
-
-    logits = logits_of(encode(texts, [0] * len(texts), loaded.tokenizer))  # [N, C]
+    texts, index = read_test_file(path, task)
+    no_labels = [0] * len(texts)
+    logits = logits_of(encode(texts, no_labels, loaded.tokenizer))  # [N, C]
     if len(task.words) > 1:
         labels = list(task.words)  # in class order
-        predicted = [labels[number] for number in logits.argmax(1).tolist()]
+        answers = [labels[number] for number in logits.argmax(1).tolist()]
     else:
-        predicted = [f"{score:.3f}" for score in logits[:, 0].clip(*task.scores).tolist()]
+        scores = logits[:, 0].clip(*task.scores)
+        answers = [f"{score:.3f}" for score in scores.tolist()]
 
     lines = ["index\tprediction"]
-    for number, answer in enumerate(predicted):
-        lines.append(f"{rows[number][-1] if index else number}\t{answer}")
+    for number, answer in zip(index, answers, strict=True):
+        lines.append(f"{number}\t{answer}")
     name = task.folder
     if name == "MNLI":
         name = MNLI_FILES.get(path.stem, name)
     write_beside(run, f"{name}.tsv", join(lines))
 
 
+def read_test_file(path, task):
+    """-> the N texts of a test file as tuples, and the index of each row, see predict."""
+    text = TEST_TEXT.get(task.folder, task.text)
+    header = next(read_cells(path), [])
+    own = [name for name in INDEX if name in header][:1]  # the column with the index, if any
+    texts, index = [], []
+    for number, (_, cells) in enumerate(read_columns(path, [*text, *own])):
+        texts.append(tuple(cells[: len(text)]))
+        index.append(cells[-1] if own else number)
+    return texts, index
+
+
 def write_beside(run, name, content):
     """Write a file into the folder of a run, or beside its mask file, and print where it is."""
-    path = (run if run.is_dir() else run.parent) / name
+    folder = run if run.is_dir() else run.parent
+    path = folder / name
     write_whole(path, content)
     print(path)
 

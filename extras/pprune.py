@@ -15,7 +15,8 @@ them to the outputs. Here they are taken before fine-tuning, and used as they ar
 
 import math
 import statistics
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from data import collate
-from mask import METHODS, Method
+from mask import METHODS, Method, whole_counts
 from plumbing import parallel
 from plumbing.progress import progress
 
@@ -43,6 +44,34 @@ def modules(model):
     return found
 
 
+@contextmanager
+def watched(model, device, watch):
+    """Put the model on a device, without dropout. watch(module, inputs) sees what its units do.
+
+    It is called before each module that reads units: the attention's output projection, which reads
+    heads [..., heads * D], and the second feed-forward matrix, which reads neurons [..., neurons].
+    Yields these modules, first those that read heads, layer by layer, then the others. At the end
+    the model is back on the CPU, in training mode.
+    """
+    groups = modules(model)
+    readers = groups["attn_output"] + groups["output"]
+    hooks = [reader.register_forward_pre_hook(watch) for reader in readers]
+    model.eval().to(device)
+    yield readers
+    for hook in hooks:
+        hook.remove()
+    model.train().to("cpu")
+
+
+def draw_inputs(examples, rng):
+    """Draw INPUTS rows of the examples, or all if there are fewer -> row numbers [N].
+
+    They are sorted by length, so that a batch needs little padding.
+    """
+    rows = rng.permutation(len(examples))[:INPUTS]
+    return np.array(sorted(rows, key=lambda row: len(examples.ids[row])))
+
+
 def draw_tokens(examples, seed, tokens=TOKENS):
     """Draw T tokens of random inputs, never padding.
 
@@ -50,19 +79,20 @@ def draw_tokens(examples, seed, tokens=TOKENS):
     below N [T], and its position there [T].
     """
     rng = np.random.default_rng(seed)
-    rows = rng.permutation(len(examples))[:INPUTS]
+    rows = draw_inputs(examples, rng)
     lengths = np.array([len(examples.ids[row]) for row in rows])
-    order = lengths.argsort(kind="stable")  # so that a batch needs little padding
-    rows = rows[order]
-    lengths = lengths[order]
 
     # Number the tokens of all inputs in a row, and draw from these numbers.
-    ends = lengths.cumsum()
-    drawn = rng.choice(ends[-1], min(tokens, ends[-1]), replace=False)
+    ends = lengths.cumsum()  # the number after each input's last token
+    total = ends[-1]
+    drawn = rng.choice(total, min(tokens, total), replace=False)
     drawn.sort()
     owner = np.searchsorted(ends, drawn, side="right")  # the input of each token
-    position = drawn - (ends - lengths)[owner]
-    needed, owner = np.unique(owner, return_inverse=True)  # leave out inputs without a token
+    starts = ends - lengths
+    position = drawn - starts[owner]
+
+    # Leave out the inputs without a drawn token, and number the others anew.
+    needed, owner = np.unique(owner, return_inverse=True)
     return rows[needed], owner, position
 
 
@@ -75,29 +105,28 @@ def activations(model, examples, device, seed, tokens=TOKENS):
     if they are not finite.
     """
     rows, owner, position = draw_tokens(examples, seed, tokens)
-    groups = modules(model)
-    projections = groups["attn_output"] + groups["output"]
-    parts = {projection: [] for projection in projections}
+    parts = defaultdict(list)  # {module: [its input at the drawn tokens of each batch]}
 
     def watch(module, inputs):
+        # All tokens would take gigabytes. The loop below sets index anew for each batch.
         flat = inputs[0].flatten(0, -2)  # [B, S, units] -> [B * S, units]
-        parts[module].append(flat[at].float().cpu())  # all tokens would take gigabytes
+        parts[module].append(flat[index].float().cpu())
 
-    hooks = [projection.register_forward_pre_hook(watch) for projection in projections]
-    model.eval().to(device)
-    for start in progress(range(0, len(rows), BATCH), "reading activations"):
-        inputs, _ = collate(examples, rows[start : start + BATCH], device)
-        here = (owner >= start) & (owner < start + BATCH)
-        at = (owner[here] - start) * inputs.shape[2] + position[here]  # in [B * S]
-        at = torch.from_numpy(at).to(device)
-        model.states(*inputs)
-    for hook in hooks:
-        hook.remove()
-    model.train().to("cpu")
+    with watched(model, device, watch) as readers:
+        for start in progress(range(0, len(rows), BATCH), "reading activations"):
+            inputs, _ = collate(examples, rows[start : start + BATCH], device)  # [3, B, S]
+            # Where the drawn tokens of this batch stand in [B * S].
+            here = (owner >= start) & (owner < start + BATCH)
+            index = (owner[here] - start) * inputs.shape[2] + position[here]
+            index = torch.from_numpy(index).to(device)
+            model.states(*inputs)
 
-    found = [torch.cat(part) for part in parts.values()]
-    if not all(x.isfinite().all() for x in found):
-        raise ValueError("--model: its activations are not finite, so they cannot be compared")
+    found = []
+    for reader in readers:
+        x = torch.cat(parts[reader])  # [T, units]
+        if not x.isfinite().all():
+            raise ValueError("--model: its activations are not finite, so they cannot be compared")
+        found.append(x)
     layers = len(model.config.layers)
     return found[:layers], found[layers:]
 
@@ -106,36 +135,31 @@ def fisher(model, examples, device, seed):
     """How much the loss would feel the removal of each unit -> per layer heads [n], neurons [n].
 
     A gate of 1 on a unit has the gradient g, summed over an input's tokens. Its Fisher information
-    is the mean of g^2 over inputs.
+    is the mean of g^2 over inputs. This returns sums, which rank alike.
     """
-    rows = np.random.default_rng(seed).permutation(len(examples))[:INPUTS]
-    rows = sorted(rows, key=lambda row: len(examples.ids[row]))  # so that batches need less padding
-    groups = modules(model)
-    projections = groups["attn_output"] + groups["output"]
+    rows = draw_inputs(examples, np.random.default_rng(seed))
     heads, neurons = zip(*model.config.layers, strict=True)
-    counts = heads + neurons  # the units of each projection
+    counts = heads + neurons  # the units that each module reads
+    sums = [0.0] * len(counts)
     seen = {}
 
     def watch(module, inputs):
         inputs[0].retain_grad()
         seen[module] = inputs[0]
 
-    hooks = [projection.register_forward_pre_hook(watch) for projection in projections]
-    model.eval().to(device)
-    sums = [0.0] * len(projections)
-    for start in progress(range(0, len(rows), BATCH), "reading gradients"):
-        inputs, labels = collate(examples, rows[start : start + BATCH], device)
-        summed_loss(model(*inputs), labels).backward()
-        for i, projection in enumerate(projections):
-            x = seen[projection]  # [B * S, units * D], where a neuron has D = 1
-            by_unit = x.detach() * x.grad  # detached, or the sums would keep every graph alive
-            by_unit = by_unit.view(len(labels), -1, counts[i], x.shape[-1] // counts[i])
-            gates = by_unit.sum((1, 3))  # [B, units]
-            sums[i] = sums[i] + gates.square().sum(0).cpu()
-        model.zero_grad()
-    for hook in hooks:
-        hook.remove()
-    model.train().to("cpu")
+    with watched(model, device, watch) as readers:
+        for start in progress(range(0, len(rows), BATCH), "reading gradients"):
+            inputs, labels = collate(examples, rows[start : start + BATCH], device)
+            summed_loss(model(*inputs), labels).backward()
+            for i, reader in enumerate(readers):
+                # The gradient of a gate is the sum of x * dL/dx over what it multiplies.
+                x = seen[reader]  # [B * S, units * D], where a neuron has D = 1
+                products = x.detach() * x.grad  # detached, or the sums would keep every graph
+                size = x.shape[-1] // counts[i]  # D
+                products = products.view(len(labels), -1, counts[i], size)  # [B, S, units, D]
+                gates = products.sum((1, 3))  # [B, units]
+                sums[i] = sums[i] + gates.square().sum(0).cpu()
+            model.zero_grad()
     return sums[: len(heads)], sums[len(heads) :]
 
 
@@ -168,7 +192,9 @@ def head_distances(x, heads):
     distances = torch.empty(heads, heads)
     for a in range(heads):
         for b in range(a, heads):
-            distances[a, b] = distances[b, a] = 1 - matched(blocks[a, b].clone())
+            distance = 1 - matched(blocks[a, b].clone())
+            distances[a, b] = distance
+            distances[b, a] = distance
     return distances
 
 
@@ -178,78 +204,78 @@ def matched(similarity):
     similarity [D, D] is overwritten. The matching is greedy: each time, the most similar two of the
     dimensions that are left.
     """
+    size = len(similarity)  # D
     taken = []
-    for _ in range(len(similarity)):
-        at = int(similarity.argmax())
-        row, column = divmod(at, len(similarity))
+    for _ in range(size):
+        index = int(similarity.argmax())  # in [D * D]
+        row, column = divmod(index, size)
         taken.append(similarity[row, column].item())
         similarity[row] = -1  # less than any |cos|
         similarity[:, column] = -1
-    return sum(taken) / len(taken)
+    return sum(taken) / size
 
 
 # --- clusters -------------------------------------------------------------------------------------
 
 
 def merges(distances):
-    """Complete-linkage clustering of n units -> n - 1 merges (height, a, b).
+    """Complete-linkage clustering of n units -> n - 1 merges (height, a, b), a dendrogram.
 
     distances [n, n]: a row is the profile of a unit. Two profiles are as far apart as their largest
-    difference (Chebyshev). In a merge the cluster of unit a joins that of unit b. Heights are not
-    in order. The algorithm is the nearest-neighbour chain, which takes n^2 steps.
+    difference (Chebyshev). In a merge the cluster of unit a joins that of unit b. A merge comes
+    after those that made its two clusters, but heights are not in order. The algorithm is the
+    nearest-neighbour chain (Murtagh 1983), which takes n^2 steps.
     """
     n = len(distances)
     apart = np.full((n, n), np.inf, dtype=np.float32)  # stays infinite on the diagonal
-    # pdist gives the pairs above the diagonal, row by row.
+    # pdist gives the pairs above the diagonal, row by row. Then mirror them.
     apart[np.triu_indices(n, 1)] = torch.pdist(distances.float(), p=math.inf).numpy()
     apart = np.minimum(apart, apart.T)
 
     alive = np.ones(n, dtype=bool)
     chain = []  # clusters, each the nearest neighbour of the one before
-    found = []
-    while len(found) < n - 1:
-        if not chain:
-            chain.append(int(alive.argmax()))  # any cluster will do
-        # Go to the nearest neighbour, until two clusters are nearest to each other.
-        a = chain[-1]
-        b = int(apart[a].argmin())
-        mutual = len(chain) > 1 and apart[a, chain[-2]] <= apart[a, b]
-        if not mutual:
-            chain.append(b)
+    dendrogram = []
+    while len(dendrogram) < n - 1:
+        a = chain.pop() if chain else int(alive.argmax())  # any cluster may begin
+        nearest = int(apart[a].argmin())
+        # In a tie the one before wins, or the chain might go round in circles.
+        if not chain or apart[a, nearest] < apart[a, chain[-1]]:
+            chain += [a, nearest]
             continue
 
-        # Merge a into b. Between clusters, the farthest members count (complete linkage).
-        b = chain[-2]
-        del chain[-2:]
-        found.append((float(apart[a, b]), a, b))
-        apart[b] = apart[:, b] = np.maximum(apart[a], apart[b])
-        apart[a] = apart[:, a] = np.inf
+        # a and the one before it are nearest to each other: merge a into b.
+        b = chain.pop()
+        dendrogram.append((float(apart[a, b]), a, b))
+        farthest = np.maximum(apart[a], apart[b])  # of the members: complete linkage
+        apart[b] = farthest
+        apart[:, b] = farthest
+        apart[a] = np.inf
+        apart[:, a] = np.inf
         alive[a] = False
-    return found
+    return dendrogram
 
 
-def clusters(n, found, threshold):
+def clusters(n, dendrogram, threshold):
     """Apply the merges of units 0 to n - 1 up to a height -> the clusters, lists of units."""
-    together = {unit: [unit] for unit in range(n)}
-    owner = list(range(n))  # the cluster of each unit
-    for height, a, b in found:
-        if height <= threshold and owner[a] != owner[b]:
-            moved = together.pop(owner[a])
-            together[owner[b]] += moved
-            for unit in moved:
-                owner[unit] = owner[b]
-    return [sorted(units) for units in together.values()]
+    members = {unit: [unit] for unit in range(n)}
+    for height, a, b in dendrogram:
+        # What made these two clusters is not higher (complete linkage), so it is applied already.
+        if height <= threshold:
+            members[b] += members.pop(a)
+    return [sorted(units) for units in members.values()]
 
 
-def lowest_threshold(layers, keep):
-    """The lowest height up to which merging leaves at most `keep` clusters in all.
-
-    layers: the merges of each layer.
-    """
-    heights = sorted(height for found in layers for height, _, _ in found)
-    # n units take n - 1 merges, so there are len(heights) + len(layers) units in all.
-    surplus = len(heights) + len(layers) - keep
-    return heights[surplus - 1] if surplus > 0 else -1.0  # -1: below every height
+def lowest_threshold(dendrograms, keep):
+    """The lowest height up to which merging leaves at most `keep` clusters in all layers."""
+    heights = []
+    for dendrogram in dendrograms:
+        heights += [height for height, _, _ in dendrogram]
+    heights.sort()
+    units = len(heights) + len(dendrograms)  # n units of a layer take n - 1 merges
+    surplus = units - keep
+    if surplus <= 0:
+        return -1.0  # below every height
+    return heights[surplus - 1]
 
 
 def representatives(distances, strengths, keep):
@@ -257,13 +283,13 @@ def representatives(distances, strengths, keep):
 
     distances: per layer [n, n]. strengths: per layer the mean |activation| of each unit [n].
     """
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        layers = list(progress(pool.map(merges, distances), "clustering", total=len(distances)))
-    threshold = lowest_threshold(layers, keep)
+    dendrograms = [merges(layer) for layer in progress(distances, "clustering")]
+    threshold = lowest_threshold(dendrograms, keep)
     kept = []
-    for found, strength in zip(layers, strengths, strict=True):
-        groups = clusters(len(strength), found, threshold)
-        strongest = [max(units, key=strength.__getitem__) for units in groups]
+    for dendrogram, strength in zip(dendrograms, strengths, strict=True):
+        strongest = []
+        for units in clusters(len(strength), dendrogram, threshold):
+            strongest.append(max(units, key=strength.__getitem__))
         kept.append(torch.tensor(sorted(strongest)))
     return kept
 
@@ -276,35 +302,43 @@ def multiply_accumulates(config, tokens):
     width = config.hidden_size
     size = config.head_size
     # A head has four projections, scores and a mixture of values. A neuron has two vectors.
-    return 4 * tokens * width * size + 2 * tokens**2 * size, 2 * tokens * width
+    head = 4 * tokens * width * size + 2 * tokens**2 * size
+    neuron = 2 * tokens * width
+    return head, neuron
+
+
+def totals(config):
+    """-> [heads, neurons] of all layers together, an array."""
+    return np.array(config.layers).sum(0)
 
 
 def budget(config, tokens, sparsity, ffn_share):
     """-> how many heads and how many neurons may stay in all.
 
-    sparsity: the share of their multiply-accumulates that goes. ffn_share: how many the neurons
+    sparsity: the share of their multiply-accumulates to remove. ffn_share: how many the neurons
     lose for each one that the heads lose. Every layer keeps a head and a neuron. Raises ValueError
     that says what is possible.
     """
-    layers = np.array(config.layers)  # [L, 2]: heads and neurons
-    if (layers == 0).any():
+    if 0 in np.array(config.layers):
         raise ValueError(
             "--model: a layer of it has lost all its heads or neurons already; "
             "it takes --method finetune"
         )
-    counts = layers.sum(0)  # [2]
-    costs = np.array(multiply_accumulates(config, tokens))  # [2]
+    # All arrays are [2]: heads, neurons.
+    counts = totals(config)
+    costs = np.array(multiply_accumulates(config, tokens))
     whole = (counts * costs).sum()
-    parts = sparsity * np.array([1, ffn_share]) / (1 + ffn_share)  # the share that goes of each
-    most = (counts - len(layers)) * costs / whole  # what can go, as one unit per layer stays
+    parts = sparsity * np.array([1, ffn_share]) / (1 + ffn_share)  # shares of the whole to remove
+    removable = counts - len(config.layers)  # one unit per layer stays
+    most = removable * costs / whole
     if (parts > most).any():
         raise ValueError(
             f"--sparsity {sparsity:g} with --ffn-share {ffn_share:g} takes {parts[0]:.3f} of the "
             f"multiply-accumulates from heads and {parts[1]:.3f} from neurons, but {most[0]:.3f} "
             f"and {most[1]:.3f} can go at most: every layer keeps one head and one neuron"
         )
-    kept = (counts * costs - parts * whole) / costs + 1e-9  # 2.9999999 are three units
-    return [int(n) for n in kept]
+    kept = (counts * costs - parts * whole) / costs
+    return (kept + 1e-9).astype(int).tolist()  # 2.9999999 are three units
 
 
 def evenly(scores, keep):
@@ -312,14 +346,13 @@ def evenly(scores, keep):
 
     scores: per layer [n]. Every layer keeps one unit. The share is that of its other units.
     """
-    others = np.array([len(s) - 1 for s in scores])
-    wanted = 1 + others * (keep - len(scores)) / max(others.sum(), 1)  # with fractions
-    counts = np.floor(wanted + 1e-9).astype(int)
-    # What is missing after rounding down goes to the layers with the largest fractions.
-    largest = np.argsort(counts - wanted, kind="stable")
-    counts[largest[: keep - counts.sum()]] += 1
-    best = [s.topk(int(count)).indices for s, count in zip(scores, counts, strict=True)]
-    return [indices.sort().values for indices in best]
+    others = torch.tensor([len(s) - 1 for s in scores]).double()  # [L]
+    counts = 1 + others * (keep - len(scores)) / others.sum().clamp(min=1)  # with fractions
+    counts = whole_counts(counts[None], torch.tensor([[keep]]))[0]  # all layers are one group
+    kept = []
+    for s, count in zip(scores, counts.tolist(), strict=True):
+        kept.append(s.topk(count).indices.sort().values)
+    return kept
 
 
 def highest_overall(scores, keep):
@@ -327,66 +360,81 @@ def highest_overall(scores, keep):
 
     scores: per layer [n].
     """
-    scores = [s.clone() for s in scores]
-    for s in scores:
-        s[s.argmax()] = math.inf
-    layer = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
-    unit = torch.cat([torch.arange(len(s)) for s in scores])
-    best = torch.cat(scores).topk(keep).indices
-    return [unit[best][layer[best] == i].sort().values for i in range(len(scores))]
+    sizes = [len(s) for s in scores]
+    flat = torch.cat(scores)  # [units of all layers]
+    for layer in flat.split(sizes):  # views
+        layer[layer.argmax()] = math.inf  # stays in any case
+    kept = torch.zeros(len(flat), dtype=torch.bool)
+    kept[flat.topk(keep).indices] = True
+    return [mask.nonzero().flatten() for mask in kept.split(sizes)]
+
+
+def mean_activations(found, counts):
+    """Per layer x [T, n * D] and its number n of units -> per layer the mean |x| of a unit [n]."""
+    means = []
+    for x, n in zip(found, counts, strict=True):
+        by_unit = x.abs().mean(0).view(n, -1)  # [T, n * D] -> [n * D] -> [n, D]
+        means.append(by_unit.mean(1))
+    return means
 
 
 def choose(model, units, examples, keep, device, seed):
     """-> which heads stay, and which neurons: one tensor of indices per layer each.
 
-    units: "clusters", "fisher", "activation" (the strongest) or "random". The last two keep the
-    same share of each layer. keep: how many heads and how many neurons in all. Raises ValueError if
-    activations are not finite.
+    units: "clusters", "fisher", "activation" (the strongest) or "random". The last two keep about
+    the same share of each layer. keep: how many heads and how many neurons in all. Raises
+    ValueError if activations are not finite.
     """
     keep_heads, keep_neurons = keep
     heads, neurons = zip(*model.config.layers, strict=True)  # how many each layer has
     if units == "fisher":
-        scores = fisher(model, examples, device, seed)
-        return [highest_overall(s, kept) for s, kept in zip(scores, keep, strict=True)]
-    if units == "random":
-        drawn = torch.Generator().manual_seed(seed)
-        head_strengths = [torch.rand(n, generator=drawn) for n in heads]
-        neuron_strengths = [torch.rand(n, generator=drawn) for n in neurons]
+        head_scores, neuron_scores = fisher(model, examples, device, seed)
+    elif units == "random":
+        generator = torch.Generator().manual_seed(seed)
+        head_scores = torch.rand(sum(heads), generator=generator).split(heads)
+        neuron_scores = torch.rand(sum(neurons), generator=generator).split(neurons)
     else:
         of_heads, of_neurons = activations(model, examples, device, seed)
-        # [T, heads * D] -> [heads, D] -> [heads], and [T, neurons] -> [neurons].
-        means = [x.abs().mean(0) for x in of_heads]
-        head_strengths = [x.view(n, -1).mean(1) for x, n in zip(means, heads, strict=True)]
-        neuron_strengths = [x.abs().mean(0) for x in of_neurons]
-    if units != "clusters":
-        return [evenly(head_strengths, keep_heads), evenly(neuron_strengths, keep_neurons)]
+        head_scores = mean_activations(of_heads, heads)
+        neuron_scores = mean_activations(of_neurons, neurons)
 
-    head_apart = [head_distances(x, n) for x, n in zip(of_heads, heads, strict=True)]
-    neuron_apart = [neuron_distances(x) for x in of_neurons]
-    return [
-        representatives(head_apart, head_strengths, keep_heads),
-        representatives(neuron_apart, neuron_strengths, keep_neurons),
-    ]
+    if units == "clusters":
+        head_apart = [head_distances(x, n) for x, n in zip(of_heads, heads, strict=True)]
+        neuron_apart = [neuron_distances(x) for x in of_neurons]
+        return [
+            representatives(head_apart, head_scores, keep_heads),
+            representatives(neuron_apart, neuron_scores, keep_neurons),
+        ]
+    select = highest_overall if units == "fisher" else evenly
+    return [select(head_scores, keep_heads), select(neuron_scores, keep_neurons)]
 
 
 def shrink(model, heads, neurons):
-    """Make a new model with only these heads and neurons, a tensor of indices per layer each."""
+    """Make a new model that has only these heads and neurons.
+
+    heads, neurons: per layer the indices of those that stay [n].
+    """
     tensors = model.state_dict()
     names = {group: list(weights) for group, weights in model.prunable().items()}
     size = model.config.head_size  # D
     for i, (kept_heads, kept_neurons) in enumerate(zip(heads, neurons, strict=True)):
         rows = kept_heads[:, None] * size + torch.arange(size)  # [heads, D]
         rows = rows.flatten()  # [heads * D]
+
         # These matrices make the units: cut their rows, and their biases.
-        outputs = {"query": rows, "key": rows, "value": rows, "intermediate": kept_neurons}
-        for group, kept in outputs.items():
+        makers = {"query": rows, "key": rows, "value": rows, "intermediate": kept_neurons}
+        for group, kept in makers.items():
             weight = names[group][i]
-            for name in (weight, weight.removesuffix("weight") + "bias"):
-                tensors[name] = tensors[name][kept]
+            bias = weight.removesuffix("weight") + "bias"
+            tensors[weight] = tensors[weight][kept]
+            tensors[bias] = tensors[bias][kept]
+
         # These read the units: cut their columns.
-        for group, kept in {"attn_output": rows, "output": kept_neurons}.items():
+        readers = {"attn_output": rows, "output": kept_neurons}
+        for group, kept in readers.items():
             weight = names[group][i]
             tensors[weight] = tensors[weight][:, kept].contiguous()
+
     config = replace(
         model.config,
         heads_per_layer=tuple(map(len, heads)),
@@ -402,12 +450,18 @@ def prune(model, train, dev, args, device, units):
     Raises the ValueErrors of budget and choose.
     """
     parallel.require_one_process(f"--method {args.method}")
-    tokens = statistics.mean(len(ids) for examples in dev.values() for ids in examples.ids)
+    lengths = []
+    for examples in dev.values():
+        lengths += map(len, examples.ids)
+    tokens = statistics.mean(lengths)
+
     keep = budget(model.config, tokens, args.sparsity, args.ffn_share)
-    smaller = shrink(model, *choose(model, units, train, keep, device, args.seed))
+    kept = choose(model, units, train, keep, device, args.seed)
+    smaller = shrink(model, *kept)
+
     facts = facts_of(smaller, model, tokens)
-    heads, neurons = np.array(facts["layers"]).sum(0)
-    all_heads, all_neurons = np.array(facts["whole"]).sum(0)
+    heads, neurons = totals(smaller.config)
+    all_heads, all_neurons = totals(model.config)
     print(
         f"{heads} of {all_heads} heads and {neurons:,} of {all_neurons:,} neurons stay: "
         f"{facts['multiply_accumulates']:.4f} of the multiply-accumulates, "
@@ -419,8 +473,8 @@ def prune(model, train, dev, args, device, units):
 def facts_of(smaller, model, tokens):
     """Describe the units that stay, for result.json. Only heads and neurons count."""
     costs = multiply_accumulates(model.config, tokens)
-    after = np.array(smaller.config.layers).sum(0) @ costs
-    before = np.array(model.config.layers).sum(0) @ costs
+    after = totals(smaller.config) @ costs
+    before = totals(model.config) @ costs
     return {
         "layers": smaller.config.layers,
         "whole": model.config.layers,
@@ -432,8 +486,10 @@ def facts_of(smaller, model, tokens):
 
 def prunable_weights(model):
     """How many weights the model's prunable matrices have."""
-    groups = model.prunable().values()
-    return sum(weight.numel() for weights in groups for weight in weights.values())
+    total = 0
+    for weights in model.prunable().values():
+        total += sum(weight.numel() for weight in weights.values())
+    return total
 
 
 # ffn_share: how many multiply-accumulates neurons lose for each one that heads lose, see budget().

@@ -17,18 +17,31 @@ def smp_g(importance, sizes, density, scores, exact):
 
     Some matrices may lose nearly everything.
     """
-    every = torch.cat([s.flatten() for s in scores.values()])[None]  # [1, weights of the model]
-    total = (density * sizes.sum() * importance.shape[1]).long().to(every.device).view(1, 1)
-    cut = thresholds([every], total, exact)[0, 0]
-    at_least = torch.stack([(s >= cut).sum((1, 2)) for s in scores.values()])  # [G, L]
+    # One row of all scores, as if the model were a single matrix.
+    flat = [s.flatten() for s in scores.values()]
+    every = torch.cat(flat)[None]  # [1, weights of the model]
+    layers = importance.shape[1]
+    total = (density * sizes.sum() * layers).long().to(every.device)  # how many stay
+    cut = thresholds([every], total.view(1, 1), exact)[0, 0]
+    at_least = count(scores, lambda s: s >= cut)  # [G, L]
     if not exact:
         return at_least
 
-    above = torch.stack([(s > cut).sum((1, 2)) for s in scores.values()])
+    # The scores above the cut stay. Ties fill what room is left, matrix by matrix.
+    above = count(scores, lambda s: s > cut)
     ties = at_least - above
     earlier_ties = ties.flatten().cumsum(0).view_as(ties) - ties  # those of the matrices before
     room = total - above.sum() - earlier_ties
-    return above + room.clamp(min=0).minimum(ties)
+    filled = room.clamp(min=0).minimum(ties)
+    return above + filled
+
+
+def count(scores, passes):
+    """How many scores of each matrix pass a test -> [G, L]. passes: [L, out, in] -> bool."""
+    counts = []
+    for s in scores.values():
+        counts.append(passes(s).sum((1, 2)))
+    return torch.stack(counts)
 
 
 def above_threshold(importance, sizes, density, scores, exact, tau=0.1, least=0.0):
@@ -37,11 +50,13 @@ def above_threshold(importance, sizes, density, scores, exact, tau=0.1, least=0.
     least: the share of its weights that each matrix keeps in any case. exact: keep no more of them
     than SMP-G would.
     """
-    above = torch.stack([(torch.sigmoid(s) > tau).sum((1, 2)) for s in scores.values()])
-    above = above.maximum((least * sizes).long().to(above.device))
+    counts = count(scores, lambda s: torch.sigmoid(s) > tau)
+    floor = (least * sizes).long()  # [G, 1]
+    counts = counts.maximum(floor.to(counts.device))
     if exact:
-        return above.minimum(smp_g(importance, sizes, density, scores, exact))
-    return above
+        most = smp_g(importance, sizes, density, scores, exact)
+        counts = counts.minimum(most)
+    return counts
 
 
 # --- which ones: two more rankings ----------------------------------------------------------------
@@ -49,7 +64,10 @@ def above_threshold(importance, sizes, density, scores, exact, tau=0.1, least=0.
 
 def by_size(weights, scores):
     """smp-w: rank by |W| sigmoid(S), so that a small weight needs a higher score to stay."""
-    return {group: weights[group].abs() * torch.sigmoid(s) for group, s in scores.items()}
+    ranked = {}
+    for group, s in scores.items():
+        ranked[group] = weights[group].abs() * torch.sigmoid(s)
+    return ranked
 
 
 def two_of_four(weights, scores):
@@ -61,22 +79,26 @@ def two_of_four(weights, scores):
     """
     lifted = {}
     for group, s in scores.items():
-        if s.shape[2] % 4:
+        width = s.shape[2]
+        if width % 4:
             raise ValueError(
-                f"--method smp-2:4 needs rows of fours; those of {group} have {s.shape[2]} weights"
+                f"--method smp-2:4 needs rows of fours; those of {group} have {width} weights"
             )
         fours = s.detach().unflatten(2, (-1, 4))  # [L, out, in] -> [L, out, in / 4, 4]
         two = fours.topk(2, dim=3).indices
-        winners = torch.zeros_like(fours).scatter(3, two, 1.0).flatten(2)
-        lifted[group] = s + winners * (s.max() - s.min() + 1)  # each winner above all others
+        winners = torch.zeros_like(fours).scatter(3, two, 1.0)  # 1 at the two, else 0
+        winners = winners.flatten(2)  # [L, out, in]
+        step = s.max() - s.min() + 1  # lifts each winner above all others
+        lifted[group] = s + winners * step
     return lifted
 
 
 SMP_S = METHODS["smp-s"].recipe
+SMP_BIAS = SMP_S | {"weight_lr": 1e-3}
 METHODS |= {
     "smp-g": Method(smp_g),  # global: all matrices together
     "smp-t": Method(above_threshold),  # threshold: does not control the final density
     "smp-w": Method(smp_s, rank=by_size, recipe=SMP_S),
     "smp-2:4": Method(smp_l, rank=two_of_four, recipe=SMP),
-    "smp-bias": Method(smp_s, trains=("scores", "vectors"), recipe=SMP_S | {"weight_lr": 1e-3}),
+    "smp-bias": Method(smp_s, trains=("scores", "vectors"), recipe=SMP_BIAS),
 }

@@ -137,6 +137,15 @@ def test_mrpc_is_put_together(server, monkeypatch, tokenizer):
     assert left_in(folder) == ["dev.tsv", "train.tsv"]
 
 
+def test_an_empty_mrpc_is_not_kept(server, tokenizer):
+    files, _ = server
+    files["/senteval/senteval_data/msr_paraphrase_train.txt"] = b""
+    files["/glue/mrpc_dev_ids.tsv"] = b""
+    with pytest.raises(ValueError, match="MRPC/train.tsv: md5"):
+        data.load_split("mrpc", "dev", None, tokenizer)
+    assert left_in(fetch.cache() / "glue") == []
+
+
 def test_a_line_ends_at_a_newline_alone(server, monkeypatch):
     """U+0085 and U+2028 may stand in a text. They end no row."""
     files, _ = server
