@@ -12,6 +12,7 @@ import codecs
 import csv
 import io
 import math
+import re
 import sys
 from collections import Counter
 from functools import partial
@@ -35,7 +36,6 @@ FLAGS = {
     "regression": (bool, "the labels are scores"),
     "skip_bad_rows": (bool, "leave out rows that cannot be used"),
 }
-SKIP = "--skip-bad-rows leaves such rows out"
 
 MOST_CLASSES = 20  # of a column that is taken for the labels without being named
 MOST_ROWS = 20_000  # that a run reads by default; more rows are read in part
@@ -60,8 +60,9 @@ def read_text(path):
         text = content.decode("utf-16" if marked else "utf-8-sig")
         if "\0" in text:
             raise ValueError("it holds NUL characters")
-    except ValueError as error:  # a UnicodeDecodeError is one
-        line = content[: getattr(error, "start", 0)].count(b"\n") + 1
+    except ValueError as error:
+        start = getattr(error, "start", 0)  # the byte, of a UnicodeDecodeError
+        line = content[:start].count(b"\n") + 1
         raise ValueError(
             f"{path}:{line}: not UTF-8 ({error}); save it as UTF-8 "
             "(Excel: Save As, CSV UTF-8; iconv -f cp1252 -t utf-8 FILE)"
@@ -120,16 +121,17 @@ def split_rows(text, delimiter, **options):
 
 def column_number(path, header, name):
     """Where a column is. Raises ValueError unless there is exactly one of this name."""
-    if header.count(name) != 1:
-        count = header.count(name) or "no"
-        raise ValueError(f"{path} has {count} column(s) {name!r}; its columns are {header}")
+    count = header.count(name)
+    if count != 1:
+        raise ValueError(f"{path} has {count or 'no'} column(s) {name!r}; its columns are {header}")
     return header.index(name)
 
 
 def looks_like_text(cells):
     """Whether most cells have several words, and most differ."""
     several = sum(len(cell.split()) > 1 for cell in cells)
-    return several > len(cells) / 2 and len(set(cells)) > len(cells) / 2
+    different = len(set(cells))
+    return min(several, different) > len(cells) / 2
 
 
 def looks_like_labels(cells):
@@ -142,8 +144,13 @@ def looks_like_labels(cells):
 
 def all_scores(cells):
     """Whether all are numbers, and some have fractions."""
-    numbers = [number(cell) for cell in cells]
-    return not any(map(math.isnan, numbers)) and any(x != int(x) for x in numbers)
+    fractions = 0
+    for cell in cells:
+        value = number(cell)
+        if math.isnan(value):
+            return False
+        fractions += not value.is_integer()
+    return fractions > 0
 
 
 def number(cell):
@@ -155,13 +162,19 @@ def number(cell):
     return value if math.isfinite(value) else math.nan
 
 
-def only_column(path, header, rows, likely, role, without=()):
-    """The name of the only column that looks like `role`. Raises ValueError if it is not alone."""
+def only_column(path, header, rows, role, others):
+    """The name of the only column that looks like `role`, "text" or "label", and is not in others.
+
+    Raises ValueError if none does, or several do.
+    """
+    likely = looks_like_text if role == "text" else looks_like_labels
     found = []
     for i, name in enumerate(header):
-        cells = [row.cells[i].strip() for row in rows if i < len(row.cells)]
-        cells = [cell for cell in cells if cell]
-        if cells and name not in without and likely(cells):
+        cells = []
+        for row in rows:  # some may be too short
+            if i < len(row.cells) and row.cells[i].strip():
+                cells.append(row.cells[i].strip())
+        if cells and name not in others and likely(cells):
             found.append(name)
     if len(found) != 1:
         what = f"{found} could all be the {role}" if found else f"none looks like the {role}"
@@ -173,52 +186,71 @@ def only_column(path, header, rows, likely, role, without=()):
 
 
 def usable_rows(path, table, rows, header, labelled=True):
-    """Rows that can be used -> (their Rows, texts as tuples, labels, a line about the others).
+    """Rows that can be used -> (these Rows, texts as tuples, labels, a line about the others).
 
-    table: the description. Raises ValueError that names the first line that cannot be used, unless
-    --skip-bad-rows leaves such rows out.
+    table: the description. labelled False: the table needs no labels, and none are returned. Raises
+    ValueError that names the first line that cannot be used, unless --skip-bad-rows leaves such
+    rows out.
     """
-    names = [*table["text"], table["label"]] if labelled else table["text"]
-    columns = [column_number(path, header, name) for name in names]
+    names = list(table["text"])
+    if labelled:
+        names.append(table["label"])
+    columns = {name: column_number(path, header, name) for name in names}
     kept, texts, labels, bad = [], [], [], []
     for row in rows:
-        if len(row.cells) < len(header) or any(row.cells[len(header) :]):
-            trouble = f"{len(row.cells)} columns instead of {len(header)}"
-        else:
-            cells = [row.cells[i].strip() for i in columns]
-            trouble = what_is_wrong(cells, names, table, labelled)
-        if trouble:
-            bad.append(f"{path}:{row.line}: {trouble}")
+        try:
+            cells = usable_cells(row, columns, len(header))
+            if labelled:
+                check_label(table, cells[-1])
+        except ValueError as error:
+            bad.append(f"{path}:{row.line}: {error}")
             continue
         kept.append(row)
-        labels.append(cells.pop() if labelled else "")
+        if labelled:
+            labels.append(cells.pop())
         texts.append(tuple(cells))
 
-    if bad and not table["skip_bad_rows"]:
-        raise ValueError(f"{bad[0]}; unusable rows: {len(bad)}, and {SKIP}")
+    note = ""
+    if bad:
+        note = f"unusable rows: {len(bad)}, the first is {bad[0]}"
+        if not table["skip_bad_rows"]:
+            raise ValueError(
+                f"{bad[0]}; unusable rows: {len(bad)}, and --skip-bad-rows leaves such rows out"
+            )
     if not kept:
         raise ValueError(f"{path} holds no rows that can be used")
-    note = f"unusable rows: {len(bad)}, the first is {bad[0]}" if bad else ""
     return kept, texts, labels, note
 
 
-def what_is_wrong(cells, names, table, labelled):
-    """Say why the cells of these columns cannot be used; "" if they can."""
-    for name, cell in zip(names, cells, strict=True):
-        if not cell:
-            return f"{name!r} is empty"
-    if labelled and table["scale"] and math.isnan(number(cells[-1])):
-        return f"{cells[-1]!r} is not a score"
-    # Before the classes are known, there are no words.
-    if labelled and not table["scale"] and table["words"] and cells[-1] not in table["words"]:
-        return f"the label {cells[-1]!r} is none of {list(table['words'])}"
-    return ""
+def usable_cells(row, columns, width):
+    """A row's cells in these columns {name: number}, without space around them.
+
+    width: how many columns the table has. Raises ValueError that says why the row cannot be used.
+    """
+    if len(row.cells) < width or any(row.cells[width:]):
+        raise ValueError(f"{len(row.cells)} columns instead of {width}")
+    cells = []
+    for name, i in columns.items():
+        cells.append(row.cells[i].strip())
+        if not cells[-1]:
+            raise ValueError(f"{name!r} is empty")
+    return cells
+
+
+def check_label(table, label):
+    """Raise ValueError for a label that is no score, or none of the classes, if they are known."""
+    if table["scale"]:
+        if math.isnan(number(label)):
+            raise ValueError(f"{label!r} is not a score")
+    elif table["words"] and label not in table["words"]:
+        raise ValueError(f"the label {label!r} is none of {list(table['words'])}")
 
 
 def held_out(texts):
-    """The texts of the dev set: a tenth, 50 to 1000 rows, those with the lowest sha256.
+    """For each of the texts (tuples), whether it belongs to the dev set: a list of bool.
 
-    So the choice does not depend on the order of the rows, and equal texts stay together.
+    The dev set is a tenth of the rows, from 50 to 1000, but at most half. It takes those with the
+    lowest sha256, so that the order of the rows does not matter, and equal texts stay together.
     """
     digests = [sha256("\n".join(text).encode()) for text in texts]
     size = min(max(len(texts) // 10, 50), 1000, len(texts) // 2)
@@ -234,64 +266,71 @@ def settings(given):
 
     Raises ValueError that names the flag to change.
     """
-    mine = [flag(name) for name in FLAGS if name in given]
     if "train" not in given:
-        if mine:
-            raise ValueError(f"{mine[0]} needs --train FILE")
+        for name in FLAGS:
+            if name in given:
+                raise ValueError(f"{flag(name)} needs --train FILE")
         return {}
     for name in ("task", "data_dir"):
         if name in given:
             raise ValueError(f"--train makes a task of its own; leave out {flag(name)}")
 
-    table = {"file": Path(given["train"]).name, "train": given["train"]}
-    table["dev"] = given.get("dev", "")
-    table["sha256"] = sha256(Path(given["train"]).read_bytes())
-    header, rows, _ = read_table(given["train"])
+    path = given["train"]
+    table = {"file": Path(path).name, "train": path, "dev": given.get("dev", "")}
+    table["sha256"] = sha256(Path(path).read_bytes())
+    header, rows, _ = read_table(path)
     table |= find_columns(given, header, rows)
-    table |= {"skip_bad_rows": "skip_bad_rows" in given, "words": {}}
-    table["scale"] = [0.0, 1.0] if "regression" in given else []  # what it is follows from the rows
-    kept, _, labels, _ = usable_rows(given["train"], table, rows, header)
-    table["rows"] = len(kept)
+    table["skip_bad_rows"] = "skip_bad_rows" in given
+    table["words"] = {}  # words and scale follow from the labels, which are read below
+    table["scale"] = [0.0, 1.0] if "regression" in given else []
+    _, _, labels, _ = usable_rows(path, table, rows, header)
+    table["rows"] = len(labels)
     if table["scale"] or all_scores(labels):
         describe_scores(table, labels)
     else:
         describe_classes(table, labels)
-    head = choose_words(table, given.get("words"), given.get("head"), given.get("model"))
     return {
-        "task": task_name(given["train"]),
+        "task": task_name(path),
         "table": table,
-        "head": head,
-        "data_dir": given["train"],  # the table itself, see data.split_path
+        "head": choose_words(table, given),
+        "data_dir": path,  # the table itself, see data.split_path
     }
 
 
 def task_name(path):
     """What the run is called after: reviews.csv -> reviews, but movies.csv -> movies-csv."""
     path = Path(path)
-    name = path.name.replace(".", "-") if path.stem in TASKS else path.stem
-    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+    name = path.stem
+    if name in TASKS:
+        name = path.name.replace(".", "-")
+    return re.sub(r"[^\w-]", "-", name)
 
 
 def find_columns(given, header, rows):
-    """-> {"text": names, "label": name, "said": lines}, as given or found."""
+    """-> {"text": names, "label": name, "said": lines}, as given or found.
+
+    Raises ValueError if a column cannot be found, or is named twice.
+    """
     path = given["train"]
-    text, label, said = given.get("text_column"), given.get("label_column"), []
+    text = given.get("text_column")
+    label = given.get("label_column")
+    said = []
     if text is None:
-        text = [only_column(path, header, rows, looks_like_text, "text", [label])]
+        text = [only_column(path, header, rows, "text", [label])]
         said.append(f"the text is in {text[0]!r}, the only column that looks like one")
     if label is None:
-        label = only_column(path, header, rows, looks_like_labels, "label", text)
+        label = only_column(path, header, rows, "label", text)
         said.append(f"the labels are in {label!r}, the only column that looks like labels")
-    if len(text) > 2 or len({*text, label}) <= len(text):
+    once = len({*text, label}) == len(text) + 1  # no column is named twice
+    if len(text) > 2 or not once:
         raise ValueError("--text-column: name one column, or two for pairs, and not the label's")
-    for name in (*text, label):
-        column_number(path, header, name)
     return {"text": text, "label": label, "said": said}
 
 
 def describe_classes(table, labels):
     """Put the classes into the description, in their order: that of numbers, or of the alphabet."""
     counts = Counter(labels)
+    # 10 comes after 9 if all are whole numbers, and before it among words.
     whole = all(name.removeprefix("-").isdecimal() for name in counts)
     names = sorted(counts, key=int if whole else None)
     if not 1 < len(names) <= len(labels) / 2:
@@ -300,9 +339,12 @@ def describe_classes(table, labels):
             f"{len(labels)} rows; --label-column names another column, --regression takes numbers "
             "as scores"
         )
-    table["words"] = {name: name for name in names}
-    shown = ", ".join(f"{name} ({counts[name]:,})" for name in names)
-    table["said"].append(f"{len(names)} classes: {shown}")
+    table["words"] = {}
+    shown = []
+    for name in names:
+        table["words"][name] = name
+        shown.append(f"{name} ({counts[name]:,})")
+    table["said"].append(f"{len(names)} classes: {', '.join(shown)}")
 
 
 def describe_scores(table, labels):
@@ -312,28 +354,30 @@ def describe_scores(table, labels):
     if low == high:
         raise ValueError(f"{table['file']}: every {table['label']!r} is {low:g}")
     table["words"] = {"score": "yes"}
-    table["scale"] = [low, (high - low) / SCALE]
+    table["scale"] = [low, (high - low) / SCALE]  # [low, unit]: a score is low + unit * logit
     table["said"].append(f"{table['label']!r} is a score from {low:g} to {high:g}")
 
 
-def choose_words(table, chosen, head, model):
+def choose_words(table, given):
     """Decide between label words, which go into the description, and a classifier -> the head.
 
-    chosen: --words. head, model: what the flags say, or None.
+    given: the flags. Raises ValueError that names the one that cannot be followed.
     """
     names = list(table["words"])
+    chosen = given.get("words")
+    head = given.get("head")
     if head == "classifier":
         if chosen:
             raise ValueError("--words: a classifier has none; leave out --head classifier")
         return head
+
+    folder = fetch.model_folder(given.get("model") or MOVIES["model"])
+    tokenizer = cutting_tokenizer(folder, MOVIES["length"])
+    # The labels themselves ("yes" for a score), or in small letters.
+    usual = list(table["words"].values())
+    tries = [usual, [word.lower() for word in usual]]
     if chosen:
         tries = [[word.strip() for word in chosen.split(",")]]
-    elif table["scale"]:
-        tries = [["yes"]]
-    else:  # the labels themselves, or in small letters
-        tries = [names, [name.lower() for name in names]]
-
-    tokenizer = cutting_tokenizer(fetch.model_folder(model or MOVIES["model"]), MOVIES["length"])
     for words in tries:
         try:
             if len(words) != len(names):
@@ -341,10 +385,11 @@ def choose_words(table, chosen, head, model):
             label_word_ids(words, tokenizer)
         except ValueError as error:
             reason = error
-            continue
-        table["words"] = dict(zip(names, words, strict=True))
-        table["said"].append(f"label words: {', '.join(words)}")
-        return "words"
+        else:
+            table["words"] = dict(zip(names, words, strict=True))
+            table["said"].append(f"label words: {', '.join(words)}")
+            return "words"
+
     if chosen or head:
         raise ValueError(f"--words: {reason}")
     table["said"].append(
@@ -358,7 +403,7 @@ def choose_words(table, chosen, head, model):
 
 
 def make_task(table):
-    """data.tables.task: a description -> Task."""
+    """data.tables.task: a description -> Task. It trains one epoch, and less of a long table."""
     return Task(
         folder="",
         file=table["file"],
@@ -382,7 +427,8 @@ def report_missing(task, split):
 def read(table, task, split, path, tokenizer):
     """Task.read: the rows of a split -> Examples. Says what is left out, and for "train" all else.
 
-    path: the run's table, wherever it is now, or another file to evaluate.
+    path: the run's table, wherever it is now, or another file to evaluate. Raises ValueError that
+    names the file and what is wrong with it.
     """
     # Whatever it is called, the rows that trained must not be evaluated.
     ours = str(path) == str(Path(table["train"])) or sha256(path.read_bytes()) == table["sha256"]
@@ -396,17 +442,26 @@ def read(table, task, split, path, tokenizer):
 
     if ours and not table["dev"]:  # both splits are in this file
         held = held_out(texts)
-        mine = [i for i, is_dev in enumerate(held) if is_dev == (split == "dev")]
-        texts, labels = [texts[i] for i in mine], [labels[i] for i in mine]
-        if not mine:
+        texts, labels = rows_of_split(split, texts, labels, held)
+        if not texts:
             raise ValueError(f"{path}: too few texts differ to hold some out; --dev names a file")
         if split == "train":
             said.append(f"{sum(held)} of {len(held)} rows are held out as dev set, by their sha256")
     if split == "train":
-        said = table["said"] + said + [describe_lengths(texts, tokenizer)]
+        said = [*table["said"], *said, describe_lengths(texts, tokenizer)]
     for line in said:
         print(f"{path.name}: {line}")
     return encode(texts, [target(table, label) for label in labels], tokenizer)
+
+
+def rows_of_split(split, texts, labels, held):
+    """Texts and labels of one split, "train" or "dev". held: for each row, whether it is dev's."""
+    split_texts, split_labels = [], []
+    for text, label, is_dev in zip(texts, labels, held, strict=True):
+        if is_dev == (split == "dev"):
+            split_texts.append(text)
+            split_labels.append(label)
+    return split_texts, split_labels
 
 
 def target(table, label):
@@ -421,6 +476,7 @@ def describe_lengths(texts, tokenizer):
     """Say how long the longest text is, in tokens."""
     settings = tokenizer.truncation
     tokenizer.no_truncation()
+    # To the library a tuple is a pair, and a single text is a string.
     whole = [text if len(text) == 2 else text[0] for text in texts]
     longest = max(len(encoding.ids) for encoding in encode_texts(tokenizer, whole))
     tokenizer.enable_truncation(**settings)
@@ -449,26 +505,29 @@ def answer_file(table, path, answers):
     cannot be used gets no answer.
     """
     header, rows, delimiter = read_table(path)
-    marked = path.read_bytes().startswith(codecs.BOM_UTF8)  # as Excel wants it
     lenient = table | {"skip_bad_rows": True}
     kept, texts, _, note = usable_rows(path, lenient, rows, header, labelled=False)
     if note:
         print(note, file=sys.stderr)
-    found = dict(zip((row.line for row in kept), answers(texts), strict=True))
+
+    added = ["score"] if table["scale"] else ["answer", "probability"]
+    answered = {}  # {line where a row begins: the cells to add}
+    for row, answer in zip(kept, answers(texts), strict=True):
+        value, label = answer[0]  # the likeliest
+        if table["scale"]:
+            answered[row.line] = [f"{value:.4f}"]
+        else:
+            answered[row.line] = [label, f"{value:.4f}"]
 
     written = io.StringIO()
+    if path.read_bytes().startswith(codecs.BOM_UTF8):  # without it, Excel would not read UTF-8
+        written.write("\ufeff")
     writer = csv.writer(written, delimiter=delimiter, lineterminator="\n")
-    added = ["score"] if table["scale"] else ["answer", "probability"]
     writer.writerow([*header, *added])
     for row in rows:
-        answer = [""] * len(added)
-        if row.line in found:
-            number, label = found[row.line][0]  # the likeliest
-            answer = [f"{number:.4f}"] if table["scale"] else [label, f"{number:.4f}"]
-        writer.writerow([*row.cells[: len(header)], *answer])
-    lines = written.getvalue().removesuffix("\n").split("\n")
-    lines[0] = "\ufeff" * marked + lines[0]
-    return lines
+        more = answered.get(row.line, [""] * len(added))
+        writer.writerow([*row.cells[: len(header)], *more])
+    return written.getvalue().removesuffix("\n").split("\n")
 
 
 tables.flags, tables.settings, tables.task = FLAGS, settings, make_task

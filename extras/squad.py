@@ -42,6 +42,7 @@ STRIDE = 128  # neighbouring windows share so many, or a third of a short window
 LONGEST_QUESTION = 64  # longer questions are cut, in a short window to a third of it
 SHORTEST_WINDOW = 16  # a third of fewer leaves no room for the special tokens
 LONGEST_ANSWER = 30
+
 N_BEST = 20  # candidates for the start, and for the end
 
 
@@ -53,11 +54,11 @@ class Windows(Examples):
     does not contain the answer, or if there is none.
     """
 
-    owner: list  # per window the index of its question
-    # Per window [S, 2]: where each token begins and ends in the paragraph, or -1 outside it.
+    owner: list  # per window, the index of its question
+    # Per window [S, 2]: the characters of the paragraph where each token begins and ends. Both are
+    # -1 for the tokens of the question, and for special ones.
     spans: list
-    # Dicts: id, question, context, impossible, answers [(first character, text)].
-    questions: list
+    questions: list  # dicts, see read_paragraph
     long_questions: int = 0  # how many questions were cut
 
     def num_questions(self):
@@ -88,25 +89,20 @@ class PartlyAnswerable(Windows):
         the official evaluation finds it. threshold: that of best_f1. has_answer_f1, no_answer_f1:
         F1 at this threshold, of the questions with and without an answer.
         """
-        texts, null = answers(logits, self)
-        given = grades(texts, self.questions)  # [Q, 2]
-        none = np.array([not question["answers"] for question in self.questions])  # [Q]
-        given[none, 0] = given[none, 1]  # an empty text has no words to share
-        best_f1, threshold = best_threshold(null, given[:, 0], none)
-        best_em, _ = best_threshold(null, given[:, 1], none)
+        texts, na_prob = answers(logits, self)
+        impossible = np.array([not question["answers"] for question in self.questions])  # [Q]
+        scores = grades(texts, self.questions)  # [Q, 2]: F1 and exact match
+        scores[impossible, 0] = scores[impossible, 1]  # an empty text has no words to share
+        best_f1, threshold = best_threshold(na_prob, scores[:, 0], impossible)
+        best_em, _ = best_threshold(na_prob, scores[:, 1], impossible)
+        found = {"best_f1": best_f1, "best_em": best_em, "threshold": threshold}
 
         # To give no answer scores 1 where there is none, and 0 elsewhere.
-        tuned = np.where(null > threshold, none, given[:, 0])  # [Q]
-        f1_mean, em_mean = np.where(null[:, None] > 0.5, none[:, None], given).mean(0)
-        found = {
-            "best_f1": best_f1,
-            "best_em": best_em,
-            "threshold": threshold,
-            "f1": f1_mean,
-            "em": em_mean,
-            "has_answer_f1": tuned[~none].sum() / max((~none).sum(), 1),
-            "no_answer_f1": tuned[none].sum() / max(none.sum(), 1),
-        }
+        halfway = np.where(na_prob[:, None] > 0.5, impossible[:, None], scores)  # [Q, 2]
+        found["f1"], found["em"] = halfway.mean(0)
+        tuned = np.where(na_prob > threshold, impossible, scores[:, 0])  # [Q]
+        found["has_answer_f1"] = tuned[~impossible].sum() / max((~impossible).sum(), 1)
+        found["no_answer_f1"] = tuned[impossible].sum() / max(impossible.sum(), 1)
         return {name: float(value) for name, value in found.items()}
 
 
@@ -114,12 +110,15 @@ class PartlyAnswerable(Windows):
 
 
 def fetch_squad(task, split):
-    """Task.fetch: download a split of SQuAD into the cache."""
+    """Task.fetch: download a split of SQuAD into the cache.
+
+    Raises ValueError if its MD5 is not the known one, and OSError if the server cannot be reached.
+    """
     name = task.file.format(split)
     path = fetch.cache() / "glue" / task.folder / name
-    url = f"{(os.environ.get('SQUAD_URL') or URL).rstrip('/')}/{name}"
+    base = (os.environ.get("SQUAD_URL") or URL).rstrip("/")
     remedy = f"put it at {path} by hand, or name its folder's parent with --data-dir"
-    fetch_file(url, path, MD5[name], remedy)
+    fetch_file(f"{base}/{name}", path, MD5[name], remedy)
 
 
 def read_articles(path):
@@ -135,9 +134,9 @@ def read_squad(path):
 
     Raises ValueError that names the file if it is not of SQuAD's form or has no questions.
     """
+    articles = read_articles(path)
     questions = []
     empty = 0
-    articles = read_articles(path)
     try:
         for article in articles:
             paragraphs = article.get("paragraphs") or []
@@ -151,41 +150,44 @@ def read_squad(path):
 
     elsewhere = 0
     for question in questions:
-        elsewhere += sum(misplaced(question, answer) for answer in question["answers"])
-    notes = {
-        "answers that are not where the file says": elsewhere,
-        "articles without paragraphs": empty,
-    }
-    return questions, [f"{path}: {what}: {count}" for what, count in notes.items() if count]
+        for answer in question["answers"]:
+            elsewhere += misplaced(question, answer)
+    notes = []
+    if elsewhere:
+        notes.append(f"{path}: answers that are not where the file says: {elsewhere}")
+    if empty:
+        notes.append(f"{path}: articles without paragraphs: {empty}")
+    return questions, notes
 
 
 def read_paragraph(paragraph):
-    """Yield the questions about a paragraph, see Windows.questions. A test file has no answers."""
-    for asked in paragraph["qas"]:
-        answers = asked.get("answers", [])
-        found = [(int(a["answer_start"]), str(a["text"])) for a in answers]
+    """Yield the questions about a paragraph: {id, question, context, impossible, answers}.
+
+    answers: [(first character, text)]. A test file has none.
+    """
+    for entry in paragraph["qas"]:
+        answers = []
+        for answer in entry.get("answers", []):
+            answers.append((int(answer["answer_start"]), str(answer["text"])))
         yield {
-            "id": str(asked["id"]),
-            "question": str(asked["question"]).strip(),
+            "id": str(entry["id"]),
+            "question": str(entry["question"]).strip(),
             "context": str(paragraph["context"]),
-            "impossible": bool(asked.get("is_impossible", not found)),
-            "answers": found,
+            "impossible": bool(entry.get("is_impossible", not answers)),
+            "answers": answers,
         }
 
 
 def check_answers(path, questions, kind):
     """Raise ValueError for a question without an answer, unless it says so and kind allows it."""
     for question in questions:
-        count, impossible = len(question["answers"]), question["impossible"]
+        place = f"{path}: question {question['id']}"
+        count = len(question["answers"])
+        impossible = question["impossible"]
         if kind is Windows and not count:
-            raise ValueError(
-                f"{path}: question {question['id']} has no answer; --task squad2 takes such files"
-            )
+            raise ValueError(f"{place} has no answer; --task squad2 takes such files")
         if kind is not Windows and impossible == bool(count):
-            raise ValueError(
-                f"{path}: question {question['id']} has {count} answers, "
-                f"and is_impossible is {impossible}"
-            )
+            raise ValueError(f"{place} has {count} answers, and is_impossible is {impossible}")
 
 
 def misplaced(question, answer):
@@ -197,10 +199,10 @@ def misplaced(question, answer):
 def trimmed(answer):
     """An answer (first character, text) -> where the part that BERT reads begins and ends."""
     start, text = answer
-    read = [i for i, character in enumerate(text) if not dropped(character)]
+    read = [i for i, character in enumerate(text, start) if not dropped(character)]
     if not read:
         return start, start
-    return start + read[0], start + read[-1] + 1
+    return read[0], read[-1] + 1
 
 
 def dropped(character):
@@ -213,12 +215,15 @@ def dropped(character):
 
 
 def label(spans, answer):
-    """The (start, end) token of an answer in a window. (0, 0) if it is not wholly in the window."""
+    """The (start, end) token of an answer in a window. (0, 0) if it is not wholly in the window.
+
+    spans [S, 2], see Windows. answer: (first character, text).
+    """
     first, last = trimmed(answer)
-    begin, end = spans.T  # [S, 2] -> two of [S]
-    with_first = (begin <= first) & (end > first)  # the token of the first character
-    with_last = (begin < last) & (end >= last)
-    if last > first and with_first.any() and with_last.any():
+    begin, end = spans.T  # two of [S]
+    with_first = (begin <= first) & (first < end)  # the token of the first character
+    with_last = (begin < last) & (last <= end)
+    if first < last and with_first.any() and with_last.any():
         return int(with_first.argmax()), int(with_last.argmax())
     return 0, 0
 
@@ -234,19 +239,13 @@ def make_windows(questions, tokenizer, length, training=False, kind=Windows):
         raise ValueError(
             f"--length {length}: question and paragraph need {SHORTEST_WINDOW} tokens or more"
         )
-    special = tokenizer.num_special_tokens_to_add(False)
-    tokenizer.enable_truncation(longest_question(length) + special)
-    texts, long_questions = [], 0
-    asked = encode_texts(tokenizer, [question["question"] for question in questions])
-    for question, encoding in zip(questions, asked, strict=True):
-        kept = max(end for _, end in encoding.offsets)  # characters of the question
-        texts.append((question["question"][:kept], question["context"]))
-        long_questions += bool(encoding.overflowing)
-    tokenizer.enable_truncation(length, stride=min(STRIDE, length // 3), strategy="only_second")
+    pairs, long_questions = cut_questions(questions, tokenizer, longest_question(length))
+    windows = kind(Rows(), Rows(), [], length, [], [], [], long_questions)  # none yet
 
-    windows = kind(Rows(), Rows(), [], length, [], [], [], long_questions)
-    pairs = zip(questions, encode_texts(tokenizer, texts), strict=True)
-    for question, encoding in progress(pairs, "cutting windows", total=len(questions)):
+    tokenizer.enable_truncation(length, stride=min(STRIDE, length // 3), strategy="only_second")
+    encoded = zip(questions, encode_texts(tokenizer, pairs), strict=True)
+    for question, encoding in progress(encoded, "cutting windows", total=len(questions)):
+        # The encoding is the first window, and holds the others.
         add_windows(windows, question, [encoding, *encoding.overflowing], training)
     return windows
 
@@ -256,25 +255,41 @@ def longest_question(length):
     return min(LONGEST_QUESTION, length // 3)
 
 
+def cut_questions(questions, tokenizer, longest):
+    """Cut questions to `longest` tokens -> ([(question, paragraph)], how many were longer)."""
+    tokenizer.enable_truncation(longest + tokenizer.num_special_tokens_to_add(False))
+    encodings = encode_texts(tokenizer, [question["question"] for question in questions])
+    pairs = []
+    longer = 0
+    for question, encoding in zip(questions, encodings, strict=True):
+        characters = np.max(encoding.offsets)  # where the last token that is kept ends
+        pairs.append((question["question"][:characters], question["context"]))
+        longer += bool(encoding.overflowing)
+    return pairs, longer
+
+
 def add_windows(windows, question, encodings, training):
-    """Append a question's windows. In training, skip a question that would teach nonsense."""
-    answer = next(iter(question["answers"]), None)
-    spans, labels = [], []
+    """Append a question's windows. In training, skip a question that would teach nonsense.
+
+    encodings: one per window, of the question and a part of the paragraph.
+    """
+    answers = question["answers"][:1]  # one, or none
+    labels = []
+    spans = []
     for encoding in encodings:
+        span = np.array(encoding.offsets, np.int32)  # [S, 2]
         # Text 0 is the question, text 1 the paragraph. Special tokens belong to neither.
-        inside = np.array([text == 1 for text in encoding.sequence_ids])  # [S]
-        offsets = np.array(encoding.offsets, np.int32)
-        spans.append(np.where(inside[:, None], offsets, np.int32(-1)))  # [S, 2]
-        labels.append(label(spans[-1], answer) if answer else (0, 0))
-    nowhere = set(labels) == {(0, 0)}
-    if training and answer and (nowhere or misplaced(question, answer)):
+        span[np.array(encoding.sequence_ids) != 1] = -1
+        spans.append(span)
+        labels.append(label(span, answers[0]) if answers else (0, 0))
+    if training and answers and (misplaced(question, answers[0]) or not np.any(labels)):
         return
 
     for encoding in encodings:
         windows.ids.append(encoding.ids)
         windows.types.append(encoding.type_ids)
+        windows.owner.append(len(windows.questions))
     windows.labels.extend(labels)
-    windows.owner.extend([len(windows.questions)] * len(encodings))
     windows.spans.extend(spans)
     windows.questions.append(question)
 
@@ -288,19 +303,20 @@ def read_windows(task, split, path, tokenizer, kind=Windows):
     check_answers(path, questions, kind)
     length = tokenizer.truncation["max_length"]
     windows = make_windows(questions, tokenizer, length, split == "train", kind)
+    if not len(windows):
+        raise ValueError(
+            f"{path}: no answer is where the file says, or all are longer than a window (--length)"
+        )
     if windows.long_questions:
         notes.append(
             f"{path}: questions longer than {longest_question(length)} tokens, which are cut: "
             f"{windows.long_questions}"
         )
-    if lost := len(questions) - windows.num_questions():
+    left_out = len(questions) - windows.num_questions()
+    if left_out:
         notes.append(
-            f"{path}: left out {lost} of {len(questions)} questions; their answers are not "
+            f"{path}: left out {left_out} of {len(questions)} questions; their answers are not "
             "where it says, or longer than a window (--length)"
-        )
-    if not len(windows):
-        raise ValueError(
-            f"{path}: no answer is where the file says, or all are longer than a window (--length)"
         )
     for note in notes:
         print(note)
@@ -310,24 +326,23 @@ def read_windows(task, split, path, tokenizer, kind=Windows):
 # --- answers --------------------------------------------------------------------------------------
 
 
-def best_spans(logits, spans, longest=LONGEST_ANSWER):
+def best_span(logits, spans, longest=LONGEST_ANSWER):
     """Find the best answer in a window -> (score, where it begins, where it ends in the paragraph).
 
     logits [2, S'], where S' may reach over padding. spans [S, 2]. The answer has at most `longest`
-    tokens, all inside the paragraph. If there is none, the score is -inf and the span is empty.
+    tokens, all inside the paragraph. If there is none, the score is -inf, and no span is meant.
     """
     inside = spans[:, 0] >= 0  # [S]
     scores = np.where(inside, logits[:, : len(spans)], -np.inf)  # [2, S]
     # Pair the 20 best starts with the 20 best ends.
     starts, ends = np.argsort(-scores, kind="stable")[:, :N_BEST]  # tokens [20] each
-    total = scores[0, starts][:, None] + scores[1, ends]  # [20, 20]
-    tokens = ends - starts[:, None] + 1  # [20, 20]: the lengths
-    total[(tokens < 1) | (tokens > longest)] = -np.inf
-    i, j = np.unravel_index(total.argmax(), total.shape)
-    score = total[i, j]
-    if score == -np.inf:
-        return score, 0, 0
-    return score, spans[starts[i], 0], spans[ends[j], 1]
+    starts = starts[:, None]  # [20, 1]
+    totals = scores[0, starts] + scores[1, ends]  # [20, 20]
+    lengths = ends - starts + 1  # [20, 20], in tokens
+    totals[(lengths < 1) | (lengths > longest)] = -np.inf
+
+    i, j = divmod(totals.argmax(), len(ends))
+    return totals[i, j], spans[starts[i, 0], 0], spans[ends[j], 1]
 
 
 def answers(logits, windows):
@@ -343,28 +358,31 @@ def answers(logits, windows):
     cls = np.full(count, np.inf)
     for window, owner, spans in zip(logits.numpy(), windows.owner, windows.spans, strict=True):
         cls[owner] = min(cls[owner], window[0, 0] + window[1, 0])
-        score, first, last = best_spans(window, spans)
+        score, first, last = best_span(window, spans)
         if score > best[owner]:
+            context = windows.questions[owner]["context"]
+            texts[owner] = context[first:last]
             best[owner] = score
-            texts[owner] = windows.questions[owner]["context"][first:last]
     return texts, torch.from_numpy(cls - best).sigmoid().numpy()
 
 
-def best_threshold(null, given, none):
+def best_threshold(na_prob, scores, impossible):
     """-> the best mean score that a threshold gives, and that threshold.
 
-    null [Q]: the probability that a question has no answer. given [Q]: the score of its best span.
-    none [Q]: whether it has no answer. Above the threshold, a question gets no answer, and its
-    score is `none` instead. The lowest of equally good thresholds counts, and 0 leaves all
-    questions without an answer (official evaluation).
+    na_prob [Q]: the probability that a question has no answer. scores [Q]: those of the best spans.
+    impossible [Q]: whether it has no answer. Above the threshold, a question gets no answer, and
+    its score is `impossible` instead. The lowest of equally good thresholds counts, and 0 leaves
+    all questions without an answer (official evaluation).
     """
-    order = np.argsort(null, kind="stable")
-    thresholds = np.append(0, null[order])  # [Q + 1]: the n-th answers n questions
-    totals = none.sum() + np.append(0, np.cumsum((given - none)[order]))
+    order = np.argsort(na_prob, kind="stable")
+    thresholds = np.append(0, na_prob[order])  # [Q + 1]: the n-th answers n questions
+    # Each question that is answered gains its span's score, and loses that of no answer.
+    gains = np.cumsum((scores - impossible)[order])
+    totals = impossible.sum() + np.append(0, gains)
     # Equal probabilities are answered together: only the last of them is a threshold.
     totals[:-1][thresholds[:-1] == thresholds[1:]] = -np.inf
     n = totals.argmax()
-    return totals[n] / len(null), thresholds[n]
+    return totals[n] / len(na_prob), thresholds[n]
 
 
 def normalise(text):
@@ -378,20 +396,20 @@ def grades(texts, questions):
 
     The true answer to a question without answers is an empty text.
     """
-    found = []
-    for text, question in zip(texts, questions, strict=True):
-        true = [answer for _, answer in question["answers"]] or [""]
-        exact = any(normalise(text) == normalise(answer) for answer in true)
-        found.append((max(f1(text, answer) for answer in true), exact))
-    return np.array(found, dtype=np.float64)
+    found = np.zeros((len(texts), 2))
+    for row, text, question in zip(found, texts, questions, strict=True):
+        for _, true in question["answers"] or [(0, "")]:
+            row[0] = max(row[0], f1(text, true))
+            row[1] = max(row[1], normalise(text) == normalise(true))
+    return found
 
 
 def f1(predicted, true):
     """The harmonic mean of precision and recall, over the words of two answers."""
     predicted = normalise(predicted).split()
     true = normalise(true).split()
-    shared = sum((Counter(predicted) & Counter(true)).values())
-    return 2 * shared / (len(predicted) + len(true)) if shared else 0.0
+    shared = (Counter(predicted) & Counter(true)).total()
+    return 2 * shared / max(len(predicted) + len(true), 1)
 
 
 def format_answer(texts, tokenizer, logits_of, args, kind=Windows):
@@ -399,10 +417,12 @@ def format_answer(texts, tokenizer, logits_of, args, kind=Windows):
 
     PartlyAnswerable adds how probable it is that there is none.
     """
-    question = {"id": "--text", "question": texts[0], "context": texts[1], "answers": []}
+    question = {"question": texts[0], "context": texts[1], "answers": []}
     windows = make_windows([question], tokenizer, tokenizer.truncation["max_length"])
-    (text,), (null,) = answers(logits_of(windows), windows)
-    return [text if kind is Windows else f"{text} (no answer: {null:.4f})"]
+    (text,), (na_prob,) = answers(logits_of(windows), windows)
+    if kind is PartlyAnswerable:
+        text += f" (no answer: {na_prob:.4f})"
+    return [text]
 
 
 def predict(path, run, loaded, logits_of):
@@ -414,12 +434,13 @@ def predict(path, run, loaded, logits_of):
     questions, _ = read_squad(path)
     tokenizer, final = loaded.tokenizer, loaded.result["final"]
     windows = make_windows(questions, tokenizer, tokenizer.truncation["max_length"])
-    texts, null = answers(logits_of(windows), windows)
+    texts, na_prob = answers(logits_of(windows), windows)
     ids = [question["id"] for question in questions]
     if "threshold" in final:
-        for i in np.flatnonzero(null > final["threshold"]):
+        for i in np.flatnonzero(na_prob > final["threshold"]):
             texts[i] = ""
-        write_beside(run, "na_prob.json", json_bytes(dict(zip(ids, null.tolist(), strict=True))))
+        written = dict(zip(ids, na_prob.tolist(), strict=True))
+        write_beside(run, "na_prob.json", json_bytes(written))
     write_beside(run, "predictions.json", json_bytes(dict(zip(ids, texts, strict=True))))
 
 
