@@ -29,7 +29,10 @@ from plumbing.files import sha256
 
 FLAGS = {
     "train": (str, "a CSV or TSV file of yours; its first line names columns"),
-    "dev": (str, "a second one to evaluate on; by default a tenth of the rows"),
+    "dev": (
+        str,
+        "a second one to evaluate on; by default a tenth of the rows (50 to 1000, at most half)",
+    ),
     "text_column": (list, "the column with the text; twice for pairs"),
     "label_column": (str, "the column with the label"),
     "words": (str, "label words, with commas between, in the order of the classes"),
@@ -331,7 +334,7 @@ def describe_classes(table, labels):
     """Put the classes into the description, in their order: that of numbers, or of the alphabet."""
     counts = Counter(labels)
     # 10 comes after 9 if all are whole numbers, and before it among words.
-    whole = all(name.removeprefix("-").isdecimal() for name in counts)
+    whole = all(name.removeprefix("-").isdecimal() and len(name) < 20 for name in counts)
     names = sorted(counts, key=int if whole else None)
     if not 1 < len(names) <= len(labels) / 2:
         raise ValueError(
@@ -446,7 +449,10 @@ def read(table, task, split, path, tokenizer):
         if not texts:
             raise ValueError(f"{path}: too few texts differ to hold some out; --dev names a file")
         if split == "train":
-            said.append(f"{sum(held)} of {len(held)} rows are held out as dev set, by their sha256")
+            said.append(
+                f"{sum(held)} of {len(held)} rows are the dev set, chosen by a hash of their text; "
+                "--dev names a file instead"
+            )
     if split == "train":
         said = [*table["said"], *said, describe_lengths(texts, tokenizer)]
     for line in said:

@@ -284,6 +284,14 @@ TABLES = {
 }
 
 
+def test_labels_too_long_for_numbers_are_words():
+    """Python reads no number of more than 4300 digits. In the alphabet, 12... comes before 2."""
+    long = "12" * 3000
+    table = {"file": "a.csv", "label": "stars", "said": []}
+    own.describe_classes(table, ["2"] * 3 + [long] * 3)
+    assert list(table["words"]) == [long, "2"]
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_from_a_table_to_answers(here, capsys, name):
     """Training, evaluation and answers take a command each, and nothing is called another task."""
@@ -295,7 +303,7 @@ def test_from_a_table_to_answers(here, capsys, name):
     (run,) = (here / "runs").iterdir()
     stem = name.partition(".")[0]
     assert run.name.startswith(f"{stem}-tiny-") and f"\n{stem}: {len(rows) - 51} train ex" in said
-    assert f"{name}: 50 of {len(rows) - 1} rows are held out" in said
+    assert f"{name}: 50 of {len(rows) - 1} rows are the dev set" in said
     assert f"{name}: the longest text has " in said and "classes: " in said
     mask = (run / "mask.safetensors").read_bytes()
     assert b"sst2" not in mask and b"movies" not in mask
@@ -358,7 +366,7 @@ def test_another_place_and_another_file(here, fails, capsys):
     # A second file instead of held-out rows.
     train.main(["--train", "f.csv", "--dev", "g.csv", *FLAGS, "--out", "two"])
     said = capsys.readouterr().out
-    assert "f: 100 train examples" in said and "held out" not in said
+    assert "f: 100 train examples" in said and "are the dev set" not in said
     eval_.main(["two"])
     assert "dev (120 examples)" in capsys.readouterr().out
 
