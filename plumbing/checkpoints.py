@@ -53,7 +53,7 @@ def describe_missing(folder):
             "has pytorch_model.bin, which is not read because it could run code; transformers' "
             f"model.save_pretrained(FOLDER, safe_serialization=True) writes it as {WEIGHTS}"
         )
-    return f"has no {WEIGHTS} (python -m tools.fresh {folder} makes random ones)"
+    return f"has no {WEIGHTS}; python -m tools.fresh makes a folder with random weights"
 
 
 def read_model(folder):
@@ -125,8 +125,8 @@ def tokenizer_bytes(folder):
     """Return the folder's tokenizer.json, or build one from its vocab.txt as BERT's authors did.
 
     Where there is a tokenizer.json, it alone counts: tokenizer_config.json may say something else
-    about lower-casing, and is not read. Dropout is switched off, with which a BPE would read a text
-    otherwise every time.
+    about lower-casing, and is not read. BPE dropout is switched off: with it, the same text is
+    split differently each time.
     """
     path = folder / "tokenizer.json"
     if path.exists():
@@ -143,7 +143,7 @@ def tokenizer_bytes(folder):
     added = optional_json(folder / "added_tokens.json")  # {token: its id}
     for number, token in settings.get("added_tokens_decoder", {}).items():
         added[content_of(token)] = int(number)
-    refuse_others(settings)
+    refuse_unsupported(settings)
     tokenizer = BertWordPieceTokenizer(  # which insists on [CLS] and [SEP] among the words
         words | added,
         lowercase=settings.get("do_lower_case", True),
@@ -156,7 +156,7 @@ def tokenizer_bytes(folder):
     return tokenizer.to_str().encode()
 
 
-def refuse_others(settings):
+def refuse_unsupported(settings):
     """Raise ValueError that names a setting beside a vocab.txt which would be ignored."""
     allowed = {"do_basic_tokenize": (None, True)}
     allowed |= dict.fromkeys(("never_split", "extra_special_tokens"), (None, [], {}))
@@ -184,7 +184,7 @@ def open_tokenizer(folder):
         return Tokenizer.from_str(tokenizer_bytes(folder).decode("utf-8-sig"))
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(
-            f"{folder}: its tokenizer is not valid, or of a newer version of tokenizers: {error}"
+            f"{folder}: cannot read its tokenizer (or it is of a newer version): {error}"
         ) from None
 
 
@@ -216,7 +216,7 @@ def encode_rows(tokenizer, texts):
 def tokenizer_config(folder, config):
     """Build tokenizer_config.json for a folder's tokenizer and a model with this config.
 
-    PreTrainedTokenizerFast has transformers take tokenizer.json as it is. Any other class would
+    PreTrainedTokenizerFast makes transformers use tokenizer.json as it is. Any other class would
     override some of its settings, and the one for BERT lowercases the text.
     """
     vocabulary = open_tokenizer(folder).get_vocab()

@@ -27,15 +27,15 @@ COMPILE = "--compile: torch cannot compile here; leave it out"
 CAPTURE = "a step that waits for the GPU, in .item() say, cannot be recorded; try --eager"
 # What to do about an error that has such a word in its class or text. The first that fits counts.
 ADVICE = {
-    "MemoryError": MEMORY,
-    "allocate memory": MEMORY,
-    "bad_alloc": MEMORY,
+    "MemoryError": MEMORY,  # Python's
+    "allocate memory": MEMORY,  # the operating system's, and torch's
+    "bad_alloc": MEMORY,  # C++'s
     "can't start new thread": MEMORY,
     "InductorError": COMPILE,
     "BackendCompilerFailed": COMPILE,
     "No space left": "the disk is full; use another (train.py: --out; for downloads: SMP_CACHE)",
     "PanicException": "the model folder's tokenizer.json is damaged",  # from tokenizers
-    "home directory": "SMP_CACHE: name a folder for downloads",
+    "home directory": "SMP_CACHE: name a folder for downloads",  # from Path.expanduser
     "stream is capturing": CAPTURE,
     "during capture": CAPTURE,
     "invalid device ordinal": "--nproc_per_node: there can be one process per GPU",
@@ -121,8 +121,8 @@ YES_OR_NO = argparse.BooleanOptionalAction  # --dropout and --no-dropout
 def grouped_parser(groups, defaults=None, shown=None, **texts):
     """A Parser with these groups of flags, {title: flags}, see add_flags.
 
-    To ask for help is a flag like others here: its value is "short" or "all". shown: the names of
-    the only flags to have, in one group.
+    --help sets `help` to "short", and --help-all to "all". shown: the names of the only flags to
+    have, in one group.
     """
     if shown:
         every = {name: flag for flags in groups.values() for name, flag in flags.items()}
@@ -266,7 +266,7 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-LONG = 20_000  # from so many steps on, preparing cuDNN's attention pays
+LONG = 20_000  # steps; in a shorter run, preparing cuDNN's attention takes longer than it saves
 
 
 def set_up(deterministic, steps):

@@ -149,6 +149,7 @@ FILES = [
     "tokenizer_config.json",
     "vocab.txt",
     "added_tokens.json",
+    "special_tokens_map.json",
     "model.safetensors",
     "model-*.safetensors",
 ]
@@ -239,7 +240,7 @@ def split_movies(rated):
 
 
 def join(lines):
-    return "".join(f"{line}\n" for line in lines).encode()
+    return ("\n".join(lines) + "\n").encode()
 
 
 def no_test_server(*_):

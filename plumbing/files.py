@@ -28,6 +28,8 @@ MASKS = "smp-mask-3"
 def write_whole(path, content):
     """Write bytes atomically: the file appears whole or not at all. Its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder")
     part = part_path(path)
     try:
         with open(part, "wb") as file:
@@ -77,12 +79,12 @@ def split_lines(text):
 
 
 @contextmanager
-def prefix_errors(path):
-    """Put a path in front of the message of any ValueError raised inside."""
+def prefix_errors(prefix):
+    """Put a prefix, such as a path, in front of the message of any ValueError raised inside."""
     try:
         yield
     except (ValueError, RecursionError) as error:  # JSON may be nested too deeply
-        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        raise ValueError(f"{prefix}: {str(error).removeprefix(f'{prefix}: ')}") from None
 
 
 def lock(file):

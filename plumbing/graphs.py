@@ -84,8 +84,9 @@ class Recorded:
             gradients = [p.grad for p in self.parameters]
             if self.gradients:
                 torch._foreach_copy_(self.gradients, gradients)
+            else:
+                self.gradients = gradients
 
-        self.gradients = self.gradients or gradients
         for p, gradient in zip(self.parameters, before, strict=True):
             p.grad = gradient
         return graph, arguments, result

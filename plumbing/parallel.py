@@ -30,7 +30,7 @@ def require_one_process(what):
 
 
 def start(device):
-    """Join the other processes. Only process 0 prints from here on."""
+    """Connect to the other processes. Only process 0 prints from here on."""
     if processes() == 1:
         return
     if rank() > 0:
@@ -57,7 +57,7 @@ def all_reduce(tensors):
 
 
 def stop():
-    """Leave the other processes, once all are ready to leave."""
+    """Wait for the other processes, then disconnect."""
     if processes() > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -35,13 +35,15 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's state for each parameter
 SAVE_EVERY = 60  # seconds between checkpoints: one of bert-base takes three to write
 
 
-# Flags that the name of a run's folder always has, or never.
+# Flags that the name of a run's folder has anyway, or never.
 NOT_CHANGES = {"task", "model", "method", "sparsity", "seed", "train", "out"}
 NOT_CHANGES |= MACHINE_FLAGS.keys() | {"accumulate", "compile", "eager", "deterministic"}
 
 
 def run_folder(values, changed):
-    """Such as runs/movies-minilm-smp-s-0.5-lr0.04-seed0: what differs from the defaults is in it.
+    """Name a run's folder after what differs from the defaults.
+
+    Such as runs/movies-minilm-smp-s-0.5-lr0.04-seed0.
 
     values: {flag: value}. changed: those that the user has set to another value than the default.
     """
@@ -70,6 +72,7 @@ class Run:
         folder,
         argv,
         tensors=None,
+        # The keys that save() writes:
         step=0,  # how many steps are done
         evaluations=(),  # dicts with step, density and dev metrics
         identity=None,  # everything that the run depends on, see check_identity
@@ -116,7 +119,7 @@ class Run:
         for what in ("--out", "--resume", "--table"):  # digests stand for the rows of a table
             identity.pop(what, None)
         for what, value in identity.items():
-            before = self.identity.get(what, value)  # a new run has depended on nothing
+            before = self.identity.get(what, value)  # a new run has no identity yet
             if before != value:
                 raise ValueError(
                     f"--resume: {what} is {value} now, and was {before} when the run began"
@@ -183,7 +186,7 @@ class Run:
     def save(self, step, learner, optimizer):
         """Write a checkpoint, if the last is a minute old. Several processes write none.
 
-        One that cannot be written is said, and training goes on.
+        If it cannot be written, say so and go on training.
         """
         if time.time() - self.saved < SAVE_EVERY or parallel.processes() > 1:
             return
@@ -200,8 +203,9 @@ class Run:
             files.write_whole(self.checkpoint, files.seal(FORMAT, tensors, state))
         except OSError as error:
             say(f"no checkpoint ({error}): training goes on, but could not be resumed")
+        else:
+            self.saved_step = step
         self.saved = time.time()
-        self.saved_step = step
 
     def restore(self, learner, optimizer):
         """Load the checkpoint of a resumed run. A new run has none to load."""
@@ -266,7 +270,7 @@ def interrupted_run(folder):
     path = folder / CHECKPOINT
     if not path.exists():
         raise ValueError(
-            f"--resume: there is no {path}; the run is finished, or was a few steps old"
+            f"--resume: there is no {path}; the run is finished, was new, or lies elsewhere"
         )
     tensors, state = files.unseal(path, FORMAT)
     return Run(folder, tensors=tensors, **state)

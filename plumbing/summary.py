@@ -59,7 +59,7 @@ def summary(result, folder, files, labels):
         yield KEPT.format(**result)
         if abs(result["reached"] + result["sparsity"] - 1) > 0.01:  # it is not 1 - sparsity
             yield REACHED.format(**result)
-    if not result["sha256"]:  # without a file of weights, all are frozen, and train.py checked them
+    if not result["sha256"]:  # no model was saved, so train.py has checked what is frozen
         yield FROZEN.format(**result)
     for name in files:
         size = (folder / name).stat().st_size / 1e6

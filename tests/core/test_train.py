@@ -470,7 +470,7 @@ def test_bad_data_ends_in_one_line(run, fails, glue):
     (glue / "movies" / "dev.tsv").write_text("sentence\tlabel\n")
     assert "dev.tsv holds no examples" in fails(train.main, run.argv())
     (run.model / "tokenizer.json").write_text("{")
-    assert "its tokenizer is not valid" in fails(train.main, run.argv())
+    assert "cannot read its tokenizer" in fails(train.main, run.argv())
 
 
 def test_a_loss_that_is_not_finite(run):

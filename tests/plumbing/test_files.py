@@ -7,7 +7,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from plumbing.files import MASKS, load_masks, pack_masks, seal, split_lines, unpack_bits
+from plumbing.files import (
+    MASKS,
+    load_masks,
+    pack_masks,
+    seal,
+    split_lines,
+    unpack_bits,
+    write_whole,
+)
 
 RUN = {"task": "movies", "sparsity": 0.5}
 
@@ -90,3 +98,10 @@ def test_lines_end_at_a_newline_alone():
     for text, lines in (("", []), ("\n", [""]), ("a\nb", ["a", "b"]), ("a\r\n\n", ["a", ""])):
         assert split_lines(text) == lines == text.splitlines()
     assert split_lines(f"{odd}\n{odd}") == [odd, odd]
+
+
+def test_a_folder_is_not_written_over(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="out is a folder"):
+        write_whole(tmp_path / "out", b"x")
+    assert not list(tmp_path.glob(".part-*"))

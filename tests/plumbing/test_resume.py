@@ -175,7 +175,7 @@ def test_another_backbone_or_other_data_are_not_gone_on_with(interrupted, fails)
     (interrupted / ".part-0123abcd-model.safetensors").touch()
     train.main(["--resume", str(interrupted)])
     assert not list(interrupted.glob(".part-*"))
-    assert "the run is finished, or" in fails(train.main, ["--resume", interrupted])
+    assert "the run is finished, was new" in fails(train.main, ["--resume", interrupted])
 
 
 def test_other_settings_are_not_gone_on_with(interrupted, fails):
@@ -332,6 +332,20 @@ def test_a_checkpoint_that_does_not_fit_costs_no_mask(flags, tmp_path, capsys, l
     assert capsys.readouterr().err.count("no checkpoint ([Errno 27] File too large") == 1
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {"log.jsonl", "mask.safetensors", "result.json"}
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(flags, tmp_path, largest_file):
+    """What Ctrl-C says then is where the run really continues."""
+    _, run, job = prepared([*flags, "--out", tmp_path / "run"])
+    optimizer = train.make_optimizer(job.learner, 0.1, 0.1)
+    sum(p.sum() for p in job.learner.parameters()).backward()
+    optimizer.step()
+    with run:
+        run.save(5, job.learner, optimizer)
+        run.saved = 0  # an hour ago
+        largest_file(20_000)
+        run.save(10, job.learner, optimizer)
+    assert run.saved_step == 5 == interrupted_run(run.folder).step
 
 
 def test_a_mask_that_does_not_fit_is_written_once_there_is_room(
