@@ -46,6 +46,7 @@ RECIPE = {
     "weight_lr": 3e-5,  # peak learning rate of weights that train
     "decay": 0.01,  # weight decay, for matrices alone
     "evals": 20,  # evaluations per run
+    "epochs": 10,
 }
 LARGE = {"epochs": 12, "batch": 64}  # the paper's code for the four large tasks
 MOVIES = {  # ours: minutes on a CPU
@@ -87,6 +88,7 @@ class Task:
     every_token: bool = False  # the model reads every token
     load: Callable | None = None  # (folder, length, head) -> model, tokenizer; default: a BERT
     read: Callable | None = None  # (task, split, path, tokenizer) -> Examples; default: a TSV file
+    loss: Callable | None = None  # (logits, labels, teacher's logits or None); default: task_loss
     step: Callable | None = None  # make_forward_backward; default: train.py's
     format_answer: Callable | None = None  # (texts, tokenizer, logits_of, args) -> lines of --text
     answer_file: Callable | None = None  # (path, answers) -> lines of --text-file; default: TSV

@@ -113,10 +113,11 @@ def load_run(run, model_name=None):
 
 def read_result(run):
     """The result of a run's folder or mask file. Raises ValueError if it is not for this code."""
-    if not run.exists():
-        raise ValueError(f"{run}: there is no such run folder or mask file")
     # Whether it is a result at all is plumbing's question. Here: do we know its task and method?
-    result = read_description(run)
+    try:
+        result = read_description(run)
+    except FileNotFoundError:
+        raise ValueError(f"{run}: there is no finished run or mask file here") from None
     if result["method"] not in METHODS:
         raise ValueError(f"{run}: METHODS has no method {result['method']}")
     # Other label words would read the same logits as other answers.

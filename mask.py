@@ -303,6 +303,7 @@ class Masks(nn.Module):
         scores = self.method.rank(self.weights, self.scores)
         importance = importance.to(self.sizes.device).double()
         k = self.method.how_many(importance, self.sizes, density, scores, exact)
+        k = k.minimum(self.sizes.long())  # a schedule of one's own may ask for more than all
         return highest(scores, k, exact)
 
     @torch.no_grad()
@@ -357,6 +358,9 @@ class Method:
     recipe: dict = field(default_factory=lambda: SMP)  # the flags it takes, and its defaults
     masks: type = Masks  # a subclass starts its scores differently
     before: Callable | None = None  # changes the model before training: extras/pprune, adapters
+
+    def __post_init__(self):
+        assert isinstance(self.trains, tuple), f"trains={self.trains!r}: write a tuple"
 
     def masked(self, model):
         """{name: weight [out, in]} of a model's weights that get a mask."""

@@ -393,7 +393,7 @@ def label_word_ids(words, tokenizer):
         if len(encoded.ids) != 1 or encoded.tokens[0].lstrip("Ġ▁") != word or encoded.ids[0] in ids:
             raise ValueError(
                 f"label word {word!r} is {encoded.tokens} in tokenizer.json, not one token of its "
-                "own; choose another"
+                "own, or the word of two labels; choose another"
             )
         ids += encoded.ids
     return ids

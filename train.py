@@ -220,6 +220,7 @@ class Learner(nn.Module):
         # Then ordinary weights that train: those that the method names.
         trained = method.trained(model)
         self.names = list(trained)  # a ParameterDict takes no names with dots
+        assert self.masks or trained, f"nothing trains: no weight is named {method.trains}"
         self.weights = nn.ParameterList(w.detach().float().clone() for w in trained.values())
 
         # All the rest is frozen. The float32 copies are taken, so it may be rounded now.
@@ -312,7 +313,7 @@ def task_loss(logits, labels, teacher_logits=None, temperature=2.0):
     return 0.5 * loss + 0.5 * temperature**2 * kl  # tau^2 keeps the size of the gradients
 
 
-def make_forward_backward(model, learner, teacher=None):
+def make_forward_backward(model, learner, teacher=None, loss_of=task_loss):
     """The method as one function of tensors. teacher: a frozen model, or None."""
 
     def forward_backward(inputs, labels, share, density, penalty):
@@ -330,7 +331,7 @@ def make_forward_backward(model, learner, teacher=None):
             teacher_logits = teacher(*inputs).float() if teacher else None
 
         # A part adds its share of the gradient of the whole batch.
-        loss = task_loss(logits, labels, teacher_logits)
+        loss = loss_of(logits, labels, teacher_logits)
         (share * (loss + penalty * regularizer)).backward()  # dL/dS = dL/dW' * W
         return torch.stack([loss, regularizer]).detach()
 
@@ -508,8 +509,7 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
     optimizer = make_optimizer(learner, args.lr, args.weight_lr, args.decay)
     run.restore(learner, optimizer)  # does nothing in a new run
 
-    own_step = None if job.teacher else job.task.step  # of a language model, see extras/lm.py
-    forward_backward = (own_step or make_forward_backward)(job.model, learner, job.teacher)
+    forward_backward = choose_step(job)
     if job.device.type == "cuda" and not args.eager:  # replayed as a CUDA graph
         forward_backward = Recorded(forward_backward, learner.parameters())
 
@@ -539,6 +539,14 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
             bar.write(evaluation(**run.evaluations[-1]))
         if log_now and done < total:
             run.save(done, learner, optimizer)  # at most once a minute
+
+
+def choose_step(job):
+    """make_forward_backward of a task: its own, or the one above with its loss."""
+    task = job.task
+    if task.step and not job.teacher:  # a language model computes its loss, but teaches by logits
+        return task.step(job.model, job.learner)
+    return make_forward_backward(job.model, job.learner, job.teacher, task.loss or task_loss)
 
 
 def evaluate_learner(args, job, step, density):

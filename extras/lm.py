@@ -183,7 +183,7 @@ def load(folder, length, head):
     return model, tokenizer
 
 
-def make_forward_backward(model, learner, teacher=None):
+def make_forward_backward(model, learner):
     """Task.step: train.py's, but the model computes the loss, and never holds all logits."""
 
     def forward_backward(inputs, labels, share, density, penalty):

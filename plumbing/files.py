@@ -213,11 +213,11 @@ def unpack_bits(stored, shape):
 def load_masks(path, shapes, others=None):
     """Read a mask file -> (masks {name: bool [out, in]}, other trained tensors in float32).
 
-    shapes: {name: shape} of the matrices that the file must cover. others: {name: shape} of the
+    shapes: {name: [out, in]} of the matrices that the file must cover. others: {name: shape} of the
     other tensors, by default any. Raises ValueError that says why the file cannot be used.
     """
     tensors, description = unseal(path, MASKS)
-    if description["shapes"] != {name: list(shape) for name, shape in shapes.items()}:
+    if description["shapes"] != shapes:
         raise ValueError(f"{path} was made for a backbone of another shape")
     masks = {name: unpack_bits(tensors.pop(name), shape) for name, shape in shapes.items()}
     if others is not None and shapes_of(tensors) != others:

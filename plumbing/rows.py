@@ -12,7 +12,7 @@ from array import array
 
 
 class Rows:
-    """Rows that can be appended, counted, read and sliced like those of a list."""
+    """Rows that can be appended, counted and read like those of a list."""
 
     def __init__(self, rows=()):
         self.numbers = array("i")  # of all rows, one after the other
@@ -28,11 +28,9 @@ class Rows:
         return len(self.starts) - 1
 
     def __getitem__(self, i):
-        """Row i, a copy, or Rows of a slice."""
-        found = range(len(self))[i]  # counts from the end, too, and raises IndexError
-        if isinstance(found, range):
-            return Rows(self[j] for j in found)
-        return self.numbers[self.starts[found] : self.starts[found + 1]]
+        """Row i, a copy."""
+        i = range(len(self))[i]  # counts from the end, too, and raises IndexError
+        return self.numbers[self.starts[i] : self.starts[i + 1]]
 
 
 def sha256_of_rows(rows, labels):

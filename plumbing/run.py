@@ -215,8 +215,9 @@ class Run:
         torch.set_rng_state(stored["random.cpu"])
         if "random.cuda" in stored:
             torch.cuda.set_rng_state(stored["random.cuda"])
+        for name, tensor in states_of(learner).items():
+            tensor.copy_(stored[name])
         for i, p in enumerate(learner.parameters()):
-            p.detach().copy_(stored[f"parameter.{i}"])
             optimizer.state[p] = {name: stored[f"{name}.{i}"].to(p.device) for name in MOMENTS}
 
     def facts(self):
@@ -256,12 +257,17 @@ def random_states():
 
 def training_state(learner, optimizer):
     """{name: tensor} of the parameters, Adam's step and its moments. Not copies."""
-    tensors = {}
+    tensors = states_of(learner)
     for i, p in enumerate(learner.parameters()):
-        tensors[f"parameter.{i}"] = p
         for name in MOMENTS:
             tensors[f"{name}.{i}"] = optimizer.state[p][name]
     return tensors
+
+
+def states_of(learner):
+    """{name: tensor} of the parameters, and of buffers in which a method keeps a state."""
+    tensors = learner.state_dict().values()
+    return {f"parameter.{i}": tensor for i, tensor in enumerate(tensors)}
 
 
 def interrupted_run(folder):

@@ -83,7 +83,7 @@ def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
     folder, _ = run()
     other = make_model("other", tensors=bert_tensors(CONFIG, seed=9))
     assert "the fingerprint of" in fails(eval_.main, [folder, "--model", other])
-    assert "No such file" in fails(eval_.main, [tmp_path])
+    assert "there is no finished run" in fails(eval_.main, [tmp_path])
     (tmp_path / "checkpoint.safetensors").touch()
     assert "holds an unfinished run; python train.py --resume" in fails(eval_.main, [tmp_path])
     assert "--pair and --temperature need --text" in fails(eval_.main, [folder, "--pair", "b"])

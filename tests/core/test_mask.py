@@ -198,6 +198,19 @@ def test_saved_masks_keep_exactly_what_was_asked(method, sparsity):
             )  # layers with higher scores keep more
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_no_matrix_keeps_more_than_all(exact):
+    """A schedule of one's own may go above 1."""
+    masks = with_scores(Masks(groups(), METHODS["smp-l"]))
+    assert all(kept.all() for kept in masks.choose(1.17, exact).values())
+
+
+def test_what_trains_is_a_tuple():
+    """A string would be read letter by letter, and train every weight that has one of them."""
+    with pytest.raises(AssertionError, match="write a tuple"):
+        mask.Method(mask.smp_l, trains=("LayerNorm"))
+
+
 def test_reference_would_lose_what_is_handed_on():
     masks = with_scores(Masks(groups(4, 20, 50), METHODS["smp-s"]), spread=3)
     masks.temperature = 1.0

@@ -131,8 +131,8 @@ def test_a_mask_learns_and_the_rest_stays(make_gpt2, texts, tmp_path, capsys, me
     assert result["final"].keys() == {
         f"{m}{s}" for m in TASKS["ptb"].metrics for s in ("", " test")
     }
-    square = dict.fromkeys(("attn.query", "attn.key", "attn.value", "attn.c_proj"), (16, 16))
-    shapes = square | {"mlp.c_fc": (24, 16), "mlp.c_proj": (16, 24)}
+    square = dict.fromkeys(("attn.query", "attn.key", "attn.value", "attn.c_proj"), [16, 16])
+    shapes = square | {"mlp.c_fc": [24, 16], "mlp.c_proj": [16, 24]}
     shapes = {f"h.{i}.{path}.weight": shape for path, shape in shapes.items() for i in range(2)}
     masks, head = load_masks(tmp_path / "run" / "mask.safetensors", shapes)
     assert not head and sum(mask.sum().item() for mask in masks.values()) == result["kept"]

@@ -20,7 +20,7 @@ from plumbing.files import (
 RUN = {"task": "movies", "sparsity": 0.5}
 
 
-SHAPES = dict.fromkeys(("layer.0", "layer.1", "layer.2"), (30, 37))
+SHAPES = dict.fromkeys(("layer.0", "layer.1", "layer.2"), [30, 37])
 
 
 def random_masks(density=0.5, shape=(30, 37), seed=0):
@@ -72,7 +72,7 @@ TWO = torch.zeros(2, dtype=torch.uint8)
 def test_masks_of_other_shapes_are_refused(tmp_path, shapes):
     (tmp_path / "m").write_bytes(seal(MASKS, {"a": TWO}, {"run": {}, "shapes": shapes}))
     with pytest.raises(ValueError, match="for a backbone of another shape"):
-        load_masks(tmp_path / "m", {"a": (3, 5)})
+        load_masks(tmp_path / "m", {"a": [3, 5]})
 
 
 def test_no_more_is_unpacked_than_the_mask_holds():

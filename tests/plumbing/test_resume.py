@@ -16,6 +16,7 @@ from conftest import CONFIG, bert_tensors, put_back, write_glue, write_model
 from safetensors.torch import save_file
 
 import train
+from mask import METHODS, Masks, Method, smp_l
 from plumbing.files import MASKS, lock, seal, unseal, write_whole
 from plumbing.run import FORMAT, interrupted_run
 
@@ -260,6 +261,29 @@ def test_two_that_resume_one_run_do_not_harm_it(interrupted):
         second.__enter__()
     assert {path: path.read_bytes() for path in interrupted.iterdir()} == before
     assert len(before) == 3
+
+
+class Counting(Masks):
+    """Masks with a state of their own: how often they were asked for weights."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, density):
+        self.calls += 1
+        return super().forward(density)
+
+
+def test_a_state_of_a_method_goes_on(flags, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "counting", Method(smp_l, masks=Counting))
+    interrupt([*flags, "--method", "counting", "--out", tmp_path / "run"], 6)
+    second = interrupted_run(tmp_path / "run")
+    args = train.parse_args(second.argv)
+    job = train.prepare(args, second)
+    with second:
+        train.learn(args, second, job)
+    assert second.step > 0 and job.learner.masks.calls == job.total
 
 
 def test_a_run_that_another_took_further_ends_the_same(interrupted, tmp_path):
