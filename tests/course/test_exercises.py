@@ -1,5 +1,6 @@
 """exercises/check.py passes right answers, says what wrong ones do, and always ends."""
 
+import importlib
 import json
 import os
 import re
@@ -9,6 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from acts import prepared
+
+import eval as evaluation
+import train
+from plumbing.files import unseal  # noqa: F401 (exercise 5 calls it)
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "exercises"))
@@ -318,6 +325,49 @@ def test_the_text_and_the_checks_agree():
             assert checked.group(1) == function
             assert hasattr(cases, f"check_{function}")
             assert chapter.splitlines()[0].endswith(f"checked; `{file}`)")
+
+
+@pytest.mark.parametrize("page", ["EXERCISES.md", "exercises/TEACHING.md"])
+def test_a_page_names_what_exists(page):
+    """Such as `highest` in `mask.py`, or a call of `plumbing/files.py`."""
+    text = " ".join((ROOT / page).read_text().split())
+    found = re.findall(r"`(\w+)[^`]*`,? (?:in|of) `([\w/]+)\.py`", text)
+    assert found
+    for name, file in found:
+        module = importlib.import_module(file.replace("/", "."))
+        assert hasattr(module, name), f"{page}: {file}.py has no {name}"
+
+
+def calls_of(number):
+    """The calls in an exercise's text, such as `loaded = load_run(RUN)`."""
+    text = (ROOT / "EXERCISES.md").read_text().split(f"\n## {number}. ")[1].split("\n## ")[0]
+    return re.findall(r"`([^`]*\([^`]*\))`", text)
+
+
+def test_scores_are_read_as_exercise_5_says(run):
+    """From the checkpoint of a run that ended after its first step: six groups, queries first."""
+    args, unfinished, job = prepared(run.argv("--evals", 12))
+    with unfinished:
+        train.learn(args, unfinished, job, stop_after=1)
+    (call,) = calls_of(5)
+    tensors, description = eval(call.replace("RUN", args.out.as_posix()))
+    assert description["step"] == 1
+    scores = job.learner.masks.scores
+    assert [*scores][0] == "query" and len(scores) == 6
+    for number, stack in enumerate(scores.values()):
+        assert stack.any() and torch.equal(tensors[f"parameter.{number}"], stack)
+
+
+def test_a_mask_is_scored_as_exercise_8_says(finished):
+    """With its own masks, a run has the score that it ended with."""
+    final = json.loads((finished / "result.json").read_text())["final"]
+    names = vars(evaluation) | {"torch": torch, "RUN": finished}
+    load, read_sets, make_weights, score, replace_masks = calls_of(8)
+    exec(load, names)
+    names["other"] = names["loaded"]
+    for call in (replace_masks, read_sets, make_weights):
+        exec(call, names)
+    assert eval(score, names) == final
 
 
 def test_the_page_for_teachers_has_the_points_and_files():
