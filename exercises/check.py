@@ -17,31 +17,22 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
-
-class Exercise(NamedTuple):
-    function: str  # the function that the student writes
-    file: str  # the file name for handing it in
-    points: int
-
-
-EXERCISES = {
-    2: Exercise("density_at", "schedule.py", 5),
-    3: Exercise("top_v", "top_v.py", 15),
-    4: Exercise("score_gradient", "score_gradient.py", 20),
-    6: Exercise("rank", "rank.py", 20),
-    7: Exercise("two_of_four", "two_of_four.py", 15),
-    9: Exercise("dead_neurons", "dead_neurons.py", 25),
+EXERCISES = {  # number: (function to write, file name for handing it in, points)
+    2: ("density_at", "schedule.py", 5),
+    3: ("top_v", "top_v.py", 15),
+    4: ("score_gradient", "score_gradient.py", 20),
+    6: ("rank", "rank.py", 20),
+    7: ("two_of_four", "two_of_four.py", 15),
+    9: ("dead_neurons", "dead_neurons.py", 25),
 }
 
 
 def run(function, path, args):
     """Run an answer in a process of its own -> "right", or what is wrong."""
     answer = Path(__file__).with_name("answer.py")
-    prints = None  # what the answer prints goes to the terminal
-    if args.json or args.csv:
-        prints = subprocess.DEVNULL
+    # What the answer prints goes to the terminal (None), or nowhere.
+    prints = subprocess.DEVNULL if args.json or args.csv else None
     with tempfile.TemporaryDirectory() as folder:
         verdict = Path(folder, "verdict")
         command = [sys.executable, answer, function, path, str(args.seed), verdict]
@@ -62,18 +53,16 @@ def grade(number, path, args):
 
     It gets all points or none. path: the answer, or a folder of answers.
     """
-    exercise = EXERCISES[number]
+    function, file, points = EXERCISES[number]
     if path.is_dir():
-        path = path / exercise.file
+        path /= file
     output = f"not yet: there is no file {path.name}"
     if path.is_file():
-        output = run(exercise.function, path, args)
-    score = 0
-    if output == "right":
-        score = exercise.points
-    name = f"{number}. {exercise.function}"
-    print(f"{name} ({score} of {exercise.points} points): {output}", flush=True)
-    return {"name": name, "score": score, "max_score": exercise.points, "output": output}
+        output = run(function, path, args)
+    score = points if output == "right" else 0
+    name = f"{number}. {function}"
+    print(f"{name} ({score} of {points} points): {output}", flush=True)
+    return {"name": name, "score": score, "max_score": points, "output": output}
 
 
 def grade_class(args):
@@ -96,17 +85,29 @@ def parse_args(argv):
         description="Check answers to programming exercises of EXERCISES.md."
     )
     add = parser.add_argument
-    add("exercises", type=int, nargs="*", help="their numbers; else all")
-    add("path", type=Path, help="the answer, a folder of answers, or with --csv a folder of those")
-    add("--json", type=Path, metavar="RESULTS", help="write this file for Gradescope")
-    add("--csv", type=Path, metavar="TABLE", help="write this table of a class")
-    add("--seed", type=int, default=random.randrange(10**6), help="of the cases; else a new one")
-    add("--seconds", type=int, default=60, help="for each answer; importing torch takes some (60)")
+    add("exercises", type=int, nargs="*", default=list(EXERCISES), help="exercise numbers (all)")
+    add("path", type=Path, help="an answer, a folder of answers, or with --csv a folder of folders")
+    add_file = parser.add_mutually_exclusive_group().add_argument
+    add_file("--json", type=new_file, metavar="RESULTS", help="write this file for Gradescope")
+    add_file("--csv", type=new_file, metavar="TABLE", help="write this table of a class")
+    add("--seed", type=int, default=random.randrange(10**6), help="seed of the cases (random)")
+    add("--seconds", type=int, default=60, help="time limit per answer (60)")
     args = parser.parse_intermixed_args(argv)
-    args.exercises = args.exercises or list(EXERCISES)
-    if not EXERCISES.keys() >= set(args.exercises):
+    if set(args.exercises) - EXERCISES.keys():
         parser.error(f"only exercises {list(EXERCISES)} have a check")
+    if not args.path.exists():
+        parser.error(f"there is no {args.path}; name the answer, or its folder, last")
+    if args.seconds < 1:
+        parser.error("--seconds must be at least 1")
     return args
+
+
+def new_file(text):
+    """Refuse a file that could not be written once everything is graded."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write a file {path}")
+    return path
 
 
 def main(argv=None):
