@@ -286,14 +286,20 @@ def set_up(deterministic, steps):
 def code_version():
     """The versions behind a result: Python's, torch's, and in a git checkout the code's.
 
-    -> {"versions": {...}, "commit": hash, and "-dirty" if something was changed since}
+    -> {"versions": {...}, "commit": hash, and "-dirty" if other code was there}
     """
     found = {"versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    words = "git describe --always --dirty --exclude=*".split()
     with suppress(OSError):  # git is not installed
-        commit = subprocess.run(
-            words, cwd=os.path.dirname(__file__), capture_output=True, text=True
-        ).stdout.strip()
+        commit = git("describe --always --exclude=*")
+        if git("status --porcelain :/*.py"):  # changed, or new, such as extras/mine.py
+            commit += "-dirty"
         if commit:  # empty outside of a checkout
             found["commit"] = commit
     return found
+
+
+def git(command):
+    """What a git command says about this code; "" outside of a checkout."""
+    return subprocess.run(
+        ["git", "-C", os.path.dirname(__file__), *command.split()], capture_output=True, text=True
+    ).stdout.strip()

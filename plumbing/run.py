@@ -16,6 +16,7 @@ that has one is complete.
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -57,7 +58,7 @@ def run_folder(values, changed):
             name += f"-{'-'.join(value) if isinstance(value, list) else Path(value).name}"
     name += f"-seed{values['seed']}"
     name = name.replace(":", "of")  # smp-2:4; Windows takes no colons
-    return Path("runs") / "".join(c if c.isalnum() or c in "-_.,+ " else "-" for c in name)
+    return Path("runs") / re.sub(r"[^\w.,+ -]", "-", name)
 
 
 class Run:

@@ -93,8 +93,12 @@ def test_code_version(tmp_path, monkeypatch):
         subprocess.run(["git", "-C", tmp_path, *words], check=True)
     commit = cli.code_version()["commit"]
     assert len(commit) >= 7 and "dirty" not in commit
-    (tmp_path / "cli.py").write_text("x")
-    assert cli.code_version()["commit"] == f"{commit}-dirty"
+    (tmp_path / "notes.txt").write_text("x")
+    assert cli.code_version()["commit"] == commit
+    for changed in ("mine.py", "cli.py"):  # new, and then another one that is altered
+        (tmp_path / changed).write_text("x")
+        assert cli.code_version()["commit"] == f"{commit}-dirty"
+        (tmp_path / "mine.py").unlink(missing_ok=True)
 
 
 # --- where the output goes ---
