@@ -355,8 +355,10 @@ class Method:
     rule: type = StraightThrough  # what flows into the scores
     # "scores", "vectors" (biases and LayerNorms), "weights" (all), or parts of weights' names.
     trains: tuple = ("scores",)
-    recipe: dict = field(default_factory=lambda: SMP)  # the flags it takes, and its defaults
-    masks: type = Masks  # a subclass starts its scores differently
+    # The flags it takes, and its defaults. A flag that is missing is off, so begin with SMP | {...}.
+    recipe: dict = field(default_factory=lambda: SMP)
+    # A subclass may start its scores differently, keep a state, or override choose_stacked.
+    masks: type = Masks
     before: Callable | None = None  # changes the model before training: extras/pprune, adapters
 
     def __post_init__(self):
