@@ -355,7 +355,7 @@ class Method:
     rule: type = StraightThrough  # what flows into the scores
     # "scores", "vectors" (biases and LayerNorms), "weights" (all), or parts of weights' names.
     trains: tuple = ("scores",)
-    # The flags it takes, and its defaults. A flag that is missing is off, so begin with SMP | {...}.
+    # The flags it takes, and its defaults. What is missing is off, so begin with SMP | {...}.
     recipe: dict = field(default_factory=lambda: SMP)
     # A subclass may start its scores differently, keep a state, or override choose_stacked.
     masks: type = Masks
