@@ -23,6 +23,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -40,8 +41,9 @@ from safetensors.torch import load_file
 import data
 from data import TASKS, split_path
 from plumbing.cli import Parser, count, one_line_errors
-from plumbing.files import read_lines, write_whole
+from plumbing.files import prefix_errors, read_json, read_lines, write_whole
 from plumbing.progress import progress
+from plumbing.run import say
 from tools.picture import plot_prices
 
 ROOT = Path(__file__).parent.parent
@@ -51,17 +53,24 @@ TOGETHER = ("movies", "sst2")  # they share sentences, so averages count them as
 
 # The flags that differ within a row of a table.
 IN_A_ROW = ("--task=", "--model=", "--seed=", "--teacher=", "--out=")
+# Those within a setting. --steps= follows the size of the task, --data-dir= has the held-out rows.
+IN_A_SETTING = (*IN_A_ROW, "--steps=", "--data-dir=")
 
 # --- lists and results ----------------------------------------------------------------------------
 
 
 def flags_of(command):
-    """Split a command into its flags.
+    """Split a command into its flags, as a shell would.
 
     "python train.py --lr 0.01 --dropout --seed=3" -> ["--lr=0.01", "--dropout", "--seed=3"]
     """
-    flags = re.split(r"\s--", command)[1:]
-    return ["--" + "=".join(flag.split()) for flag in flags]
+    flags = []
+    for word in shlex.split(command)[2:]:
+        if word.startswith("--"):
+            flags.append(word)
+        else:  # the value of the flag before it
+            flags[-1] += f"={word}"
+    return flags
 
 
 def key_of(command):
@@ -76,11 +85,13 @@ def label_of(command, hidden=IN_A_ROW):
 
 
 def expand(command):
-    """List the commands that `--seed=10-14` stands for."""
+    """List the commands that `--seed=10-14` stands for. Raises ValueError if it cannot."""
     seeds = re.search(r"--seed[= ](\d+)-(\d+)", command)
     if not seeds:
         return [command]
     first, last = map(int, seeds.groups())
+    if last < first or "--out" in command:
+        raise ValueError(f"{seeds[0]} must count upwards, and its runs cannot share one --out")
     return [command.replace(seeds[0], f"--seed={seed}") for seed in range(first, last + 1)]
 
 
@@ -90,13 +101,14 @@ def read_list(path):
     name = None
     for number, line in enumerate(read_lines(path), 1):
         line = line.strip()
-        if line.startswith("["):
-            name = line.strip("[]")
-        elif line.startswith("python train.py"):
-            row = rows.setdefault(name or label_of(line), {})
-            row.update({key_of(command): command for command in expand(line)})
-        elif line and not line.startswith("#"):
-            raise ValueError(f"{path}:{number} is not a command of train.py, [NAME] or # comment")
+        with prefix_errors(f"{path}:{number}"):
+            if line.startswith("["):
+                name = line.strip("[]")
+            elif re.match(r"python train\.py( --|$)", line):
+                row = rows.setdefault(name or label_of(line), {})
+                row.update({key_of(command): command for command in expand(line)})
+            elif line and not line.startswith("#"):
+                raise ValueError("must be `python train.py --...`, [NAME] or a # comment")
     return rows
 
 
@@ -105,13 +117,15 @@ def read_results(path):
 
     Raises ValueError that names a line which is not the result of a run.
     """
+    if not path.exists():
+        raise ValueError(f"there is no {path}; python -m tools.runs run LIST makes it")
     found = {}
     for number, text in enumerate(read_lines(path), 1):
         try:
             line = json.loads(text)
             score(line)
             found[key_of(line["command"])] = line
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}:{number} is not the result of a run: {error!r}") from None
     return found
 
@@ -120,15 +134,26 @@ def read_rows(path, results):
     """Read what to show -> {row: [lines]}. path: a list, or results, of which all are shown."""
     if path.suffix == ".jsonl":
         return group(read_results(path).values(), lambda line: label_of(line["command"]))
-    done = read_results(results)
-    rows = {}
-    for name, commands in read_list(path).items():
-        lines = [done[key] for key in commands if key in done]
-        if lines:
-            rows[name] = lines
+    rows, missing = read_done(path, results)
     if not rows:
         raise ValueError(f"{results} has no run of {path}: python -m tools.runs run {path}")
+    if missing:
+        say(f"runs of {path} that are missing in {results}: {len(missing)}")
     return rows
+
+
+def read_done(path, results):
+    """Split the runs of a list -> ({row: [lines of results]}, [commands that are missing])."""
+    done = read_results(results)
+    rows = {}
+    missing = {}  # each once, though several rows may have it
+    for name, commands in read_list(path).items():
+        for key, command in commands.items():
+            if key in done:
+                rows.setdefault(name, []).append(done[key])
+            else:
+                missing[key] = command
+    return rows, list(missing.values())
 
 
 def group(lines, name_of):
@@ -155,13 +180,17 @@ def start(command, gpu):
     folder = tempfile.TemporaryDirectory()
     home = Path(folder.name)
     out = home / "run"
-    if "--out=" in command:  # this folder is kept
-        out = Path(command.partition("--out=")[2].split()[0])
+    for flag in flags_of(command):
+        if flag.startswith("--out="):  # this folder is kept
+            out = Path(flag.removeprefix("--out="))
     words = [sys.executable, TRAIN, *flags_of(command), "--out", out]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
     with open(home / "errors", "wb") as errors:
-        output = {"stdout": subprocess.DEVNULL, "stderr": errors}
-        process = subprocess.Popen(words, env=environment, **output)
+        process = subprocess.Popen(
+            words,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
     return Started(command, gpu, folder, out, process)
 
 
@@ -178,7 +207,7 @@ def finish(run, results, where):
             errors = Path(folder, "errors").read_text("utf-8", "replace").strip()
             last = errors.split("\n")[-1] or f"exit status {run.process.returncode}"
             return [f"failed: {run.command}: {last}"]
-        result = json.loads((run.out / "result.json").read_text("utf-8"))
+        result = read_json(run.out / "result.json")
         result["mask_bytes"] = packed_bytes(run.out / "mask.safetensors")
 
     for key in ("densities", "digest"):  # of every matrix, and of the file
@@ -224,14 +253,9 @@ def make_runs(commands, results, at_once):
 
 def make_missing(path, results, at_once):
     """Make the runs of a list that the results lack. Raises ValueError if some fail."""
-    wanted = {}  # each once, though several rows may have it
-    for commands in read_list(path).values():
-        wanted |= commands
     results.touch()
-    done = read_results(results)
-    missing = [command for key, command in wanted.items() if key not in done]
-    print(f"{path}: {len(missing)} of {len(wanted)} runs are missing in {results}", flush=True)
-
+    _, missing = read_done(path, results)
+    say(f"runs of {path} that are missing in {results}: {len(missing)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     failed = make_runs(missing, results, at_once)
     if failed:
@@ -338,16 +362,19 @@ def table(rows, averages=False):
         "minutes": minutes,
     }
 
-    written = [["method", *columns]]
-    written.append(["---"] * len(written[0]))
+    heading = ["method", *columns]
+    written = [heading, ["---"] * len(heading)]
     for name, lines in rows.items():
-        written.append([name] + [write(lines) for write in columns.values()])
+        written.append([name, *(write(lines) for write in columns.values())])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in written)
 
 
 def setting_of(name, line):
-    """The name of a line's row, and the flags that it leaves open."""
-    label = label_of(line["command"], (*IN_A_ROW, "--steps=", "--data-dir="))
+    """Name the setting of a line: its row, and what the name of the row does not say.
+
+    In a row named half: "half smp-s --batch=2 --evals=1".
+    """
+    label = label_of(line["command"], IN_A_SETTING)
     return " ".join([name, *(flag for flag in label.split() if flag not in name.split())])
 
 
@@ -391,14 +418,16 @@ def hold_out(name, rows):
 
     The lines are always shuffled alike, and the last `rows` of them become dev.
     """
-    if name not in TASKS or TASKS[name].read:
+    task = TASKS.get(name)
+    if not task or task.read:
         raise ValueError(f"{name} is not a task with a train.tsv")
-    task = TASKS[name]
-    source = split_path(TASKS[name], "train", None)
+    source = split_path(task, "train", None)
     if not source.exists():  # in the cache, on first use
         task.fetch(task, "train")
     lines = list(read_lines(source))
     header = [lines.pop(0)] if isinstance(task.label, str) else []
+    if rows >= len(lines):
+        raise ValueError(f"--rows: {source} has only {len(lines)} rows; hold out fewer")
     random.Random(0).shuffle(lines)
     for split, part in (("train", lines[:-rows]), (task.dev[0], lines[-rows:])):
         path = Path("held") / task.folder / task.file.format(split)
@@ -414,25 +443,24 @@ def main(argv=None):
     parser = Parser(
         prog="python -m tools.runs", description="Make the runs of a list, or show them."
     )
-    add = parser.add_argument
-    add("do", choices=("run", "table", "plot", "holdout"), help="make, show or draw its runs")
-    add("list", type=Path, metavar="LIST", help="a text file of commands; for holdout, a task")
-    add(
-        "--results",
-        type=Path,
-        default=RESULTS,
-        metavar="FILE",
-        help="JSON lines (results/runs.jsonl)",
-    )
-    add("--at-once", type=count, default=1, help="run: how many side by side, on all GPUs (1)")
-    add("--average", action="store_true", help="table: add the mean over tasks")
-    add("--best", type=count, metavar="N", help="table: only the N best settings of each row")
-    add("--out", type=Path, default=Path("price.png"), metavar="FILE", help="plot: (price.png)")
-    add("--rows", type=count, default=600, help="holdout: rows of train that become dev (600)")
+    add = parser.add_subparsers(dest="do", required=True).add_parser
+    run = add("run", help="make the runs that the results lack")
+    show = add("table", help="show the runs as a table")
+    plot = add("plot", help="draw accuracy over bytes per task")
+    holdout = add("holdout", help="split the train file of a task, to choose settings without dev")
+    for verb in (run, show, plot):
+        verb.add_argument("list", type=Path, metavar="LIST", help="a text file of commands")
+        verb.add_argument("--results", type=Path, default=RESULTS, help="(results/runs.jsonl)")
+    run.add_argument("--at-once", type=count, default=1, help="run so many side by side (1)")
+    show.add_argument("--average", action="store_true", help="add the mean over tasks")
+    show.add_argument("--best", type=count, help="only so many settings of each row, the best")
+    plot.add_argument("--out", type=Path, default=Path("price.png"), help="(price.png)")
+    holdout.add_argument("task")
+    holdout.add_argument("--rows", type=count, default=600, help="of train that become dev (600)")
     args = parser.parse_args(argv)
 
     if args.do == "holdout":
-        hold_out(str(args.list), args.rows)
+        hold_out(args.task, args.rows)
     elif args.do == "run":
         make_missing(args.list, args.results, args.at_once)
     elif args.do == "table":

@@ -82,7 +82,15 @@ def test_a_list_by_hand(tmp_path, fails):
     ]
     assert len(rows["dense"]) == 2
     path.write_text("# a comment\u2028 in two parts\ntrain.py --seed 3\n")
-    assert f"{path}:2 is not a command" in fails(runs.main, ["run", path])
+    assert f"{path}:2: must be `python train.py" in fails(runs.main, ["run", path])
+    for line, said in {
+        "python train.py movies": "must be `python train.py",
+        "python train.py --model='m": "No closing quotation",
+        "python train.py --seed=14-10": "--seed=14-10 must count upwards",
+        "python train.py --seed 5-6 --out x": "--seed 5-6 must count upwards, and its runs cannot",
+    }.items():
+        path.write_text(line)
+        assert f"{path}:1: {said}" in fails(runs.main, ["run", path])
 
 
 def test_a_run_is_known_by_its_flags_in_any_order():
@@ -90,6 +98,8 @@ def test_a_run_is_known_by_its_flags_in_any_order():
     assert one == runs.key_of("python train.py --seed=3 --data-dir a--b --lr=0.01 --no-dropout")
     assert one == {"--lr=0.01", "--no-dropout", "--data-dir=a--b", "--seed=3"}
     assert runs.key_of("python train.py") == set()
+    quoted = runs.key_of("""python train.py --train "my file --2.csv" --text='it is'""")
+    assert quoted == {"--train=my file --2.csv", "--text=it is"}
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -101,9 +111,9 @@ def test_missing_runs_are_made_and_a_failed_one_is_named(quick, tmp_path, capsys
     with pytest.raises(SystemExit):
         quick(some)
     out, err = capsys.readouterr()
-    assert "3 of 3 runs are missing" in out and err == (
-        "error: 1 of 3 runs failed; the same command makes them again\n"
-    )
+    results = f"{tmp_path}/results.jsonl"
+    assert f"runs of {tmp_path}/list.txt that are missing in {results}: 3\n" in err
+    assert err.endswith("error: 1 of 3 runs failed; the same command makes them again\n")
     assert "failed: python train.py --task=movies --seed=13: error: --seed: 13 is bad luck" in out
     lines = read(tmp_path / "results.jsonl")
     assert [line["seed"] for line in lines] == [12, 14]  # the others went on
@@ -113,7 +123,7 @@ def test_missing_runs_are_made_and_a_failed_one_is_named(quick, tmp_path, capsys
     script = tmp_path / "train.py"
     script.write_text(script.read_text().replace('"13"', '"none"'))
     assert [line["seed"] for line in quick(some)] == [12, 14, 13]
-    assert "1 of 3 runs are missing" in capsys.readouterr().out
+    assert "results.jsonl: 1\n" in capsys.readouterr().err
     assert len(quick("python train.py --seed 13 --task movies\n")) == 3  # as it is spelt elsewhere
 
 
@@ -244,6 +254,8 @@ def test_a_command_may_keep_the_folder_of_its_run(quick, tmp_path):
     save_file({"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(9)}, tmp_path / "m")
     assert runs.packed_bytes(tmp_path / "m") == 3
     assert runs.label_of(line["command"]) == ""
+    quick(f"python train.py --task=movies --seed=4 --out {tmp_path}/kept.too")
+    assert (tmp_path / "kept.too" / "result.json").exists()
 
 
 def test_what_is_shown_of_a_file_of_results(tmp_path, capsys, fails):
@@ -255,7 +267,16 @@ def test_what_is_shown_of_a_file_of_results(tmp_path, capsys, fails):
     error = fails(runs.main, ["table", tmp_path / "list.txt", "--results", path])
     assert error.endswith(f"has no run of {path.parent}/list.txt: python -m tools.runs run "
                           f"{path.parent}/list.txt")  # fmt: skip
-    for text in ("5", "{}", "<<<<", json.dumps(line("rte", 0.5) | {"task": "none"})):
+    some = "python train.py --task=rte --seed=0-2 --method=smp-s --lr=1"
+    (tmp_path / "list.txt").write_text(f"[a]\n{some}\n[b]\n{some}")  # rows may share runs
+    runs.main(["table", str(tmp_path / "list.txt"), "--results", str(path)])
+    said = capsys.readouterr().err
+    assert said == f"runs of {tmp_path}/list.txt that are missing in {path}: 2\n"
+    none = ["table", tmp_path / "list.txt", "--results", tmp_path / "none.jsonl"]
+    assert "there is no " in fails(runs.main, none)
+    assert "unrecognized arguments: --rows" in fails(runs.main, [*none, "--rows", 3])
+    wrong = [line("rte", 0.5) | {"task": "none"}, line("rte", 0.5) | {"command": "python a.py b"}]
+    for text in ("5", "{}", "<<<<", *map(json.dumps, wrong)):
         path.write_text(f"{json.dumps(line('rte', 0.5))}\n{text}\n")
         assert "results.jsonl:2 is not the result of a run" in fails(runs.main, ["table", path])
 
@@ -288,6 +309,11 @@ def test_rows_are_held_out(tmp_path, monkeypatch, capsys, fails):
         assert sorted(parts) == sorted(rows) and parts != rows  # all of them once, in a new order
     assert "held/CoLA/dev.tsv\n" in capsys.readouterr().out
     assert "squad is not a task with" in fails(runs.main, ["holdout", "squad", "--rows", 3])
+    before = (tmp_path / "held" / "movies" / "train.tsv").read_bytes()
+    for rows in (10, 99999):
+        said = fails(runs.main, ["holdout", "movies", "--rows", rows])
+        assert "--rows: " in said and "train.tsv has only 10 rows" in said
+    assert (tmp_path / "held" / "movies" / "train.tsv").read_bytes() == before
 
 
 # --- the lists of results/ ------------------------------------------------------------------------
