@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 
 from data import encode
-from eval import densities, load_run, masked_weights, predict, read_result, read_texts
+from eval import densities, masked_weights, predict, read_result
 from extras.own import describe_table
 from plumbing.cli import Parser, one_line_errors, printable, show
 from plumbing.fetch import model_name
-from plumbing.files import write_whole
+from plumbing.files import prefix_errors, write_whole
 from tools.export import facts
-from tools.picture import curves_of, head_densities, top_of_scale
+from tools.picture import curves_of, head_densities, load_masked, top_of_scale
 
 TEMPLATE = Path(__file__).with_name("page.html")
 LARGEST = 2_000_000  # bytes of a page
@@ -36,13 +36,15 @@ EXAMPLES = {  # by the number of texts that the task takes
     2: ("the film made everybody laugh", "it was a comedy"),
 }
 
-# Colour scales: red, green and blue at equal steps. Both work for colour-blind people and in print.
-YELLOW_TO_BLUE = np.array(
-    [(255, 255, 217), (199, 233, 180), (65, 182, 196), (34, 94, 168), (8, 29, 88)]
-)
-ORANGE_TO_BLUE = np.array(
-    [(230, 97, 1), (253, 184, 99), (255, 255, 255), (146, 178, 222), (33, 102, 172)]
-)
+
+def scale_of(colours):
+    """Colours at equal steps, such as "ffffff e66101" -> uint8 [steps, 3]: red, green, blue."""
+    return np.frombuffer(bytes.fromhex(colours), np.uint8).reshape(-1, 3)
+
+
+# Both work for colour-blind people and in print.
+YELLOW_TO_BLUE = scale_of("ffffd9 c7e9b4 41b6c4 225ea8 081d58")
+ORANGE_TO_BLUE = scale_of("e66101 fdb863 ffffff 92b2de 2166ac")
 
 CURVE = """<figure><figcaption>{name} <strong>{end:.3g}</strong>{mark}</figcaption>
 <svg viewBox="0 0 310 152" role="img" aria-label="{name}">
@@ -58,8 +60,7 @@ CURVE = """<figure><figcaption>{name} <strong>{end:.3g}</strong>{mark}</figcapti
 DOT = '<circle cx="{:.1f}" cy="{:.1f}" r="3"><title>step {:.0f}: {:.4g}</title></circle>'
 SENTENCE = """<blockquote>{shown}</blockquote>
 <p>The pruned model says {answer}. The table shows how {what} when the output of one
-head is set to zero. Blue heads speak for the answer: without them it falls.
-Orange heads speak against it.{flips}</p>
+head is set to zero. Blue: it falls without this head. Orange: it rises.{flips}</p>
 <div class="wide changes">{table}</div>
 {legend}"""
 CLASS = "<strong>{}</strong> ({}), with a probability of {:.4f}"
@@ -89,9 +90,10 @@ def colour(share, scale):
 
 def cell_style(share, scale):
     """Return CSS with the colour as the background, and ink that is readable on it."""
-    red, green, blue = colour(share, scale)
-    ink = "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#fff"
-    return f"background:rgb({red},{green},{blue});color:{ink}"
+    rgb = colour(share, scale)
+    brightness = np.dot(rgb, (0.299, 0.587, 0.114))  # from 0 to 255, as the eye sees it
+    ink = "#000" if brightness > 140 else "#fff"
+    return "background:rgb({},{},{});color:{}".format(*rgb, ink)
 
 
 def coloured_table(names, rows):
@@ -99,15 +101,14 @@ def coloured_table(names, rows):
 
     names: the columns. rows: for each layer its cells, (text, HTML attributes).
     """
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    head = "".join(map('<th scope="col">{}</th>'.format, names))
     lines = ["<table>", f'<tr><th scope="col">layer</th>{head}</tr>']
     for i, row in enumerate(rows):
         line = f'<tr><th scope="row">{i}</th>'
         for text, attributes in row:
             line += f"<td {attributes}>{text}</td>"
         lines.append(f"{line}</tr>")
-    lines.append("</table>")
-    return "\n".join(lines)
+    return "\n".join([*lines, "</table>"])
 
 
 def legend(low, high, scale):
@@ -154,7 +155,7 @@ def curve(name, points, marked="", level=0):
 
     x = 44 + 261 * (steps - first) / max(last - first, 1)  # there may be just one step
     y = height(values)
-    corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    corners = " ".join(map("{:.1f},{:.1f}".format, x, y))
     dots = ""
     if name.startswith("dev"):  # evaluations are few
         dots = "".join(map(DOT.format, x, y, steps, values))
@@ -279,7 +280,7 @@ def sentence(loaded, texts):
         what=what,
         flips=flips,
         table=coloured_table(range(after.shape[1]), change_rows(before, after, chosen)),
-        legend=legend("against", "for", ORANGE_TO_BLUE),
+        legend=legend("rises", "falls", ORANGE_TO_BLUE),
     )
 
 
@@ -339,7 +340,7 @@ def layer_cards(groups, masks, head_size, side):
 
     cards = []
     for layer, names in enumerate(zip(*groups.values(), strict=True)):
-        buttons = [f"<h3>Layer {layer}</h3>"]
+        buttons = ['<div class="layer">', f"<h3>Layer {layer}</h3>"]
         for group, name in zip(groups, names, strict=True):
             rows, columns = masks[name].shape
             button = BUTTON.format(
@@ -353,7 +354,7 @@ def layer_cards(groups, masks, head_size, side):
                 image=base64.b64encode(images[name]).decode(),
             )
             buttons.append(button)
-        cards.append('<div class="layer">\n' + "\n".join(buttons) + "\n</div>")
+        cards.append("\n".join([*buttons, "</div>"]))
     return "\n".join(cards)
 
 
@@ -367,13 +368,13 @@ def heading(loaded, dense):
     """
     result = loaded.result
     name = printable(model_name(result["model"]))  # without its path: the page may be published
+    table = describe_table(result.get("table"))
     more = {"name": name, "removed": 1 - result["density"]}
     parts = {
         "title": f"{result['task']}: a mask for {name}",
         "what": WHAT.format_map(result | more),
-        "found": f"Dev {show(result['final'])} ({facts(result)}). ",
+        "found": f"Dev {show(result['final'])} ({facts(result)}). {table}",
     }
-    parts["found"] += describe_table(result.get("table"))
     parts = {key: escape_html(text) for key, text in parts.items()}
     metric, value = next(iter(result["final"].items()))
     parts["numbers"] = NUMBER.format(value, f"dev {escape_html(metric)}")
@@ -388,7 +389,7 @@ def make_page(loaded, log, texts, dense, largest=LARGEST):
     dense: {metric: value} of the dense model, as far as known.
     """
     model, masks = loaded.model, loaded.masks
-    groups = {group: list(weights) for group, weights in model.prunable().items()}
+    groups = model.prunable()
     names = []
     for group in groups:
         name = group.replace("attn_", "attention ")
@@ -432,12 +433,9 @@ def main(argv=None):
     add("--pair", help="the second text, if the task takes two")
     add("--dense", type=Path, metavar="RUN", help="a run of --method finetune to show beside it")
     add("--model", metavar="FOLDER", help="where the backbone is now")
-    parser.set_defaults(text_file=None)  # which eval.py takes too
     args = parser.parse_args(argv)
-    loaded = load_run(args.run, args.model)
-    if not loaded.masks:
-        raise ValueError(f"{args.run} has no mask to look at")
-    texts = texts_of(loaded.task, args)
+    loaded = load_masked(args.run, args.model)
+    texts = texts_of(loaded.task, args.text, args.pair)
     dense = dense_result(args.dense, loaded.result) if args.dense else {}
     page = make_page(loaded, args.run / "log.jsonl", texts, dense)
     write_whole(args.out, page)
@@ -446,24 +444,26 @@ def main(argv=None):
 
 def dense_result(run, result):
     """Return {metric: value} of a run of dense fine-tuning. Raises ValueError if it is another."""
-    dense = read_result(run)
-    wanted = {"method": "finetune", "task": result["task"], "model": result["model"]}
-    if not wanted.items() <= dense.items():
-        raise ValueError(f"--dense: {run} is no run of --method finetune with this task and model")
-    return dense["final"]
+    with prefix_errors("--dense"):
+        dense = read_result(run)
+        wanted = {"method": "finetune", "task": result["task"], "model": result["model"]}
+        if not wanted.items() <= dense.items():
+            raise ValueError(f"{run} is no run of --method finetune with this task and model")
+        return dense["final"]
 
 
-def texts_of(task, args):
+def texts_of(task, text, pair):
     """Return --text and --pair, or an example. Raises ValueError if the task takes others."""
-    if args.text is None:
-        if args.pair is not None:
-            raise ValueError("--pair needs --text")
-        return EXAMPLES[len(task.text)]
+    width = len(task.text)
+    if text is None and pair is None:
+        return EXAMPLES[width]
     if task.format_answer:
         raise ValueError(
-            "--text: heads are shown for an answer of one class or score, which this task has not"
+            "--text: heads are shown for an answer of one class or score; this task has neither"
         )
-    return read_texts(args, len(task.text))[0]
+    if text is None or (pair is None) != (width == 1):
+        raise ValueError(f"the task takes {width} texts; --text is the first, --pair the second")
+    return (text, pair)[:width]
 
 
 if __name__ == "__main__":

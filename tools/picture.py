@@ -9,13 +9,14 @@ The drawing shows the mask beside the training curves.
 
 import json
 import os
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
 from eval import densities, load_run
 from plumbing.cli import Parser, one_line_errors, shade, shaded_table, table_row
-from plumbing.files import split_lines
+from plumbing.files import prefix_errors, shapes_of, split_lines, write_whole
 
 LARGEST = 1e9  # matplotlib would take for ever to place the ticks of larger numbers
 
@@ -42,7 +43,7 @@ def head_map(found):
     found: what head_densities() returns.
     """
     layers, heads = found.shape
-    lines = ["heads, % " + "".join(f"{h:>4}" for h in range(heads))]
+    lines = ["heads, % " + "".join(map("{:>4}".format, range(heads)))]
     for i in range(layers):
         line = f"layer {i:<3}"
         for value in found[i]:
@@ -57,13 +58,13 @@ def comparison(groups, a, b):
     By chance: if b's weights were drawn at random, as many per matrix as it keeps. Raises
     ValueError if the masks have different shapes.
     """
-    if {n: m.shape for n, m in a.items()} != {n: m.shape for n, m in b.items()}:
+    if shapes_of(a) != shapes_of(b):
         raise ValueError("the two masks are of models of different shapes; they cannot be compared")
     names = [group.replace("_", " ").replace("intermediate", "intermed.") for group in groups]
-    lines = ["share of the first mask's weights that the second keeps too (by chance)"]
-    lines.append(table_row("shared", names))
+    title = "share of the first mask's weights that the second keeps too (by chance)"
+    lines = [title, table_row("shared", names)]
 
-    total = total_shared = total_by_chance = 0
+    totals = np.zeros(3)  # weights that a keeps, that b keeps of them, and by chance
     for i, layer in enumerate(zip(*groups.values(), strict=True)):
         cells = []
         for name in layer:
@@ -71,16 +72,16 @@ def comparison(groups, a, b):
             shared = (a[name] & b[name]).sum().item()
             chance = b[name].float().mean().item()
             cells.append(f"{shared / max(kept, 1):.2f} ({chance:.2f})")
-            total += kept
-            total_shared += shared
-            total_by_chance += kept * chance
+            totals += [kept, shared, kept * chance]
         lines.append(table_row(f"layer {i}", cells))
 
-    share = total_shared / max(total, 1)
-    by_chance = total_by_chance / max(total, 1)
-    text = "of what the first mask keeps is kept by the second too; chance would share"
-    question = "how much of it is the task? compare with a mask of shuffled labels"
-    return [*lines, question, f"{share:.3f} {text} {by_chance:.3f}"]
+    _, share, by_chance = totals / max(totals[0], 1)
+    lines.append(
+        f"the second mask keeps {share:.1%} of what the first keeps; "
+        f"by chance it would be {by_chance:.1%}"
+    )
+    lines.append("how much of it is the task? compare with a mask of shuffled labels")
+    return lines
 
 
 # --- pictures ---------------------------------------------------------------------------------
@@ -98,12 +99,14 @@ def figure_of(width, height):
 
 
 def save(figure, path):
-    """Save a figure. Raises ValueError if matplotlib does not know the file's format."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(path, dpi=110)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    """Save a figure in the format of the file's suffix, by default as PNG.
+
+    Raises ValueError if matplotlib does not know the format.
+    """
+    buffer = BytesIO()
+    with prefix_errors(path):
+        figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=110)
+    write_whole(path, buffer.getvalue())
 
 
 def plot_prices(path, curves):
@@ -134,17 +137,16 @@ def read_log(path):
             line = json.loads(content)
             if "dev" in line:
                 evaluations.append(line)
-                numbers = [line["step"], *line["dev"].values()]
-                same_metrics = line["dev"].keys() == evaluations[0]["dev"].keys()
+                numbers = line["dev"].values()
+                if line["dev"].keys() != evaluations[0]["dev"].keys():
+                    raise ValueError
             else:
                 losses.append(line)
-                numbers = [line["step"], line["density"], line["loss"]]
-                same_metrics = True
-            good = same_metrics and all(map(can_be_drawn, numbers))
+                numbers = line["density"], line["loss"]
+            if not all(abs(value) < LARGEST for value in (line["step"], *numbers)):
+                raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            good = False
-        if not good:
-            raise ValueError(f"{path}:{number} is not a line of a run's log; take it out")
+            raise ValueError(f"{path}:{number} is not a line of a run's log; take it out") from None
     return losses, evaluations
 
 
@@ -157,10 +159,6 @@ def curves_of(log):
     for metric in evaluations[0]["dev"] if evaluations else ():
         curves[f"dev {metric}"] = [(line["step"], line["dev"][metric]) for line in evaluations]
     return curves
-
-
-def can_be_drawn(value):
-    return type(value) in (int, float) and abs(value) < LARGEST
 
 
 def plot_run(path, run, found, log):
@@ -215,6 +213,17 @@ def draw_densities(axes, found):
     axes.figure.colorbar(image, ax=axes)
 
 
+# --- the command ------------------------------------------------------------------------------
+
+
+def load_masked(path, model):
+    """Load a run. Raises ValueError if it has no mask."""
+    run = load_run(path, model)
+    if not run.masks:
+        raise ValueError(f"{path} has no mask to look at")
+    return run
+
+
 @one_line_errors()
 def main(argv=None):
     parser = Parser(
@@ -228,18 +237,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if len(args.runs) > (1 if args.out else 2):
         parser.error("a picture is of one run, a comparison of two")
-    loaded = []
-    for path in args.runs:
-        run = load_run(path, args.model)
-        if not run.masks:
-            raise ValueError(f"{path} has no mask to look at")
-        loaded.append(run)
-
-    first = loaded[0]
-    groups = {group: list(weights) for group, weights in first.model.prunable().items()}
+    first, *others = [load_masked(path, args.model) for path in args.runs]
+    groups = first.model.prunable()
     found = densities(groups, first.masks)
-    if len(loaded) == 2:
-        lines = comparison(groups, first.masks, loaded[1].masks)
+    if others:
+        lines = comparison(groups, first.masks, others[0].masks)
     elif args.out:
         plot_run(args.out, first, found, args.runs[0] / "log.jsonl")
         lines = [args.out]

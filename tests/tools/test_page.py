@@ -330,10 +330,12 @@ def test_language_models_have_a_page_without_heads(make_gpt2, texts, fails, tmp_
 
 def test_errors(run, finished, fails, tmp_path):
     folder, out = finished, tmp_path / "page.html"
-    assert "the task takes 1 texts, not 2" in fails(
+    assert "the task takes 1 texts; --text is the first, --pair the second" in fails(
         page.main, [folder, "--out", out, "--text", "a", "--pair", "b"]
     )
-    assert "--pair needs --text" in fails(page.main, [folder, "--out", out, "--pair", "b"])
+    assert "--text is the first" in fails(page.main, [folder, "--out", out, "--pair", "b"])
+    missing = [folder, "--out", out, "--dense", tmp_path / "none"]
+    assert "error: --dense: " in fails(page.main, missing)
     assert "--out" in fails(page.main, [folder])
     assert f"'{tmp_path}'" in fails(page.main, [folder, "--out", tmp_path])
     (tmp_path / "file").write_text("")

@@ -65,16 +65,20 @@ def test_comparison_by_hand(masks):
     other["query.0"] = torch.zeros(4, 4, dtype=torch.bool)
     other["query.0"][1:3] = True  # shares one of two rows
     lines = picture.comparison(GROUPS, masks, other)
-    assert all(len(line) <= 80 for line in lines[:-1])
+    assert all(len(line) <= 80 for line in lines)
     assert (
         lines[2].split()[2:4] == ["0.50", "(0.50)"]
         and "1.00 (0.50)" in lines[2]
         and "1.00 (0.06)" in lines[3]
     )
     shared, chance = (4 + 8 + 1) / 17, (8 * 0.5 + 8 * 0.5 + 1 / 16) / 17
-    assert lines[-1].startswith(f"{shared:.3f} of what") and lines[-1].endswith(f"{chance:.3f}")
+    assert lines[-2] == (
+        f"the second mask keeps {shared:.1%} of what the first keeps; "
+        f"by chance it would be {chance:.1%}"
+    )
+    assert "shuffled labels" in lines[-1]
     nothing = {name: torch.zeros_like(mask) for name, mask in masks.items()}
-    assert picture.comparison(GROUPS, nothing, masks)[-1].startswith("0.000 of what")
+    assert " keeps 0.0% of what" in picture.comparison(GROUPS, nothing, masks)[-2]
     with pytest.raises(ValueError, match="different shapes"):
         picture.comparison(GROUPS, masks, {"query.0": masks["query.0"]})
 
@@ -98,8 +102,8 @@ def test_what_people_see(capsys, both):
         *["layer"] * 2,
     ]
     picture.main(both)
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith("1.000 of what") and "chance would share 0.5" in said
+    said = capsys.readouterr().out.splitlines()[-2]
+    assert " keeps 100.0% of what" in said and said.endswith("by chance it would be 50.0%")
 
 
 def test_a_mask_that_was_handed_on_finds_the_cache(both, monkeypatch, tmp_path, capsys):
@@ -143,6 +147,12 @@ def test_plot(both, fails, tmp_path, capsys):
     assert picture.top_of_scale(np.array([[0.01, 0.09]])) == pytest.approx(0.1)
     assert picture.top_of_scale(np.zeros((2, 2))) > 0
     assert "x.bad: " in fails(picture.main, [both[0], "--out", tmp_path / "x.bad"])
+    assert not (tmp_path / "x.bad").exists()
+    picture.main([both[0], "--out", str(tmp_path / "plain")])  # the very name that it was given
+    assert (tmp_path / "plain").read_bytes().startswith(b"\x89PNG")
+    before = {path.name for path in tmp_path.iterdir()}
+    assert tmp_path.name in fails(picture.main, [both[0], "--out", tmp_path])  # a folder
+    assert {path.name for path in tmp_path.iterdir()} == before
     assert "a comparison of two" in fails(picture.main, [*both, "--out", tmp_path / "x.png"])
 
 
