@@ -47,6 +47,7 @@ The density is the share of the layers' weights that remain. The others are zero
 Dev: {scores} ({facts}). {table}
 
 {use}"""
+TRAINED = {"scores": "scores", "vectors": "biases and LayerNorms", "weights": "weights"}
 FACTS = "seed {seed}, {steps} steps, {seconds} seconds, commit {commit}, {device}, {dtype}"
 CLASSIFIER_USE = """The logit of a class is that of its label word, read at the {where}: {words}.
 
@@ -84,8 +85,8 @@ COMPACT_USE = """{description}
 Layers may differ in size, so only the code that wrote this folder can load it: it is a RUN for
 eval.py.
 """
-MASK_USE = """`mask.safetensors` has one bit per weight, and what trained beside the mask: a fresh
-classifier, or biases and LayerNorms. The backbone is not in this folder.
+MASK_USE = """`mask.safetensors` holds the mask, at most one bit per weight, and whatever else
+trained. The backbone is not in this folder.
 
 You need the code of *Static Model Pruning, from scratch*. FOLDER is this folder:
 
@@ -107,12 +108,12 @@ def card(result, library, use):
     """Write the README.md of an exported folder -> bytes. use: the text that follows the facts."""
     base = HUB.get(result["model"])  # a folder has no name there, and is named without its path
     method = METHODS[result["method"]]
-    trained = getattr(method, "learns_what", ", ".join(method.trains))
+    trained = ", ".join(map(TRAINED.get, method.trains))
     parts = {
         "library": library,
         "base": f"base_model: {base}\n" if base else "",
         "name": printable(model_name(result["model"])),
-        "trained": trained.replace("vectors", "vectors (biases and LayerNorms)"),
+        "trained": getattr(method, "learns_what", trained),
         "scores": show(result["final"]),
         "facts": facts(result),
         "table": describe_table(result.get("table")),
@@ -140,7 +141,7 @@ def export(folder, run):
         )
     if any(getattr(run.model.config, name) for name in PER_LAYER):
         raise ValueError(
-            "other libraries load no model that has lost heads or neurons; "
+            "this folder lists layer sizes, which other libraries do not read; "
             "use the folder of the run"
         )
     _, tensors = read_model(run.folder)  # all of them, under their original names
@@ -303,23 +304,24 @@ def export_mask(folder, run, mask_file):
             "--mask: this run trained weights too, which a mask does not hold; leave it out"
         )
     use = MASK_USE.format(fingerprint=run.result["fingerprint"])
-    files = {
-        "mask.safetensors": mask_file.read_bytes(),
-        "README.md": card(run.result, OURS, use),
-    }
+    files = {"README.md": card(run.result, OURS, use)}
+    files["mask.safetensors"] = mask_file.read_bytes()
     write_files(folder, files)
     return (
         "a mask to share; its README.md says how to use it. "
-        "The mask's file also names the run's command and folders"
+        "Note: the mask file records the training command, with its paths"
     )
 
 
 @contextmanager
 def partial_folder(folder):
-    """Yield a new folder to fill. It then replaces `folder`, which must be missing or empty.
+    """Yield a new folder to fill. It then replaces `folder`. After an error it is removed.
 
-    After an error it is removed.
+    Raises ValueError unless `folder` is missing or empty.
     """
+    if folder.is_file() or any(folder.glob("*")):
+        raise ValueError(f"{folder} holds files already; delete it, or name another folder")
+    folder = folder.resolve()
     part = part_path(folder)
     part.mkdir(parents=True)
     try:
@@ -344,10 +346,8 @@ def main(argv=None):
     add("--mask", action="store_true", help="the mask alone; needs this code and the backbone")
     args = parser.parse_args(argv)
 
-    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
-        raise ValueError(f"{args.folder} holds files already; delete it, or name another folder")
     run = load_run(args.run, args.model)
-    with partial_folder(args.folder.resolve()) as part:
+    with partial_folder(args.folder) as part:
         if args.mask:
             mask_file = args.run if args.run.is_file() else args.run / "mask.safetensors"
             description = export_mask(part, run, mask_file)

@@ -3,10 +3,10 @@
 Without --text it makes only the weights, in a folder with a config.json and a tokenizer.json.
 
     python -m tools.fresh FOLDER --kind bert --text mine/mlm/train.txt --vocabulary 16384
-    python train.py --task mlm --data-dir mine --model FOLDER --method finetune
+    python train.py --model FOLDER --method finetune --task mlm --data-dir mine
 
     python -m tools.fresh FOLDER --kind gpt2 --text wiki.train.tokens
-    python train.py --task wikitext2 --model FOLDER --method finetune \\
+    python train.py --model FOLDER --method finetune --task wikitext2 \\
         --weight-lr 1e-3 --epochs 20 --warmup 0.05
 """
 
@@ -24,7 +24,7 @@ from data import TASKS
 from extras.gpt2 import GPT2, gpt2_config
 from extras.lm import END
 from plumbing import cli
-from plumbing.checkpoints import WEIGHTS, pack_weights, read_config
+from plumbing.checkpoints import WEIGHTS, describe_missing, pack_weights, read_config
 from plumbing.files import json_bytes, prefix_errors, read_json, read_lines, write_whole
 from tools.export import partial_folder
 
@@ -33,6 +33,8 @@ from tools.export import partial_folder
 
 def gpt2_tokenizer(lines, vocabulary):
     """Train a byte-level BPE like GPT-2's: all bytes are in it, and the end of a text."""
+    if vocabulary < 257:
+        raise ValueError("--vocabulary: all bytes and the end of a text need 257 or more")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -117,15 +119,16 @@ def bert_model(stored):
 
 
 class Kind(NamedTuple):
-    tokenizer: Callable  # (lines, vocabulary) -> a trained tokenizer of at most so many entries
+    tokenizer: Callable  # (lines, vocabulary) -> a trained tokenizer with as many entries, or fewer
     settings: Callable  # (tokenizer, args) -> config.json as a dict
     model: Callable  # (config.json as a dict) -> the model
-    task: str  # the one to train it on
+    flags: str  # for train.py
 
 
+GPT2_FLAGS = "--task wikitext2 --weight-lr 1e-3 --epochs 20 --warmup 0.05"
 KINDS = {
-    "bert": Kind(bert_tokenizer, bert_settings, bert_model, "mlm"),
-    "gpt2": Kind(gpt2_tokenizer, gpt2_settings, gpt2_model, "wikitext2"),
+    "bert": Kind(bert_tokenizer, bert_settings, bert_model, "--task mlm --data-dir mine"),
+    "gpt2": Kind(gpt2_tokenizer, gpt2_settings, gpt2_model, GPT2_FLAGS),
 }
 
 
@@ -165,6 +168,27 @@ def write_weights(folder, seed):
     write_whole(folder / WEIGHTS, pack_weights(tensors))
 
 
+FLAGS = {  # for a new folder
+    "text": (Path, "train the tokenizer on this text"),
+    "kind": (KINDS, "the architecture"),
+    "vocabulary": (cli.count, "most entries of the tokenizer"),
+    "layers": (cli.up_to(1000), "how many"),
+    "hidden": (cli.up_to(16384), "width"),
+    "heads": (cli.up_to(16384), "attention heads per layer"),
+    "positions": (cli.up_to(65536), "longest input in tokens"),
+    "dropout": (cli.fraction_below_one, "the same everywhere"),
+}
+DEFAULTS = {
+    "kind": "gpt2",
+    "vocabulary": 8000,
+    "layers": 6,
+    "hidden": 384,
+    "heads": 6,
+    "positions": 512,
+    "dropout": 0.1,
+}
+
+
 def parse_args(argv):
     parser = cli.Parser(
         prog="python -m tools.fresh", description="Make a GPT-2 or a BERT of random weights."
@@ -172,39 +196,35 @@ def parse_args(argv):
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="new, or a model's that lacks the weights")
     add("--seed", type=cli.seed, default=0, help="seed for the weights (0)")
-    add = parser.add_argument_group("for a new folder").add_argument
-    add("--kind", choices=KINDS, default="gpt2", help="(gpt2)")
-    add("--text", type=Path, metavar="FILE", help="train the tokenizer on this text")
-    add("--vocabulary", type=cli.count, default=8000, help="most entries of the tokenizer (8000)")
-    add("--layers", type=cli.up_to(1000), default=6, help="(6)")
-    add("--hidden", type=cli.up_to(16384), default=384, help="width (384)")
-    add("--heads", type=cli.up_to(16384), default=6, help="attention heads per layer (6)")
-    add("--positions", type=cli.up_to(65536), default=512, help="longest input in tokens (512)")
-    add("--dropout", type=cli.fraction_below_one, default=0.1, help="the same everywhere (0.1)")
+    cli.add_flags(parser, "for a new folder", FLAGS, DEFAULTS)
     args = parser.parse_args(argv)
 
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not args.text:
+            parser.error(f"{cli.flag(name)} needs --text, which makes a new folder")
     if args.hidden % args.heads:
         parser.error("--hidden must be a multiple of --heads")
-    if not args.text and not (args.folder / "config.json").exists():
-        parser.error("--text: name a text to learn the tokenizer from")
     return args
 
 
 @cli.one_line_errors()
 def main(argv=None):
     args = parse_args(argv)
-    if (args.folder / WEIGHTS).exists() or (args.text and args.folder.exists()):
-        raise ValueError(f"{args.folder} is there already; name a new folder")
-    with prefix_errors(args.folder):
-        if args.text:
-            with partial_folder(args.folder.resolve()) as part:
-                make_folder(part, args)
-        else:
+    if args.text:
+        with partial_folder(args.folder) as part:
+            make_folder(part, args)
+    else:
+        missing = describe_missing(args.folder)
+        if not missing.startswith(f"has no {WEIGHTS}"):
+            raise ValueError(f"{args.folder} {missing or 'has weights'}; --text makes a new folder")
+        with prefix_errors(args.folder):
             write_weights(args.folder, args.seed)
-    task = KINDS[read_json(args.folder / "config.json")["model_type"]].task
+    kind = KINDS[read_json(args.folder / "config.json")["model_type"]]
     print(
-        f"{args.folder}: random weights; train them with "
-        f"--task {task} --model {args.folder} --method finetune"
+        f"{args.folder}: random weights; train them with\n"
+        f"python train.py --model {args.folder} --method finetune {kind.flags}"
     )
 
 

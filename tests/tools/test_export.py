@@ -137,7 +137,7 @@ def test_biases_that_trained_beside_a_mask_are_exported(make_model, trained, tmp
         )
     assert any((found[name] != before[name]).any() for name in found if "LayerNorm.bias" in name)
     assert (
-        "What trained: scores, vectors (biases and LayerNorms)."
+        "What trained: scores, biases and LayerNorms."
         in (tmp_path / "out" / "README.md").read_text()
     )
 
@@ -267,6 +267,8 @@ def test_a_mask_that_was_exported_gives_the_same_result_elsewhere(
     assert "density of 0.5000" in readme and "seed 7, 3 steps" in readme
     assert f"accuracy {result['final']['accuracy']:.4f}" in readme
     assert result["fingerprint"] in readme and "base_model" not in readme
+    # What trained is said in one place: a mask with label words has nothing beside it.
+    assert "at most one bit per weight" in readme and "LayerNorms" not in readme
     assert metadata(readme)["library_name"] == export.OURS
 
 

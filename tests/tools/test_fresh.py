@@ -51,12 +51,17 @@ def test_a_vocabulary_has_room_for_the_label_words(make_bert, tmp_path, fails):
 
 
 def test_it_says_how_to_train_each_kind(make_bert, tmp_path, capsys):
-    folders = {"mlm": make_bert("m"), "wikitext2": make_bert("n", "--kind", "gpt2")}
-    (folders["mlm"] / "model.safetensors").unlink()
-    fresh.main([str(folders["mlm"])])  # the weights alone: config.json says what it is
+    bert = make_bert("m")
+    gpt2 = make_bert("n", "--kind", "gpt2", "--vocabulary", 257)
+    (bert / "model.safetensors").unlink()
+    fresh.main([str(bert)])  # the weights alone: config.json says what it is
     said = capsys.readouterr().out
-    for (task, folder), times in zip(folders.items(), (2, 1), strict=True):
-        assert said.count(f"--task {task} --model {folder} --method finetune\n") == times
+    text = " ".join(fresh.__doc__.replace("\\", "").split())
+    for folder, task, times in ((bert, "mlm", 2), (gpt2, "wikitext2", 1)):
+        words = f"python train.py --model {folder} --method finetune --task {task} "
+        assert said.count(words) == times
+        (line,) = {line for line in said.splitlines() if words in line}
+        assert line.replace(str(folder), "FOLDER") in text  # as the docstring has it
 
 
 def test_its_weights_are_those_of_its_seed(make_bert, tmp_path):
@@ -75,11 +80,13 @@ def test_its_weights_are_those_of_its_seed(make_bert, tmp_path):
 
 def test_what_it_cannot_make(make_bert, tmp_path, fails):
     folder = make_bert("m")
-    assert "m is there already" in fails(fresh.main, [folder, "--kind", "bert", "--text", "x"])
+    assert "m holds files already" in fails(fresh.main, [folder, "--kind", "bert", "--text", "x"])
     assert "--hidden must be a multiple of --heads" in fails(
         fresh.main, [tmp_path / "n", "--text", tmp_path / "text", "--heads", "5"]
     )
     (folder / "model.safetensors").unlink()
+    for given in (["--layers", 6], ["--kind", "gpt2"], ["--dropout", 0.1]):
+        assert f"{given[0]} needs --text" in fails(fresh.main, [folder, *given])
     fresh.main([str(folder)])  # the weights alone
     config = read_json(folder / "config.json")
     assert (folder / "model.safetensors").exists() and config["model_type"] == "bert"

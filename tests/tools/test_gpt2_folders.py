@@ -94,8 +94,9 @@ def test_a_fresh_folder(tmp_path, texts, fails):
     )
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
-    for again in (flags, []):  # a folder with weights is left alone
-        assert "a is there already" in fails(fresh.main, [tmp_path / "a", *again])
+    # A folder with weights is left alone.
+    assert "a holds files already" in fails(fresh.main, [tmp_path / "a", *flags])
+    assert "a has weights; --text makes a new folder" in fails(fresh.main, [tmp_path / "a"])
     (tmp_path / "b" / "model.safetensors").unlink()
     assert f"has no model.safetensors (python -m tools.fresh {tmp_path / 'b'} makes" in fails(
         train.main,
@@ -110,7 +111,7 @@ def test_a_fresh_folder(tmp_path, texts, fails):
             tmp_path / "out",
         ],
     )
-    assert "b is there already" in fails(fresh.main, [tmp_path / "b", *flags])
+    assert "b holds files already" in fails(fresh.main, [tmp_path / "b", *flags])
     before = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
     fresh.main([str(tmp_path / "b"), "--seed", "1"])
     assert (
@@ -126,10 +127,20 @@ def test_a_fresh_folder(tmp_path, texts, fails):
         pytest.approx(0.02, rel=0.1),
         pytest.approx(0.02 / 2, rel=0.1),
     )  # 2 = sqrt(2 * layers)
-    assert "--text: name a text to learn the tokenizer from" in fails(fresh.main, [tmp_path / "c"])
+    assert "c has no config.json; --text makes" in fails(fresh.main, [tmp_path / "c"])
+    # A folder that training would refuse gets no weights.
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "config.json").write_bytes(before["config.json"])
+    assert "c has no tokenizer.json; --text makes" in fails(fresh.main, [tmp_path / "c"])
+    assert not (tmp_path / "c" / "model.safetensors").exists()
+    (tmp_path / "d").mkdir()  # empty: may be filled
+    fresh.main([str(a) for a in (tmp_path / "d", *flags)])
+    assert (tmp_path / "d" / "model.safetensors").exists()
+    few = ["--text", tmp_path / "t.txt", "--vocabulary", 256]
+    assert "--vocabulary: all bytes" in fails(fresh.main, [tmp_path / "e", *few])
 
 
 def test_a_model_that_lost_units_is_not_exported(run, fails, tmp_path):
     flags = ["--method", "p-pruning", "--sparsity", 0.4, "--ffn-share", 2]
     folder, _ = run(*flags, steps=2)
-    assert "lost heads or neurons" in fails(export.main, [folder, tmp_path / "out"])
+    assert "this folder lists layer sizes" in fails(export.main, [folder, tmp_path / "out"])
