@@ -1,7 +1,8 @@
 """Time one training step and its parts, beside dense fine-tuning of the same model.
 
-The weights are random. Prints medians after a warm-up, their spread, how much of the device's peak
-a step reaches, how far it is from its floor (see lower_bound_ms), and one JSON line.
+The weights are random, but for --model, which times the evaluation of a model instead. Prints
+medians after a warm-up, their spread, how much of the device's peak a step reaches, how far it is
+from the lower bound (see lower_bound_ms), and one JSON line.
 
     python -m tools.bench --layers 12 --hidden 768 --batch 32 --length 128 [--compile]   # bert-base
     python -m tools.bench --layers 6 --hidden 384 --batch 32 --length 64                 # MiniLM
@@ -32,25 +33,36 @@ BERT_WORDS = 30522  # vocabulary sizes
 GPT2_WORDS = 50257
 
 
+STEP_FLAGS = {
+    "layers": (cli.up_to(1000), "how many"),
+    "hidden": (cli.up_to(16384), "width; heads of 32 or 64"),
+    "gpt2": (bool, "time a language model with GPT-2's vocabulary"),
+    "method": (SCORED, "compared with finetune"),
+    "no_dropout": (bool, "as in train.py"),
+    "compile": (bool, "as in train.py"),
+    "eager": (bool, "as in train.py; also times the parts of a step"),
+}
+DEFAULTS = dict.fromkeys(STEP_FLAGS, False) | {"layers": 6, "hidden": 384, "method": "smp-s"}
+
+
 def parse_args(argv=None):
     parser = cli.Parser(
         prog="python -m tools.bench", description="Time one training step and its parts."
     )
     add = parser.add_argument
-    add("--layers", type=cli.up_to(1000), default=6, help="(6)")
-    add("--hidden", type=cli.up_to(16384), default=384, help="width (384); heads of 32 or 64")
-    add("--gpt2", action="store_true", help="time a language model with GPT-2's vocabulary")
     add("--batch", type=cli.up_to(65536), default=32, help="examples per step, in all (32)")
     add("--length", type=cli.count, default=64, help="tokens per example (64)")
     add("--steps", type=cli.up_to(10000), default=20, help="timed steps of each kind (20)")
-    add("--method", choices=SCORED, default="smp-s", help="compared with finetune (smp-s)")
-    cli.add_flags(parser, "machine", cli.MACHINE_FLAGS)
-    add("--no-dropout", action="store_true", help="as in train.py")
-    add("--compile", action="store_true", help="as in train.py")
-    add("--eager", action="store_true", help="as in train.py; also times the parts of a step")
     add("--model", metavar="NAME", help="time the evaluation of this model, a name or a folder")
+    cli.add_flags(parser, "machine", cli.MACHINE_FLAGS)
+    cli.add_flags(parser, "without --model", STEP_FLAGS, DEFAULTS)
     args = parser.parse_args(argv)
 
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.model:
+            parser.error(f"{cli.flag(name)} is for training steps; leave it out, or --model")
     if args.hidden % 64:
         parser.error("--hidden must be a multiple of 64")
     if args.batch % parallel.processes():
@@ -104,8 +116,7 @@ def matrix_peak(device, dtype):
     """Measure the FLOP/s of a large square matrix product on this device."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device).to(dtype)
-    b = torch.randn(n, n, device=device).to(dtype)
-    seconds = min(time_calls(lambda: a @ b, device, 10)) / 1000
+    seconds = min(time_calls(lambda: a @ a, device, 10)) / 1000
     return 2 * n**3 / seconds
 
 
@@ -143,7 +154,7 @@ def time_calls(work, device, steps, warmup=3):
 
     def wait():
         if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
+            torch.accelerator.synchronize()
 
     group = 1 if device.type == "cpu" else 5
     for _ in range(warmup):
@@ -212,7 +223,7 @@ def describe_step(args, method, times, peak, lowest, memory):
     tokens = round(1000 * args.batch * args.length / milliseconds)
     share = round(1000 * flops(args) / parallel.processes() / milliseconds / peak, 4)
     over = round(milliseconds / lowest, 2)
-    note = f"  {tokens:,} tokens/s, {share:.1%} of peak, {over} times its floor, {memory} GiB"
+    note = f"  {tokens:,} tokens/s, {share:.1%} of peak, {over} times the lower bound, {memory} GiB"
     return {
         method: print_median(f"{method} step", times, note),
         f"{method} over its floor": over,
@@ -243,6 +254,7 @@ def time_parts(args, masks, density):
         "regularize, both ways": regularize,
     }
     results = {}
+    print("its parts, timed alone; they overlap:")
     for name, work in parts.items():
         results[name] = print_median(f"  {name}", time_calls(work, density.device, args.steps))
     return results
@@ -272,13 +284,15 @@ def time_inference(args, device, dtype):
 
 def compare(args, device, dtype):
     """Time the method and dense fine-tuning, beside the device's peak -> {what: number}."""
+    print("this takes a minute or two")
     peak = matrix_peak(device, dtype)
     bandwidth = copy_bandwidth(device)
     print(
         f"matrix products reach {peak / 1e12:.1f} TFLOP/s here, copies {bandwidth / 1e9:.0f} GB/s"
     )
-    results = time_step(args, args.method, device, dtype, peak, bandwidth)
-    results |= time_step(args, "finetune", device, dtype, peak, bandwidth)
+    results = {}
+    for method in (args.method, "finetune"):
+        results |= time_step(args, method, device, dtype, peak, bandwidth)
     ratio = results[args.method] / results["finetune"]
     print(f"{args.method} takes {ratio:.2f} times the dense step")
     return results
@@ -294,21 +308,19 @@ def main(argv=None):
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     dtype_name = cli.dtype_name(dtype)
-    processes = parallel.processes()
     print(
-        f"{name}, {dtype_name} ({why}), torch {torch.__version__}, {processes} process(es)\n"
-        "This takes a minute or two. Medians, with the fastest and the slowest in brackets;\n"
-        "parts are timed alone and overlap."
+        f"{name}, {dtype_name} ({why}), torch {torch.__version__}\n"
+        "Medians, with the fastest and the slowest in brackets:"
     )
 
     settings = dict(vars(args))
     if args.model:
-        for unused in ("layers", "hidden", "gpt2", "method", "no_dropout", "compile", "eager"):
+        for unused in STEP_FLAGS:
             del settings[unused]
         results = time_inference(args, device, dtype)
     else:
         results = compare(args, device, dtype)
-    settings |= {"device": name, "dtype": dtype_name, "processes": processes}
+    settings |= {"device": name, "dtype": dtype_name, "processes": parallel.processes()}
     print(json.dumps(settings | results | cli.code_version()["versions"]))
     parallel.stop()
 

@@ -23,7 +23,9 @@ def peaks_are_known(monkeypatch):
 @pytest.mark.parametrize("method", ["smp-s", "movement"])
 def test_a_line_of_json_comes_last(capsys, peaks_are_known, method):
     bench.main([*SMALL, "--dtype", "float32", "--method", method])
-    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    out = capsys.readouterr().out
+    line = json.loads(out.splitlines()[-1])
+    assert "takes a minute" in out and "overlap" in out and "times the lower bound" in out
     assert (
         line["layers"] == 3
         and line["device"].endswith("CPU threads")
@@ -35,7 +37,9 @@ def test_a_line_of_json_comes_last(capsys, peaks_are_known, method):
 def test_a_model_of_ones_own(capsys, make_model, fails):
     folder = str(make_model())
     bench.main([*SMALL[4:], "--model", folder])
-    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    out = capsys.readouterr().out
+    line = json.loads(out.splitlines()[-1])
+    assert "takes a minute" not in out and "overlap" not in out  # that is about training steps
     assert (
         line["model"] == folder
         and line["evaluation"] > 0
@@ -44,6 +48,11 @@ def test_a_model_of_ones_own(capsys, make_model, fails):
     )
     missing = ["--model", f"{folder}/x", "--device", "cpu"]
     assert "there is no folder" in fails(bench.main, missing)
+    for flag in bench.STEP_FLAGS:
+        given = [bench.cli.flag(flag)]
+        given += {"layers": ["6"], "hidden": ["384"], "method": ["smp-s"]}.get(flag, [])
+        said = fails(bench.main, ["--model", folder, "--device", "cpu", *given])
+        assert f"{given[0]} is for training steps" in said
     long = ["--model", folder, "--length", 64, "--device", "cpu"]
     assert "--length: " in fails(bench.main, long)
 
@@ -59,7 +68,7 @@ def test_operations_by_hand():
     assert bench.flops(args) == pytest.approx(3 * (2 * layer + last), rel=1e-2)
 
 
-def test_the_floor_by_hand():
+def test_the_lower_bound_by_hand():
     """With one operation and one byte per second.
 
     Adam passes 7 times over scores of 4 bytes, and one pass is over them and the weights.
