@@ -47,7 +47,7 @@ The density is the share of the layers' weights that remain. The others are zero
 Dev: {scores} ({facts}). {table}
 
 {use}"""
-TRAINED = {"scores": "scores", "vectors": "biases and LayerNorms", "weights": "weights"}
+TRAINED = {"vectors": "biases and LayerNorms"}  # where Method.trains does not say it plainly
 FACTS = "seed {seed}, {steps} steps, {seconds} seconds, commit {commit}, {device}, {dtype}"
 CLASSIFIER_USE = """The logit of a class is that of its label word, read at the {where}: {words}.
 
@@ -108,7 +108,7 @@ def card(result, library, use):
     """Write the README.md of an exported folder -> bytes. use: the text that follows the facts."""
     base = HUB.get(result["model"])  # a folder has no name there, and is named without its path
     method = METHODS[result["method"]]
-    trained = ", ".join(map(TRAINED.get, method.trains))
+    trained = ", ".join(TRAINED.get(part, part) for part in method.trains)
     parts = {
         "library": library,
         "base": f"base_model: {base}\n" if base else "",

@@ -98,7 +98,7 @@ def test_a_fresh_folder(tmp_path, texts, fails):
     assert "a holds files already" in fails(fresh.main, [tmp_path / "a", *flags])
     assert "a has weights; --text makes a new folder" in fails(fresh.main, [tmp_path / "a"])
     (tmp_path / "b" / "model.safetensors").unlink()
-    assert f"has no model.safetensors (python -m tools.fresh {tmp_path / 'b'} makes" in fails(
+    assert f"{tmp_path / 'b'} has no model.safetensors; python -m tools.fresh makes" in fails(
         train.main,
         [
             "--task",
