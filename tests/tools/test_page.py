@@ -337,7 +337,7 @@ def test_errors(run, finished, fails, tmp_path):
     missing = [folder, "--out", out, "--dense", tmp_path / "none"]
     assert "error: --dense: " in fails(page.main, missing)
     assert "--out" in fails(page.main, [folder])
-    assert f"'{tmp_path}'" in fails(page.main, [folder, "--out", tmp_path])
+    assert f"{tmp_path} is a folder" in fails(page.main, [folder, "--out", tmp_path])
     (tmp_path / "file").write_text("")
     said = fails(page.main, [folder, "--out", tmp_path / "file" / "page.html"])
     assert f"{tmp_path}/file" in said

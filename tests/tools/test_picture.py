@@ -151,7 +151,7 @@ def test_plot(both, fails, tmp_path, capsys):
     picture.main([both[0], "--out", str(tmp_path / "plain")])  # the very name that it was given
     assert (tmp_path / "plain").read_bytes().startswith(b"\x89PNG")
     before = {path.name for path in tmp_path.iterdir()}
-    assert tmp_path.name in fails(picture.main, [both[0], "--out", tmp_path])  # a folder
+    assert f"{tmp_path} is a folder" in fails(picture.main, [both[0], "--out", tmp_path])
     assert {path.name for path in tmp_path.iterdir()} == before
     assert "a comparison of two" in fails(picture.main, [*both, "--out", tmp_path / "x.png"])
 
