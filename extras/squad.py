@@ -92,7 +92,8 @@ class PartlyAnswerable(Windows):
         texts, na_prob = answers(logits, self)
         impossible = np.array([not question["answers"] for question in self.questions])  # [Q]
         scores = grades(texts, self.questions)  # [Q, 2]: F1 and exact match
-        scores[impossible, 0] = scores[impossible, 1]  # an empty text has no words to share
+        # An exact match has an F1 of 1, even of texts without a word to share (official v2.0).
+        scores[:, 0] = scores.max(1)
         best_f1, threshold = best_threshold(na_prob, scores[:, 0], impossible)
         best_em, _ = best_threshold(na_prob, scores[:, 1], impossible)
         found = {"best_f1": best_f1, "best_em": best_em, "threshold": threshold}

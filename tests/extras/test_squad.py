@@ -397,6 +397,18 @@ def test_the_threshold_equals_a_search_of_all():
         assert np.where(null > threshold, right, given).mean() == pytest.approx(score)
 
 
+def test_an_article_is_an_exact_match_of_an_article():
+    """Normalised, both texts are empty. The official evaluation of v2.0 gives them an F1 of 1."""
+    questions = [{"context": "the ab", "answers": [(0, "the")]}]
+    spans = np.array([[-1, -1], [0, 3], [4, 6]])
+    w = squad.PartlyAnswerable([[1]], [[0]], [(0, 0)], 3, range(1), [spans], questions)
+    logits = torch.zeros(1, 2, 3)
+    logits[:, :, 1] = 9.0  # the span is "the"
+    found = w.score(logits, ())
+    assert (found["f1"], found["em"], found["best_f1"]) == (1, 1, 1)
+
+
+
 def test_a_run_of_v2_from_end_to_end(make_model, tmp_path, capsys):
     asked = [question("is it fun", word, number=n) for n, word in enumerate(["fun", "dull"])]
     asked += [unanswerable("was it", n) for n in (2, 3)]
