@@ -151,14 +151,20 @@ def test_other_data_than_the_runs_only_where_it_is_asked_for(
     assert f"dev in {cache_folder} is not the run's" in fails(eval_.main, [folder])
 
 
-def test_mnli_reports_both_dev_sets(run, glue):
+def test_mnli_reports_both_dev_sets(run, glue, capsys):
     (glue / "MNLI").mkdir()
     for n, split in enumerate(["train", "dev_matched", "dev_mismatched"]):
         rows = [f"a film\tgood\tneutral\t{['neutral', 'entailment'][i % 2]}" for i in range(4 + n)]
         head = "sentence1\tsentence2\tlabel1\tgold_label"
         (glue / "MNLI" / f"{split}.tsv").write_text("\n".join([head, *rows]))
-    _, result = run("--task", "mnli", steps=2)
+    folder, result = run("--task", "mnli", steps=2)
     assert result["final"].keys() == {"accuracy", "accuracy dev_mismatched"}
+    # Another file is one set, and counts once.
+    capsys.readouterr()
+    eval_.main([str(folder), "--dev", str(glue / "MNLI" / "dev_matched.tsv")])
+    said = capsys.readouterr().out
+    here = said.split("training reported")[0]
+    assert "dev (5 examples): accuracy" in here and "dev_mismatched" not in here
 
 
 def test_answers_to_texts_and_to_the_lines_of_a_file(finished, tmp_path, capsys, fails):

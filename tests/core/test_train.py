@@ -692,6 +692,15 @@ def test_help_prints_the_defaults_of_the_task_and_method(capsys, flags, numbers)
         assert after.split(" --")[0].split("(")[-1].startswith(f"{value})")
 
 
+def test_help_breaks_no_name(capsys):
+    """Names of methods and folders can be copied from it."""
+    with pytest.raises(SystemExit):
+        train.main(["--task", "rte", "--help"])
+    words = re.split(r"[\s,()]+", capsys.readouterr().out)
+    assert set(mask.METHODS) | set(data.TASKS) <= set(words)
+    assert "runs/rte-bert-base-uncased-smp-s-0.5-seed0" in words
+
+
 def test_what_a_command_without_flags_asks_for():
     """The README's numbers were made with these. A change here makes them another run's."""
     found = vars(train.parse_args([]))

@@ -33,4 +33,5 @@ def test_the_seed_decides_and_rates_of_none_and_all_are_torchs():
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     assert torch.equal(dropout(x, 0), x) and not dropout(x, 1.0).any()
     assert dropout(x[:0], 0.5).shape == (0, 7)
+    assert (dropout(torch.ones(9999), 1 - 1e-6) == 0).sum() > 9900  # next to 1, too
     assert Dropout(0.5).eval()(x) is x and (Dropout(0.5)(torch.ones(999)) == 0).any()

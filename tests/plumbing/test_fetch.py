@@ -1,9 +1,11 @@
 """plumbing/fetch.py: models from a hub and archives from an index, on loopback."""
 
 import hashlib
+import inspect
 import io
 import json
 import os
+import re
 import socket
 import zipfile
 
@@ -12,7 +14,7 @@ from conftest import COMMIT, bert_tensors, left_in, load_config, write_model
 from safetensors.torch import save
 
 import train
-from plumbing import fetch
+from plumbing import checkpoints, fetch
 from plumbing.checkpoints import weight_files
 from plumbing.fetch import split_movies
 
@@ -101,6 +103,12 @@ def test_what_a_repository_lacks_is_said(hub, gone):
         files.pop(f"{REPOSITORY}/{revision}/{gone}")
     with pytest.raises((ValueError, OSError), match=gone):
         fetch.model_folder("someone/tiny-bert")
+
+
+def test_every_file_that_a_tokenizer_is_read_from_is_fetched():
+    """A model of the hub would be tokenised differently from the same folder given by its path."""
+    read = re.findall(r'folder / "([^"]+)"', inspect.getsource(checkpoints))
+    assert len(read) > 5 and set(read) <= set(fetch.FILES)
 
 
 def test_a_model_that_the_hub_does_not_have(hub):
