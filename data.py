@@ -46,7 +46,7 @@ RECIPE = {
     "weight_lr": 3e-5,  # peak learning rate of weights that train
     "decay": 0.01,  # weight decay, for matrices alone
     "evals": 20,  # evaluations per run
-    "epochs": 10,
+    "epochs": 10,  # passes over the training set
 }
 LARGE = {"epochs": 12, "batch": 64}  # the paper's code for the four large tasks
 MOVIES = {  # ours: minutes on a CPU

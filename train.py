@@ -542,9 +542,9 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
 
 
 def choose_step(job):
-    """make_forward_backward of a task: its own, or the one above with its loss."""
+    """-> forward_backward: the task's own, or the usual one with the task's loss."""
     task = job.task
-    if task.step and not job.teacher:  # a language model computes its loss, but teaches by logits
+    if task.step and not job.teacher:  # a language model's loss is inside; a teacher needs logits
         return task.step(job.model, job.learner)
     return make_forward_backward(job.model, job.learner, job.teacher, task.loss or task_loss)
 

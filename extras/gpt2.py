@@ -132,7 +132,7 @@ class GPT2(nn.Module):
         self.dropout = Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, *sizes) for sizes in config.layers)
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.softmax_loss = softmax_loss
+        self.softmax_loss = softmax_loss  # compile_layers() puts a compiled one in its place
 
     def resized(self, config, tensors):
         return build_from(partial(GPT2, config), tensors).train(self.training)

@@ -57,10 +57,12 @@ def watched(model, device, watch):
     readers = groups["attn_output"] + groups["output"]
     hooks = [reader.register_forward_pre_hook(watch) for reader in readers]
     model.eval().to(device)
-    yield readers
-    for hook in hooks:
-        hook.remove()
-    model.train().to("cpu")
+    try:
+        yield readers
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train().to("cpu")
 
 
 def draw_inputs(examples, rng):
