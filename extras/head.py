@@ -30,15 +30,23 @@ def token_logits(states, words):
     return F.linear(states, *padded_vocabulary(words))[..., : len(words)]
 
 
-def softmax_loss(logits, labels):
-    """Logits [N, V], labels [N] -> each token's loss [N], in float32, and its gradient [N, V]."""
+def float32_logits(states, padded):
+    """Hidden states [N, H], embeddings [V', H] -> logits [N, V'] in float32, whatever came in."""
+    if states.is_cuda:  # bfloat16 in between would be another pass over gigabytes
+        return torch.mm(states, padded.T, out_dtype=torch.float32)
+    return (states @ padded.T).float()
+
+
+def softmax_loss(logits, labels, dtype):
+    """Logits [N, V], labels [N] -> each token's loss [N], and its gradient [N, V] in dtype."""
     labels = labels.clamp(min=0)[:, None]  # [N, 1]; for IGNORED any word will do: it counts nothing
-    log_probabilities = logits.log_softmax(1, dtype=torch.float32)
+    log_probabilities = logits.log_softmax(1)
     losses = -log_probabilities.gather(1, labels)
 
     # The gradient is softmax(logits) - one_hot(label).
-    gradient = torch.exp(log_probabilities, out=torch.empty_like(logits))  # rounds as it goes
-    gradient.scatter_(1, labels, torch.expm1(-losses).to(gradient.dtype))
+    gradient = torch.empty_like(logits, dtype=dtype)
+    torch.exp(log_probabilities, out=gradient)  # rounds as it goes
+    gradient.scatter_(1, labels, torch.expm1(-losses).to(dtype))
     return losses[:, 0], gradient
 
 
@@ -67,8 +75,8 @@ class TokenLoss(torch.autograd.Function):
         grad_words = torch.zeros_like(padded) if ctx.needs_input_grad[1] else None
         for start in range(0, len(states), CHUNK):
             part = slice(start, start + CHUNK)
-            logits = F.linear(states[part], padded, bias)  # [CHUNK, V']
-            losses, gradient = softmax_loss(logits, labels[part])
+            logits = float32_logits(states[part], padded).add_(bias)  # [CHUNK, V']
+            losses, gradient = softmax_loss(logits, labels[part], states.dtype)
             loss += (losses * share[part, 0]).sum()
 
             # Scaling the small factors [CHUNK, H] costs less than scaling the gradient.
