@@ -19,15 +19,13 @@ IGNORED = -100  # the label of a token that predicts nothing
 
 
 def padded_vocabulary(words):
-    """Embeddings [V, H] -> [V', H], and a bias [V'] that gives the padding a probability of 0."""
-    more = -len(words) % MULTIPLE
-    bias = F.pad(words.new_zeros(len(words)), (0, more), value=float("-inf"))
-    return F.pad(words, (0, 0, 0, more)), bias
+    """Embeddings [V, H] -> [V', H]. The padding is zeros."""
+    return F.pad(words, (0, 0, 0, -len(words) % MULTIPLE))
 
 
 def token_logits(states, words):
     """Hidden states [..., H] and embeddings [V, H] -> logits [..., V]."""
-    return F.linear(states, *padded_vocabulary(words))[..., : len(words)]
+    return F.linear(states, padded_vocabulary(words))[..., : len(words)]
 
 
 def float32_logits(states, padded):
@@ -66,7 +64,7 @@ class TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, words, labels, softmax_loss):
-        padded, bias = padded_vocabulary(words)  # [V', H] and [V']
+        padded = padded_vocabulary(words)  # [V', H]
         counts = labels != IGNORED
         share = (counts / counts.sum())[:, None]  # of each token in the mean [N, 1]
 
@@ -75,7 +73,8 @@ class TokenLoss(torch.autograd.Function):
         grad_words = torch.zeros_like(padded) if ctx.needs_input_grad[1] else None
         for start in range(0, len(states), CHUNK):
             part = slice(start, start + CHUNK)
-            logits = float32_logits(states[part], padded).add_(bias)  # [CHUNK, V']
+            logits = float32_logits(states[part], padded)  # [CHUNK, V']
+            logits[:, len(words) :] = float("-inf")  # the padding has a probability of 0
             losses, gradient = softmax_loss(logits, labels[part], states.dtype)
             loss += (losses * share[part, 0]).sum()
 
