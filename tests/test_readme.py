@@ -90,10 +90,10 @@ def test_lists_that_are_named_exist():
 def test_the_short_table_has_its_cells_from_the_long_one(capsys):
     from tools import runs
 
-    runs.main(["table", str(LISTS / "price.txt"), "--average"])
+    runs.main(["table", str(LISTS / "price.txt"), "--costs"])
     long = capsys.readouterr().out.splitlines()
     rows = re.findall(r"^\| (.+) \| ([\d.]+) \| ([\d.]+) \|$", section("Results"), re.M)
-    assert len(rows) == 8
+    assert len(rows) == 9
     for name, size, average in rows:
         (line,) = [line for line in long if f"| {average} |" in line and f"| {size} MB |" in line]
         method = re.findall(r"smp-s|bitdelta|bitfit|lora|finetune", line)[0]
@@ -201,7 +201,7 @@ def test_intervals_are_those_of_the_results():
     from tools import runs
 
     rows = {}
-    for name in ("price.txt", "main.txt"):
+    for name in ("price.txt", "main.txt", "rivals.txt"):
         rows |= runs.read_rows(LISTS / name, runs.RESULTS)
     table = RESULTS.split("| difference of averages |")[1].split("\n\n")[0]
     compared = re.findall(r"^\| `([^`]+)` - `([^`]+)` \| (\S+) ± (\S+) \|", table, re.M)
@@ -226,6 +226,6 @@ def test_the_page_is_short():
 def test_tables_are_those_of_the_results(name, capsys):
     from tools import runs
 
-    averages = ["--average"] if name in ("main", "price", "rivals") else []
-    runs.main(["table", str(LISTS / f"{name}.txt"), *averages])
+    costs = ["--costs"] if name == "price" else []
+    runs.main(["table", str(LISTS / f"{name}.txt"), *costs])
     assert f"\n\n{capsys.readouterr().out}\n" in RESULTS  # the whole of a table

@@ -6,7 +6,7 @@ flags. Lines that begin with # are comments. Results have one JSON line per run.
 when no line has its flags.
 
     python -m tools.runs run results/lists/main.txt --at-once 4   # make what is missing
-    python -m tools.runs table results/lists/main.txt --average   # mean and deviation over seeds
+    python -m tools.runs table results/lists/main.txt         # mean and deviation over seeds
     python -m tools.runs plot results/lists/price.txt         # accuracy over bytes per task
 
 A command with --out keeps the folder of its run, which other commands may name as their --model or
@@ -15,7 +15,7 @@ A command with --out keeps the folder of its run, which other commands may name 
 To choose settings without dev, hold out rows of train, and name their folder in the list:
 
     python -m tools.runs holdout mrpc --rows 600                  # then --data-dir=held
-    python -m tools.runs table results/lists/tuning.txt --best 1 --average
+    python -m tools.runs table results/lists/tuning.txt --best 1
 """
 
 import json
@@ -255,7 +255,6 @@ def make_missing(path, results, at_once):
     """Make the runs of a list that the results lack. Raises ValueError if some fail."""
     results.touch()
     _, missing = read_done(path, results)
-    say(f"runs of {path} that are missing in {results}: {len(missing)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     failed = make_runs(missing, results, at_once)
     if failed:
@@ -299,7 +298,7 @@ def metric_cell(task, metric, lines):
 def seeds(lines):
     """How many runs each task has: "5", or "1 to 3"."""
     counts = set(map(len, group(lines, task_of).values()))
-    return " to ".join(map(str, sorted(counts)))
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def mean_over_tasks(lines):
@@ -335,17 +334,17 @@ def reached(lines):
     low, high = min(densities), max(densities)
     if high - low > 0.01:
         return f"{low:.2f} to {high:.2f}"
-    return f"{densities[0]:.2f}"
+    return f"{high:.2f}"
 
 
 def minutes(lines):
     return f"{statistics.mean(line['seconds'] for line in lines) / 60:.1f}"
 
 
-def table(rows, averages=False):
-    """Write {row: [lines]} as a Markdown table: the tasks, then what a run costs.
+def table(rows, costs=False):
+    """Write {row: [lines]} as a Markdown table: the tasks, their mean, how many seeds.
 
-    averages: whether to add the mean over tasks.
+    costs: whether to add what a task stores, the density and how long a run took.
     """
     tasks = group(sum(rows.values(), []), task_of)
     columns = {}  # {heading: the function that writes a cell}
@@ -353,20 +352,17 @@ def table(rows, averages=False):
         for metric in tasks[task][0]["final"]:
             if metric.split()[0] == data.task_of(tasks[task][0]).metrics[0]:  # on every dev set
                 columns[f"{task}, {metric}"] = partial(metric_cell, task, metric)
-    if averages:
+    if len(tasks) > 1:
         columns["average"] = partial(average, tasks.keys())
-    columns |= {
-        "seeds": seeds,
-        "stored per task": stored,
-        "density reached": reached,
-        "minutes": minutes,
-    }
+    columns["seeds"] = seeds
+    if costs:
+        columns |= {"stored per task": stored, "density reached": reached, "minutes": minutes}
 
-    heading = ["method", *columns]
-    written = [heading, ["---"] * len(heading)]
+    written = [f"| method | {' | '.join(columns)} |", "|---" * len(columns) + "|---|"]
     for name, lines in rows.items():
-        written.append([name, *(write(lines) for write in columns.values())])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in written)
+        cells = [write(lines) for write in columns.values()]
+        written.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(written)
 
 
 def setting_of(name, line):
@@ -452,9 +448,9 @@ def main(argv=None):
         verb.add_argument("list", type=Path, metavar="LIST", help="a text file of commands")
         verb.add_argument("--results", type=Path, default=RESULTS, help="(results/runs.jsonl)")
     run.add_argument("--at-once", type=count, default=1, help="run so many side by side (1)")
-    show.add_argument("--average", action="store_true", help="add the mean over tasks")
+    show.add_argument("--costs", action="store_true", help="add storage, density and minutes")
     show.add_argument("--best", type=count, help="only so many settings of each row, the best")
-    plot.add_argument("--out", type=Path, default=Path("price.png"), help="(price.png)")
+    plot.add_argument("--out", type=Path, default="price.png", help="(price.png)")
     holdout.add_argument("task")
     holdout.add_argument("--rows", type=count, default=600, help="of train that become dev (600)")
     args = parser.parse_args(argv)
@@ -467,7 +463,7 @@ def main(argv=None):
         rows = read_rows(args.list, args.results)
         if args.best:
             rows = best_settings(rows, args.best)
-        print(table(rows, args.average))
+        print(table(rows, args.costs))
     else:
         plot_prices(args.out, prices(read_rows(args.list, args.results)))
         print(args.out)

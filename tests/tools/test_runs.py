@@ -111,8 +111,6 @@ def test_missing_runs_are_made_and_a_failed_one_is_named(quick, tmp_path, capsys
     with pytest.raises(SystemExit):
         quick(some)
     out, err = capsys.readouterr()
-    results = f"{tmp_path}/results.jsonl"
-    assert f"runs of {tmp_path}/list.txt that are missing in {results}: 3\n" in err
     assert err.endswith("error: 1 of 3 runs failed; the same command makes them again\n")
     assert "failed: python train.py --task=movies --seed=13: error: --seed: 13 is bad luck" in out
     lines = read(tmp_path / "results.jsonl")
@@ -123,7 +121,6 @@ def test_missing_runs_are_made_and_a_failed_one_is_named(quick, tmp_path, capsys
     script = tmp_path / "train.py"
     script.write_text(script.read_text().replace('"13"', '"none"'))
     assert [line["seed"] for line in quick(some)] == [12, 14, 13]
-    assert "results.jsonl: 1\n" in capsys.readouterr().err
     assert len(quick("python train.py --seed 13 --task movies\n")) == 3  # as it is spelt elsewhere
 
 
@@ -168,7 +165,7 @@ def test_a_tiny_model_is_trained_and_shown(make_model, glue, tmp_path, capsys):
     with pytest.raises(SystemExit):
         runs.main(["run", *argv, "--at-once", "2"])
     assert "--steps: must be a whole number" in capsys.readouterr().out
-    runs.main(["table", *argv])
+    runs.main(["table", *argv, "--costs"])
     head, _, row = capsys.readouterr().out.splitlines()
     assert head.startswith("| method | movies, accuracy | seeds | stored per task |")
     assert row.startswith("| tiny | ") and " | 1 | 0.00 MB | 0.50 | " in row
@@ -193,12 +190,12 @@ def test_a_table_by_hand():
         "head": [line("mrpc", 0.5, stored_numbers=770, seconds=30.0)],
     }
     tasks = "movies, accuracy | mrpc, accuracy"
-    assert runs.table(rows).splitlines() == [
-        f"| method | {tasks} | seeds | stored per task | density reached | minutes |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| smp-s | 86.0±1.4 | 80.0 | 1 to 2 | 1.32 MB | 0.50 | 1.5 |",
-        "| soft |  | 70.0±0.0 | 2 | 11.32 MB | 0.31 to 0.42 | 1.5 |",
-        "| head |  | 50.0 | 1 | 1.33 MB | 0.50 | 0.5 |",
+    assert runs.table(rows, costs=True).splitlines() == [
+        f"| method | {tasks} | average | seeds | stored per task | density reached | minutes |",
+        "|---|---|---|---|---|---|---|---|",
+        "| smp-s | 86.0±1.4 | 80.0 | 83.0 | 1 to 2 | 1.32 MB | 0.50 | 1.5 |",
+        "| soft |  | 70.0±0.0 |  | 2 | 11.32 MB | 0.31 to 0.42 | 1.5 |",
+        "| head |  | 50.0 |  | 1 | 1.33 MB | 0.50 | 0.5 |",
     ]
 
 
@@ -206,17 +203,17 @@ def test_an_average_by_hand():
     """Two tasks that share sentences count as one. A row that lacks a task has no average."""
     values = {"movies": 0.9, "mrpc": 0.5, "cola": 0.4, "stsb": 0.1, "sst2": 0.7}
     whole = [line(task, value) for task, value in values.items()]
-    head, _, row, other = runs.table({"a": whole, "b": whole[:4]}, averages=True).splitlines()
-    assert "stsb, pearson | average | seeds | stored" in head
-    assert " | 10.0 | 45.0 | 1 | 1.32 MB |" in row  # (80 + 50 + 40 + 10) / 4
-    assert "| 10.0 |  | 1 | 1.32 MB |" in other
+    head, _, row, other = runs.table({"a": whole, "b": whole[:4]}).splitlines()
+    assert head.endswith("| stsb, pearson | average | seeds |")
+    assert row.endswith("| 10.0 | 45.0 | 1 |")  # (80 + 50 + 40 + 10) / 4
+    assert other.endswith("| 10.0 |  | 1 |")
 
 
 def test_a_perplexity_is_no_share_and_has_a_column_for_every_set():
     final = {"perplexity": 27.24, "word_perplexity": 90.0, "perplexity test": 25.0}
     head, _, row = runs.table({"a": [line("ptb", 0) | {"final": final}]}).splitlines()
-    assert head.startswith("| method | ptb, perplexity | ptb, perplexity test | seeds | st")
-    assert row.startswith("| a | 27.2 | 25.0 | 1 | ")
+    assert head == "| method | ptb, perplexity | ptb, perplexity test | seeds |"
+    assert row == "| a | 27.2 | 25.0 | 1 |"
 
 
 def test_the_best_settings_by_hand():
