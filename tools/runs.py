@@ -368,10 +368,10 @@ def table(rows, costs=False):
 def setting_of(name, line):
     """Name the setting of a line: its row, and what the name of the row does not say.
 
-    In a row named half: "half smp-s --batch=2 --evals=1".
+    In a row named half: "half --batch=2 --evals=1 smp-s". Its flags are sorted.
     """
     label = label_of(line["command"], IN_A_SETTING)
-    return " ".join([name, *(flag for flag in label.split() if flag not in name.split())])
+    return " ".join([name, *sorted(set(label.split()) - set(name.split()))])
 
 
 def standing(lines):

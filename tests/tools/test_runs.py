@@ -224,8 +224,10 @@ def test_the_best_settings_by_hand():
     for rate, seed, value in found:
         lines.append(line("rte", value, flags=f"--steps=9 --seed={seed} --lr={rate}"))
     best = runs.best_settings({"smp-s": lines, "again": lines[3:4]}, most=2)
-    assert list(best) == ["smp-s --lr=2", "smp-s --lr=3", "again smp-s --lr=4"]
+    assert list(best) == ["smp-s --lr=2", "smp-s --lr=3", "again --lr=4 smp-s"]
     assert [made["final"]["accuracy"] for made in best["smp-s --lr=2"]] == [0.8, 0.8]
+    one = [line("rte", 0.5, flags=flags) for flags in ("--lr=1 --ramp=0.5", "--ramp=0.5 --lr=1")]
+    assert list(runs.best_settings({"smp-s": one}, most=2)) == ["smp-s --lr=1 --ramp=0.5"]
     texts = [line("ptb", 40.0, flags="--lr=1"), line("ptb", 30.0, flags="--lr=2")]
     assert list(runs.best_settings({"smp-s": texts}, most=1)) == ["smp-s --lr=2"]  # lower is better
 
