@@ -19,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from plumbing import fetch, parallel
+from plumbing import parallel
 from plumbing.checkpoints import encode_rows
+from plumbing.fetch import by_hand, cache, fetch_movies, no_test_server
 from plumbing.files import read_lines
 from plumbing.rows import Rows, sha256_of_rows
 
@@ -79,8 +80,8 @@ class Task:
     file: str = "{}.tsv"  # the file name of a split
     scores: tuple = (-1e18, 1e18)  # of a regression: the lowest and the highest that may occur
     skip_broken: bool = False  # leave out rows with the wrong number of columns
-    predict: Callable = fetch.no_test_server  # (test file, run, Loaded, logits_of): write answers
-    fetch: Callable = fetch.by_hand  # (task, split): put the file of a split into the cache
+    predict: Callable = no_test_server  # (test file, run, Loaded, logits_of): write answers
+    fetch: Callable = by_hand  # (task, split): put the file of a split into the cache
     scale: tuple = (0.0, 1.0)  # of a regression: the score is a + b * logit
 
     # Hooks for tasks that do more than classify [CLS].
@@ -88,7 +89,6 @@ class Task:
     every_token: bool = False  # the model reads every token
     load: Callable | None = None  # (folder, length, head) -> model, tokenizer; default: a BERT
     read: Callable | None = None  # (task, split, path, tokenizer) -> Examples; default: a TSV file
-    loss: Callable | None = None  # (logits, labels, teacher's logits or None); default: task_loss
     step: Callable | None = None  # make_forward_backward; default: train.py's
     format_answer: Callable | None = None  # (texts, tokenizer, logits_of, args) -> lines of --text
     answer_file: Callable | None = None  # (path, answers) -> lines of --text-file; default: TSV
@@ -106,7 +106,7 @@ QNLI_PAIR = ("question", "sentence")
 # name: folder, columns of the text, column of the label, {label: word}, metrics, recipe
 TASKS = {
     "movies": Task(
-        "movies", ("sentence",), "label", SENTIMENT, ACCURACY, MOVIES, fetch=fetch.fetch_movies,
+        "movies", ("sentence",), "label", SENTIMENT, ACCURACY, MOVIES, fetch=fetch_movies,
     ),
     "rte": Task("RTE", PAIR, "label", ENTAILMENT, ACCURACY, {"epochs": 100}),
     "sst2": Task("SST-2", ("sentence",), "label", SENTIMENT, ACCURACY, LARGE),
@@ -123,7 +123,7 @@ TASKS = {
 tables = SimpleNamespace(
     flags={},  # further flags of train.py, {name: (type, help)}
     settings=lambda given: {},  # flags as given -> the defaults that follow from the table
-    task=None,  # what is called "table" among these -> Task
+    task=None,  # the setting "table" -> Task
 )
 
 
@@ -272,7 +272,7 @@ def split_path(task, split, data_dir):
 
     Raises ValueError if data_dir lacks it.
     """
-    path = Path(data_dir or fetch.cache() / "glue")
+    path = Path(data_dir or cache() / "glue")
     if not path.is_file():
         path = path / task.folder / task.file.format(split)
     if data_dir and not path.exists():

@@ -84,8 +84,8 @@ def load_run(run, model_name=None):
     run = Path(run)
     result = read_result(run)
     task, method = data.task_of(result), METHODS[result["method"]]
-    has_model = "weights" in method.trains  # of its own
-    # Such a run has no use for another backbone.
+    # Where weights trained, the run's folder holds a whole model. Another backbone makes no sense.
+    has_model = "weights" in method.trains
     if has_model and (run.is_file() or model_name):
         raise ValueError(
             f"{run}: this run trained weights of its own; name its folder, and leave out --model"
@@ -95,7 +95,7 @@ def load_run(run, model_name=None):
     if has_model:
         path = run / "model.safetensors"
         check_digest(path.read_bytes(), "sha256", result["sha256"].get(path.name), path)
-    fresh = not has_model  # a classifier that lies beside a mask is put into a fresh one below
+    fresh = not has_model  # beside a mask, load_masks_into() fills the fresh classifier
     model, tokenizer = load_backbone(folder, task, result["length"], result["head"], fresh)
 
     # A mask on other weights, or words read by another tokenizer, would give nonsense.
@@ -106,8 +106,10 @@ def load_run(run, model_name=None):
             raise ValueError(
                 f"--model: the {what} of {folder} is not the one that {run} was trained with"
             )
-    # The method decides whether there must be a mask, not the file.
-    masks = load_masks_into(model, run, result) if method.how_many or not has_model else {}
+    # Only a run that trained all weights without a mask has no mask file.
+    masks = {}
+    if method.how_many or not has_model:
+        masks = load_masks_into(model, run, result)
     return Loaded(result, task, folder, model, tokenizer, masks)
 
 
@@ -214,13 +216,18 @@ def answer_texts(loaded, logits_of, args):
         blocks = [task.format_answer(text, loaded.tokenizer, logits_of, args) for text in texts]
         return [" ".join(lines) for lines in blocks] if args.text_file else blocks[0]
 
-    found = answers(loaded, texts, logits_of)  # the likeliest answer to each text first
-    if args.text_file:
-        best = [rows[0] for rows in found]
-        rows = zip(best, texts, strict=True)
-        return ["\t".join([label, f"{p:.4f}", *text]) for (p, label), text in rows]
-    words = {label: f"{word} ({label})" for label, word in task.words.items() if word != label}
-    return [f"{p:7.4f}  {words.get(label, label or 'score')}" for p, label in found[0]]
+    lines = []
+    found = answers(loaded, texts, logits_of)
+    if args.text_file:  # of each text the likeliest label
+        for answer, text in zip(found, texts, strict=True):
+            p, label = answer[0]
+            lines.append("\t".join([label, f"{p:.4f}", *text]))
+    else:  # of one text every label
+        for p, label in found[0]:
+            word = task.words.get(label, "score")  # a regression has no label
+            name = word if label in ("", word) else f"{word} ({label})"
+            lines.append(f"{p:7.4f}  {name}")
+    return lines
 
 
 def read_texts(args, width):
@@ -266,6 +273,7 @@ def parse_args(argv):
     cli.add_flags(parser, "with --text", TEXT_FLAGS, {"seed": 0})
     cli.add_flags(parser, "data", DATA_FLAGS)
     cli.add_flags(parser, "machine", cli.MACHINE_FLAGS)
+    parser.set_defaults(seed=0)
     args = parser.parse_args(argv)
     if args.text is None and (args.pair is not None or args.temperature is not None):
         parser.error("--pair and --temperature need --text")
@@ -275,8 +283,7 @@ def parse_args(argv):
 def evaluate_run(run, args):
     """Do with a run what the arguments ask for."""
     loaded = load_run(run, args.model)
-    result, tokenizer = loaded.result, loaded.tokenizer
-    task = loaded.task
+    result, task = loaded.result, loaded.task
     device, dtype, why = cli.choose_device(args.device, args.dtype)
     if args.dtype is None and device.type == result["device"]:  # as in training
         dtype = getattr(torch, result["dtype"])
@@ -296,7 +303,7 @@ def evaluate_run(run, args):
         task.predict(args.predict, run, loaded, logits_of)
     else:
         splits = task.dev[:1] if args.dev else task.dev  # one file is one set
-        sets = load_sets(result, splits, args.dev or args.data_dir, tokenizer)
+        sets = load_sets(result, splits, args.dev or args.data_dir, loaded.tokenizer)
         method = result.get("pruned_with", result["method"])
         print(f"{run}: {result['task']}, {method} on {device} in {cli.dtype_name(dtype)} ({why})")
         metrics = evaluate(loaded.model, weights, sets, task.metrics, device)
@@ -315,8 +322,7 @@ def show_run(loaded, sets, metrics):
     questions = sum(examples.num_questions() for examples in sets.values())
     print(f"dev ({questions} examples): {cli.show(metrics)}")
     print(f"training reported {cli.show(loaded.result['final'])}")
-    labels = next(iter(sets.values())).labels
-    for line in guessing(metrics, labels):
+    for line in guessing(metrics, sets):
         print(line)
 
 

@@ -27,7 +27,7 @@ from torch import nn
 # --- schedules --------------------------------------------------------------------------------
 
 
-# What falls from 1 to 0 while t, the share of the ramp that is done, goes from 0 to 1.
+# Each falls from 1 to 0 while t, the finished share of the ramp, goes from 0 to 1.
 SCHEDULES = {
     "cubic": lambda t: (1 - t) ** 3,
     "linear": lambda t: 1 - t,
@@ -98,7 +98,8 @@ def proportional_densities(importance, density):
     j = torch.arange(layers, device=importance.device, dtype=importance.dtype)
     # [G, L]: density per importance, if j layers are full
     scale = (density * layers - j) / others
-    full = (scale * ordered > 1).sum(1, keepdim=True)  # [G, 1]: how many layers overflow
+    # With j full, does the next layer overflow? It does for each j that is too small.
+    full = (scale * ordered > 1).sum(1, keepdim=True)  # [G, 1]: the right j
     scale = scale.gather(1, full.clamp(max=layers - 1))  # [G, 1]; rounding may fill them all
     return (scale * importance).clamp(max=1.0)
 
@@ -167,7 +168,7 @@ STRIDE = 32749  # a prime, so that the samples reach all columns; 100 would see 
 
 
 def about_kth_largest(flat, k):
-    """kth_largest of all groups at once, off by up to 0.1 % of n in rank (and by ties).
+    """kth_largest of all groups at once, off by some 0.1 % of n in rank, or more in small matrices.
 
     flat: G tensors [L, n]; k [G, L] -> [G, L]. Sorting whole rows is slow on a GPU. So this sorts a
     sample of every row, looks up where the k-th score should be, counts how many scores really
@@ -179,14 +180,14 @@ def about_kth_largest(flat, k):
     # [G, L, m]
     samples = torch.stack([s[:, columns % n] for s, n in zip(flat, sizes, strict=True)])
     ordered = samples.sort(dim=2, descending=True).values
-    # [G, L]: how many scores a sample stands for. Filled, because the host would wait for a copy.
+    # [G, L]: how many scores a sample stands for. Made on the device: a copy makes the host wait.
     spacing = torch.stack([torch.full_like(k[0], n / m, dtype=torch.float32) for n in sizes])
 
     def value_at(rank):
         index = rank.long().clamp(0, m - 1)
         return ordered.gather(2, index[:, :, None])  # [G, L, 1]
 
-    rank = (k - 0.5) / spacing  # the place of the k-th score in the sample, from 0
+    rank = (k - 0.5) / spacing  # where the k-th score should be in the sorted sample, from 0
     guess = value_at(rank)
     # float32 is exact to 2^24, and an int64 sum is slower.
     counts = [(s >= v).sum(1, dtype=torch.float32) for s, v in zip(flat, guess, strict=True)]
@@ -214,7 +215,7 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors  # grad is dL/dW' [L, out, in]
         grad_scores = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-        torch.mul(grad, weight, out=grad_scores)  # in float32 at once: no copy in 16 bits
+        torch.mul(grad, weight, out=grad_scores)  # float32; each product is rounded like W
         return None, grad_scores, None  # W is frozen, and M has no gradient
 
 
@@ -282,17 +283,18 @@ class Masks(nn.Module):
 
         R is averaged over all matrices. Eq. 6 prints a sum; the reference code takes means.
         """
-        means = mean_sigmoid(self.scores)  # [G, L]
+        scores = self.scores  # read once: some methods compute them
+        means = mean_sigmoid(scores)  # [G, L]
         with torch.no_grad():  # choosing is not differentiable
             importance = means
             if self.temperature != 1:
-                importance = mean_sigmoid(self.scores, self.temperature)
+                importance = mean_sigmoid(scores, self.temperature)
             masks = self.choose_stacked(importance, density, exact=False)
 
         masked = {}
         for group, weight in self.weights.items():
             weight = weight.to(self.dtype)
-            masked[group] = self.method.rule.apply(weight, self.scores[group], masks[group])
+            masked[group] = self.method.rule.apply(weight, scores[group], masks[group])
         return masked, means.mean()
 
     def choose_stacked(self, importance, density, exact):
@@ -380,9 +382,11 @@ class Method:
 
     def trains_tensor(self, name, tensor):
         """Whether a tensor that is not masked trains. A classifier always does, as it is fresh."""
-        kinds = {"weights": True, "vectors": tensor.ndim == 1}
-        parts = ("classifier.", *self.trains)
-        return any(kinds.get(part, part in name) for part in parts)
+        if "weights" in self.trains:
+            return True
+        if "vectors" in self.trains and tensor.ndim == 1:
+            return True
+        return any(part in name for part in ("classifier.", *self.trains))
 
 
 METHODS = {

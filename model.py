@@ -32,7 +32,7 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Config:
-    """What decides the computation in a checkpoint's config.json, under the names there."""
+    """The part of config.json that decides the computation, under its names there."""
 
     vocab_size: int
     hidden_size: int
@@ -50,7 +50,7 @@ class Config:
     heads_per_layer: tuple = ()
     neurons_per_layer: tuple = ()
 
-    # What follows from these numbers.
+    # The rest follows from these numbers.
 
     @property
     def layers(self):
@@ -114,20 +114,20 @@ class Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(x))
 
 
-def attention(q, k, v, attend, p, causal=False):
-    """What queries q [B, heads, R, D] take from k and v [B, heads, S, D] -> [B, heads, R, D].
+def attention(q, k, v, attn_bias, p, causal=False):
+    """Attention of queries q [B, heads, R, D] to k and v [B, heads, S, D] -> [B, heads, R, D].
 
-    attend is added to the scores: 0, or -inf where a query must not look. It is [B, 1, 1, S], or
+    attn_bias is added to the scores: 0, or -inf where a query must not look. It is [B, 1, 1, S], or
     with `causal` GPT-2's mask [S, S].
     """
     if q.is_cpu and q.dtype == torch.bfloat16:
-        scores = q / q.shape[-1] ** 0.5 @ k.mT + attend  # q k^T / sqrt(D): [B, heads, R, S]
+        scores = (q / q.shape[-1] ** 0.5) @ k.mT + attn_bias  # q k^T / sqrt(D): [B, heads, R, S]
         weights = dropout(scores.softmax(-1), p)  # how much of each value to take
         return weights @ v
     # The same as one kernel, which makes a causal mask itself. In training on a CPU in bfloat16, it
     # takes two to five times as long as the three lines.
-    attend = None if causal else attend
-    return F.scaled_dot_product_attention(q, k, v, attend, p, causal)
+    attn_bias = None if causal else attn_bias
+    return F.scaled_dot_product_attention(q, k, v, attn_bias, p, causal)
 
 
 class SelfAttention(nn.Module):
@@ -140,22 +140,23 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(c.hidden_size, heads * c.head_size)
         self.value = nn.Linear(c.hidden_size, heads * c.head_size)
 
-    def forward(self, x, context, attend):
+    def forward(self, x, context, attn_bias):
         """x [B * R, H] attends to context [B * S, H] -> [B * R, heads * D]. See Layer."""
         if self.heads == 0:  # empty [B * R, 0]; the sum gives all three weights gradients
             return self.query(x) + self.key(x) + self.value(x)
 
         # Queries of the R tokens that are computed; keys and values of all S.
-        q = self.split(self.query(x), attend)
-        k = self.split(self.key(context), attend)
-        v = self.split(self.value(context), attend)
-        mixed = attention(q, k, v, attend, self.dropout if self.training else 0.0)
+        batch = len(attn_bias)  # B
+        q = self.split(self.query(x), batch)
+        k = self.split(self.key(context), batch)
+        v = self.split(self.value(context), batch)
+        mixed = attention(q, k, v, attn_bias, self.dropout if self.training else 0.0)
         # [B, heads, R, D] -> [B, R, heads, D] -> [B * R, heads * D]
         return mixed.transpose(1, 2).reshape(len(x), -1)
 
-    def split(self, rows, attend):
+    def split(self, rows, batch):
         """[B * S, heads * D] -> [B, heads, S, D]."""
-        return rows.view(len(attend), -1, self.heads, self.size).transpose(1, 2)
+        return rows.view(batch, -1, self.heads, self.size).transpose(1, 2)
 
 
 class AddNorm(nn.Module):
@@ -181,13 +182,13 @@ class Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(c.hidden_size, neurons)})
         self.output = AddNorm(c, neurons)
 
-    def forward(self, x, context, attend):
+    def forward(self, x, context, attn_bias):
         """New states of the tokens x [B * R, H], which attend to all tokens of context [B * S, H].
 
         Usually both are the same. The last layer gets fewer tokens: only those that are read.
         """
         # Attention mixes tokens. The feed-forward network treats each token alone.
-        x = self.attention["output"](self.attention["self"](x, context, attend), x)
+        x = self.attention["output"](self.attention["self"](x, context, attn_bias), x)
         inner = F.gelu(self.intermediate["dense"](x))  # [B * R, H] -> [B * R, neurons]
         return self.output(inner, x)  # -> [B * R, H]
 
@@ -207,17 +208,17 @@ class Encoder(nn.Module):
         batch, width = input_ids.shape
         x = self.embeddings(input_ids, token_type_ids).flatten(0, 1)  # [B, S, H] -> [B * S, H]
         # Attention adds this to its scores: 0, and -inf at padding.
-        attend = torch.zeros_like(attention_mask, dtype=x.dtype)
-        attend.masked_fill_(attention_mask == 0, float("-inf"))
-        attend = attend[:, None, None]  # [B, S] -> [B, 1, 1, S], for all heads and queries
+        attn_bias = torch.zeros_like(attention_mask, dtype=x.dtype)
+        attn_bias.masked_fill_(attention_mask == 0, float("-inf"))
+        attn_bias = attn_bias[:, None, None]  # [B, S] -> [B, 1, 1, S], for all heads and queries
 
         # Every layer but the last computes all tokens.
         *layers, last = self.encoder["layer"]
         for layer in layers:
-            x = layer(x, x, attend)
+            x = layer(x, x, attn_bias)
         # The last layer computes only what is read. For [CLS] alone that saves MiniLM a seventh.
         read = x.view(batch, width, -1)[:, :tokens].flatten(0, 1)  # [B * S, H] -> [B * tokens, H]
-        return last(read, x, attend).view(batch, -1, x.shape[1])
+        return last(read, x, attn_bias).view(batch, -1, x.shape[1])
 
 
 class Bert(nn.Module):
@@ -364,7 +365,8 @@ def load_backbone(folder, task, length, head="words", fresh=True):
             )
         tokenizer = cutting_tokenizer(folder, length)
         # Does the tokenizer fit the model? Ids out of range would end in an index error.
-        text = tokenizer.encode(*["a " * length] * len(task.text))  # one, or a pair, and cut
+        longest = ["a " * length] * len(task.text)  # one text, or a pair, to be cut
+        text = tokenizer.encode(*longest)
         largest = max(*tokenizer.get_vocab().values(), *text.ids)
         if largest >= config.vocab_size or max(text.type_ids) >= config.type_vocab_size:
             raise ValueError("tokenizer.json has more words or segments than config.json allows")
@@ -424,7 +426,8 @@ def load_model(stored, tensors, words, head="words", every_token=False, fresh=Tr
     for copy, original in TIED.items():
         if copy in ours:
             copied = ours.pop(copy)
-            if not torch.equal(ours.setdefault(original, copied), copied):
+            kept = ours.setdefault(original, copied)
+            if not torch.equal(kept, copied):
                 raise ValueError(
                     f"{copy} differs from {original}; only tied decoders are supported"
                 )

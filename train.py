@@ -57,8 +57,18 @@ USUAL_SCHEDULE = {"bert": "cubic"}  # reference code: cubic for BERT, linear for
 SHORT = "task method model sparsity lr epochs steps batch seed out resume device "
 SHORT += "train text_column label_column"
 
-METHOD = "method (not every method takes all of these)"
-# {group: {name: (type or choices, help)}}. The defaults are recipe()'s, and --help prints them.
+# {name: (type or choices, help)}. The defaults are recipe()'s, and --help prints them.
+METHOD_FLAGS = {
+    "sparsity": (fraction_below_one, "share of weights, or of computation, removed"),
+    "lr": (positive, "peak learning rate of the scores"),
+    "weight_lr": (positive, "peak learning rate of weights that train"),
+    "hold": (fraction, "share of the steps before pruning starts"),
+    "ramp": (fraction, "share of the steps after which the sparsity is reached"),
+    "schedule": (SCHEDULES, "how the density falls; by default cubic, for RoBERTa linear"),
+    "penalty": (not_negative, "lambda of the regularizer"),
+    "temperature": (positive, "p of SMP-S: larger values even the layers out"),
+}
+# {title of a group in --help: its flags}
 FLAGS = {
     "what": {
         "task": (TASKS, "what to learn"),
@@ -68,16 +78,7 @@ FLAGS = {
         "head": (("words", "classifier"), "label words, or a fresh linear layer"),
         "teacher": (str, "folder of a finished --method finetune to learn from"),
     },
-    METHOD: {
-        "sparsity": (fraction_below_one, "share of weights, or of computation, removed"),
-        "lr": (positive, "peak learning rate of the scores"),
-        "weight_lr": (positive, "peak learning rate of weights that train"),
-        "hold": (fraction, "share of the steps before pruning starts"),
-        "ramp": (fraction, "share of the steps after which the sparsity is reached"),
-        "schedule": (SCHEDULES, "how the density falls; by default cubic, for RoBERTa linear"),
-        "penalty": (not_negative, "lambda of the regularizer"),
-        "temperature": (positive, "p of SMP-S: larger values even the layers out"),
-    },
+    "method (not every method takes all of these)": METHOD_FLAGS,
     "length": {
         "epochs": (positive, "passes over the training set; by default at least 300 steps"),
         "steps": (count, "train for so many steps; overrides --epochs"),
@@ -104,8 +105,9 @@ FLAGS = {
 
 def flag_groups():
     """FLAGS, and those of extras/."""
-    others = sorted(method_flags() - FLAGS[METHOD].keys())  # such as --ffn-share
-    others = dict.fromkeys(others, (positive, "of methods in extras/"))
+    others = {}
+    for name in sorted(method_flags() - METHOD_FLAGS.keys()):  # such as ffn_share
+        others[name] = (positive, "of methods in extras/")
     return FLAGS | {"your own table": data.tables.flags, "extras": others}
 
 
@@ -158,8 +160,10 @@ def recipe(given):
 
 def used_flags(settings):
     """The method flags that have an effect with these settings."""
-    names = METHODS[settings["method"]].recipe.keys()
-    return names | {"weight_lr"} if settings["head"] == "classifier" else names
+    names = set(METHODS[settings["method"]].recipe)
+    if settings["head"] == "classifier":  # it is a weight that trains
+        names.add("weight_lr")
+    return names
 
 
 def least_steps(sparsity):
@@ -225,7 +229,8 @@ class Learner(nn.Module):
 
         # All the rest is frozen. The float32 copies are taken, so it may be rounded now.
         model.to(dtype)
-        if "weights" not in method.trains:  # let the model's matrices be views of the stacks
+        # The model's matrices become views of the stacks, so that memory holds them only once.
+        if "weights" not in method.trains:
             model.load_state_dict(masked, strict=False, assign=True)
 
     @property
@@ -281,7 +286,7 @@ def rate_at(step, total, warmup=0):
 
 
 def set_rates(optimizer, step, total, warmup=0):
-    # The rate that a group was made with is its peak.
+    # A group is made with its peak rate. The first step stores it as "peak".
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("peak", group["lr"]) * rate_at(step, total, warmup)
         # The reference code adds eps before it corrects the bias of the moments, torch after it.
@@ -313,7 +318,7 @@ def task_loss(logits, labels, teacher_logits=None, temperature=2.0):
     return 0.5 * loss + 0.5 * temperature**2 * kl  # tau^2 keeps the size of the gradients
 
 
-def make_forward_backward(model, learner, teacher=None, loss_of=task_loss):
+def make_forward_backward(model, learner, teacher=None):
     """The method as one function of tensors. teacher: a frozen model, or None."""
 
     def forward_backward(inputs, labels, share, density, penalty):
@@ -331,7 +336,7 @@ def make_forward_backward(model, learner, teacher=None, loss_of=task_loss):
             teacher_logits = teacher(*inputs).float() if teacher else None
 
         # A part adds its share of the gradient of the whole batch.
-        loss = loss_of(logits, labels, teacher_logits)
+        loss = task_loss(logits, labels, teacher_logits)
         (share * (loss + penalty * regularizer)).backward()  # dL/dS = dL/dW' * W
         return torch.stack([loss, regularizer]).detach()
 
@@ -393,25 +398,25 @@ def prepare(args, run):
     if "schedule" in method.recipe:
         facts["schedule"] = args.schedule or USUAL_SCHEDULE.get(model.config.model_type, "linear")
 
-    train, dev = sets.pop("train"), sets  # dev: {split: Examples} of all others
+    train = sets.pop("train")  # the others are dev sets
     facts["density"] = 1 - args.sparsity
     if method.before:  # whole heads and neurons may go, or layers change, before training
-        model, more = method.before(model, train, dev, args, device)
+        model, more = method.before(model, train, sets, args, device)
         facts |= more | {"config": str(model.config)}
     # Freeze the model, and put beside it what trains.
     model.to(device).requires_grad_(False).train(args.dropout)
     learner = Learner(model, method, dtype, args.temperature)
-    frozen_sha256 = frozen_digest(model, learner)
     if args.compile:
         compile_step(model, learner.masks)
 
-    density = facts["density"]
-    machine = f"{parallel.processes()} x {device} in {facts['dtype']} ({why})"
-    for line in opening(args, train, dev, total, density, machine):
+    several = f"{parallel.processes()} x " if parallel.processes() > 1 else ""
+    machine = f"{several}{device} in {facts['dtype']} ({why})"
+    for line in opening(args, train, sets, total, facts["density"], machine):
         print(line)
     return Job(
-        data.task_of(vars(args)), model, learner, teacher, train, dev,
-        device, total, density, folder, frozen_sha256, facts,
+        task=data.task_of(vars(args)), model=model, learner=learner, teacher=teacher,
+        train=train, dev=sets, device=device, total=total, density=facts["density"],
+        folder=folder, frozen_sha256=frozen_digest(model, learner), facts=facts,
     )  # fmt: skip
 
 
@@ -500,7 +505,7 @@ def schedule_on_device(schedule, device):
     return densities, penalties.float().to(device)
 
 
-def learn(args, run, job, stop_after=None):  # a step after which tests leave a run unfinished
+def learn(args, run, job):
     """Train and evaluate. Raises FloatingPointError if a loss, score or weight is not finite."""
     learner, total = job.learner, job.total
     schedule = make_schedule(args, total, job.density, job.facts.get("schedule", "cubic"))
@@ -513,12 +518,12 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
     if job.device.type == "cuda" and not args.eager:  # replayed as a CUDA graph
         forward_backward = Recorded(forward_backward, learner.parameters())
 
-    batches = data.training_batches(  # from the step that a resumed run has reached
-        job.train, args.batch, stop_after or total, args.seed, job.device, args.accumulate, run.step
+    batches = data.training_batches(
+        job.train, args.batch, total, args.seed, job.device, args.accumulate, first=run.step
     )
     # An evaluation in steps. Without a backward pass, a row takes about a third of the time.
     pause = sum(map(len, job.dev.values())) / args.batch / 3
-    bar = progress(batches, args.method, True, Clock(total, run.step, eval_steps, pause))
+    bar = progress(batches, args.method, Clock(total, run.step, eval_steps, pause), leave=True)
     recent = []  # losses since the last log line, on the device
     for step, parts in enumerate(bar, run.step):
         # One step: mask, learn, clip, Adam.
@@ -530,11 +535,12 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
         done = step + 1
         log_now = done % LOG_EVERY == 0 or done in eval_steps
         if log_now:
-            bar.set_postfix(run.report(done, recent, *schedule[step]), refresh=False)
+            shown = run.report(done, recent, *schedule[step])  # raises if a loss is not finite
+            bar.set_postfix(shown, refresh=False)
             recent.clear()
         if done in eval_steps:
             density, _ = schedule[done]  # schedule[total] is the target
-            scores = evaluate_learner(args, job, done, density)
+            scores = evaluate_learner(job, done, density)
             run.evaluated(step=done, density=density, dev=scores)
             bar.write(evaluation(**run.evaluations[-1]))
         if log_now and done < total:
@@ -542,14 +548,14 @@ def learn(args, run, job, stop_after=None):  # a step after which tests leave a 
 
 
 def choose_step(job):
-    """-> forward_backward: the task's own, or the usual one with the task's loss."""
+    """-> forward_backward: the task's own, or the usual one."""
     task = job.task
     if task.step and not job.teacher:  # a language model's loss is inside; a teacher needs logits
         return task.step(job.model, job.learner)
-    return make_forward_backward(job.model, job.learner, job.teacher, task.loss or task_loss)
+    return make_forward_backward(job.model, job.learner, job.teacher)
 
 
-def evaluate_learner(args, job, step, density):
+def evaluate_learner(job, step, density):
     """{metric: value} on the dev sets, under exact masks of this density."""
     for parameter in job.learner.parameters():
         if not parameter.isfinite().all():
@@ -575,7 +581,7 @@ def finish(args, run, job):
         result |= mask_facts(job.learner.masks, masks, job.density)
 
     if "weights" in METHODS[args.method].trains:  # a whole model
-        # What is frozen is stored as it was used, in bfloat16 rounded.
+        # Frozen weights are stored as they were used: after a bfloat16 run they are rounded.
         whole = job.model.state_dict() | trained
         if masks:
             whole |= job.learner.masks.final_weights(job.density, torch.float32)
@@ -588,8 +594,7 @@ def finish(args, run, job):
     if masks or trained:  # one bit per weight, and what trained beside it
         files["mask.safetensors"] = pack_masks(masks, result, trained)
     run.finish(files, result)
-    labels = next(iter(job.dev.values())).labels
-    for line in summary(result, run.folder, files, labels):
+    for line in summary(result, run.folder, files, job.dev):
         print(line)
 
 

@@ -88,7 +88,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(width, c.n_embd)
         self.dropout = Dropout(c.resid_pdrop)
 
-    def forward(self, x, attend):
+    def forward(self, x, attn_bias):
         parts = [self.query(x), self.key(x), self.value(x)]  # [B, S, heads * D] each
         if self.heads == 0:
             # Nothing is left to mix. The empty sum gives all three parts their (empty) gradients.
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         # [B, S, heads * D] -> [B, heads, S, D]
         q, k, v = (part.unflatten(2, (self.heads, self.size)).transpose(1, 2) for part in parts)
         dropout = self.attn_pdrop if self.training else 0.0
-        mixed = attention(q, k, v, attend, dropout, causal=True)
+        mixed = attention(q, k, v, attn_bias, dropout, causal=True)
         mixed = mixed.transpose(1, 2).flatten(2)  # [B, heads, S, D] -> [B, S, heads * D]
         return self.dropout(self.c_proj(mixed))  # [B, S, H]
 
@@ -112,8 +112,9 @@ class Block(nn.Module):
         )
         self.dropout = Dropout(c.resid_pdrop)
 
-    def forward(self, x, attend):
-        x = x + self.attn(self.ln_1(x), attend)  # GPT-2 normalises before each half, BERT after it
+    def forward(self, x, attn_bias):
+        # GPT-2 normalises before each half, BERT after it.
+        x = x + self.attn(self.ln_1(x), attn_bias)
         inner = GPT2.activation(self.mlp["c_fc"](self.ln_2(x)))  # [B, S, H] -> [B, S, neurons]
         return x + self.dropout(self.mlp["c_proj"](inner))
 
@@ -145,9 +146,9 @@ class GPT2(nn.Module):
         x = self.dropout(self.wte(input_ids) + self.wpe.weight[: input_ids.shape[1]])
         # No token sees those after it: -inf above the diagonal, as in model.attention.
         length = x.shape[1]
-        attend = x.new_full((length, length), float("-inf")).triu(1)  # [S, S]
+        attn_bias = x.new_full((length, length), float("-inf")).triu(1)  # [S, S]
         for block in self.h:
-            x = block(x, attend)
+            x = block(x, attn_bias)
         return self.ln_f(x)
 
     def forward(self, input_ids, token_type_ids=None, attention_mask=None, labels=None):

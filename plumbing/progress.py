@@ -83,7 +83,7 @@ class LogProgress(Bar):
     write = print  # tqdm's own would draw the bar again
 
 
-def progress(items=None, name="", leave=False, clock=None, **settings):
+def progress(items=None, name="", clock=None, leave=False, **settings):
     """Wrap items in a progress bar that only process 0 shows.
 
     clock: a Clock for the estimate of what is left. settings: tqdm's own, such as total or unit.

@@ -3,8 +3,9 @@
 A number takes 4 bytes here. In a list it takes 8, and 28 more from 257 on, so that the tokens of
 MNLI would fill gigabytes.
 
-    rows = Rows([[7, 8, 9], [5]])
-    rows[1]  # array("i", [5])
+    rows = Rows()
+    rows.append([7, 8, 9])
+    rows[0]  # array("i", [7, 8, 9])
 """
 
 import hashlib
@@ -14,11 +15,9 @@ from array import array
 class Rows:
     """Rows that can be appended, counted and read like those of a list."""
 
-    def __init__(self, rows=()):
+    def __init__(self):
         self.numbers = array("i")  # of all rows, one after the other
         self.starts = array("q", [0])  # row i is numbers[starts[i] : starts[i + 1]]
-        for row in rows:
-            self.append(row)
 
     def append(self, row):
         self.numbers.extend(row)

@@ -1,6 +1,6 @@
 """The lines that train.py and eval.py print about a run.
 
-for line in summary(result, folder, ["mask.safetensors"], examples.labels):
+for line in summary(result, folder, ["mask.safetensors"], {"dev": examples}):
     print(line)
 """
 
@@ -46,10 +46,10 @@ def cut_texts(length, sets):
             yield f"--length {length} cuts {examples.cut:,} of {count:,} {name} texts"
 
 
-def summary(result, folder, files, labels):
+def summary(result, folder, files, dev):
     """Yield the lines to print about a finished run.
 
-    files: the names of what it wrote. labels: the true ones of the dev set.
+    files: the names of what it wrote. dev: {split: Examples}.
     """
     yield f"final  dev {show(result['final'])}"
     best = result["best"]
@@ -65,15 +65,16 @@ def summary(result, folder, files, labels):
         size = (folder / name).stat().st_size / 1e6
         yield f"saved  {folder / name} ({size:.1f} MB) after {result['seconds']:.0f} s"
     yield f"next   python eval.py {shlex.quote(str(folder))}"
-    yield from guessing(result["final"], labels)
+    yield from guessing(result["final"], dev)
 
 
-def guessing(metrics, labels):
+def guessing(metrics, dev):
     """Yield a line if the model is hardly better than one answer for every example.
 
     "Hardly" means that its accuracy lies within two standard errors of it.
     """
     if next(iter(metrics)) == "accuracy":
+        labels = next(iter(dev.values())).labels  # of the first set, as the metric is
         commonest = max(Counter(labels).values()) / len(labels)
         error = math.sqrt(commonest * (1 - commonest) / len(labels))
         if metrics["accuracy"] < commonest + 2 * error:

@@ -7,6 +7,9 @@
         train.finish(args, run, job)
 """
 
+from itertools import islice
+from unittest import mock
+
 import torch
 
 import train
@@ -26,5 +29,15 @@ def prepared(argv):
 def interrupt(argv, step):
     """Train up to a step, and no further, as if the process had ended there."""
     args, run, job = prepared(argv)
-    with run:
-        train.learn(args, run, job, stop_after=step)
+    stop_after(step, args, run, job)
+
+
+def stop_after(step, args, run, job):
+    """learn(), whose batches end after a step."""
+    real = train.data.training_batches
+
+    def batches(*args, **more):
+        yield from islice(real(*args, **more), step)
+
+    with run, mock.patch.object(train.data, "training_batches", batches):
+        train.learn(args, run, job)

@@ -137,6 +137,14 @@ def load_model(folder, words, head="words", **more):
     return model.load_model(*read_model(folder), words, head, **more)
 
 
+def rows_of(lists):
+    """Rows of these lists."""
+    rows = data.Rows()
+    for row in lists:
+        rows.append(row)
+    return rows
+
+
 def load_config(folder):
     stored = json.loads((folder / "config.json").read_text())
     return read_config(stored, model.Config, model.FAMILIES, model.ONLY)

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import write_tokenizer
+from conftest import rows_of, write_tokenizer
 from tokenizers import Tokenizer, models, normalizers
 
 import data
@@ -269,7 +269,7 @@ def test_training_order_follows_the_seed_and_changes_with_the_epoch():
     )
 
 
-@pytest.mark.parametrize("kind", [list, data.Rows])
+@pytest.mark.parametrize("kind", [list, rows_of])
 @pytest.mark.parametrize(("limit", "width"), [(9, 8), (7, 7)])
 def test_collate_pads_to_a_multiple_of_four_within_the_limit(limit, width, kind):
     ids, types = kind([[7, 8], [5] * 6, [9]]), kind([[0, 1], [1] * 6, [1]])

@@ -216,21 +216,27 @@ def test_texts_that_are_cut_are_counted(run, glue, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def labelled(labels):
+    """A dev set of these labels."""
+    return {"dev": data.Examples([], [], labels, 8)}
+
+
 def test_guessing_by_hand():
-    labels = [0] * 60 + [1] * 40  # two standard errors of 0.6 are 0.098
-    (said,) = guessing({"accuracy": 0.69}, labels)
+    dev = labelled([0] * 60 + [1] * 40)  # two standard errors of 0.6 are 0.098
+    (said,) = guessing({"accuracy": 0.69}, dev)
     assert "the commonest answer alone has accuracy 0.6000" in said
     for metrics in ({"accuracy": 0.70, "f1": 0.0}, {"mcc": 0.0}):
-        assert list(guessing(metrics, labels)) == []
+        assert list(guessing(metrics, dev)) == []
     for labels in ([0, 0, 1, 1], [1] * 9):
-        assert list(guessing({"accuracy": 1.0}, labels)) == []
+        assert list(guessing({"accuracy": 1.0}, labelled(labels))) == []
 
 
 def test_a_result_that_is_a_guess_is_called_one(finished, tmp_path, capsys):
     """The result is handed in, because rounding decides whether a short run only guesses."""
     result = json.loads((finished / "result.json").read_text())
+    dev = labelled([0, 1] * 20)
     for value in (0.5, 1.0):
-        *_, last = summary(result | {"final": {"accuracy": value}}, finished, [], [0, 1] * 20)
+        *_, last = summary(result | {"final": {"accuracy": value}}, finished, [], dev)
         assert last.startswith("the model only guesses") == (value == 0.5)
 
     # eval.py, on a table whose labels are the model's own answers, and on one where none is
@@ -249,3 +255,10 @@ def test_a_result_that_is_a_guess_is_called_one(finished, tmp_path, capsys):
         said = capsys.readouterr().out
         assert f"dev (40 examples): accuracy {right:.4f}\n" in said
         assert said.splitlines()[-1].startswith("the model only guesses") != right
+
+
+def test_the_seed_is_the_one_that_help_names(capsys):
+    with pytest.raises(SystemExit):
+        eval_.parse_args(["--help"])
+    assert "for the samples (0)" in capsys.readouterr().out
+    assert eval_.parse_args(["RUN", "--text", "once"]).seed == 0

@@ -52,14 +52,14 @@ def test_attention_in_three_lines_is_that_of_the_fused_kernel(causal):
     """In bfloat16 a CPU takes the three lines. The kernel reads the same numbers in float32."""
     torch.manual_seed(0)
     q, k, v, grad = torch.randn(4, 2, 3, 7, 4).bfloat16()  # each [B, heads, S, D]
-    attend = torch.zeros(2, 1, 1, 7)
-    attend[1, ..., 5:] = -math.inf  # padding
+    attn_bias = torch.zeros(2, 1, 1, 7)
+    attn_bias[1, ..., 5:] = -math.inf  # padding
     if causal:
-        attend = torch.full((7, 7), -math.inf).triu(1)
+        attn_bias = torch.full((7, 7), -math.inf).triu(1)
     found = {}
     for dtype in (torch.bfloat16, torch.float32):
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
-        mixed = model.attention(*inputs, attend.to(dtype), 0.0, causal)
+        mixed = model.attention(*inputs, attn_bias.to(dtype), 0.0, causal)
         mixed.backward(grad.to(dtype))
         found[dtype] = [mixed, *(x.grad for x in inputs)]
         assert all(x.dtype == dtype for x in found[dtype])
@@ -71,9 +71,9 @@ def test_attention_in_three_lines_is_that_of_the_fused_kernel(causal):
 
 def test_attention_drops_probabilities_and_doubles_the_others():
     q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16)  # every token counts for 1/64
-    attend = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16)
+    attn_bias = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16)
     torch.manual_seed(0)
-    weights = model.attention(q, q, torch.eye(64, dtype=torch.bfloat16)[None, None], attend, 0.5)
+    weights = model.attention(q, q, torch.eye(64, dtype=torch.bfloat16)[None, None], attn_bias, 0.5)
     dropped = weights == 0
     assert torch.equal(weights, torch.where(dropped, 0.0, 2 / 64).bfloat16())
     assert 0.45 < dropped.float().mean() < 0.55  # of 4,096

@@ -18,7 +18,6 @@ from acts import prepared
 from conftest import CONFIG, WIDE, bert_tensors, load_model
 from oracle import roberta_name
 from safetensors.torch import load_file
-from torch.func import functional_call
 from tqdm import tqdm
 
 import data
@@ -785,22 +784,3 @@ def test_short_runs_use_attention_that_needs_no_preparing():
         chosen.append(torch.backends.cuda.cudnn_sdp_enabled())
     torch.backends.cuda.enable_cudnn_sdp(before)
     assert chosen == [False, False, True]
-
-
-@pytest.mark.parametrize("taught", [False, True])
-def test_a_task_may_have_a_loss_of_its_own(run, taught):
-    """By hand: here it is the mean logit of class 1, times 3. With a teacher it gets its logits."""
-
-    def loss(logits, labels, teacher_logits):
-        assert (teacher_logits is not None) == taught
-        return 3 * logits[:, 1].mean()
-
-    _, _, job = prepared(run.argv(out="own"))
-    task = dataclasses.replace(job.task, loss=loss)
-    job = job._replace(task=task, teacher=job.model if taught else None)
-    ids = torch.full((2, 8), 5)
-    inputs = torch.stack([ids, ids * 0, ids * 0 + 1])
-    found, _ = train.choose_step(job)(inputs, ids[:, 0] * 0, 1.0, 1.0, 0.0)
-    job.model.eval()
-    logits = functional_call(job.model, job.learner(1.0)[0], tuple(inputs))
-    assert found.item() == pytest.approx(3 * logits[:, 1].mean().item(), rel=1e-5)

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from acts import prepared
+from acts import prepared, stop_after
 
 import eval as evaluation
-import train
 from plumbing.files import unseal  # noqa: F401 (exercise 5 calls it)
 
 ROOT = Path(__file__).parent.parent.parent
@@ -347,8 +346,7 @@ def calls_of(number):
 def test_scores_are_read_as_exercise_5_says(run):
     """From the checkpoint of a run that ended after its first step: six groups, queries first."""
     args, unfinished, job = prepared(run.argv("--evals", 12))
-    with unfinished:
-        train.learn(args, unfinished, job, stop_after=1)
+    stop_after(1, args, unfinished, job)
     (call,) = calls_of(5)
     tensors, description = eval(call.replace("RUN", args.out.as_posix()))
     assert description["step"] == 1

@@ -5,8 +5,9 @@ import random
 
 import numpy as np
 import pytest
+from conftest import rows_of
 
-from plumbing.rows import Rows, sha256_of_rows
+from plumbing.rows import sha256_of_rows
 
 RNG = random.Random(0)
 LISTS = [[RNG.randrange(2**31) for _ in range(RNG.randrange(9))] for _ in range(50)]
@@ -14,7 +15,7 @@ LISTS = [[RNG.randrange(2**31) for _ in range(RNG.randrange(9))] for _ in range(
 
 @pytest.mark.parametrize("lists", [[], [[]], [[7, 8, 9], [], [5]], LISTS])
 def test_rows_are_those_of_a_list_of_lists(lists):
-    rows = Rows(lists)
+    rows = rows_of(lists)
     assert [list(row) for row in rows] == lists and len(rows) == len(lists)
     for i in range(-len(lists), len(lists)):
         assert list(rows[i]) == lists[i] and list(rows[np.int64(i)]) == lists[i]
@@ -29,4 +30,4 @@ def test_rows_are_those_of_a_list_of_lists(lists):
 def test_the_digest_is_that_of_the_whole_text(lists, labels):
     """Mask files hold it, so it must stay."""
     expected = hashlib.sha256(repr((lists, labels)).encode()).hexdigest()
-    assert sha256_of_rows(Rows(lists), labels) == expected == sha256_of_rows(lists, labels)
+    assert sha256_of_rows(rows_of(lists), labels) == expected == sha256_of_rows(lists, labels)
