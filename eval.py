@@ -236,13 +236,15 @@ def read_texts(args, width):
     Raises ValueError, which names the line, for one without `width` texts.
     """
     if args.text_file:  # tabs separate the two texts of a pair
+        if args.text_file.suffix == ".csv":
+            raise ValueError("--text-file: only a run with --train reads a CSV file; name a text")
         texts = list(data.read_cells(args.text_file))
     else:
         texts = [[text for text in (args.text, args.pair) if text is not None]]
     for number, text in enumerate(texts, 1):
         if len(text) != width:
             place = f"{args.text_file}:{number}" if args.text_file else "--text and --pair"
-            raise ValueError(f"{place}: the task takes {width} texts, not {len(text)}")
+            raise ValueError(f"{place}: the task takes {width} text(s), not {len(text)}")
     return [tuple(text) for text in texts]
 
 
@@ -250,7 +252,7 @@ def read_texts(args, width):
 
 INSTEAD_FLAGS = {
     "text": (str, "classify, answer or continue this text"),
-    "text_file": (Path, "the same for each line of a file, or row of a table"),
+    "text_file": (Path, "the same for each line of a file; after --train, each row of a table"),
     "predict": (Path, "answer GLUE's test.tsv, or a file of SQuAD, as its server takes it"),
 }
 TEXT_FLAGS = {

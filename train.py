@@ -81,7 +81,7 @@ FLAGS = {
     "method (not every method takes all of these)": METHOD_FLAGS,
     "length": {
         "epochs": (positive, "passes over the training set; by default at least 300 steps"),
-        "steps": (count, "train for so many steps; overrides --epochs"),
+        "steps": (count, "train for this many steps; overrides --epochs"),
         "batch": (count, "examples per step"),
         "length": (count, "longest input in tokens; longer ones are cut"),
         "warmup": (fraction_below_one, "share of the steps while the rates rise"),
@@ -95,7 +95,7 @@ FLAGS = {
     },
     "machine": cli.MACHINE_FLAGS
     | {
-        "accumulate": (count, "take a batch in so many parts"),
+        "accumulate": (count, "split a batch into so many parts"),
         "compile": (bool, "let torch.compile fuse the kernels of a step"),
         "eager": (bool, "on CUDA: launch every kernel, record no graphs"),
         "deterministic": (bool, "the same bits every time on a GPU; slower"),
@@ -107,7 +107,7 @@ def flag_groups():
     """FLAGS, and those of extras/."""
     others = {}
     for name in sorted(method_flags() - METHOD_FLAGS.keys()):  # such as ffn_share
-        others[name] = (positive, "of methods in extras/")
+        others[name] = (positive, "used by a method in extras/")
     return FLAGS | {"your own table": data.tables.flags, "extras": others}
 
 

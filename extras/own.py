@@ -126,7 +126,7 @@ def column_number(path, header, name):
     """Where a column is. Raises ValueError unless there is exactly one of this name."""
     count = header.count(name)
     if count != 1:
-        raise ValueError(f"{path} has {count or 'no'} column(s) {name!r}; its columns are {header}")
+        raise ValueError(f"{path} has {count or 'no'} columns {name!r}; its columns are {header}")
     return header.index(name)
 
 
@@ -180,8 +180,8 @@ def only_column(path, header, rows, role, others):
         if cells and name not in others and likely(cells):
             found.append(name)
     if len(found) != 1:
-        what = f"{found} could all be the {role}" if found else f"none looks like the {role}"
-        raise ValueError(f"{path}: of its columns {header} {what}; name it by --{role}-column")
+        what = f"{found} could all be the {role}" if found else f"none is surely the {role}"
+        raise ValueError(f"{path}: of its columns {header} {what}; name it with --{role}-column")
     return found[0]
 
 
@@ -279,6 +279,10 @@ def settings(given):
             raise ValueError(f"--train makes a task of its own; leave out {flag(name)}")
 
     path = given["train"]
+    if not Path(path).is_file():
+        raise ValueError(f"--train: there is no file {path}")
+    if "dev" in given and Path(given["dev"]).resolve() == Path(path).resolve():
+        raise ValueError("--dev is the training table; leave it out to hold out some of its rows")
     table = {"file": Path(path).name, "train": path, "dev": given.get("dev", "")}
     table["sha256"] = sha256(Path(path).read_bytes())
     header, rows, _ = read_table(path)

@@ -151,7 +151,7 @@ class Run:
         if self.file:
             self.file.close()
         if kind is KeyboardInterrupt and self.checkpoint.exists():
-            say(f"python train.py --resume {self.folder} continues from step {self.saved_step}")
+            say(f"python train.py --resume {self.folder} continues after step {self.saved_step}")
 
     # --- writing ---
 

@@ -19,7 +19,7 @@ REACHED = "the training mask keeps a share of {reached:.4f}, for a sparsity of {
 FROZEN = "no frozen weight has moved; the backbone is {model} ({fingerprint:.12})"
 GUESSING = (
     "the model only guesses: the commonest answer alone has accuracy {:.4f}. "
-    "Train longer (--steps), or remove less (--sparsity)"
+    "Train longer (--steps)"
 )
 
 
@@ -53,7 +53,7 @@ def summary(result, folder, files, dev):
     """
     yield f"final  dev {show(result['final'])}"
     best = result["best"]
-    yield f"best   dev {show(best['dev'])} at step {best['step']}, of those at this density"
+    yield f"best   dev {show(best['dev'])} at step {best['step']}, at the final density"
     if "kept" in result:  # it has a mask
         yield from shaded_table(result["densities"])
         yield KEPT.format(**result)

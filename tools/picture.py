@@ -80,7 +80,7 @@ def comparison(groups, a, b):
         f"the second mask keeps {share:.1%} of what the first keeps; "
         f"by chance it would be {by_chance:.1%}"
     )
-    lines.append("how much of it is the task? compare with a mask of shuffled labels")
+    lines.append("how much of it is the task? compare with a mask trained on shuffled labels")
     return lines
 
 
@@ -236,7 +236,7 @@ def main(argv=None):
     add("--model", metavar="FOLDER", help="where the backbone is now")
     args = parser.parse_args(argv)
     if len(args.runs) > (1 if args.out else 2):
-        parser.error("a picture is of one run, a comparison of two")
+        parser.error("--out draws one run; leave it out to compare two")
     first, *others = [load_masked(path, args.model) for path in args.runs]
     groups = first.model.prunable()
     found = densities(groups, first.masks)

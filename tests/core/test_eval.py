@@ -57,7 +57,7 @@ def test_several_masks_of_one_backbone(run, capsys, fails):
         line.startswith(f"{runs[1]}/mask.safetensors: rte") for line in lines
     )
     command = [runs[0], "--text", "x", "--pair", "y"]
-    assert "the task takes 1 texts, not 2" in fails(eval_.main, command)
+    assert "the task takes 1 text(s), not 2" in fails(eval_.main, command)
 
 
 @pytest.mark.parametrize("head", ["words", "classifier"])
@@ -88,7 +88,10 @@ def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
     assert "holds an unfinished run; python train.py --resume" in fails(eval_.main, [tmp_path])
     assert "--pair and --temperature need --text" in fails(eval_.main, [folder, "--pair", "b"])
     command = [folder, "--text", "a", "--pair", "b"]
-    assert "the task takes 1 texts, not 2" in fails(eval_.main, command)
+    assert "the task takes 1 text(s), not 2" in fails(eval_.main, command)
+    assert "--text-file: only a run with --train reads" in fails(
+        eval_.main, [folder, "--text-file", "new.csv"]
+    )
     path = folder / "mask.safetensors"
     ours = path.read_bytes()
     path.write_bytes(ours[:-1])
@@ -189,7 +192,7 @@ def test_answers_to_texts_and_to_the_lines_of_a_file(finished, tmp_path, capsys,
     eval_.main([str(folder), "--text-file", str(tmp_path / "f.txt")])
     assert len(capsys.readouterr().out.split("\n")) == 2 + 1
     for content, message in (
-        (b"a\nb\tc\n", "f.txt:2: the task takes 1 texts"),
+        (b"a\nb\tc\n", "f.txt:2: the task takes 1 text(s)"),
         (b"caf\xe9\n", "f.txt is not UTF-8: 'utf-8' codec"),
     ):
         (tmp_path / "f.txt").write_bytes(content)

@@ -387,7 +387,7 @@ def test_questions_a_language_model_cannot_answer(make_gpt2, texts, tmp_path, fa
     assert "needs something to continue, and this text is empty" in fails(
         eval_.main, [tmp_path / "run", "--text", ""]
     )
-    assert "the task takes 1 texts, not 2" in fails(
+    assert "the task takes 1 text(s), not 2" in fails(
         eval_.main, [tmp_path / "run", "--text", "a", "--pair", "b"]
     )
 

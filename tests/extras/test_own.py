@@ -127,7 +127,7 @@ def test_what_is_no_table(here, fails):
     said = fails(train.main, [*command, "--label-column", "label", "--regression"])
     assert "f.csv: every 'label' is 1" in said
     path.unlink()
-    assert "No such file or directory" in fails(train.main, ["--train", path])
+    assert "--train: there is no file" in fails(train.main, ["--train", path])
 
 
 # --- what is decided ------------------------------------------------------------------------------
@@ -148,11 +148,13 @@ def test_columns_that_are_not_clear_are_asked_for(here, fails):
     rows += [[f"{n} good film", f"film {n} was", n % 2, n % 3] for n in range(30)]
     path = write(here / "f.csv", rows)
     command = ["--train", path, "--model", "tiny"]
-    assert "['a', 'b'] could all be the text; name it by --text-col" in fails(train.main, command)
+    assert "['a', 'b'] could all be the text; name it with --text-col" in fails(train.main, command)
     command += ["--text-column", "a"]
-    assert "['x', 'y'] could all be the label; name it by --label" in fails(train.main, command)
+    assert "['x', 'y'] could all be the label; name it with --label" in fails(train.main, command)
     said = fails(train.main, [*command, "--label-column", "z"])
-    assert "no column(s) 'z'; its columns are ['a'," in said
+    assert "no columns 'z'; its columns are ['a'," in said
+    assert "--dev is the training table" in fails(train.main, [*command, "--dev", path])
+    assert "there is no file none.csv" in fails(train.main, ["--train", "none.csv"])
     more = ["--text-column", "b", "--text-column", "x", "--label-column", "y"]
     assert "--text-column: name one column, or two" in fails(train.main, [*command, *more])
     more = ["--label-column", "b"]
@@ -415,4 +417,4 @@ def test_a_row_that_cannot_be_used_gets_no_answer(here, fails, capsys):
     assert "unusable rows: 1, the first is new.csv:3: 'review' is empty" in err
     write(here / "other.csv", [["text"], ["a film"]])
     said = fails(eval_.main, ["run", "--text-file", "other.csv"])
-    assert "other.csv has no column(s) 'review'; its columns are ['text']" in said
+    assert "other.csv has no columns 'review'; its columns are ['text']" in said

@@ -113,7 +113,7 @@ def test_interrupted_it_says_how_to_go_on(flags, tmp_path):
     command = [sys.executable, ROOT / "train.py", *flags, "--out", folder]
     code, said = kill_when(command, (folder / "checkpoint.safetensors").exists, signal.SIGINT)
     assert code == 130 and "Traceback" not in said
-    assert f"python train.py --resume {tmp_path / 'run'} continues from step" in said
+    assert f"python train.py --resume {tmp_path / 'run'} continues after step" in said
     assert said.endswith("interrupted\n")
     train.main([*flags, "--out", str(tmp_path / "whole")])
     assert resumed(folder, 160)[0] == masks_of(tmp_path / "whole")[0]
