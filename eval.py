@@ -221,10 +221,11 @@ def answer_texts(loaded, logits_of, args):
     if args.text_file:  # of each text the likeliest label
         for answer, text in zip(found, texts, strict=True):
             p, label = answer[0]
-            lines.append("\t".join([label, f"{p:.4f}", *text]))
+            # A regression has no label.
+            lines.append("\t".join([label, f"{p:.4f}", *text]).lstrip("\t"))
     else:  # of one text every label
         for p, label in found[0]:
-            word = task.words.get(label, "score")  # a regression has no label
+            word = task.words.get(label, "score")
             name = word if label in ("", word) else f"{word} ({label})"
             lines.append(f"{p:7.4f}  {name}")
     return lines

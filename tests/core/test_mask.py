@@ -14,7 +14,10 @@ from mask import METHODS, Masks, density_at, penalty_at, proportional_densities,
 
 def groups(layers=3, out=5, inp=7, seed=0):
     g = torch.Generator().manual_seed(seed)
-    make = lambda name: {f"{name}{i}": torch.randn(out, inp, generator=g) for i in range(layers)}  # noqa: E731
+
+    def make(name):
+        return {f"{name}{i}": torch.randn(out, inp, generator=g) for i in range(layers)}
+
     return {"query": make("q"), "key": make("k")}
 
 
@@ -236,7 +239,10 @@ def test_straight_through_gradient():
     """dL/dS is dL/dW' * W for kept and removed entries. dL/dW' comes from finite differences."""
     masks = with_scores(Masks(groups(), METHODS["smp-l"]))
     x = torch.randn(6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    loss = lambda weights: sum((x @ w.double().T).tanh().sum() for w in weights.values())  # noqa: E731
+
+    def loss(weights):
+        return sum((x @ w.double().T).tanh().sum() for w in weights.values())
+
     weights, _ = masks(0.4)
     loss(weights).backward()
     detached = {n: w.detach().double() for n, w in weights.items()}

@@ -315,6 +315,8 @@ def test_a_regression(run, tmp_path, capsys):
     capsys.readouterr()
     eval_.main([str(folder), "--text", "a film", "--pair", "good"])
     assert re.fullmatch(r" *-?\d+\.\d{4}  score\n", capsys.readouterr().out)
+    eval_.main([str(folder), "--text-file", str(write(tmp_path / "pairs.txt", "a film\tgood\n"))])
+    assert re.fullmatch(r"-?\d+\.\d{4}\ta film\tgood\n", capsys.readouterr().out)
 
 
 # --- the test server ---

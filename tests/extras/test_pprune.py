@@ -28,7 +28,10 @@ def brute_force(distances, threshold):
     """Complete linkage by definition: merge the two nearest clusters while they are near enough."""
     profiles = distances.numpy()
     groups = [[i] for i in range(len(profiles))]
-    apart = lambda a, b: max(np.abs(profiles[i] - profiles[j]).max() for i in a for j in b)  # noqa: E731
+
+    def apart(a, b):
+        return max(np.abs(profiles[i] - profiles[j]).max() for i in a for j in b)
+
     while len(groups) > 1:
         height, a, b = min(
             (apart(groups[a], groups[b]), a, b) for b in range(len(groups)) for a in range(b)

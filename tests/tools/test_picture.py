@@ -153,7 +153,8 @@ def test_plot(both, fails, tmp_path, capsys):
     before = {path.name for path in tmp_path.iterdir()}
     assert f"{tmp_path} is a folder" in fails(picture.main, [both[0], "--out", tmp_path])
     assert {path.name for path in tmp_path.iterdir()} == before
-    assert "leave it out to compare two" in fails(picture.main, [*both, "--out", tmp_path / "x.png"])
+    said = fails(picture.main, [*both, "--out", tmp_path / "x.png"])
+    assert "leave it out to compare two" in said
 
 
 def test_each_quantity_has_an_axis_of_its_own(finished):
