@@ -18,8 +18,7 @@ KEPT = "kept   {kept:,} of {prunable:,} weights: density {density:.6f}"
 REACHED = "the training mask keeps a share of {reached:.4f}, for a sparsity of {sparsity:.4g}"
 FROZEN = "no frozen weight has moved; the backbone is {model} ({fingerprint:.12})"
 GUESSING = (
-    "the model only guesses: the commonest answer alone has accuracy {:.4f}. "
-    "Train longer (--steps)"
+    "the model only guesses: the commonest answer alone has accuracy {:.4f}. Train longer (--steps)"
 )
 
 
