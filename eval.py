@@ -22,7 +22,7 @@ from model import load_backbone
 from plumbing import cli, fetch, parallel
 from plumbing.files import check_digest, load_masks, shapes_of
 from plumbing.progress import progress
-from plumbing.run import identity, read_description, say
+from plumbing.run import identity, print_stderr, read_description
 from plumbing.summary import cut_texts, guessing
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def evaluate_run(run, args):
     weights = masked_weights(loaded, device, dtype)
 
     def logits_of(examples):
-        say(*cut_texts(result["length"], {"given": examples}))
+        print_stderr(*cut_texts(result["length"], {"given": examples}))
         return predict(loaded.model, weights, examples, device)
 
     # One of three: answer texts, answer a whole test file, or evaluate.

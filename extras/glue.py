@@ -30,11 +30,11 @@ def f1(predicted, true):
         classes = [1]
     scores = []
     for c in classes:
-        found = predicted == c
-        real = true == c
-        hits = (found & real).sum()  # true positives
-        # 2 / (1 / precision + 1 / recall), where precision = hits / found, recall = hits / real.
-        total = found.sum() + real.sum()
+        positive = predicted == c
+        actual = true == c
+        hits = (positive & actual).sum()  # true positives
+        # 2 / (1 / precision + 1 / recall): precision is hits / positive, recall hits / actual.
+        total = positive.sum() + actual.sum()
         scores.append(2 * hits / max(total, 1))
     return float(np.mean(scores))
 

@@ -314,24 +314,24 @@ def task_name(path):
 
 
 def find_columns(given, header, rows):
-    """-> {"text": names, "label": name, "said": lines}, as given or found.
+    """-> {"text": names, "label": name, "notes": lines}, as given or found.
 
     Raises ValueError if a column cannot be found, or is named twice.
     """
     path = given["train"]
     text = given.get("text_column")
     label = given.get("label_column")
-    said = []
+    notes = []
     if text is None:
         text = [only_column(path, header, rows, "text", [label])]
-        said.append(f"the text is in {text[0]!r}, the only column that looks like one")
+        notes.append(f"the text is in {text[0]!r}, the only column that looks like one")
     if label is None:
         label = only_column(path, header, rows, "label", text)
-        said.append(f"the labels are in {label!r}, the only column that looks like labels")
-    once = len({*text, label}) == len(text) + 1  # no column is named twice
-    if len(text) > 2 or not once:
+        notes.append(f"the labels are in {label!r}, the only column that looks like labels")
+    distinct = len({*text, label}) == len(text) + 1
+    if len(text) > 2 or not distinct:
         raise ValueError("--text-column: name one column, or two for pairs, and not the label's")
-    return {"text": text, "label": label, "said": said}
+    return {"text": text, "label": label, "notes": notes}
 
 
 def describe_classes(table, labels):
@@ -351,7 +351,7 @@ def describe_classes(table, labels):
     for name in names:
         table["words"][name] = name
         shown.append(f"{name} ({counts[name]:,})")
-    table["said"].append(f"{len(names)} classes: {', '.join(shown)}")
+    table["notes"].append(f"{len(names)} classes: {', '.join(shown)}")
 
 
 def describe_scores(table, labels):
@@ -362,7 +362,7 @@ def describe_scores(table, labels):
         raise ValueError(f"{table['file']}: every {table['label']!r} is {low:g}")
     table["words"] = {"score": "yes"}
     table["scale"] = [low, (high - low) / SCALE]  # [low, unit]: a score is low + unit * logit
-    table["said"].append(f"{table['label']!r} is a score from {low:g} to {high:g}")
+    table["notes"].append(f"{table['label']!r} is a score from {low:g} to {high:g}")
 
 
 def choose_words(table, given):
@@ -394,12 +394,12 @@ def choose_words(table, given):
             reason = error
         else:
             table["words"] = dict(zip(names, words, strict=True))
-            table["said"].append(f"label words: {', '.join(words)}")
+            table["notes"].append(f"label words: {', '.join(words)}")
             return "words"
 
     if chosen or head:
         raise ValueError(f"--words: {reason}")
-    table["said"].append(
+    table["notes"].append(
         "a fresh classifier trains, too, as not every label is one word of the vocabulary "
         "(--words names label words)"
     )
@@ -445,7 +445,7 @@ def read(table, task, split, path, tokenizer):
     header, rows, _ = read_table(path)
     lenient = table if ours else table | {"skip_bad_rows": True}
     _, texts, labels, note = usable_rows(path, lenient, rows, header)
-    said = [note] if note else []
+    notes = [note] if note else []
 
     if ours and not table["dev"]:  # both splits are in this file
         held = held_out(texts)
@@ -453,13 +453,13 @@ def read(table, task, split, path, tokenizer):
         if not texts:
             raise ValueError(f"{path}: too few texts differ to hold some out; --dev names a file")
         if split == "train":
-            said.append(
+            notes.append(
                 f"{sum(held)} of {len(held)} rows are the dev set, chosen by a hash of their text; "
                 "--dev names a file instead"
             )
     if split == "train":
-        said = [*table["said"], *said, describe_lengths(texts, tokenizer)]
-    for line in said:
+        notes = [*table["notes"], *notes, describe_lengths(texts, tokenizer)]
+    for line in notes:
         print(f"{path.name}: {line}")
     return encode(texts, [target(table, label) for label in labels], tokenizer)
 
@@ -497,12 +497,12 @@ def describe_table(table):
     """Say on a card or a page what a run's table was; "" for a task that has none."""
     if not table:
         return ""
-    told = "; ".join(table["said"])
+    about = "; ".join(table["notes"])
     if table["scale"]:
         low, unit = table["scale"]
-        told += f"; a score is {low:g} + {unit:g} times the logit"
+        about += f"; a score is {low:g} + {unit:g} times the logit"
     columns = f"{table['label']} from {' and '.join(table['text'])}"
-    return printable(f"Trained on a table, {table['file']}: {columns}. {told}.")
+    return printable(f"Trained on a table, {table['file']}: {columns}. {about}.")
 
 
 # --- answers --------------------------------------------------------------------------------------

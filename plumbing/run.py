@@ -151,7 +151,9 @@ class Run:
         if self.file:
             self.file.close()
         if kind is KeyboardInterrupt and self.checkpoint.exists():
-            say(f"python train.py --resume {self.folder} continues after step {self.saved_step}")
+            print_stderr(
+                f"python train.py --resume {self.folder} continues after step {self.saved_step}"
+            )
 
     # --- writing ---
 
@@ -160,7 +162,7 @@ class Run:
             try:
                 self.file.write(f"{json.dumps(line)}\n".encode())
             except OSError as error:
-                say(f"a line of {self.file.name} is lost ({error})")
+                print_stderr(f"a line of {self.file.name} is lost ({error})")
 
     def report(self, step, losses, density, penalty):
         """Log the mean loss since the last report, and the last regularizer.
@@ -203,7 +205,7 @@ class Run:
         try:
             files.write_whole(self.checkpoint, files.seal(FORMAT, tensors, state))
         except OSError as error:
-            say(f"no checkpoint ({error}): training goes on, but could not be resumed")
+            print_stderr(f"no checkpoint ({error}): training goes on, but could not be resumed")
         else:
             self.saved_step = step
         self.saved = time.time()
@@ -239,7 +241,7 @@ class Run:
         self.checkpoint.unlink(missing_ok=True)
 
 
-def say(*lines):
+def print_stderr(*lines):
     """Print lines for people. What is for programs goes to stdout."""
     for line in lines:
         print(line, file=sys.stderr, flush=True)

@@ -43,7 +43,7 @@ from data import TASKS, split_path
 from plumbing.cli import Parser, count, one_line_errors
 from plumbing.files import prefix_errors, read_json, read_lines, write_whole
 from plumbing.progress import progress
-from plumbing.run import say
+from plumbing.run import print_stderr
 from tools.picture import plot_prices
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +138,7 @@ def read_rows(path, results):
     if not rows:
         raise ValueError(f"{results} has no run of {path}: python -m tools.runs run {path}")
     if missing:
-        say(f"runs of {path} that are missing in {results}: {len(missing)}")
+        print_stderr(f"runs of {path} that are missing in {results}: {len(missing)}")
     return rows
 
 

@@ -136,11 +136,11 @@ def test_what_is_no_table(here, fails):
 def test_the_only_columns_that_fit_are_found(here):
     table = decide(write(here / "reviews.csv", reviews())).table
     assert (table["text"], table["label"]) == (["review"], "sentiment")
-    assert table["said"][:2] == [
+    assert table["notes"][:2] == [
         "the text is in 'review', the only column that looks like one",
         "the labels are in 'sentiment', the only column that looks like labels",
     ]
-    assert table["said"][2] == "2 classes: negative (60), positive (60)"
+    assert table["notes"][2] == "2 classes: negative (60), positive (60)"
 
 
 def test_columns_that_are_not_clear_are_asked_for(here, fails):
@@ -289,7 +289,7 @@ TABLES = {
 def test_labels_too_long_for_numbers_are_words():
     """Python reads no number of more than 4300 digits. In the alphabet, 12... comes before 2."""
     long = "12" * 3000
-    table = {"file": "a.csv", "label": "stars", "said": []}
+    table = {"file": "a.csv", "label": "stars", "notes": []}
     own.describe_classes(table, ["2"] * 3 + [long] * 3)
     assert list(table["words"]) == [long, "2"]
 
