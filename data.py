@@ -216,22 +216,22 @@ def read_columns(path, columns, skip_broken=False):
         if isinstance(column, str):
             first = 1
             if header.count(column) != 1:
-                found = f"{header.count(column)} columns {column!r} in the header {header}"
-                raise ValueError(f"{path}:1: {found} (tabs separate columns)")
+                problem = f"{header.count(column)} columns {column!r} in the header {header}"
+                raise ValueError(f"{path}:1: {problem} (tabs separate columns)")
             column = header.index(column)
         if column >= width:
             raise ValueError(f"{path}:1: {width} columns, and the task reads column {column}")
         numbers.append(column)
 
     # Lines count from 1, the header included, as an editor shows them.
-    found = False
+    any_example = False
     for line, row in enumerate(islice(read_cells(path), first, None), first + 1):
         if len(row) == width:
-            found = True
+            any_example = True
             yield line, [row[number] for number in numbers]
         elif not skip_broken:
             raise ValueError(f"{path}:{line}: {len(row)} columns instead of {width}")
-    if not found:
+    if not any_example:
         raise ValueError(f"{path} holds no examples")
 
 

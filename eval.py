@@ -99,10 +99,10 @@ def load_run(run, model_name=None):
     model, tokenizer = load_backbone(folder, task, result["length"], result["head"], fresh)
 
     # A mask on other weights, or words read by another tokenizer, would give nonsense.
-    for what, found in identity(folder, model).items():
+    for what, value in identity(folder, model).items():
         if has_model and what == "fingerprint":  # its weights have moved on since
             continue
-        if found != result[what]:
+        if value != result[what]:
             raise ValueError(
                 f"--model: the {what} of {folder} is not the one that {run} was trained with"
             )
@@ -163,11 +163,11 @@ def load_sets(result, splits, data_dir, tokenizer):
 
 def densities(groups, masks):
     """{group: matrix names, or a dict of them}, {name: bool [out, in]} -> {group: [densities]}."""
-    found = {}
+    by_group = {}
     # Groups and layers come in the model's order.
     for group, names in groups.items():
-        found[group] = [masks[name].float().mean().item() for name in names]
-    return found
+        by_group[group] = [masks[name].float().mean().item() for name in names]
+    return by_group
 
 
 def masked_weights(loaded, device, dtype):
@@ -200,10 +200,10 @@ def answers(loaded, texts, logits_of=None):
         return [[(zero + unit * score, "")] for score in logits[:, 0].tolist()]
 
     # Softmax over the classes, then the likeliest first.
-    found = []
+    ranked = []
     for probabilities in logits.softmax(1).tolist():
-        found.append(sorted(zip(probabilities, labels, strict=True), reverse=True))
-    return found
+        ranked.append(sorted(zip(probabilities, labels, strict=True), reverse=True))
+    return ranked
 
 
 def answer_texts(loaded, logits_of, args):
@@ -217,14 +217,14 @@ def answer_texts(loaded, logits_of, args):
         return [" ".join(lines) for lines in blocks] if args.text_file else blocks[0]
 
     lines = []
-    found = answers(loaded, texts, logits_of)
+    ranked = answers(loaded, texts, logits_of)
     if args.text_file:  # of each text the likeliest label
-        for answer, text in zip(found, texts, strict=True):
+        for answer, text in zip(ranked, texts, strict=True):
             p, label = answer[0]
             # A regression has no label.
             lines.append("\t".join([label, f"{p:.4f}", *text]).lstrip("\t"))
     else:  # of one text every label
-        for p, label in found[0]:
+        for p, label in ranked[0]:
             word = task.words.get(label, "score")
             name = word if label in ("", word) else f"{word} ({label})"
             lines.append(f"{p:7.4f}  {name}")

@@ -183,15 +183,15 @@ class GPT2(nn.Module):
 
     def published(self, tensors):
         """{our name: tensor} -> {canonical name: tensor as checkpoints hold it}."""
-        found = {}
+        stored = {}
         for name, tensor in tensors.items():
             if ".attn.query." in name:  # join the three
                 tensor = torch.cat([tensors[name.replace("query", third)] for third in THIRDS])
                 name = name.replace("query", "c_attn")
             elif ".attn.key." in name or ".attn.value." in name:
                 continue  # joined with the query
-            found[name] = turned(name, tensor)
-        return found
+            stored[name] = turned(name, tensor)
+        return stored
 
 
 def turned(name, tensor):

@@ -171,18 +171,20 @@ def only_column(path, header, rows, role, others):
     Raises ValueError if none does, or several do.
     """
     likely = looks_like_text if role == "text" else looks_like_labels
-    found = []
+    candidates = []
     for i, name in enumerate(header):
         cells = []
         for row in rows:  # some may be too short
             if i < len(row.cells) and row.cells[i].strip():
                 cells.append(row.cells[i].strip())
         if cells and name not in others and likely(cells):
-            found.append(name)
-    if len(found) != 1:
-        what = f"{found} could all be the {role}" if found else f"none is surely the {role}"
+            candidates.append(name)
+    if len(candidates) != 1:
+        what = f"none is surely the {role}"
+        if candidates:
+            what = f"{candidates} could all be the {role}"
         raise ValueError(f"{path}: of its columns {header} {what}; name it with --{role}-column")
-    return found[0]
+    return candidates[0]
 
 
 # --- rows -----------------------------------------------------------------------------------------

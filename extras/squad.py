@@ -96,15 +96,15 @@ class PartlyAnswerable(Windows):
         scores[:, 0] = scores.max(1)
         best_f1, threshold = best_threshold(na_prob, scores[:, 0], impossible)
         best_em, _ = best_threshold(na_prob, scores[:, 1], impossible)
-        found = {"best_f1": best_f1, "best_em": best_em, "threshold": threshold}
+        numbers = {"best_f1": best_f1, "best_em": best_em, "threshold": threshold}
 
         # To give no answer scores 1 where there is none, and 0 elsewhere.
         halfway = np.where(na_prob[:, None] > 0.5, impossible[:, None], scores)  # [Q, 2]
-        found["f1"], found["em"] = halfway.mean(0)
+        numbers["f1"], numbers["em"] = halfway.mean(0)
         tuned = np.where(na_prob > threshold, impossible, scores[:, 0])  # [Q]
-        found["has_answer_f1"] = tuned[~impossible].sum() / max((~impossible).sum(), 1)
-        found["no_answer_f1"] = tuned[impossible].sum() / max(impossible.sum(), 1)
-        return {name: float(value) for name, value in found.items()}
+        numbers["has_answer_f1"] = tuned[~impossible].sum() / max((~impossible).sum(), 1)
+        numbers["no_answer_f1"] = tuned[impossible].sum() / max(impossible.sum(), 1)
+        return {name: float(value) for name, value in numbers.items()}
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -397,12 +397,12 @@ def grades(texts, questions):
 
     The true answer to a question without answers is an empty text.
     """
-    found = np.zeros((len(texts), 2))
-    for row, text, question in zip(found, texts, questions, strict=True):
+    scores = np.zeros((len(texts), 2))
+    for row, text, question in zip(scores, texts, questions, strict=True):
         for _, true in question["answers"] or [(0, "")]:
             row[0] = max(row[0], f1(text, true))
             row[1] = max(row[1], normalise(text) == normalise(true))
-    return found
+    return scores
 
 
 def f1(predicted, true):

@@ -288,14 +288,14 @@ def code_version():
 
     -> {"versions": {...}, "commit": hash, and "-dirty" if other code was there}
     """
-    found = {"versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    facts = {"versions": {"python": platform.python_version(), "torch": torch.__version__}}
     with suppress(OSError):  # git is not installed
         commit = git("describe --always --exclude=*")
         if git("status --porcelain :/*.py"):  # changed, or new, such as extras/mine.py
             commit += "-dirty"
         if commit:  # empty outside of a checkout
-            found["commit"] = commit
-    return found
+            facts["commit"] = commit
+    return facts
 
 
 def git(command):

@@ -122,10 +122,10 @@ def sha256(content):
 
 def check_digest(content, algorithm, expected, name):
     """Raise ValueError that names the file, unless bytes have the expected digest."""
-    found = hashlib.new(algorithm, content).hexdigest()
-    if found != expected:
+    actual = hashlib.new(algorithm, content).hexdigest()
+    if actual != expected:
         raise ValueError(
-            f"{name}: {algorithm} is {found}, not {expected}; "
+            f"{name}: {algorithm} is {actual}, not {expected}; "
             "it was altered or cut, and is not used"
         )
 

@@ -62,11 +62,11 @@ class Bar(tqdm):
 
     @property
     def format_dict(self):
-        found = super().format_dict
+        fields = super().format_dict
         left = self.clock.left(self.n) if self.clock else None
         if left:  # tqdm divides the steps that are left by this rate; at the end it shows the mean
-            found["rate"] = (self.total - self.n) / left
-        return found
+            fields["rate"] = (self.total - self.n) / left
+        return fields
 
 
 class LogProgress(Bar):

@@ -32,8 +32,8 @@ def opening(args, train, dev, total, density, machine):
 
     train: Examples. dev: {split: Examples}.
     """
-    found = {"rows": len(train), "total": total, "density": density, "machine": machine}
-    yield OPENING.format(**vars(args), **found)
+    facts = {"rows": len(train), "total": total, "density": density, "machine": machine}
+    yield OPENING.format(**vars(args), **facts)
     yield from cut_texts(args.length, {"train": train} | dev)
 
 

@@ -168,9 +168,9 @@ def apply_run(tensors, run):
     trained = {model.canonical(name): tensor for name, tensor in published.items()}
 
     for name, tensor in tensors.items():
-        found = trained.get(model.canonical(name))
-        if found is not None:
-            tensors[name] = tensor * found if found.dtype == torch.bool else found
+        ours = trained.get(model.canonical(name))
+        if ours is not None:
+            tensors[name] = tensor * ours if ours.dtype == torch.bool else ours
 
 
 def write_files(folder, files):

@@ -179,12 +179,12 @@ def curves(log, marks):
 
     marks: {name of a curve: (name, value) of its dashed line}.
     """
-    found = []
+    figures = []
     for name, points in curves_of(log).items():
-        found.append(curve(name, points, *marks.get(name, ())))
-    if not found:
+        figures.append(curve(name, points, *marks.get(name, ())))
+    if not figures:
         return "<p>A mask file has no curves: the curves are in log.jsonl of its run folder.</p>"
-    return '<div class="side curves">\n' + "\n".join(found) + "\n</div>"
+    return '<div class="side curves">\n' + "\n".join(figures) + "\n</div>"
 
 
 # --- heads ------------------------------------------------------------------------------------
@@ -322,11 +322,11 @@ def pictures(masks, side):
         # ceil_mode: the blocks at the edges may be smaller
         blocks[name] = F.avg_pool2d(mask.float()[None], side, ceil_mode=True)[0]
         highest = max(highest, blocks[name].max().item())
-    found = {}
+    images = {}
     for name, block in blocks.items():
         grey = (255 - 255 * block / highest).round().byte()
-        found[name] = png(grey.numpy(), 8)
-    return found, highest
+        images[name] = png(grey.numpy(), 8)
+    return images, highest
 
 
 def layer_cards(groups, masks, head_size, side):

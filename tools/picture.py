@@ -26,28 +26,28 @@ def head_densities(groups, masks, heads):
 
     A head owns rows of query, key and value, and columns of the attention output.
     """
-    found = []  # [4 kinds, layers, heads]
+    kinds = []  # [4 kinds, layers, heads]
     for group in ("query", "key", "value", "attn_output"):
         layers = []
         for name in groups[group]:
             mask = masks[name].T if group == "attn_output" else masks[name]
             by_head = mask.float().reshape(heads, -1)
             layers.append(by_head.mean(1).tolist())
-        found.append(layers)
-    return np.array(found).mean(0)
+        kinds.append(layers)
+    return np.array(kinds).mean(0)
 
 
-def head_map(found):
+def head_map(shares):
     """Lines with the density of each attention head in percent, one row per layer.
 
-    found: what head_densities() returns.
+    shares: what head_densities() returns.
     """
-    layers, heads = found.shape
+    layers, heads = shares.shape
     lines = ["heads, % " + "".join(map("{:>4}".format, range(heads)))]
     for i in range(layers):
         line = f"layer {i:<3}"
-        for value in found[i]:
-            line += f" {shade(value, found, 1)}{100 * value:2.0f}"
+        for value in shares[i]:
+            line += f" {shade(value, shares, 1)}{100 * value:2.0f}"
         lines.append(line)
     return lines
 
@@ -161,7 +161,7 @@ def curves_of(log):
     return curves
 
 
-def plot_run(path, run, found, log):
+def plot_run(path, run, shares, log):
     """Draw densities() of a loaded run beside its training curves, if there is a log of them."""
     curves = curves_of(log)
     result = run.result
@@ -170,7 +170,7 @@ def plot_run(path, run, found, log):
         left, right = figure.subfigures(1, 2)
         draw_curves(right, curves, result["density"])
     axes = left.subplots()
-    draw_densities(axes, found)
+    draw_densities(axes, shares)
     axes.set_title(f"{result['task']}, {result['method']}: share of weights kept", fontsize=10)
     save(figure, path)
 
@@ -198,13 +198,13 @@ def top_of_scale(table):
     return max(table.max(), min(1, 2 * table.mean()), 0.01)
 
 
-def draw_densities(axes, found):
+def draw_densities(axes, shares):
     """Draw densities {group: [value per layer]} as a heat map with numbers."""
-    table = np.array(list(found.values())).T  # [layers, groups]
+    table = np.array(list(shares.values())).T  # [layers, groups]
     layers, columns = table.shape
     high = top_of_scale(table)
     image = axes.imshow(table, vmin=0, vmax=high, cmap="YlGnBu", aspect="auto")
-    names = [name.replace("_", "\n") for name in found]
+    names = [name.replace("_", "\n") for name in shares]
     axes.set_xticks(range(columns), names, fontsize=8)
     axes.set_yticks(range(layers), [f"layer {i}" for i in range(layers)], fontsize=8)
     for (i, j), value in np.ndenumerate(table):
@@ -239,15 +239,15 @@ def main(argv=None):
         parser.error("--out draws one run; leave it out to compare two")
     first, *others = [load_masked(path, args.model) for path in args.runs]
     groups = first.model.prunable()
-    found = densities(groups, first.masks)
+    shares = densities(groups, first.masks)
     if others:
         lines = comparison(groups, first.masks, others[0].masks)
     elif args.out:
-        plot_run(args.out, first, found, args.runs[0] / "log.jsonl")
+        plot_run(args.out, first, shares, args.runs[0] / "log.jsonl")
         lines = [args.out]
     else:
         heads = head_densities(groups, first.masks, first.model.config.layers[0][0])
-        lines = shaded_table(found) + head_map(heads)
+        lines = shaded_table(shares) + head_map(heads)
     for line in lines:
         print(line)
 

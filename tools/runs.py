@@ -119,15 +119,15 @@ def read_results(path):
     """
     if not path.exists():
         raise ValueError(f"there is no {path}; python -m tools.runs run LIST makes it")
-    found = {}
+    results = {}
     for number, text in enumerate(read_lines(path), 1):
         try:
             line = json.loads(text)
             score(line)
-            found[key_of(line["command"])] = line
+            results[key_of(line["command"])] = line
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}:{number} is not the result of a run: {error!r}") from None
-    return found
+    return results
 
 
 def read_rows(path, results):
@@ -383,12 +383,12 @@ def standing(lines):
 
 def best_settings(rows, most):
     """Keep at most `most` settings of each row, the best first -> {setting: [lines]}."""
-    found = {}
+    kept = {}
     for name, lines in rows.items():
         settings = group(lines, partial(setting_of, name)).items()
         ranked = sorted(settings, key=lambda setting: standing(setting[1]), reverse=True)
-        found |= dict(ranked[:most])
-    return found
+        kept |= dict(ranked[:most])
+    return kept
 
 
 def prices(rows):
@@ -396,14 +396,14 @@ def prices(rows):
 
     The deviation is over seeds, and nan for a single one. Points are in the order of MB.
     """
-    found = {}
+    by_method = {}
     for lines in rows.values():
         size = statistics.mean(map(megabytes, lines))
         scores = [mean_over_tasks(seed) for seed in group(lines, seed_of).values()]
         deviation = statistics.stdev(scores) if len(scores) > 1 else math.nan
         point = (size, statistics.mean(scores), deviation)
-        found.setdefault(lines[0]["method"], []).append(point)
-    return {name: sorted(points) for name, points in found.items()}
+        by_method.setdefault(lines[0]["method"], []).append(point)
+    return {name: sorted(points) for name, points in by_method.items()}
 
 
 # --- rows to tune on ------------------------------------------------------------------------------
