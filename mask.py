@@ -97,10 +97,10 @@ def proportional_densities(importance, density):
     others = ordered.flip(1).cumsum(1).flip(1)  # at j: the sum without the j largest
     j = torch.arange(layers, device=importance.device, dtype=importance.dtype)
     # [G, L]: density per importance, if j layers are full
-    scale = (density * layers - j) / others
+    scales = (density * layers - j) / others
     # With j full, does the next layer overflow? It does for each j that is too small.
-    full = (scale * ordered > 1).sum(1, keepdim=True)  # [G, 1]: the right j
-    scale = scale.gather(1, full.clamp(max=layers - 1))  # [G, 1]; rounding may fill them all
+    full = (scales * ordered > 1).sum(1, keepdim=True)  # [G, 1]: the right j
+    scale = scales.gather(1, full.clamp(max=layers - 1))  # [G, 1]; rounding may fill them all
     return (scale * importance).clamp(max=1.0)
 
 
