@@ -2,7 +2,13 @@
 
 The flags become a description, a small dict that says what was decided. The description becomes
 the Task, and stays in the run's result, so that eval.py reads the next table in the same way. It
-holds columns, labels and counts, and no text of the table.
+holds columns, labels and counts, and no text of the table:
+
+    {"file": "reviews.csv", "train": "data/reviews.csv", "dev": "", "sha256": "53aa...",
+     "text": ["review"], "label": "sentiment", "rows": 300, "skip_bad_rows": False,
+     "words": {"0": "bad", "1": "good"},  # label: its word
+     "scale": [],  # of scores: [low, unit], a score is low + unit * logit
+     "notes": ["2 classes: 0 (150), 1 (150)"]}  # what the run prints about it
 
     python train.py --train reviews.csv --text-column review --label-column sentiment
     python eval.py RUN --text-file new.csv > answered.csv
