@@ -50,6 +50,21 @@ def test_what_is_frozen_gets_no_gradient(numbers):
     assert torch.allclose(*gradients(loss, [states]), *gradients(expected, [states]), atol=1e-6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_computes_the_same(numbers, dtype):
+    """There the product gives float32 at once, so bfloat16 agrees to its rounding."""
+    *tensors, labels = numbers
+    tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+    moved = [tensor.detach().cuda().requires_grad_() for tensor in tensors]
+    expected = token_loss(*tensors, labels)
+    loss = token_loss(*moved, labels.cuda())
+    close = 1e-5 if dtype == torch.float32 else 2e-2
+    assert loss.item() == pytest.approx(expected.item(), rel=close)
+    for mine, theirs in zip(gradients(loss, moved), gradients(expected, tensors), strict=True):
+        assert torch.allclose(mine.cpu(), theirs, rtol=close, atol=close)
+
+
 def test_in_bfloat16_the_loss_is_of_float32(numbers):
     """Its sum is taken in float32: only the logits are rounded."""
     *tensors, labels = numbers
