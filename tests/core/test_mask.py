@@ -9,7 +9,15 @@ import torch
 
 import mask
 import train
-from mask import METHODS, Masks, density_at, penalty_at, proportional_densities, whole_counts
+from mask import (
+    METHODS,
+    Masks,
+    Method,
+    density_at,
+    penalty_at,
+    proportional_densities,
+    whole_counts,
+)
 
 
 def groups(layers=3, out=5, inp=7, seed=0):
@@ -233,6 +241,19 @@ def test_temperature_follows_the_target_density():
         assert train.recipe(given)["temperature"] == temperature
         assert train.recipe(given | {"temperature": 2.5})["temperature"] == 2.5
     assert Masks(groups(), METHODS["smp-s"]).temperature == 1
+
+
+def test_final_weights_are_rounded_for_use_but_not_for_a_file():
+    """A run in bfloat16 whose weights train, too: they are float32, and are saved as such."""
+    method = Method(how_many=mask.smp_l, trains=("scores", "weights"))
+    weights = groups()
+    masks = with_scores(Masks(weights, method, torch.bfloat16))
+    kept = masks.choose(0.5)
+    for dtype, expected in ((None, torch.bfloat16), (torch.float32, torch.float32)):
+        final = masks.final_weights(0.5, dtype)
+        for name, weight in (weights["query"] | weights["key"]).items():
+            assert final[name].dtype == expected
+            assert torch.equal(final[name], weight.to(expected) * kept[name])
 
 
 def test_straight_through_gradient():
