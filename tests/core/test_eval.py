@@ -234,6 +234,14 @@ def test_guessing_by_hand():
         assert list(guessing({"accuracy": 1.0}, labelled(labels))) == []
 
 
+@pytest.mark.parametrize(("reached", "shown"), [(0.495, False), (0.48, True), (0.52, True)])
+def test_a_density_that_training_missed_is_shown(finished, reached, shown):
+    result = json.loads((finished / "result.json").read_text())  # of a sparsity of 0.5
+    lines = list(summary(result | {"reached": reached}, finished, [], labelled([0, 1])))
+    line = f"the training mask keeps a share of {reached:.4f}, for a sparsity of 0.5"
+    assert (line in lines) == shown
+
+
 def test_a_result_that_is_a_guess_is_called_one(finished, tmp_path, capsys):
     """The result is handed in, because rounding decides whether a short run only guesses."""
     result = json.loads((finished / "result.json").read_text())

@@ -392,6 +392,8 @@ def test_lengths_are_told_before_they_are_cut(here):
         [("a film",), ("very " * 9,), ("it was fun and good and so",)], tokenizer
     )
     assert said == "the longest text has 11 tokens"
+    pairs = [("a film", "good"), ("it was fun", "very good")]  # with [CLS] and two [SEP]
+    assert own.describe_lengths(pairs, tokenizer) == "the longest text has 8 tokens"
     assert len(tokenizer.encode("very " * 9).ids) == 8  # it still cuts
 
 
