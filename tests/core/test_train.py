@@ -382,6 +382,17 @@ def test_bfloat16_and_pairs(run, capsys):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_matrices_are_in_memory_once(make_model, dtype):
+    """The model's are views of the stacks that the masks multiply."""
+    model = load_model(make_model(), [5, 6])
+    learner = train.Learner(model, mask.METHODS["smp-s"], dtype)
+    for group, names in learner.masks.names.items():
+        stack = learner.masks.weights[group]
+        for name, matrix in zip(names, stack, strict=True):
+            assert model.get_parameter(name).data_ptr() == matrix.data_ptr()
+
+
 class OneWeight(torch.nn.Module):
     """Logits (w x, 0)."""
 
