@@ -195,7 +195,7 @@ def draw_curves(figure, curves, target):
 
 def top_of_scale(table):
     """Colours of densities go from 0 to twice their mean, so that 0.43 and 0.54 look alike."""
-    return max(table.max(), min(1, round(2 * table.mean(), 3)), 0.01)
+    return max(table.max(), min(1, 2 * table.mean()), 0.01)
 
 
 def draw_densities(axes, shares):
