@@ -80,7 +80,7 @@ def one_line_errors():
 
 def describe(error):
     """-> one line that says what to do about an error, or None for a mistake in the code."""
-    text = printable(str(error))
+    text = printable(str(error).removeprefix("[Errno 2] "))  # a file that does not exist
     for word, advice in ADVICE.items():
         if word in repr(error):
             return f"error: {advice}: {text:.300}\n"
@@ -254,7 +254,7 @@ def choose_device(device=None, dtype=None):
         raise ValueError(f"--device {device}: torch finds no such device here")
 
     # Does the device itself multiply in bfloat16, and so in half the time?
-    native = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    native = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = dtype or ("bfloat16" if native else "float32")

@@ -82,7 +82,7 @@ def download(url, remedy):
     """Download a URL with a progress bar -> its bytes. Raises OSError that ends in the remedy."""
     try:
         with urllib.request.urlopen(url, timeout=30) as reply:
-            size = int(reply.headers.get("Content-Length") or 0)
+            size = int(reply.headers.get("Content-Length", 0))
             blocks = iter(partial(reply.read, MB), b"")
             bar = progress(blocks, "downloading", total=size // MB + 1, unit="MB", delay=1)
             content = b"".join(bar)

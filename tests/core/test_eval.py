@@ -92,6 +92,8 @@ def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
     assert "--text-file: only a run with --train reads" in fails(
         eval_.main, [folder, "--text-file", "new.csv"]
     )
+    said = fails(eval_.main, [folder, "--text-file", "none.txt"])
+    assert said == "error: No such file or directory: 'none.txt'"
     path = folder / "mask.safetensors"
     ours = path.read_bytes()
     path.write_bytes(ours[:-1])
