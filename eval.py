@@ -84,7 +84,7 @@ def load_run(run, model_name=None):
     run = Path(run)
     result = read_result(run)
     task, method = data.task_of(result), METHODS[result["method"]]
-    # Where weights trained, the run's folder holds a whole model. Another backbone makes no sense.
+    # If the model's weights trained, the run's folder holds a whole model: --model makes no sense.
     has_model = "weights" in method.trains
     if has_model and (run.is_file() or model_name):
         raise ValueError(
@@ -218,12 +218,12 @@ def answer_texts(loaded, logits_of, args):
 
     lines = []
     ranked = answers(loaded, texts, logits_of)
-    if args.text_file:  # of each text the likeliest label
+    if args.text_file:  # the likeliest label of each text
         for answer, text in zip(ranked, texts, strict=True):
             p, label = answer[0]
             # A regression has no label.
             lines.append("\t".join([label, f"{p:.4f}", *text]).lstrip("\t"))
-    else:  # of one text every label
+    else:  # every label of the one text
         for p, label in ranked[0]:
             word = task.words.get(label, "score")
             name = word if label in ("", word) else f"{word} ({label})"
@@ -237,8 +237,10 @@ def read_texts(args, width):
     Raises ValueError, which names the line, for one without `width` texts.
     """
     if args.text_file:  # tabs separate the two texts of a pair
-        if args.text_file.suffix == ".csv":
-            raise ValueError("--text-file: only a run with --train reads a CSV file; name a text")
+        if args.text_file.suffix.lower() == ".csv":
+            raise ValueError(
+                "--text-file: only a run with --train reads a CSV; name a file with a text per line"
+            )
         texts = list(data.read_cells(args.text_file))
     else:
         texts = [[text for text in (args.text, args.pair) if text is not None]]

@@ -168,7 +168,7 @@ STRIDE = 32749  # a prime, so that the samples reach all columns; 100 would see 
 
 
 def about_kth_largest(flat, k):
-    """kth_largest of all groups at once, off by some 0.1 % of n in rank, or more in small matrices.
+    """kth_largest of all groups at once, off by about 0.1 % of n in rank, more in small matrices.
 
     flat: G tensors [L, n]; k [G, L] -> [G, L]. Sorting whole rows is slow on a GPU. So this sorts a
     sample of every row, looks up where the k-th score should be, counts how many scores really
@@ -215,7 +215,7 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors  # grad is dL/dW' [L, out, in]
         grad_scores = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-        torch.mul(grad, weight, out=grad_scores)  # float32; each product is rounded like W
+        torch.mul(grad, weight, out=grad_scores)  # in float32, but rounded to W's dtype
         return None, grad_scores, None  # W is frozen, and M has no gradient
 
 

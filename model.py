@@ -438,7 +438,7 @@ def load_model(stored, tensors, words, head="words", every_token=False, fresh=Tr
     return build_bert(config, words, ours, head, every_token)
 
 
-def build_bert(config, words, tensors, head="words", every_token=False):
+def build_bert(config, words, tensors, head, every_token):
     """A Bert of tensors {name: tensor}, which it keeps. Raises ValueError for one that misfits."""
     parts = {"classifier"} if head == "classifier" else set()
     for part in ("cls", "pooler", "classifier"):

@@ -95,7 +95,7 @@ FLAGS = {
     },
     "machine": cli.MACHINE_FLAGS
     | {
-        "accumulate": (count, "split a batch into so many parts"),
+        "accumulate": (count, "split each batch into this many parts"),
         "compile": (bool, "let torch.compile fuse the kernels of a step"),
         "eager": (bool, "on CUDA: launch every kernel, record no graphs"),
         "deterministic": (bool, "the same bits every time on a GPU; slower"),

@@ -29,14 +29,17 @@ def token_logits(states, words):
 
 
 def float32_logits(states, padded):
-    """Hidden states [N, H], embeddings [V', H] -> logits [N, V'] in float32, whatever came in."""
-    if states.is_cuda:  # bfloat16 in between would be another pass over gigabytes
+    """Hidden states [N, H], embeddings [V', H] -> logits [N, V'] in float32.
+
+    On a CPU the product is rounded to the dtype of the states first.
+    """
+    if states.is_cuda:  # float32 at once: to convert from bfloat16 is another pass over gigabytes
         return torch.mm(states, padded.T, out_dtype=torch.float32)
     return (states @ padded.T).float()
 
 
 def softmax_loss(logits, labels, dtype):
-    """Logits [N, V], labels [N] -> each token's loss [N], and its gradient [N, V] in dtype."""
+    """Logits [N, V] in float32, labels [N] -> losses [N], and their gradients [N, V] in dtype."""
     labels = labels.clamp(min=0)[:, None]  # [N, 1]; for IGNORED any word will do: it counts nothing
     log_probabilities = logits.log_softmax(1)
     losses = -log_probabilities.gather(1, labels)

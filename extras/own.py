@@ -186,10 +186,10 @@ def only_column(path, header, rows, role, others):
         if cells and name not in others and likely(cells):
             candidates.append(name)
     if len(candidates) != 1:
-        what = f"none is surely the {role}"
+        what = f"no column is clearly the {role}"
         if candidates:
-            what = f"{candidates} could all be the {role}"
-        raise ValueError(f"{path}: of its columns {header} {what}; name it with --{role}-column")
+            what = f"each of {candidates} could be the {role}"
+        raise ValueError(f"{path}: {what} (columns: {header}); name it with --{role}-column")
     return candidates[0]
 
 
@@ -505,7 +505,7 @@ def describe_table(table):
     """Say on a card or a page what a run's table was; "" for a task that has none."""
     if not table:
         return ""
-    about = "; ".join(table["notes"])
+    about = "; ".join(table.get("notes", []))  # older runs have none
     if table["scale"]:
         low, unit = table["scale"]
         about += f"; a score is {low:g} + {unit:g} times the logit"

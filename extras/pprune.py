@@ -38,10 +38,10 @@ BATCH = 64
 
 def modules(model):
     """{group: [module of each layer]}: the modules that hold the prunable weights."""
-    modules = {}
+    by_group = {}
     for group, names in model.prunable().items():
-        modules[group] = [model.get_submodule(name.removesuffix(".weight")) for name in names]
-    return modules
+        by_group[group] = [model.get_submodule(name.removesuffix(".weight")) for name in names]
+    return by_group
 
 
 @contextmanager
@@ -123,14 +123,14 @@ def activations(model, examples, device, seed, tokens=TOKENS):
             index = torch.from_numpy(index).to(device)
             model.states(*inputs)
 
-    activations = []
+    checked = []
     for reader in readers:
         x = torch.cat(parts[reader])  # [T, units]
         if not x.isfinite().all():
             raise ValueError("--model: its activations are not finite, so they cannot be compared")
-        activations.append(x)
+        checked.append(x)
     layers = len(model.config.layers)
-    return activations[:layers], activations[layers:]
+    return checked[:layers], checked[layers:]
 
 
 def fisher(model, examples, device, seed):
@@ -371,10 +371,10 @@ def highest_overall(scores, keep):
     return [mask.nonzero().flatten() for mask in kept.split(sizes)]
 
 
-def mean_activations(activations, counts):
+def mean_activations(layers, counts):
     """Per layer x [T, n * D] and its number n of units -> per layer the mean |x| of a unit [n]."""
     means = []
-    for x, n in zip(activations, counts, strict=True):
+    for x, n in zip(layers, counts, strict=True):
         by_unit = x.abs().mean(0).view(n, -1)  # [T, n * D] -> [n * D] -> [n, D]
         means.append(by_unit.mean(1))
     return means

@@ -33,7 +33,7 @@ def interrupt(argv, step):
 
 
 def stop_after(step, args, run, job):
-    """learn(), whose batches end after a step."""
+    """learn() of a new run, cut off after so many steps."""
     real = train.data.training_batches
 
     def batches(*args, **more):

@@ -205,7 +205,7 @@ def parse_args(argv):
         elif not args.text:
             parser.error(f"{cli.flag(name)} needs --text, which makes a new folder")
     if args.hidden % args.heads:
-        parser.error("--hidden must be a multiple of --heads (6 if you leave it out)")
+        parser.error("--hidden must be a multiple of --heads, which is 6 by default")
     return args
 
 

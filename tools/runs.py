@@ -6,8 +6,8 @@ flags. Lines that begin with # are comments. Results have one JSON line per run.
 when no line has its flags.
 
     python -m tools.runs run results/lists/main.txt --at-once 4   # make what is missing
-    python -m tools.runs table results/lists/main.txt         # mean and deviation over seeds
-    python -m tools.runs plot results/lists/price.txt         # accuracy over bytes per task
+    python -m tools.runs table results/lists/main.txt             # mean and deviation over seeds
+    python -m tools.runs plot results/lists/price.txt             # score over bytes per task
 
 A command with --out keeps the folder of its run, which other commands may name as their --model or
 --teacher.
@@ -81,7 +81,7 @@ def key_of(command):
 def label_of(command, hidden=IN_A_ROW):
     """Name the row of a run: its flags, but for those that begin with one of `hidden`."""
     label = [flag for flag in flags_of(command) if not flag.startswith(hidden)]
-    return " ".join(label).removeprefix("--method=")
+    return " ".join(flag.removeprefix("--method=") for flag in label)
 
 
 def expand(command):
@@ -131,9 +131,7 @@ def read_results(path):
 
 
 def read_rows(path, results):
-    """Read what to show -> {row: [lines]}. path: a list, or results, of which all are shown."""
-    if path.suffix == ".jsonl":
-        return group(read_results(path).values(), lambda line: label_of(line["command"]))
+    """Read what to show of a list -> {row: [lines]}."""
     rows, missing = read_done(path, results)
     if not rows:
         raise ValueError(f"{results} has no run of {path}: python -m tools.runs run {path}")
@@ -342,17 +340,18 @@ def minutes(lines):
 
 
 def table(rows, costs=False):
-    """Write {row: [lines]} as a Markdown table: the tasks, their mean, how many seeds.
+    """Write {row: [lines]} as a Markdown table: each task, the mean of several, how many seeds.
 
     costs: whether to add what a task stores, the density and how long a run took.
     """
     tasks = group(sum(rows.values(), []), task_of)
     columns = {}  # {heading: the function that writes a cell}
-    for task in sorted(tasks, key=[*TASKS, *sorted(tasks)].index):
+    for task in sorted(tasks, key=[*TASKS, *tasks].index):
         for metric in tasks[task][0]["final"]:
             if metric.split()[0] == data.task_of(tasks[task][0]).metrics[0]:  # on every dev set
                 columns[f"{task}, {metric}"] = partial(metric_cell, task, metric)
-    if len(tasks) > 1:
+    # A perplexity is no share, so it has no place in an average.
+    if len(tasks) > 1 and all(data.task_of(lines[0]).best is max for lines in tasks.values()):
         columns["average"] = partial(average, tasks.keys())
     columns["seeds"] = seeds
     if costs:
@@ -442,14 +441,14 @@ def main(argv=None):
     add = parser.add_subparsers(dest="do", required=True).add_parser
     run = add("run", help="make the runs that the results lack")
     show = add("table", help="show the runs as a table")
-    plot = add("plot", help="draw accuracy over bytes per task")
+    plot = add("plot", help="draw the score over bytes per task")
     holdout = add("holdout", help="split the train file of a task, to choose settings without dev")
     for verb in (run, show, plot):
         verb.add_argument("list", type=Path, metavar="LIST", help="a text file of commands")
         verb.add_argument("--results", type=Path, default=RESULTS, help="(results/runs.jsonl)")
-    run.add_argument("--at-once", type=count, default=1, help="run so many side by side (1)")
+    run.add_argument("--at-once", type=count, default=1, help="runs side by side (1)")
     show.add_argument("--costs", action="store_true", help="add storage, density and minutes")
-    show.add_argument("--best", type=count, help="only so many settings of each row, the best")
+    show.add_argument("--best", type=count, help="only this many settings per row, the best first")
     plot.add_argument("--out", type=Path, default="price.png", help="(price.png)")
     holdout.add_argument("task")
     holdout.add_argument("--rows", type=count, default=600, help="of train that become dev (600)")

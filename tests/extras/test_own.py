@@ -148,9 +148,10 @@ def test_columns_that_are_not_clear_are_asked_for(here, fails):
     rows += [[f"{n} good film", f"film {n} was", n % 2, n % 3] for n in range(30)]
     path = write(here / "f.csv", rows)
     command = ["--train", path, "--model", "tiny"]
-    assert "['a', 'b'] could all be the text; name it with --text-col" in fails(train.main, command)
+    said = fails(train.main, command)
+    assert "each of ['a', 'b'] could be the text (columns: ['a', 'b', 'x', 'y']); name it" in said
     command += ["--text-column", "a"]
-    assert "['x', 'y'] could all be the label; name it with --label" in fails(train.main, command)
+    assert "each of ['x', 'y'] could be the label (columns:" in fails(train.main, command)
     said = fails(train.main, [*command, "--label-column", "z"])
     assert "no columns 'z'; its columns are ['a'," in said
     assert "--dev is the training table" in fails(train.main, [*command, "--dev", path])
