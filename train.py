@@ -409,8 +409,8 @@ def prepare(args, run):
     if args.compile:
         compile_step(model, learner.masks)
 
-    several = f"{parallel.processes()} x " if parallel.processes() > 1 else ""
-    machine = f"{several}{device} in {facts['dtype']} ({why})"
+    prefix = f"{parallel.processes()} x " if parallel.processes() > 1 else ""
+    machine = f"{prefix}{device} in {facts['dtype']} ({why})"
     for line in opening(args, train, sets, total, facts["density"], machine):
         print(line)
     return Job(
