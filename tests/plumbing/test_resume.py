@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,23 @@ ROOT = Path(__file__).parent.parent.parent
 ONE_THREAD = os.environ | {
     "OMP_NUM_THREADS": "1"
 }  # as here: other numbers of threads may round differently
+# train.py, which sends itself a signal when it takes its n-th batch.
+SIGNALLED = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch, train
+from plumbing import run
+run.SAVE_EVERY = 0  # a checkpoint at each evaluation
+torch.set_num_threads(1)
+real = train.data.training_batches
+def batches(*args, **more):
+    for number, batch in enumerate(real(*args, **more), 1):
+        if number == {nth}:
+            os.kill(os.getpid(), {number})
+        yield batch
+train.data.training_batches = batches
+train.main(sys.argv[1:])
+"""
 # train.py, which kills itself when it syncs a file to disk for the n-th time. That file is half
 # written then.
 KILLED = """
@@ -61,62 +77,53 @@ def masks_of(folder):
     return {name: mask.tolist() for name, mask in tensors.items()}, description["run"]
 
 
-def kill_when(command, ready, number):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, **pipes, env=ONE_THREAD)
-    while not ready() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    return process.returncode, said
+def run_until(code, flags, **places):
+    """Run train.py as changed by code, in a process of its own -> its status and stderr."""
+    words = [sys.executable, "-c", code.format(root=str(ROOT), **places), *flags]
+    ended = subprocess.run(words, capture_output=True, text=True, env=ONE_THREAD)
+    return ended.returncode, ended.stderr
 
 
-def resumed(folder, steps):
+def resumed(folder):
     train.main(["--resume", str(folder)])
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     evaluated = [line["step"] for line in lines if "dev" in line]
-    assert evaluated == list(range(steps // 8, steps + 1, steps // 8))  # each once, in order
+    assert evaluated == list(range(2, 17, 2))  # each once, in order
     assert not (folder / "checkpoint.safetensors").exists()
     return masks_of(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "moment", ["between evaluations", "while a checkpoint is written", "at the end"]
+    ("code", "places"),
+    [
+        (SIGNALLED, {"nth": 12, "number": signal.SIGKILL.value}),  # between two evaluations
+        (KILLED, {"nth": 3}),  # while a checkpoint is written
+        (KILLED, {"nth": 8}),  # after seven checkpoints, while the mask is written
+    ],
 )
-def test_killed_and_resumed(flags, tmp_path, moment):
-    steps = 160 if moment == "between evaluations" else 16  # so many that the signal comes in time
-    flags = [*flags, "--steps", str(steps)]
+def test_killed_and_resumed(flags, tmp_path, code, places):
     train.main([*flags, "--out", str(tmp_path / "whole")])
     masks, run = masks_of(tmp_path / "whole")
     folder = tmp_path / "run"
-    log, checkpoint = folder / "log.jsonl", folder / "checkpoint.safetensors"
-    if moment == "between evaluations":
-        command = [sys.executable, ROOT / "train.py", *flags, "--out", folder]
-        ready = lambda: checkpoint.exists() and len(log.read_text().splitlines()) > 12  # noqa: E731
-        code, _ = kill_when(command, ready, signal.SIGKILL)
-    else:
-        nth = 3 if "written" in moment else 8  # seven checkpoints, then the mask file
-        command = [sys.executable, "-c", KILLED.format(root=str(ROOT), nth=nth), *flags]
-        command += ["--out", folder]
-        code = subprocess.run(command, capture_output=True, env=ONE_THREAD).returncode
-    assert code == -signal.SIGKILL and checkpoint.exists() and not (folder / "result.json").exists()
-    found, described = resumed(folder, steps)
-    assert (
-        found == masks and described["final"] == run["final"] and described["best"] == run["best"]
-    )
+    status, _ = run_until(code, [*flags, "--out", folder], **places)
+    assert status == -signal.SIGKILL
+    assert (folder / "checkpoint.safetensors").exists() and not (folder / "result.json").exists()
+    found, described = resumed(folder)
+    assert found == masks
+    assert described["final"] == run["final"] and described["best"] == run["best"]
 
 
 @pytest.mark.slow
 def test_interrupted_it_says_how_to_go_on(flags, tmp_path):
-    folder, flags = tmp_path / "run", [*flags, "--steps", "160"]
-    command = [sys.executable, ROOT / "train.py", *flags, "--out", folder]
-    code, said = kill_when(command, (folder / "checkpoint.safetensors").exists, signal.SIGINT)
-    assert code == 130 and "Traceback" not in said
-    assert f"python train.py --resume {tmp_path / 'run'} continues after step" in said
+    folder = tmp_path / "run"
+    given = [*flags, "--out", folder]
+    status, said = run_until(SIGNALLED, given, nth=12, number=signal.SIGINT.value)
+    assert status == 130 and "Traceback" not in said
+    assert f"python train.py --resume {folder} continues after step 10" in said
     assert said.endswith("interrupted\n")
     train.main([*flags, "--out", str(tmp_path / "whole")])
-    assert resumed(folder, 160)[0] == masks_of(tmp_path / "whole")[0]
+    assert resumed(folder)[0] == masks_of(tmp_path / "whole")[0]
 
 
 def test_what_cannot_be_resumed(flags, tmp_path, fails):
@@ -385,4 +392,4 @@ def test_a_mask_that_does_not_fit_is_written_once_there_is_room(
     assert "a line of" in capsys.readouterr().err
     largest_file(10**6)
     assert "holds other files" in fails(train.main, [*flags, "--out", tmp_path / "run"])
-    assert resumed(tmp_path / "run", 16)
+    assert resumed(tmp_path / "run")
