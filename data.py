@@ -36,7 +36,7 @@ METRICS = {"accuracy": accuracy}  # extras/glue.py has more
 
 # --- tasks ----------------------------------------------------------------------------------------
 
-# The recipe of the paper's code for GLUE. The names are train.py's flags; decay has none.
+# The recipe of the paper's code for GLUE. The names are train.py's flags; decay has no flag.
 RECIPE = {
     "model": "bert-base-uncased",
     "batch": 32,
@@ -72,7 +72,7 @@ class Task:
     text: tuple  # columns of the text (and of its pair), by header name, or number without a header
     label: str | int  # column of the label
     words: dict  # label in the file -> label word, in class order; a single entry means regression
-    metrics: tuple  # in METRICS, or its Examples have them; the first chooses the best step
+    metrics: tuple  # in METRICS, or known to its Examples; the first chooses the best step
     recipe: dict = field(default_factory=dict)  # {flag: default} where it differs from RECIPE
 
     # The splits beside "train", and their files.
@@ -276,15 +276,15 @@ def split_path(task, split, data_dir):
     if not path.is_file():
         path = path / task.folder / task.file.format(split)
     if data_dir and not path.exists():
-        raise ValueError(f"--data-dir: there is no {path.absolute()}")
+        raise ValueError(f"--data-dir or --dev: there is no {path.absolute()}")
     return path
 
 
 def load_split(task, split, data_dir, tokenizer):
     """Examples of a split ("train", or one of the task's dev) of data_dir/FOLDER/FILE.
 
-    task: a Task, or its name. data_dir None: the cache, which is filled on first use. It may also
-    name one file, to read as this split.
+    task: a Task, or its name. data_dir None: the cache, which is filled on first use. data_dir
+    may also name one file, to read as this split.
     """
     task = TASKS[task] if isinstance(task, str) else task
     path = split_path(task, split, data_dir)

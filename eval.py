@@ -145,7 +145,7 @@ def load_masks_into(model, run, result):
 
 
 def load_sets(result, splits, data_dir, tokenizer):
-    """{split: Examples} from a folder, or by default the run's own, unchanged."""
+    """{split: Examples} from a folder, or by default the run's own data, unchanged."""
     run_data = result["data_dir"]
     if run_data and not Path(run_data).exists():
         run_data = None  # a mask from another machine; the cache may have its data
@@ -156,7 +156,7 @@ def load_sets(result, splits, data_dir, tokenizer):
         if not data_dir and result.get(f"{split} digest") not in (None, examples.digest()):
             raise ValueError(
                 f"{split} in {folder or fetch.cache()} is not the run's; "
-                "--data-dir allows for other data"
+                "--data-dir FOLDER evaluates on other data"
             )
     return sets
 
@@ -197,7 +197,7 @@ def answers(loaded, texts, logits_of=None):
     logits = logits_of(data.encode(texts, [0] * len(texts), loaded.tokenizer))  # [N, C]
     if len(labels) == 1:
         zero, unit = loaded.task.scale
-        return [[(zero + unit * score, "")] for score in logits[:, 0].tolist()]
+        return [[(zero + unit * logit, "")] for logit in logits[:, 0].tolist()]
 
     # Softmax over the classes, then the likeliest first.
     ranked = []

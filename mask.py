@@ -1,8 +1,9 @@
 """Static Model Pruning: learn which weights of a frozen model to keep.
 
-This file is the method. It knows no BERT: groups of weights go in, masked weights come out. Each
-weight W gets a score S. The forward pass uses W' = W * M(S), where the mask M keeps the weights
-with the highest scores. The backward pass treats M as the identity, so that the scores learn.
+This file is the method. It knows nothing of BERT: groups of weights go in, masked weights come out.
+Each weight W gets a score S. The forward pass uses W' = W * M(S), where the mask M keeps the
+weights with the highest scores. The backward pass treats M as the identity, so that the scores
+learn.
 
 Equations and sections are those of Jiang et al., ACL 2023 (arXiv 2210.06210). "Reference code" is
 the authors' implementation. Where paper and code differ, this file follows the code.
@@ -61,7 +62,7 @@ def penalty_at(step, total, final=400.0):
 #   sizes [G, 1]        float64, the n of each group
 #   density             the share v of all weights to keep: a number, or in training a 0-dim tensor
 #   scores              {group: [L, out, in]}, for those of extras/ that look at single scores
-#   exact               whether the counts must add up to v, as those of a saved mask must
+#   exact               whether they must come to exactly the share v, as in a saved mask
 # Everything stays on the device. A step in which the host waits cannot become a CUDA graph.
 # float64, because float32 puts int(v * n) off by one at times.
 
@@ -74,7 +75,7 @@ def smp_l(importance, sizes, density, scores, exact):
 def smp_s(importance, sizes, density, scores, exact):
     """SMP-S (eq. 4): within a group, important layers keep more."""
     counts = proportional_densities(importance, density) * sizes  # [G, L], with fractions
-    counts = counts.nan_to_num()  # NaN scores must reach the loop's check of the loss
+    counts = counts.nan_to_num()  # NaN scores must not fail here: the loop reports them
     if exact:
         return whole_counts(counts, (density * sizes * importance.shape[1]).long())
     return counts.long()
@@ -153,7 +154,8 @@ def thresholds(flat, k, exact):
 
 def kth_largest(scores, k):
     """scores [L, n], k [L] from 0 to n -> the k-th largest of each row [L], +inf for k = 0."""
-    index = scores.shape[1] - k.clamp(min=1)  # in ascending order, from 0
+    # A schedule of one's own may ask for more than all.
+    index = scores.shape[1] - k.clamp(1, scores.shape[1])  # in ascending order, from 0
     if scores.device.type == "cpu":  # numpy's partition is 40 times faster than torch.sort here
         rows = zip(scores.numpy(), index.tolist(), strict=True)
         values = torch.tensor([np.partition(row, i)[i].item() for row, i in rows])
@@ -215,7 +217,7 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors  # grad is dL/dW' [L, out, in]
         grad_scores = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-        torch.mul(grad, weight, out=grad_scores)  # in float32, but rounded to W's dtype
+        torch.mul(grad, weight, out=grad_scores)  # rounded to W's dtype first
         return None, grad_scores, None  # W is frozen, and M has no gradient
 
 
@@ -226,7 +228,7 @@ def mean_sigmoid(scores, temperature=1.0):
         if temperature != 1:
             s = s / temperature  # p > 1 evens the layers out
         total = torch.sigmoid(s).sum((1, 2))
-        means.append(total / s[0].numel())  # s.mean() would materialise its gradient
+        means.append(total / s[0].numel())  # .mean() would write out its gradient, as large as s
     return torch.stack(means)
 
 
@@ -305,7 +307,6 @@ class Masks(nn.Module):
         scores = self.method.rank(self.weights, self.scores)
         importance = importance.to(self.sizes.device).double()
         k = self.method.how_many(importance, self.sizes, density, scores, exact)
-        k = k.minimum(self.sizes.long())  # a schedule of one's own may ask for more than all
         return highest(scores, k, exact)
 
     @torch.no_grad()

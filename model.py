@@ -17,7 +17,7 @@ from torch import nn
 
 from plumbing.checkpoints import FAMILIES, build_from, cutting_tokenizer, read_config, read_model
 from plumbing.files import prefix_errors
-from plumbing.graphs import Dropout, dropout
+from plumbing.graphs import Dropout, dropout  # as torch's, but faster on a CPU
 
 # The six groups of prunable matrices, and where each stands inside a layer.
 GROUPS = {
@@ -65,7 +65,7 @@ class Config:
 
     @property
     def first_position(self):
-        """RoBERTa counts positions from its padding id + 1. The rows before are not used."""
+        """RoBERTa counts positions from its padding id + 1. Padding has the one before."""
         return 0 if self.model_type == "bert" else self.pad_token_id + 1
 
     @property
@@ -103,7 +103,7 @@ class Embeddings(nn.Module):
         if self.first == 0:
             positions = self.position_embeddings.weight[: input_ids.shape[1]]  # [S, H]
         else:
-            # RoBERTa: positions begin behind the id of padding, whose own position is that id.
+            # RoBERTa: positions begin behind the id of padding. Padding's own position is that id.
             padding = self.first - 1
             real = input_ids != padding
             index = real.cumsum(1) * real + padding  # [B, S]
@@ -329,7 +329,7 @@ class Bert(nn.Module):
 
 ONLY = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
 
-# Tensors that checkpoints carry and that no model uses, or none with that head.
+# Tensors of checkpoints to leave out: for every head, and for one.
 NEVER_USED = ("cls.seq_relationship.", "bert.qa_outputs.")
 UNUSED = {"words": ("bert.pooler.", "classifier."), "classifier": ("cls.",)}
 
@@ -383,7 +383,7 @@ def load_backbone(folder, task, length, head="words", fresh=True):
 
 
 def label_word_ids(words, tokenizer):
-    """Label words -> their token ids. Raises ValueError for a word of more than one token, or two.
+    """Label words -> their token ids. Raises ValueError for one of several tokens or two labels.
 
     Words follow a space, as in running text: RoBERTa's vocabulary knows "Ġyes", XLM-R's "▁yes", and
     BERT's does not see the space.

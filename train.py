@@ -64,7 +64,7 @@ METHOD_FLAGS = {
     "weight_lr": (positive, "peak learning rate of weights that train"),
     "hold": (fraction, "share of the steps before pruning starts"),
     "ramp": (fraction, "share of the steps after which the sparsity is reached"),
-    "schedule": (SCHEDULES, "how the density falls; by default cubic, for RoBERTa linear"),
+    "schedule": (SCHEDULES, "how the density falls; by default cubic for BERT, else linear"),
     "penalty": (not_negative, "lambda of the regularizer"),
     "temperature": (positive, "p of SMP-S: larger values even the layers out"),
 }
@@ -76,22 +76,22 @@ FLAGS = {
         "model": (str, f"{', '.join(fetch.MODELS)}, a hub id, or a folder"),
         "data_dir": (str, "folder with the tasks' folders, instead of downloads"),
         "head": (("words", "classifier"), "label words, or a fresh linear layer"),
-        "teacher": (str, "folder of a finished --method finetune to learn from"),
+        "teacher": (str, "folder of a finished run of --method finetune, to learn from"),
     },
     "method (not every method takes all of these)": METHOD_FLAGS,
     "length": {
-        "epochs": (positive, "passes over the training set; by default at least 300 steps"),
+        "epochs": (positive, "passes over the training set; at least 300 or 1200 steps by default"),
         "steps": (count, "train for this many steps; overrides --epochs"),
         "batch": (count, "examples per step"),
         "length": (count, "longest input in tokens; longer ones are cut"),
-        "warmup": (fraction_below_one, "share of the steps while the rates rise"),
+        "warmup": (fraction_below_one, "share of the steps during which the rates rise"),
         "evals": (count, "evaluations per run; fewer if it is short"),
     },
     "run": {
         "seed": (cli.seed, "for batches, dropout and fresh weights"),
-        "dropout": (cli.YES_OR_NO, "drop at the model's own rates in training"),
+        "dropout": (cli.YES_OR_NO, "dropout in training, at the model's own rates"),
         "out": (Path, "folder of the run"),
-        "resume": (Path, "continue the interrupted run in a folder"),
+        "resume": (Path, "continue the interrupted run in this folder"),
     },
     "machine": cli.MACHINE_FLAGS
     | {
@@ -167,7 +167,7 @@ def used_flags(settings):
 
 
 def least_steps(sparsity):
-    """With fewer, scores that start equal hardly differ (measured with batches of 32)."""
+    """The fewest steps by default. With fewer, scores that start equal hardly differ."""
     return 300 if sparsity <= 0.5 else 1200
 
 
@@ -521,7 +521,7 @@ def learn(args, run, job):
     batches = data.training_batches(
         job.train, args.batch, total, args.seed, job.device, args.accumulate, first=run.step
     )
-    # An evaluation in steps. Without a backward pass, a row takes about a third of the time.
+    # How many steps an evaluation lasts. Without a backward pass, a row takes a third of the time.
     pause = sum(map(len, job.dev.values())) / args.batch / 3
     bar = progress(batches, args.method, Clock(total, run.step, eval_steps, pause), leave=True)
     recent = []  # losses since the last log line, on the device
@@ -601,7 +601,7 @@ def finish(args, run, job):
 def describe(args, run, job):
     """What result.json says about any run."""
     task = job.task
-    # The best counts from when the target density is reached. A denser model has it easier.
+    # Only evaluations at the target density can be the best: a denser model has it easier.
     target = run.evaluations[-1]["density"]
     on_target = [line for line in run.evaluations if line["density"] == target]
     # All settings, what came of them, and what they depended on.

@@ -1,6 +1,6 @@
 """Check answers to the programming exercises of EXERCISES.md, and say in words what is wrong.
 
-    python exercises/check.py 3 my_mask.py
+    python exercises/check.py 3 top_v.py
     python exercises/check.py --json results.json 2 3 4 6 7 9 FOLDER
     python exercises/check.py --csv class.csv FOLDER_OF_FOLDERS
 

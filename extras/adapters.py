@@ -128,7 +128,7 @@ def one_bit(model, train, dev, args, device):
     Raises ValueError without a teacher, and for one that is not of this model.
     """
     if not args.teacher:
-        raise ValueError("--method bitdelta needs the dense run that it stores: give its --teacher")
+        raise ValueError("--method bitdelta needs --teacher, the dense run that it stores")
     folder = Path(args.teacher)
     teacher, _ = load_backbone(folder, task_of(vars(args)), args.length, args.head, fresh=False)
     tuned = teacher.state_dict()
@@ -164,7 +164,7 @@ def same(weight, tuned):
 
 @dataclass(frozen=True)
 class Adapter(Method):
-    """A method that trains the parameters with these names, and stores a whole model."""
+    """A method that trains the parameters of its new layers, and stores a whole model."""
 
     learns_what: str = ""  # in words, for the card of an exported folder
 

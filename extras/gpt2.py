@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from extras.head import softmax_loss, token_logits, token_loss
-from model import attention
+from model import attention, embedding
 from plumbing.checkpoints import build_from, read_config
 from plumbing.graphs import Dropout
 
@@ -127,9 +127,8 @@ class GPT2(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        table = partial(nn.Embedding.from_pretrained, freeze=False)  # as in model.py
-        self.wte = table(torch.zeros(config.vocab_size, config.n_embd))
-        self.wpe = table(torch.zeros(config.n_positions, config.n_embd))
+        self.wte = embedding(config.vocab_size, config.n_embd)
+        self.wpe = embedding(config.n_positions, config.n_embd)
         self.dropout = Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, *sizes) for sizes in config.layers)
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
@@ -206,7 +205,7 @@ def gpt2_config(stored):
 
     Raises ValueError that names the key of an unsupported value.
     """
-    stored = {"model_type": None} | stored
+    stored = {"model_type": None} | stored  # or read_config would take it for BERT's
     # Published files leave n_inner out.
     if stored.get("n_inner") is None and isinstance(stored.get("n_embd"), int):
         stored["n_inner"] = 4 * stored["n_embd"]

@@ -13,7 +13,7 @@ N tokens, H wide, and V words, whose embeddings [V, H] are the head's weight.
 import torch
 import torch.nn.functional as F
 
-MULTIPLE = 64  # of which V' is one, the number of words with the padding
+MULTIPLE = 64  # V', the number of words with the padding, is a multiple of this
 CHUNK = 4096  # tokens that have logits at the same time
 IGNORED = -100  # the label of a token that predicts nothing
 
@@ -40,7 +40,7 @@ def float32_logits(states, padded):
 
 def softmax_loss(logits, labels, dtype):
     """Logits [N, V] in float32, labels [N] -> losses [N], and their gradients [N, V] in dtype."""
-    labels = labels.clamp(min=0)[:, None]  # [N, 1]; for IGNORED any word will do: it counts nothing
+    labels = labels.clamp(min=0)[:, None]  # [N, 1]; for IGNORED any word will do: it does not count
     log_probabilities = logits.log_softmax(1)
     losses = -log_probabilities.gather(1, labels)
 

@@ -74,9 +74,10 @@ def draw(blocks, size, generator=None):
 
 
 def read_blocks(task, split, path, tokenizer):
-    """Task.read: a text, a paragraph per line -> MaskedBlocks. In dev they are always the same.
+    """Task.read: a text, a paragraph per line -> MaskedBlocks.
 
-    Raises ValueError for a text that is not UTF-8 or shorter than a block.
+    In dev the same tokens are masked every time. Raises ValueError for a text that is not UTF-8 or
+    shorter than a block.
     """
     size = tokenizer.truncation["max_length"]
     cls, sep = tokenizer.encode("").ids
@@ -134,7 +135,7 @@ def load(folder, length, head):
     plain, tokenizer = load_backbone(folder, replace(TASKS["mlm"], load=None), length)
     mask = tokenizer.token_to_id("[MASK]")
     if head != "words" or mask is None or not hasattr(plain, "cls"):
-        raise ValueError(f"{folder}: mlm needs a model with [MASK] and a masked-LM head, no --head")
+        raise ValueError(f"{folder}: mlm needs [MASK], a masked-LM head, and no --head classifier")
     return build_from(partial(MaskedLM, plain.config, mask), plain.state_dict()), tokenizer
 
 

@@ -440,16 +440,17 @@ def report_missing(task, split):
 
 
 def read(table, task, split, path, tokenizer):
-    """Task.read: the rows of a split -> Examples. Says what is left out, and for "train" all else.
+    """Task.read: the rows of a split -> Examples.
 
-    path: the run's table, wherever it is now, or another file to evaluate. Raises ValueError that
-    names the file and what is wrong with it.
+    Prints what is left out, and for "train" what was decided. path: the run's table, wherever it is
+    now, or another file to evaluate. Raises ValueError that names the file and what is wrong.
     """
     # Whatever it is called, the rows that trained must not be evaluated.
     ours = str(path) == str(Path(table["train"])) or sha256(path.read_bytes()) == table["sha256"]
     if ours and split == "dev" and table["dev"]:
-        beside = path.with_name(Path(table["dev"]).name)  # where both have moved
-        path = beside if beside.exists() else Path(table["dev"])
+        dev = Path(table["dev"])
+        beside = path.with_name(dev.name)  # where both have moved
+        path = beside if beside.exists() and not dev.exists() else dev
     header, rows, _ = read_table(path)
     lenient = table if ours else table | {"skip_bad_rows": True}
     _, texts, labels, note = usable_rows(path, lenient, rows, header)

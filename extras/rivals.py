@@ -72,7 +72,7 @@ class Ticket(Masks):
         self.scores = {group: stack.float().abs() for group, stack in stacks.items()}
 
 
-class Constant(Masks):
+class Raised(Masks):
     """Scores start a little above the threshold, so that every weight stays at first."""
 
     def make_scores(self, stacks):
@@ -108,7 +108,7 @@ class Gates(Masks):
     def make_scores(self, stacks):
         super().make_scores(stacks)
         for scores in self.scores.values():
-            scores.data.fill_(math.log(0.9 / 0.1))  # so nine in ten gates are open
+            scores.data.fill_(math.log(0.9 / 0.1))  # with noise, 98 of 100 gates are open
 
     def stacked(self, density):
         open_share = mean_sigmoid({group: s + SHIFT for group, s in self.scores.items()}).mean()
@@ -141,9 +141,11 @@ class FrozenEmbeddings(Method):
         return not embedding and super().trains_tensor(name, tensor)
 
 
+# Recipes: pruned at once, gradually, or gradually by scores that learn.
 ONCE = {"sparsity": 0.5, "weight_lr": None}
 GRADUAL = {"sparsity": 0.5, "hold": 0.0, "ramp": None, "schedule": None, "weight_lr": None}
 LEARNED = GRADUAL | {"lr": 1e-2, "penalty": 400.0}
+# FIXED: the weights learn, and the scores do not. BOTH: both do.
 FIXED = FrozenEmbeddings(smp_l, rule=BothLearn, trains=("weights",), recipe=GRADUAL)
 BOTH = replace(FIXED, trains=("scores", "weights"), recipe=LEARNED)
 # In the reference code of soft movement, a matrix keeps at least 0.5 % of its weights.
@@ -158,5 +160,5 @@ METHODS |= {
     "ticket": replace(FIXED, recipe=ONCE, masks=Ticket),
     "random": replace(FIXED, masks=Random),
     "smp-weights": replace(BOTH, how_many=smp_s, recipe=SMP_S | {"weight_lr": None}),
-    "piggyback": Method(partial(above_threshold, tau=0.5), recipe={"lr": 1e-3}, masks=Constant),
+    "piggyback": Method(partial(above_threshold, tau=0.5), recipe={"lr": 1e-3}, masks=Raised),
 }

@@ -7,7 +7,7 @@ SMP-G and SMP-T are the paper's own (Table 3). results/README.md has the figures
 
 import torch
 
-from mask import METHODS, SMP, Method, smp_l, smp_s, thresholds
+from mask import METHODS, Method, smp_l, smp_s, thresholds
 
 # --- how many: two more answers -------------------------------------------------------------------
 
@@ -47,8 +47,8 @@ def count(scores, passes):
 def above_threshold(importance, sizes, density, scores, exact, tau=0.1, least=0.0):
     """SMP-T: keep every weight with sigmoid(S) > tau. This does not control the density.
 
-    least: the share of its weights that each matrix keeps in any case. exact: keep no more of them
-    than SMP-G would.
+    least: the share of its weights that each matrix keeps in any case. exact: keep no more of a
+    matrix than SMP-G would.
     """
     counts = count(scores, lambda s: torch.sigmoid(s) > tau)
     floor = (least * sizes).long()  # [G, 1]
@@ -88,8 +88,8 @@ def two_of_four(weights, scores):
         two = fours.topk(2, dim=3).indices
         winners = torch.zeros_like(fours).scatter(3, two, 1.0)  # 1 at the two, else 0
         winners = winners.flatten(2)  # [L, out, in]
-        step = s.max() - s.min() + 1  # lifts each winner above all others
-        lifted[group] = s + winners * step
+        lift = s.max() - s.min() + 1  # raises each winner above all others
+        lifted[group] = s + winners * lift
     return lifted
 
 
@@ -99,6 +99,6 @@ METHODS |= {
     "smp-g": Method(smp_g),  # global: all matrices together
     "smp-t": Method(above_threshold),  # threshold: does not control the final density
     "smp-w": Method(smp_s, rank=by_size, recipe=SMP_S),
-    "smp-2:4": Method(smp_l, rank=two_of_four, recipe=SMP),
+    "smp-2:4": Method(smp_l, rank=two_of_four),
     "smp-bias": Method(smp_s, trains=("scores", "vectors"), recipe=SMP_BIAS),
 }

@@ -462,7 +462,7 @@ def texts_of(task, text, pair):
             "--text: heads are shown for an answer of one class or score; this task has neither"
         )
     if text is None or (pair is None) != (width == 1):
-        raise ValueError(f"the task takes {width} texts; --text is the first, --pair the second")
+        raise ValueError(f"the task takes {width} text(s); --text is the first, --pair the second")
     return (text, pair)[:width]
 
 

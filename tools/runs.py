@@ -134,7 +134,9 @@ def read_rows(path, results):
     """Read what to show of a list -> {row: [lines]}."""
     rows, missing = read_done(path, results)
     if not rows:
-        raise ValueError(f"{results} has no run of {path}: python -m tools.runs run {path}")
+        raise ValueError(
+            f"{results} has no run of {path}; to make them: python -m tools.runs run {path}"
+        )
     if missing:
         print_stderr(f"runs of {path} that are missing in {results}: {len(missing)}")
     return rows
@@ -270,7 +272,7 @@ def score(line):
     return line["final"][data.task_of(line).metrics[0]]
 
 
-task_of = itemgetter("task")
+task_name = itemgetter("task")
 seed_of = itemgetter("seed")
 
 
@@ -295,14 +297,14 @@ def metric_cell(task, metric, lines):
 
 def seeds(lines):
     """How many runs each task has: "5", or "1 to 3"."""
-    counts = set(map(len, group(lines, task_of).values()))
+    counts = set(map(len, group(lines, task_name).values()))
     return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def mean_over_tasks(lines):
     """The mean score of tasks. Those of TOGETHER count as one."""
     means = {}
-    for task, of_task in group(lines, task_of).items():
+    for task, of_task in group(lines, task_name).items():
         name = TOGETHER if task in TOGETHER else task
         means.setdefault(name, []).append(statistics.mean(map(score, of_task)))
     return statistics.mean(map(statistics.mean, means.values()))
@@ -310,7 +312,7 @@ def mean_over_tasks(lines):
 
 def average(tasks, lines):
     """The mean over tasks, in percent. "" if one is missing."""
-    if group(lines, task_of).keys() != tasks:
+    if group(lines, task_name).keys() != tasks:
         return ""
     # Rounded first: the order of sums must not decide what becomes of 0.7405.
     return f"{100 * round(mean_over_tasks(lines), 12):.1f}"
@@ -318,8 +320,8 @@ def average(tasks, lines):
 
 def megabytes(line):
     """What a task stores: trained numbers of four bytes, and a mask or signs."""
-    bits = line.get("mask_bytes") or line["stored_bits"] / 8
-    return (4 * line["stored_numbers"] + bits) / 1e6
+    packed = line.get("mask_bytes") or line["stored_bits"] / 8
+    return (4 * line["stored_numbers"] + packed) / 1e6
 
 
 def stored(lines):
@@ -344,7 +346,7 @@ def table(rows, costs=False):
 
     costs: whether to add what a task stores, the density and how long a run took.
     """
-    tasks = group(sum(rows.values(), []), task_of)
+    tasks = group(sum(rows.values(), []), task_name)
     columns = {}  # {heading: the function that writes a cell}
     for task in sorted(tasks, key=[*TASKS, *tasks].index):
         for metric in tasks[task][0]["final"]:

@@ -459,7 +459,7 @@ def test_a_table_of_only_empty_texts_trains(run, glue, method):
         (["--step", 3], "--step"),
         (["--length", 33], "--length 33.*4 to 32"),
         (["--model", "nowhere"], "--model: there is no folder nowhere.*minilm, bert-base-uncased"),
-        (["--data-dir", "nowhere"], "--data-dir: there is no /.*/nowhere/movies/train.tsv"),
+        (["--data-dir", "nowhere"], "--data-dir or --dev: there is no /.*/movies/train.tsv"),
         (["--data-dir", __file__], "--data-dir: name the folder that holds the tasks' folders"),
     ],
 )

@@ -167,7 +167,7 @@ def test_bitdelta_stores_one_bit_per_weight_and_one_number_per_matrix(
     assert result["stored_bits"] == PRUNABLE and len(matrices) == 12
     assert result["stored_numbers"] == 12 + stored
     assert same_number(out, capsys)
-    assert "give its --teacher" in fails(train.main, train_on.command("other", "bitdelta"))
+    assert "needs --teacher" in fails(train.main, train_on.command("other", "bitdelta"))
 
 
 def test_finetune_encoder_leaves_the_embeddings_alone(train_on, capsys):

@@ -373,7 +373,7 @@ def test_what_is_refused(make_gpt2, make_model, glue, texts, tmp_path, fails):
     (texts / "ptb" / "ptb.valid.txt").write_bytes(b"caf\xe9\n" * 99)
     assert "ptb.valid.txt is not UTF-8: 'utf-8' codec can't decode" in error()
     (texts / "ptb" / "ptb.train.txt").unlink()
-    assert "--data-dir: there is no" in error()
+    assert "--data-dir or --dev: there is no" in error()
 
 
 def test_a_tokenizer_that_knows_more_than_the_model(make_gpt2):

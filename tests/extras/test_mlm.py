@@ -158,7 +158,7 @@ def test_what_does_not_fit(make_model, texts, tmp_path, pretrain, fails):
         tmp_path / "model" / "model.safetensors").items() if "cls." not in k})  # fmt: skip
     flags = pretrain("x")
     flags[flags.index("--model") + 1] = str(without)
-    assert "needs a model with [MASK] and a masked-LM head" in fails(train.main, flags)
-    assert "needs a model with" in fails(train.main, pretrain("y", "--head", "classifier"))
+    assert "needs [MASK], a masked-LM head, and no --head" in fails(train.main, flags)
+    assert "needs [MASK], a masked-LM head" in fails(train.main, pretrain("y", "--head", "classifier"))
     (texts / "mlm" / "dev.txt").write_text("too short")
     assert "dev.txt is shorter than a block of 16 tokens" in fails(train.main, pretrain("z"))

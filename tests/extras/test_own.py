@@ -372,6 +372,18 @@ def test_another_place_and_another_file(here, fails, capsys):
     assert "f: 100 train examples" in said and "are the dev set" not in said
     eval_.main(["two"])
     assert "dev (120 examples)" in capsys.readouterr().out
+    # It is that file, even where one beside the table has its name. A moved one lies beside it.
+    other = here / "other"
+    other.mkdir()
+    write(other / "f.csv", reviews(60))
+    train.main(["--train", "f.csv", "--dev", "other/f.csv", *FLAGS, "--out", "three"])
+    eval_.main(["three"])
+    assert "dev (60 examples)" in capsys.readouterr().out
+    (other / "f.csv").rename(other / "h.csv")
+    train.main(["--train", "f.csv", "--dev", "other/h.csv", *FLAGS, "--out", "four"])
+    (other / "h.csv").rename(here / "h.csv")
+    eval_.main(["four"])
+    assert "dev (60 examples)" in capsys.readouterr().out
 
 
 def test_a_teacher_knows_the_same_classes(here, fails):

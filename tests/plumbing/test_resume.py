@@ -342,7 +342,7 @@ def test_from_another_folder_a_relative_one_is_not_found(flags, tmp_path, fails,
     interrupt([*relative, "--out", tmp_path / "run"], 6)
     monkeypatch.chdir(elsewhere)
     said = fails(train.main, ["--resume", tmp_path / "run"])
-    assert f"--data-dir: there is no {elsewhere}/glue/movies/train.tsv" in said
+    assert f"--data-dir or --dev: there is no {elsewhere}/glue/movies/train.tsv" in said
     monkeypatch.chdir(tmp_path)
     train.main(["--resume", "run"])
     assert (tmp_path / "run" / "result.json").exists()

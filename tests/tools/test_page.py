@@ -330,7 +330,7 @@ def test_language_models_have_a_page_without_heads(make_gpt2, texts, fails, tmp_
 
 def test_errors(run, finished, fails, tmp_path):
     folder, out = finished, tmp_path / "page.html"
-    assert "the task takes 1 texts; --text is the first, --pair the second" in fails(
+    assert "the task takes 1 text(s); --text is the first, --pair the second" in fails(
         page.main, [folder, "--out", out, "--text", "a", "--pair", "b"]
     )
     assert "--text is the first" in fails(page.main, [folder, "--out", out, "--pair", "b"])

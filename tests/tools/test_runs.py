@@ -265,8 +265,8 @@ def test_what_is_shown_of_a_file_of_results(tmp_path, capsys, fails):
     path.write_text(json.dumps(line("rte", 0.5, flags="--lr=1 --seed=0")) + "\n")
     (tmp_path / "list.txt").write_text("python train.py --task=rte --method=smp-l\n")
     error = fails(runs.main, ["table", tmp_path / "list.txt", "--results", path])
-    assert error.endswith(f"has no run of {path.parent}/list.txt: python -m tools.runs run "
-                          f"{path.parent}/list.txt")  # fmt: skip
+    listed = path.parent / "list.txt"
+    assert error.endswith(f"no run of {listed}; to make them: python -m tools.runs run {listed}")
     some = "python train.py --task=rte --seed=0-2 --method=smp-s --lr=1"
     (tmp_path / "list.txt").write_text(f"[a]\n{some}\n[b]\n{some}")  # rows may share runs
     runs.main(["table", str(tmp_path / "list.txt"), "--results", str(path)])
@@ -374,7 +374,7 @@ def rivals():
     if not path.exists():
         return {}
     rows = runs.read_rows(path, runs.RESULTS)
-    return {name: runs.group(lines, runs.task_of) for name, lines in rows.items()}
+    return {name: runs.group(lines, runs.task_name) for name, lines in rows.items()}
 
 
 def test_what_rivals_run_is_the_best_of_five_settings():
