@@ -167,8 +167,10 @@ def write_tokenizer(path):
 
 @pytest.fixture(autouse=True)
 def empty_folder(monkeypatch, tmp_path_factory):
-    """The current folder is empty: runs/ of the person who tests is neither read nor written."""
-    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    """The current folder and the cache are new: runs of the person who tests are left alone."""
+    folder = tmp_path_factory.mktemp("here")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("SMP_CACHE", str(folder.with_name(f"{folder.name}-cache")))
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,8 @@ from plumbing.cli import Parser, one_line_errors, shade, shaded_table, table_row
 from plumbing.files import prefix_errors, shapes_of, split_lines, write_whole
 
 LARGEST = 1e9  # matplotlib would take for ever to place the ticks of larger numbers
+# What reading a line of JSON raises that holds something else, or is nested too deeply.
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def head_densities(groups, masks, heads):
@@ -145,7 +147,7 @@ def read_log(path):
                 numbers = line["density"], line["loss"]
             if not all(abs(value) < LARGEST for value in (line["step"], *numbers)):
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except MALFORMED:
             raise ValueError(f"{path}:{number} is not a line of a run's log; take it out") from None
     return losses, evaluations
 

@@ -44,7 +44,7 @@ from plumbing.cli import Parser, count, one_line_errors
 from plumbing.files import prefix_errors, read_json, read_lines, write_whole
 from plumbing.progress import progress
 from plumbing.run import print_stderr
-from tools.picture import plot_prices
+from tools.picture import MALFORMED, plot_prices
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "train.py"
@@ -125,7 +125,7 @@ def read_results(path):
             line = json.loads(text)
             score(line)
             results[key_of(line["command"])] = line
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except MALFORMED as error:
             raise ValueError(f"{path}:{number} is not the result of a run: {error!r}") from None
     return results
 

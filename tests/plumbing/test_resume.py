@@ -25,12 +25,13 @@ ONE_THREAD = os.environ | {
 }  # as here: other numbers of threads may round differently
 # train.py, which sends itself a signal when it takes its n-th batch.
 SIGNALLED = """
-import os, sys
+import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch, train
 from plumbing import run
 run.SAVE_EVERY = 0  # a checkpoint at each evaluation
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 real = train.data.training_batches
 def batches(*args, **more):
     for number, batch in enumerate(real(*args, **more), 1):

@@ -82,7 +82,8 @@ def test_a_list_by_hand(tmp_path, fails):
     ]
     assert len(rows["dense"]) == 2
     path.write_text("# a comment\u2028 in two parts\ntrain.py --seed 3\n")
-    assert f"{path}:2: must be `python train.py" in fails(runs.main, ["run", path])
+    command = ["run", path, "--results", tmp_path / "results.jsonl"]
+    assert f"{path}:2: must be `python train.py" in fails(runs.main, command)
     for line, said in {
         "python train.py movies": "must be `python train.py",
         "python train.py --model='m": "No closing quotation",
@@ -90,7 +91,7 @@ def test_a_list_by_hand(tmp_path, fails):
         "python train.py --seed 5-6 --out x": "--seed 5-6 must count upwards, and its runs cannot",
     }.items():
         path.write_text(line)
-        assert f"{path}:1: {said}" in fails(runs.main, ["run", path])
+        assert f"{path}:1: {said}" in fails(runs.main, command)
 
 
 def test_a_run_is_known_by_its_flags_in_any_order():
@@ -276,7 +277,7 @@ def test_what_is_shown_of_a_file_of_results(tmp_path, capsys, fails):
     assert "there is no " in fails(runs.main, none)
     assert "unrecognized arguments: --rows" in fails(runs.main, [*none, "--rows", 3])
     wrong = [line("rte", 0.5) | {"task": "none"}, line("rte", 0.5) | {"command": "python a.py b"}]
-    for text in ("5", "{}", "<<<<", *map(json.dumps, wrong)):
+    for text in ("5", "{}", "<<<<", "[" * 100_000, *map(json.dumps, wrong)):
         path.write_text(f"{json.dumps(line('rte', 0.5))}\n{text}\n")
         command = ["table", tmp_path / "list.txt", "--results", path]
         assert "results.jsonl:2 is not the result of a run" in fails(runs.main, command)
