@@ -15,7 +15,8 @@ import eval as eval_
 import train
 from extras import pprune
 from model import Config
-from plumbing.checkpoints import cutting_tokenizer
+from plumbing.checkpoints import cutting_tokenizer, model_files
+from plumbing.files import write_whole
 
 BASE = Config(30522, 768, 12, 12, 3072, 512, 2)
 
@@ -279,11 +280,19 @@ def test_a_run_is_smaller_and_can_be_looked_at_and_teach(
         config.read_text().replace('"vocab_size"', '"layer_norm_eps": 0.5, "vocab_size"')
     )
     assert "the config of" in fails(eval_.main, [run, "--text", "good"])
-    if len(set(map(tuple, result["layers"]))) > 1:
-        assert "one size" in fails(
-            train.main, ["--model", run, *given[:2], "--length", 16, "--out", tmp_path / "x"]
-        )
-    assert method != "p-pruning" or len(set(map(tuple, result["layers"]))) > 1
+
+
+def test_masks_need_layers_of_one_size(make_model, glue, tmp_path, fails):
+    folder, uneven = make_model(), tmp_path / "uneven"
+    heads, neurons = [torch.arange(4), torch.arange(3)], [torch.arange(24)] * 2
+    smaller = pprune.shrink(load_model(folder, [3, 4]), heads, neurons)
+    files = model_files(folder, smaller.published(smaller.state_dict()), smaller.config)
+    for name, content in files.items():
+        write_whole(uneven / name, content)
+    given = ["--model", uneven, "--data-dir", glue, "--length", 16, "--device", "cpu"]
+    assert "needs layers of one size" in fails(train.main, given)
+    train.main([str(a) for a in [*given, "--method", "finetune", "--steps", 2, "--out", "run"]])
+    eval_.main(["run"])
 
 
 @pytest.mark.parametrize("method", ["p-pruning", "p-activation"])
