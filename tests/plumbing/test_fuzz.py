@@ -64,7 +64,10 @@ def test_checkpoints(run, survives):
     rng, outcomes = random.Random(0), []
     whole = path.read_bytes()
     for _ in range(TIMES):
-        path.write_bytes(altered_bytes(whole, rng))
+        altered = altered_bytes(whole, rng)
+        if altered == whole:  # such as a cut at the end
+            continue
+        path.write_bytes(altered)
         outcomes.append(survives(lambda: train.main(["--resume", str(folder)])))
     assert any("was altered" in said for said in outcomes)
     assert any("is not a whole" in said for said in outcomes)

@@ -32,6 +32,7 @@ from train import (  # noqa: E402
 
 TOTAL = 12
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TORCHRUN += ["--local-addr=127.0.0.1"]  # the name of the machine may be known to no name server
 
 
 def learn(folder, glue, parts):

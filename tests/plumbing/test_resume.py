@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -349,24 +350,31 @@ def test_from_another_folder_a_relative_one_is_not_found(flags, tmp_path, fails,
     assert (tmp_path / "run" / "result.json").exists()
 
 
-@pytest.fixture
-def largest_file():
-    """largest_file(size): no file can grow beyond it, as on a disk that is nearly full."""
+@contextmanager
+def largest_file(size):
+    """No file can grow beyond this size, as on a disk that is nearly full.
+
+    It must end within a test: what pytest itself prints after one may go to a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_checkpoint_that_does_not_fit_costs_no_mask(flags, tmp_path, capsys, largest_file):
+def test_a_checkpoint_that_does_not_fit_costs_no_mask(flags, tmp_path, capsys, monkeypatch):
     """It is said at once, and the run goes on to its end."""
-    largest_file(20_000)  # a checkpoint takes more, and the mask less
-    train.main([*flags, "--out", str(tmp_path / "run")])
+    monkeypatch.setattr("plumbing.run.SAVE_EVERY", 10**9)  # it is tried once, however long it takes
+    with largest_file(20_000):  # a checkpoint takes more, and the mask less
+        train.main([*flags, "--out", str(tmp_path / "run")])
     assert capsys.readouterr().err.count("no checkpoint ([Errno 27] File too large") == 1
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {"log.jsonl", "mask.safetensors", "result.json"}
 
 
-def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(flags, tmp_path, largest_file):
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(flags, tmp_path, capsys):
     """What Ctrl-C says then is where the run really continues."""
     _, run, job = prepared([*flags, "--out", tmp_path / "run"])
     optimizer = train.make_optimizer(job.learner, 0.1, 0.1)
@@ -375,22 +383,19 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(flags, tmp_path, l
     with run:
         run.save(5, job.learner, optimizer)
         run.saved = 0  # an hour ago
-        largest_file(20_000)
-        run.save(10, job.learner, optimizer)
+        with largest_file(20_000):
+            run.save(10, job.learner, optimizer)
     assert run.saved_step == 5 == interrupted_run(run.folder).step
 
 
-def test_a_mask_that_does_not_fit_is_written_once_there_is_room(
-    flags, tmp_path, fails, largest_file, capsys
-):
+def test_a_mask_that_does_not_fit_is_written_once_there_is_room(flags, tmp_path, fails, capsys):
     args, run, job = prepared([*flags, "--out", tmp_path / "run"])
     with run:
         train.learn(args, run, job)
-        largest_file(1000)  # now not even a mask fits, nor a line of the log
-        run.log(step=99)
-        with pytest.raises(OSError, match="File too large"):
-            train.finish(args, run, job)
+        with largest_file(1000):  # now not even a mask fits, nor a line of the log
+            run.log(step=99)
+            with pytest.raises(OSError, match="File too large"):
+                train.finish(args, run, job)
     assert "a line of" in capsys.readouterr().err
-    largest_file(10**6)
     assert "holds other files" in fails(train.main, [*flags, "--out", tmp_path / "run"])
     assert resumed(tmp_path / "run")

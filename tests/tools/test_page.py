@@ -367,7 +367,7 @@ def browse(folder, page):
     command += ["--disable-sync", "--disable-background-networking", "--dump-dom"]
     command += [f"--user-data-dir={folder / 'browser'}", "--enable-logging=stderr"]
     command += [f"file://{folder}/{page}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +38,22 @@ result |= {"final": {"accuracy": 0.8}, "density": 0.5, "seconds": 60.0, "on": gp
 result |= {"stored_numbers": 0, "stored_bits": 8_000_000, "densities": {"query": [0.5]}}
 out.mkdir()
 (out / "result.json").write_text(json.dumps(result))
+"""
+
+
+# tools.runs, which sends itself a signal while it waits for its second run.
+TERMINATED = """
+import os, signal, sys, time
+from pathlib import Path
+from tools import runs
+runs.TRAIN = Path({folder!r}, "train.py")
+real = time.sleep
+def sleep(seconds):  # by now, whatever has started is known
+    real(seconds)
+    if len(list(Path({folder!r}).glob("started.*"))) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+time.sleep = sleep
+runs.main(sys.argv[1:])
 """
 
 
@@ -138,22 +153,19 @@ def test_an_interrupted_list_goes_on(tmp_path):
     (tmp_path / "train.py").write_text(TRAIN)
     (tmp_path / "list.txt").write_text("python train.py --seed=0\npython train.py --seed=99\n")
     results = tmp_path / "results.jsonl"
-    code = f"import sys, pathlib; from tools import runs; runs.TRAIN = '{tmp_path}/train.py'; "
-    code += "runs.main(sys.argv[1:])"
+    code = TERMINATED.format(folder=str(tmp_path))
     words = [sys.executable, "-c", code, "run", tmp_path / "list.txt", "--results", results]
-    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while len(started := list(tmp_path.glob("started.*"))) < 2 and process.poll() is None:
-        time.sleep(0.02)
-    process.terminate()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    ended = subprocess.run(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    said, started = ended.stderr, list(tmp_path.glob("started.*"))
+    assert ended.returncode == 130 and "interrupted" in said and "Traceback" not in said
     assert len(started) == 2 and [line["seed"] for line in read(results)] == [0]
     for path in started:
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.suffix[1:]), 0)
+        path.unlink()
 
     (tmp_path / "train.py").write_text(TRAIN.replace('"99"', '"none"'))
-    subprocess.run(words, cwd=ROOT, check=True, timeout=60)
+    subprocess.run(words, cwd=ROOT, check=True)
     assert [line["seed"] for line in read(results)] == [0, 99]
 
 
