@@ -164,7 +164,8 @@ def test_the_recipe_for_a_task_of_ones_own_learns(make_model, tmp_path, glue, ad
             f"the {'film' * (n % 3 > 0)} is {('bad', 'good')[n % 2]}\t{n % 2}\n" for n in range(200)
         )
         (glue / "news" / f"{part}.tsv").write_text(f"headline\ttopic\n{rows}")
-    argv = command.replace("minilm", str(make_model())).replace("mine", str(glue)).split()
+    named = {"minilm": str(make_model()), "mine": str(glue)}
+    argv = [named.get(word, word) for word in command.split()]
     argv += ["--lr=0.05", "--penalty=50", "--steps=100", "--evals=1", "--length=16", "--device=cpu"]
     train.main([*argv, f"--out={tmp_path / 'run'}"])
     assert json.loads((tmp_path / "run" / "result.json").read_text())["final"]["accuracy"] > 0.75
