@@ -153,8 +153,8 @@ def thresholds(flat, k, exact):
 
 
 def kth_largest(scores, k):
-    """scores [L, n], k [L] from 0 to n -> the k-th largest of each row [L], +inf for k = 0."""
-    # A schedule of one's own may ask for more than all.
+    """scores [L, n], k [L] -> the k-th largest of each row [L], +inf for k = 0."""
+    # A schedule of one's own may ask for more than all n: then the smallest is the one.
     index = scores.shape[1] - k.clamp(1, scores.shape[1])  # in ascending order, from 0
     if scores.device.type == "cpu":  # numpy's partition is 40 times faster than torch.sort here
         rows = zip(scores.numpy(), index.tolist(), strict=True)

@@ -19,7 +19,7 @@ from plumbing.cli import Parser, one_line_errors, shade, shaded_table, table_row
 from plumbing.files import prefix_errors, shapes_of, split_lines, write_whole
 
 LARGEST = 1e9  # matplotlib would take for ever to place the ticks of larger numbers
-# What reading a line of JSON raises that holds something else, or is nested too deeply.
+# What is raised by a line that is not JSON, holds something else or is nested too deeply.
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
