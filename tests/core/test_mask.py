@@ -317,17 +317,6 @@ def test_kth_largest_is_the_kth_of_the_sorted_row(n):
 
 
 @pytest.mark.parametrize("kind", ["normal", "clusters", "columns"])
-def test_more_than_all_are_all():
-    """A schedule of one's own may ask for a density above 1."""
-    scores = {"a": torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))}
-    for exact in (True, False):
-        kept = mask.highest(scores, torch.tensor([[99, 3]]), exact)["a"]
-        assert kept.sum((1, 2)).tolist() == [35, 3]
-    flat = scores["a"].flatten(1)
-    (cuts,) = mask.about_kth_largest([flat], torch.tensor([[99, 35]]))
-    assert torch.equal(cuts, flat.min(1).values)
-
-
 @pytest.mark.parametrize("density", [0.001, 0.03, 0.5, 0.9, 0.999])
 def test_thresholds_without_sorting_are_off_by_a_thousandth_at_most(kind, density):
     g = torch.Generator().manual_seed(7)
