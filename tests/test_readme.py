@@ -93,10 +93,10 @@ def test_the_short_table_has_its_cells_from_the_long_one(capsys):
     runs.main(["table", str(LISTS / "price.txt"), "--costs"])
     long = capsys.readouterr().out.splitlines()
     rows = re.findall(r"^\| (.+) \| ([\d.]+) \| ([\d.]+) \|$", section("Results"), re.M)
-    assert len(rows) == 9
+    assert len(rows) == 10
     for name, size, average in rows:
         (line,) = [line for line in long if f"| {average} |" in line and f"| {size} MB |" in line]
-        method = re.findall(r"smp-s|bitdelta|bitfit|lora|finetune", line)[0]
+        method = re.findall(r"smp-s|movement|bitdelta|bitfit|lora|finetune", line)[0]
         assert method in name.lower() or (method, name) == ("finetune", "dense fine-tuning")
 
 

@@ -227,7 +227,6 @@ def describe_step(args, method, times, peak, lowest, memory):
     return {
         method: print_median(f"{method} step", times, note),
         f"{method} over its floor": over,
-        f"{method} tokens/s": tokens,
         f"{method} share of peak": share,
         f"{method} GiB": memory,
     }
@@ -276,10 +275,7 @@ def time_inference(args, device, dtype):
     inputs = make_batch(args, model.config.vocab_size, device).inputs
     times = time_calls(lambda: model(*inputs), device, args.steps)
     speed = args.batch / statistics.median(times) * 1000
-    return {
-        "evaluation": print_median("evaluation", times, f"  {speed:,.0f} examples/s"),
-        "examples/s": round(speed, 1),
-    }
+    return {"evaluation": print_median("evaluation", times, f"  {speed:,.0f} examples/s")}
 
 
 def compare(args, device, dtype):

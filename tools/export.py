@@ -265,9 +265,11 @@ def describe_dead(model, smaller):
     """Say how much smaller a model is without its dead heads and neurons."""
     all_heads, all_neurons, before = size_of(model)
     heads, neurons, after = size_of(smaller)
-    text = f"{all_heads - heads} of {all_heads} attention heads "
-    text += f"and {all_neurons - neurons:,} of {all_neurons:,} neurons are dead"
-    return f"{text}\nparameters {before:,} -> {after:,}"
+    return (
+        f"{all_heads - heads} of {all_heads} attention heads "
+        f"and {all_neurons - neurons:,} of {all_neurons:,} neurons are dead\n"
+        f"parameters {before:,} -> {after:,}"
+    )
 
 
 def size_of(model):
@@ -304,8 +306,10 @@ def export_mask(folder, run, mask_file):
             "--mask: this run trained weights too, which a mask does not hold; leave it out"
         )
     use = MASK_USE.format(fingerprint=run.result["fingerprint"])
-    files = {"README.md": card(run.result, OURS, use)}
-    files["mask.safetensors"] = mask_file.read_bytes()
+    files = {
+        "README.md": card(run.result, OURS, use),
+        "mask.safetensors": mask_file.read_bytes(),
+    }
     write_files(folder, files)
     return (
         "a mask to share; its README.md says how to use it. "

@@ -390,10 +390,10 @@ def make_page(loaded, log, texts, dense, largest=LARGEST):
     """
     model, masks = loaded.model, loaded.masks
     groups = model.prunable()
-    names = []
-    for group in groups:
-        name = group.replace("attn_", "attention ")
-        names.append(name.replace("intermediate", "inter&shy;mediate"))
+    names = [
+        group.replace("attn_", "attention ").replace("intermediate", "inter&shy;mediate")
+        for group in groups
+    ]
     table = np.array(list(densities(groups, masks).values())).T  # [layers, groups]
     heads = head_densities(groups, masks, model.config.layers[0][0])  # [layers, heads]
     digits = 0 if heads.max() > 0.1 else 1  # decimal digits of the percentages

@@ -113,14 +113,16 @@ def save(figure, path):
 
 def plot_prices(path, curves):
     """Draw what a task stores against its score: {method: [(MB, mean, standard deviation)]}."""
-    figure = figure_of(6, 3.6)
+    figure = figure_of(7.2, 3.6)
     axes = figure.subplots()
     for name, points in curves.items():
         axes.errorbar(*zip(*points, strict=True), fmt="o-", label=name)
-    axes.set_xscale("log")
-    axes.set_xlabel("MB per task, beside the backbone")
-    axes.set_ylabel("mean dev score of the tasks")
-    axes.legend()
+    axes.set(
+        xscale="log",
+        xlabel="MB per task, beside the backbone",
+        ylabel="mean dev score of the tasks",
+    )
+    figure.legend(loc="outside right upper")
     save(figure, path)
 
 
@@ -197,7 +199,7 @@ def draw_curves(figure, curves, target):
 
 def top_of_scale(table):
     """Colours of densities go from 0 to twice their mean, so that 0.43 and 0.54 look alike."""
-    return max(table.max(), min(1, 2 * table.mean()), 0.01)
+    return max(table.max(), min(1, 2 * table.mean().round(3)), 0.01)
 
 
 def draw_densities(axes, shares):

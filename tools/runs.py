@@ -183,10 +183,9 @@ def start(command, gpu):
     for flag in flags_of(command):
         if flag.startswith("--out="):  # this folder is kept
             out = Path(flag.removeprefix("--out="))
-    words = [sys.executable, TRAIN, *flags_of(command), "--out", out]
     with open(home / "errors", "wb") as errors:
         process = subprocess.Popen(
-            words,
+            [sys.executable, TRAIN, *flags_of(command), "--out", out],
             env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
             stdout=subprocess.DEVNULL,
             stderr=errors,
@@ -344,6 +343,8 @@ def minutes(lines):
 def table(rows, costs=False):
     """Write {row: [lines]} as a Markdown table: each task, the mean of several, how many seeds.
 
+    The number of seeds has a column if rows differ in it.
+
     costs: whether to add what a task stores, the density and how long a run took.
     """
     tasks = group(sum(rows.values(), []), task_name)
@@ -355,11 +356,16 @@ def table(rows, costs=False):
     # A perplexity is no share, so it has no place in an average.
     if len(tasks) > 1 and all(data.task_of(lines[0]).best is max for lines in tasks.values()):
         columns["average"] = partial(average, tasks.keys())
-    columns["seeds"] = seeds
+    heading = "method"
+    counts = {seeds(lines) for lines in rows.values()}
+    if len(counts) > 1:
+        columns["seeds"] = seeds
+    else:
+        heading += f", seeds: {counts.pop()}"
     if costs:
         columns |= {"stored per task": stored, "density reached": reached, "minutes": minutes}
 
-    written = [f"| method | {' | '.join(columns)} |", "|---" * len(columns) + "|---|"]
+    written = [f"| {heading} | {' | '.join(columns)} |", "|---" * len(columns) + "|---|"]
     for name, lines in rows.items():
         cells = [write(lines) for write in columns.values()]
         written.append(f"| {name} | {' | '.join(cells)} |")
