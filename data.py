@@ -152,7 +152,7 @@ class Examples:
         return len(self.ids)
 
     def digest(self):
-        """sha256 of all token ids and labels. It ties a checkpoint to its data."""
+        """sha256 of all token ids and labels. It ties a run to its data."""
         return sha256_of_rows(self.ids, self.labels)
 
     def arrays(self, rows, width=None):
@@ -328,7 +328,7 @@ def endless_rows(examples, size, seed):
 
 
 def batch_rows(examples, size, rng=None):
-    """Row numbers of one pass, in batches of similar length: [B] arrays, the last may be smaller.
+    """Row numbers of one pass, in batches of similar length: [B] arrays, one may be smaller.
 
     With rng: rows are drawn into pools of 50 batches, sorted by length within each pool, and the
     batches are shuffled. Without: one pool, sorted by length, for evaluation.

@@ -88,7 +88,7 @@ def load_run(run, model_name=None):
     has_model = "weights" in method.trains
     if has_model and (run.is_file() or model_name):
         raise ValueError(
-            f"{run}: this run trained weights of its own; name its folder, and leave out --model"
+            f"{run}: this run saved a whole model; name its folder, and leave out --model"
         )
     # A mask needs the backbone that it was made for; trained weights lie in the run's folder.
     folder = run if has_model else fetch.model_folder(model_name or result["model"])
@@ -106,7 +106,7 @@ def load_run(run, model_name=None):
             raise ValueError(
                 f"--model: the {what} of {folder} is not the one that {run} was trained with"
             )
-    # Only a run that trained all weights without a mask has no mask file.
+    # A whole model without masks (finetune, LoRA) has no mask file.
     masks = {}
     if method.how_many or not has_model:
         masks = load_masks_into(model, run, result)
@@ -257,26 +257,25 @@ INSTEAD_FLAGS = {
     "text": (str, "classify, answer or continue this text"),
     "text_file": (Path, "the same for each line of a file; after --train, each row of a table"),
     "predict": (Path, "answer GLUE's test.tsv, or a file of SQuAD, as its server takes it"),
+    "dev": (str, "evaluate this file instead of the run's dev set"),
+    "data_dir": (str, "folder with the tasks' folders, if it has moved"),
 }
 TEXT_FLAGS = {
     "pair": (str, "the second sentence, or the paragraph, where the task takes two texts"),
     "temperature": (cli.number(float, 0.01, 100), "sample at this temperature (language models)"),
     "seed": (cli.seed, "for the samples"),
 }
-DATA_FLAGS = {
-    "model": (str, "the backbone of a mask file, if it is somewhere else"),
-    "data_dir": (str, "folder with the tasks' folders, if it has moved"),
-    "dev": (str, "evaluate this file instead of the run's dev set"),
-}
+MODEL_FLAGS = {"model": (str, "the backbone of a mask file, if it is somewhere else")}
 
 
 def parse_args(argv):
     parser = cli.Parser(description="Evaluate finished runs and show their masks.")
-    about = "a run folder, or a mask file out of one"
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=about)
-    cli.add_flags(parser, "instead of an evaluation", INSTEAD_FLAGS, exclusive=True)
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or a mask file out of one"
+    )
+    cli.add_flags(parser, "one of these", INSTEAD_FLAGS, exclusive=True)
     cli.add_flags(parser, "with --text", TEXT_FLAGS, {"seed": 0})
-    cli.add_flags(parser, "data", DATA_FLAGS)
+    cli.add_flags(parser, "model", MODEL_FLAGS)
     cli.add_flags(parser, "machine", cli.MACHINE_FLAGS)
     parser.set_defaults(seed=0)
     args = parser.parse_args(argv)

@@ -50,7 +50,7 @@ def density_at(step, ramp, final, schedule="cubic", hold=0):
 def penalty_at(step, total, final=400.0):
     """Weight of the regularizer at a step: lambda_t = lambda (1 - (1 - t/T)^3).
 
-    Eq. 6, but with the ramp of the reference code, which runs over all T steps.
+    Eq. 6, but over all T steps, as in the reference code.
     """
     return final * (1 - (1 - step / total) ** 3)
 
@@ -285,7 +285,7 @@ class Masks(nn.Module):
 
         R is averaged over all matrices. Eq. 6 prints a sum; the reference code takes means.
         """
-        scores = self.scores  # read once: some methods compute them
+        scores = self.scores  # some methods compute them
         means = mean_sigmoid(scores)  # [G, L]
         with torch.no_grad():  # choosing is not differentiable
             importance = means
@@ -359,6 +359,7 @@ class Method:
     # "scores", "vectors" (biases and LayerNorms), "weights" (all), or parts of weights' names.
     trains: tuple = ("scores",)
     # The flags it takes, and its defaults. What is missing is off, so begin with SMP | {...}.
+    # Scores that train need lr in it, and weights or vectors weight_lr.
     recipe: dict = field(default_factory=lambda: SMP)
     # A subclass may start its scores differently, keep a state, or override choose_stacked.
     masks: type = Masks

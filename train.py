@@ -112,8 +112,13 @@ def flag_groups():
 
 
 def method_flags():
-    """Every flag that some method takes and others may not."""
-    return {name for method in METHODS.values() for name in method.recipe}
+    """Every flag that some method takes and others may not.
+
+    A recipe may also have a default for a flag of all runs, such as epochs.
+    """
+    taken = {name for method in METHODS.values() for name in method.recipe}
+    everywhere = set().union(*FLAGS.values()) - METHOD_FLAGS.keys()
+    return taken - everywhere
 
 
 # --- the recipe -----------------------------------------------------------------------------------
@@ -150,7 +155,7 @@ def recipe(given):
 
     # Even the layers out while most weights stay (reference code; not in the paper).
     values.setdefault("temperature", 4.0 if 1 - values["sparsity"] >= 0.7 else 1.0)
-    # Small datasets train for least_steps by default, and evaluations are at least 10 steps apart.
+    # By default, small datasets train for least_steps, with an evaluation per 10 steps begun.
     values["least_steps"] = 0 if "epochs" in given else least_steps(values["sparsity"])
     values["least_steps_per_eval"] = 1 if "evals" in given else 10
     changed = {name: value for name, value in given.items() if value != usual.get(name)}
@@ -462,17 +467,14 @@ def load_teacher(args, task, tokenizer):
 
 def count_steps(args, rows):
     """--steps, or what --epochs come to, and by default at least args.least_steps."""
-    per_epoch = math.ceil(rows / args.batch)  # the last batch of an epoch may be smaller
+    per_epoch = math.ceil(rows / args.batch)  # one batch of an epoch may be smaller
     steps = math.ceil(min(args.epochs * per_epoch, cli.MOST))
     return args.steps or max(steps, args.least_steps)
 
 
 def frozen_digest(model, learner):
     """sha256 of all tensors of the model that do not train."""
-    # The model's own tensors, and the stacks from which the masked ones are made.
-    tensors = model.state_dict()
-    if learner.masks:
-        tensors |= learner.masks.by_name(learner.masks.weights)
+    tensors = model.state_dict()  # what is masked is here too, as views of the stacks
     return digest({name: tensors[name] for name in tensors.keys() - learner.names})
 
 
@@ -609,7 +611,7 @@ def describe(args, run, job):
     result |= {
         "words": task.words,
         "best": task.best(on_target, key=lambda line: line["dev"][task.metrics[0]]),
-        # Ordinary weights that trained. mask_facts() and a method's own facts may say more.
+        # Ordinary weights that trained. mask_facts() and a method's facts may replace these.
         "stored_numbers": sum(p.numel() for p in job.learner.weights),
         "stored_bits": 0,
         "sha256": {},

@@ -84,7 +84,6 @@ def read_blocks(task, split, path, tokenizer):
     mask = tokenizer.token_to_id("[MASK]")
     ids = stored_ids(path, tokenizer)
     ids[ids == mask] = sep  # a text that says [MASK] has nothing there to guess
-
     inner = size - 2
     count = len(ids) // inner
     if not count:
@@ -141,7 +140,7 @@ def load(folder, length, head):
 
 def format_answer(texts, tokenizer, logits_of, args):
     """Task.format_answer: there is none."""
-    raise ValueError("--text: a masked language model cannot answer; train it on a task first")
+    raise ValueError("a masked language model cannot answer; train it on a task first")
 
 
 TASKS["mlm"] = Task(

@@ -78,7 +78,7 @@ class Raised(Masks):
     def make_scores(self, stacks):
         super().make_scores(stacks)
         for scores in self.scores.values():
-            scores.data.fill_(0.005)  # Mallya et al.: masks begin at 0.01, the threshold is 0.005
+            scores.data.fill_(0.005)  # Mallya et al.: 0.01, with a threshold of 0.005
 
 
 # --- L0 -------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ SMP_S = METHODS["smp-s"].recipe
 METHODS |= {
     "finetune-encoder": FrozenEmbeddings(None, trains=("weights",), recipe={"weight_lr": None}),
     "magnitude": replace(FIXED, masks=Magnitude),
-    "movement": replace(BOTH, recipe=LEARNED | {"penalty": 0.0}),
+    "movement": replace(BOTH, recipe=LEARNED | {"penalty": 0.0}),  # its authors have none
     "soft-movement": SOFT,
     "l0": replace(BOTH, how_many=partial(above_threshold, tau=OPEN), masks=Gates),
     "ticket": replace(FIXED, recipe=ONCE, masks=Ticket),

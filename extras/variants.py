@@ -45,7 +45,7 @@ def count(scores, passes):
 
 
 def above_threshold(importance, sizes, density, scores, exact, tau=0.1, least=0.0):
-    """SMP-T: keep every weight with sigmoid(S) > tau. This does not control the density.
+    """SMP-T: count the weights with sigmoid(S) > tau. This does not control the density.
 
     least: the share of its weights that each matrix keeps in any case. exact: keep no more of a
     matrix than SMP-G would.

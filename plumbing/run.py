@@ -36,7 +36,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's state for each parameter
 SAVE_EVERY = 60  # seconds between checkpoints: one of bert-base takes three to write
 
 
-# Flags that the name of a run's folder has anyway, or never.
+# Flags that are always in the name of a run's folder, or never.
 NOT_CHANGES = {"task", "model", "method", "sparsity", "seed", "train", "out"}
 NOT_CHANGES |= MACHINE_FLAGS.keys() | {"accumulate", "compile", "eager", "deterministic"}
 
@@ -173,13 +173,13 @@ class Run:
         (sums,) = parallel.all_reduce([torch.stack(losses)])
         losses, regularizers = sums.T.tolist()  # [steps, 2] -> two lists
         loss = sum(losses) / len(losses)
-        if not math.isfinite(loss + penalty * regularizers[-1]):
+        regularizer = regularizers[-1]
+        if not math.isfinite(loss + regularizer):
             raise FloatingPointError(
-                f"the loss is {loss} at step {step}: try a smaller --lr, or float32"
+                f"the loss is {loss} and the regularizer {regularizer} at step {step}: "
+                "try a smaller --lr, or float32"
             )
-        self.log(
-            step=step, loss=loss, density=density, penalty=penalty, regularizer=regularizers[-1]
-        )
+        self.log(step=step, loss=loss, density=density, penalty=penalty, regularizer=regularizer)
         return {"loss": f"{loss:.3f}", "density": f"{density:.3f}"}
 
     def evaluated(self, **line):

@@ -125,10 +125,14 @@ class Kind(NamedTuple):
     flags: str  # for train.py
 
 
-GPT2_FLAGS = "--task wikitext2 --weight-lr 1e-3 --epochs 20 --warmup 0.05"
 KINDS = {
     "bert": Kind(bert_tokenizer, bert_settings, bert_model, "--task mlm --data-dir mine"),
-    "gpt2": Kind(gpt2_tokenizer, gpt2_settings, gpt2_model, GPT2_FLAGS),
+    "gpt2": Kind(
+        gpt2_tokenizer,
+        gpt2_settings,
+        gpt2_model,
+        "--task wikitext2 --weight-lr 1e-3 --epochs 20 --warmup 0.05",
+    ),
 }
 
 

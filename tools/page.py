@@ -369,10 +369,9 @@ def heading(loaded, dense):
     result = loaded.result
     name = printable(model_name(result["model"]))  # without its path: the page may be published
     table = describe_table(result.get("table"))
-    more = {"name": name, "removed": 1 - result["density"]}
     parts = {
         "title": f"{result['task']}: a mask for {name}",
-        "what": WHAT.format_map(result | more),
+        "what": WHAT.format_map(result | {"name": name, "removed": 1 - result["density"]}),
         "found": f"Dev {show(result['final'])} ({facts(result)}). {table}",
     }
     parts = {key: escape_html(text) for key, text in parts.items()}

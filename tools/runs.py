@@ -123,8 +123,9 @@ def read_results(path):
     for number, text in enumerate(read_lines(path), 1):
         try:
             line = json.loads(text)
-            score(line)
-            results[key_of(line["command"])] = line
+            if data.task_of(line):  # else it was taken out of TASKS since
+                score(line)
+                results[key_of(line["command"])] = line
         except MALFORMED as error:
             raise ValueError(f"{path}:{number} is not the result of a run: {error!r}") from None
     return results
@@ -382,7 +383,7 @@ def setting_of(name, line):
 
 
 def standing(lines):
-    """Rank a setting: first by how many rounds it went through, then by its mean score."""
+    """Rank a setting: first by how many runs it has, then by its mean score."""
     mean = statistics.mean(map(score, lines))
     lower_is_better = data.task_of(lines[0]).best is min
     return len(lines), -mean if lower_is_better else mean
@@ -432,7 +433,8 @@ def hold_out(name, rows):
     if rows >= len(lines):
         raise ValueError(f"--rows: {source} has only {len(lines)} rows; hold out fewer")
     random.Random(0).shuffle(lines)
-    for split, part in (("train", lines[:-rows]), (task.dev[0], lines[-rows:])):
+    for split in ("train", *task.dev):
+        part = lines[:-rows] if split == "train" else lines[-rows:]
         path = Path("held") / task.folder / task.file.format(split)
         write_whole(path, "\n".join([*header, *part, ""]).encode())
         print(path)

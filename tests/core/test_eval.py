@@ -113,7 +113,7 @@ def test_eval_refuses_what_does_not_fit(run, fails, make_model, tmp_path):
     (tmp_path / "notes" / "result.json").write_text("{}")
     assert "was altered, or is the result of another" in fails(eval_.main, [tmp_path / "notes"])
     dense, _ = run("--method", "finetune", out="dense", steps=2)
-    assert "trained weights of its own" in fails(eval_.main, [dense, "--model", other])
+    assert "this run saved a whole model" in fails(eval_.main, [dense, "--model", other])
     shutil.copy(other / "model.safetensors", dense)
     assert "model.safetensors: sha256" in fails(eval_.main, [dense])
 
@@ -170,6 +170,12 @@ def test_mnli_reports_both_dev_sets(run, glue, capsys):
     said = capsys.readouterr().out
     here = said.split("training reported")[0]
     assert "dev (5 examples): accuracy" in here and "dev_mismatched" not in here
+
+
+def test_flags_that_exclude_each_other(finished, glue, fails):
+    dev = glue / "movies" / "dev.tsv"
+    for others in (["--text", "a film"], ["--data-dir", glue]):
+        assert "not allowed with argument" in fails(eval_.main, [finished, "--dev", dev, *others])
 
 
 def test_answers_to_texts_and_to_the_lines_of_a_file(finished, tmp_path, capsys, fails):

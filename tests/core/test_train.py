@@ -483,7 +483,7 @@ def test_bad_data_ends_in_one_line(run, fails, glue):
 def test_a_loss_that_is_not_finite(run):
     args, unfinished, job = prepared(run.argv(steps=80))
     job.model.bert.encoder["layer"][0].output.dense.bias.data[3] = math.inf
-    expected = "the loss is nan at step 10: try a smaller --lr"
+    expected = "the loss is nan and the regularizer nan at step 10: try a smaller --lr"
     with pytest.raises(FloatingPointError, match=expected), unfinished:
         train.learn(args, unfinished, job)
     assert [path.name for path in args.out.iterdir()] == ["log.jsonl"]
@@ -493,7 +493,7 @@ def test_an_infinite_regularizer_is_noticed(run):
     """The first step removes the weight without a score, so the loss is a number."""
     args, unfinished, job = prepared(run.argv("--method", "smp-l", steps=1))
     job.learner.masks.scores["query"].data[0, 0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match=r"the loss is \d"), unfinished:
+    with pytest.raises(FloatingPointError, match=r"the loss is \d.* regularizer nan"), unfinished:
         train.learn(args, unfinished, job)
 
 
@@ -666,6 +666,16 @@ def test_defaults_give_way_in_their_order(tables):
     methods["mine"] = mask.Method(mask.smp_l, recipe=recipe | {"ramp": 0.8})
     assert settled("ramp") == 0.8 and settled("ramp", ramp=0.9) == 0.9
     assert settled("penalty", penalty=0.0) == 0.0  # zero is a value, too
+
+
+def test_a_method_may_bring_defaults_for_flags_of_all_runs(tables):
+    methods, _ = tables
+    methods["mine"] = mask.Method(mask.smp_l, recipe=mask.SMP | {"epochs": 7, "warmup": 0.1})
+    found = train.parse_args(["--method", "mine"])
+    assert (found.epochs, found.warmup) == (7, 0.1)
+    assert train.parse_args(["--method", "mine", "--epochs", "2"]).epochs == 2
+    others = train.parse_args([])
+    assert (others.epochs, others.warmup) == (1, 0)
 
 
 def test_a_flag_that_the_method_does_not_take_is_off():
