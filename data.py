@@ -78,11 +78,13 @@ class Task:
     # The splits beside "train", and their files.
     dev: tuple = ("dev",)
     file: str = "{}.tsv"  # the file name of a split
-    scores: tuple = (-1e18, 1e18)  # of a regression: the lowest and the highest that may occur
     skip_broken: bool = False  # leave out rows with the wrong number of columns
     predict: Callable = no_test_server  # (test file, run, Loaded, logits_of): write answers
     fetch: Callable = by_hand  # (task, split): put the file of a split into the cache
-    scale: tuple = (0.0, 1.0)  # of a regression: the score is a + b * logit
+
+    # Of a regression: the lowest and the highest score that may occur. A score is a + b * logit.
+    scores: tuple = (-1e18, 1e18)
+    scale: tuple = (0.0, 1.0)
 
     # Hooks for tasks that do more than classify [CLS].
     best: Callable = max  # or min: which value of the first metric is best

@@ -357,6 +357,7 @@ class Method:
     rank: Callable = by_scores  # (weights, scores), {group: [L, out, in]} each -> what is compared
     rule: type = StraightThrough  # what flows into the scores
     # "scores", "vectors" (biases and LayerNorms), "weights" (all), or parts of weights' names.
+    # Scores train if `masks` makes parameters of them, as Masks does.
     trains: tuple = ("scores",)
     # The flags it takes, and its defaults. What is missing is off, so begin with SMP | {...}.
     # Scores that train need lr in it, and weights or vectors weight_lr.

@@ -153,7 +153,8 @@ def recipe(given):
     for name in method_flags() - used_flags(values):
         values[name] = OFF.get(name)
 
-    # Even the layers out while most weights stay (reference code; not in the paper).
+    # Even the layers out while most weights stay (reference code; not in the paper). A method
+    # without a temperature has None here already.
     values.setdefault("temperature", 4.0 if 1 - values["sparsity"] >= 0.7 else 1.0)
     # By default, small datasets train for least_steps, with an evaluation per 10 steps begun.
     values["least_steps"] = 0 if "epochs" in given else least_steps(values["sparsity"])
@@ -408,7 +409,7 @@ def prepare(args, run):
     if method.before:  # whole heads and neurons may go, or layers change, before training
         model, more = method.before(model, train, sets, args, device)
         facts |= more | {"config": str(model.config)}
-    # Freeze the model, and put beside it what trains.
+    # Freeze the model, and put beside it what trains. Its train mode only turns dropout on.
     model.to(device).requires_grad_(False).train(args.dropout)
     learner = Learner(model, method, dtype, args.temperature)
     if args.compile:
