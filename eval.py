@@ -253,19 +253,18 @@ def read_texts(args, width):
 
 # --- the command ----------------------------------------------------------------------------------
 
-INSTEAD_FLAGS = {
+WHAT_FLAGS = {
     "text": (str, "classify, answer or continue this text"),
     "text_file": (Path, "the same for each line of a file; after --train, each row of a table"),
     "predict": (Path, "answer GLUE's test.tsv, or a file of SQuAD, as its server takes it"),
     "dev": (str, "evaluate this file instead of the run's dev set"),
-    "data_dir": (str, "folder with the tasks' folders, if it has moved"),
+    "data_dir": (str, "evaluate on the data in this folder, which holds the tasks' folders"),
 }
 TEXT_FLAGS = {
     "pair": (str, "the second sentence, or the paragraph, where the task takes two texts"),
     "temperature": (cli.number(float, 0.01, 100), "sample at this temperature (language models)"),
     "seed": (cli.seed, "for the samples"),
 }
-MODEL_FLAGS = {"model": (str, "the backbone of a mask file, if it is somewhere else")}
 
 
 def parse_args(argv):
@@ -273,9 +272,9 @@ def parse_args(argv):
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or a mask file out of one"
     )
-    cli.add_flags(parser, "one of these", INSTEAD_FLAGS, exclusive=True)
+    parser.add_argument("--model", help="the backbone of a mask file, if it is somewhere else")
+    cli.add_flags(parser, "one of these", WHAT_FLAGS, exclusive=True)
     cli.add_flags(parser, "with --text", TEXT_FLAGS, {"seed": 0})
-    cli.add_flags(parser, "model", MODEL_FLAGS)
     cli.add_flags(parser, "machine", cli.MACHINE_FLAGS)
     parser.set_defaults(seed=0)
     args = parser.parse_args(argv)

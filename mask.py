@@ -165,7 +165,7 @@ def kth_largest(scores, k):
     return values.masked_fill(k == 0, math.inf)  # no score reaches infinity: nothing is kept
 
 
-SAMPLES = 1 << 15  # taken of each row
+SAMPLES = 32768  # taken of each row
 STRIDE = 32749  # a prime, so that the samples reach all columns; 100 would see 10 of 1000
 
 
@@ -360,7 +360,8 @@ class Method:
     # Scores train if `masks` makes parameters of them, as Masks does.
     trains: tuple = ("scores",)
     # The flags it takes, and its defaults. What is missing is off, so begin with SMP | {...}.
-    # Scores that train need lr in it, and weights or vectors weight_lr.
+    # Scores that train need lr in it, and weights or vectors weight_lr. A flag of all runs, such as
+    # epochs, may have a default here, too.
     recipe: dict = field(default_factory=lambda: SMP)
     # A subclass may start its scores differently, keep a state, or override choose_stacked.
     masks: type = Masks

@@ -51,7 +51,6 @@ TEXTS = {
     "epilog": EXAMPLES,
 }
 
-USUAL_SCHEDULE = {"bert": "cubic"}  # reference code: cubic for BERT, linear for RoBERTa
 
 # --help shows these, --help-all all.
 SHORT = "task method model sparsity lr epochs steps batch seed out resume device "
@@ -156,7 +155,8 @@ def recipe(given):
     # Even the layers out while most weights stay (reference code; not in the paper). A method
     # without a temperature has None here already.
     values.setdefault("temperature", 4.0 if 1 - values["sparsity"] >= 0.7 else 1.0)
-    # By default, small datasets train for least_steps, with an evaluation per 10 steps begun.
+    # By default, small datasets train for least_steps, and evaluations are at most as many as
+    # tens of steps begun.
     values["least_steps"] = 0 if "epochs" in given else least_steps(values["sparsity"])
     values["least_steps_per_eval"] = 1 if "evals" in given else 10
     changed = {name: value for name, value in given.items() if value != usual.get(name)}
@@ -222,10 +222,8 @@ class Learner(nn.Module):
         self.dtype = dtype
         # First what is masked: six groups of stacked matrices, and their scores.
         self.masks = None
-        masked = {}
         if method.how_many:
             self.masks = method.masks(model.prunable(), method, dtype, temperature or 1.0)
-            masked = self.masks.by_name(self.masks.weights)
 
         # Then ordinary weights that train: those that the method names.
         trained = method.trained(model)
@@ -236,8 +234,8 @@ class Learner(nn.Module):
         # All the rest is frozen. The float32 copies are taken, so it may be rounded now.
         model.to(dtype)
         # The model's matrices become views of the stacks, so that memory holds them only once.
-        if "weights" not in method.trains:
-            model.load_state_dict(masked, strict=False, assign=True)
+        if self.masks and "weights" not in method.trains:
+            model.load_state_dict(self.masks.by_name(self.masks.weights), strict=False, assign=True)
 
     @property
     def trained(self):
@@ -401,8 +399,9 @@ def prepare(args, run):
         facts["teacher digest"] = identity(Path(args.teacher), teacher)["fingerprint"]
         teacher.to(device, dtype)
     run.check_identity(vars(args), facts)
-    if "schedule" in method.recipe:
-        facts["schedule"] = args.schedule or USUAL_SCHEDULE.get(model.config.model_type, "linear")
+    if "schedule" in method.recipe:  # reference code: cubic for BERT, linear for RoBERTa
+        usual = "cubic" if model.config.model_type == "bert" else "linear"
+        facts["schedule"] = args.schedule or usual
 
     train = sets.pop("train")  # the others are dev sets
     facts["density"] = 1 - args.sparsity
@@ -417,8 +416,7 @@ def prepare(args, run):
 
     prefix = f"{parallel.processes()} x " if parallel.processes() > 1 else ""
     machine = f"{prefix}{device} in {facts['dtype']} ({why})"
-    for line in opening(args, train, sets, total, facts["density"], machine):
-        print(line)
+    print(*opening(args, train, sets, total, facts["density"], machine), sep="\n")
     return Job(
         task=data.task_of(vars(args)), model=model, learner=learner, teacher=teacher,
         train=train, dev=sets, device=device, total=total, density=facts["density"],
@@ -475,7 +473,10 @@ def count_steps(args, rows):
 
 def frozen_digest(model, learner):
     """sha256 of all tensors of the model that do not train."""
-    tensors = model.state_dict()  # what is masked is here too, as views of the stacks
+    tensors = model.state_dict()
+    # Masked weights are made from the stacks, so these count, and not the model's own.
+    if learner.masks:
+        tensors |= learner.masks.by_name(learner.masks.weights)
     return digest({name: tensors[name] for name in tensors.keys() - learner.names})
 
 

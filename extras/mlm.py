@@ -140,7 +140,7 @@ def load(folder, length, head):
 
 def format_answer(texts, tokenizer, logits_of, args):
     """Task.format_answer: there is none."""
-    raise ValueError("a masked language model cannot answer; train it on a task first")
+    raise ValueError("--text: a masked language model has no answers; train it on a task first")
 
 
 TASKS["mlm"] = Task(

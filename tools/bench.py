@@ -274,8 +274,8 @@ def time_inference(args, device, dtype):
 
     inputs = make_batch(args, model.config.vocab_size, device).inputs
     times = time_calls(lambda: model(*inputs), device, args.steps)
-    speed = args.batch / statistics.median(times) * 1000
-    return {"evaluation": print_median("evaluation", times, f"  {speed:,.0f} examples/s")}
+    speed = f"  {args.batch / statistics.median(times) * 1000:,.0f} examples/s"
+    return {"evaluation": print_median("evaluation", times, speed)}
 
 
 def compare(args, device, dtype):
@@ -289,8 +289,9 @@ def compare(args, device, dtype):
     results = {}
     for method in (args.method, "finetune"):
         results |= time_step(args, method, device, dtype, peak, bandwidth)
-    ratio = results[args.method] / results["finetune"]
-    print(f"{args.method} takes {ratio:.2f} times the dense step")
+    print(
+        f"{args.method} takes {results[args.method] / results['finetune']:.2f} times the dense step"
+    )
     return results
 
 

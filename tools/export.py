@@ -305,9 +305,8 @@ def export_mask(folder, run, mask_file):
         raise ValueError(
             "--mask: this run trained weights too, which a mask does not hold; leave it out"
         )
-    use = MASK_USE.format(fingerprint=run.result["fingerprint"])
     files = {
-        "README.md": card(run.result, OURS, use),
+        "README.md": card(run.result, OURS, MASK_USE.format_map(run.result)),
         "mask.safetensors": mask_file.read_bytes(),
     }
     write_files(folder, files)

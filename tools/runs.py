@@ -123,9 +123,10 @@ def read_results(path):
     for number, text in enumerate(read_lines(path), 1):
         try:
             line = json.loads(text)
-            if data.task_of(line):  # else it was taken out of TASKS since
-                score(line)
-                results[key_of(line["command"])] = line
+            if not data.task_of(line):
+                raise ValueError("TASKS lacks its task")
+            score(line)
+            results[key_of(line["command"])] = line
         except MALFORMED as error:
             raise ValueError(f"{path}:{number} is not the result of a run: {error!r}") from None
     return results
@@ -418,7 +419,7 @@ def prices(rows):
 
 
 def hold_out(name, rows):
-    """Split the train file of a task in two -> held/FOLDER/train.tsv and dev.tsv.
+    """Split the train file of a task in two -> held/FOLDER/train.tsv and the file of each dev set.
 
     The lines are always shuffled alike, and the last `rows` of them become dev.
     """

@@ -548,13 +548,16 @@ def test_only_a_run_that_wrote_nothing_is_overwritten(run, fails):
     run()
 
 
-@pytest.mark.parametrize("where", ["stack", "bias"])
+@pytest.mark.parametrize("where", ["stack", "replaced", "bias"])
 def test_a_weight_that_moved_is_noticed(run, where):
     args, unfinished, job = prepared(run.argv(steps=2))
     with unfinished:
         train.learn(args, unfinished, job)
         if where == "stack":
             job.learner.masks.weights["query"][0, 0, 0] += 1e-6
+        elif where == "replaced":
+            stacks = job.learner.masks.weights
+            stacks["query"] = 2 * stacks["query"]
         else:
             job.model.bert.encoder["layer"][1].output.LayerNorm.bias += 1e-6
         expected = "a frozen weight has moved, so the run counts as unfinished"

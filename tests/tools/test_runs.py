@@ -288,8 +288,8 @@ def test_what_is_shown_of_a_file_of_results(tmp_path, capsys, fails):
     none = ["table", tmp_path / "list.txt", "--results", tmp_path / "none.jsonl"]
     assert "there is no " in fails(runs.main, none)
     assert "unrecognized arguments: --rows" in fails(runs.main, [*none, "--rows", 3])
-    wrong = json.dumps(line("rte", 0.5) | {"command": "python a.py b"})
-    for text in ("5", "{}", "<<<<", "[" * 100_000, wrong):
+    wrong = [line("rte", 0.5) | {"task": "none"}, line("rte", 0.5) | {"command": "python a.py b"}]
+    for text in ("5", "{}", "<<<<", "[" * 100_000, *map(json.dumps, wrong)):
         path.write_text(f"{json.dumps(line('rte', 0.5))}\n{text}\n")
         command = ["table", tmp_path / "list.txt", "--results", path]
         assert "results.jsonl:2 is not the result of a run" in fails(runs.main, command)
@@ -336,16 +336,12 @@ def test_a_task_with_two_dev_sets_gets_both(tmp_path, monkeypatch):
     (tmp_path / "glue" / "MNLI").mkdir(parents=True)
     (tmp_path / "glue" / "MNLI" / "train.tsv").write_text("a\n1\n2\n3\n")
     runs.main(["holdout", "mnli", "--rows", "1"])
-    matched, mismatched = (tmp_path / "held" / "MNLI" / f"{dev}.tsv" for dev in TASKS["mnli"].dev)
-    assert matched.read_text() == mismatched.read_text() and matched.read_text()[:2] == "a\n"
-
-
-def test_results_of_a_task_that_is_gone_are_passed_over(tmp_path):
-    """Of one in extras/mine.py, for example, when that file is deleted."""
-    known, gone = line("movies", 0.8), line("movies", 0.8) | {"task": "news", "command": "a b c"}
-    path = tmp_path / "results.jsonl"
-    path.write_text(f"{json.dumps(gone)}\n{json.dumps(known)}\n")
-    assert list(runs.read_results(path).values()) == [known]
+    found = {}
+    for split in ("train", *TASKS["mnli"].dev):
+        header, *found[split] = (tmp_path / "held" / "MNLI" / f"{split}.tsv").read_text().split()
+        assert header == "a"
+    assert found["dev_matched"] == found["dev_mismatched"] and len(found["dev_matched"]) == 1
+    assert sorted(found["train"] + found["dev_matched"]) == ["1", "2", "3"]
 
 
 # --- the lists of results/ ------------------------------------------------------------------------
