@@ -51,7 +51,6 @@ TEXTS = {
     "epilog": EXAMPLES,
 }
 
-
 # --help shows these, --help-all all.
 SHORT = "task method model sparsity lr epochs steps batch seed out resume device "
 SHORT += "train text_column label_column"
@@ -155,8 +154,8 @@ def recipe(given):
     # Even the layers out while most weights stay (reference code; not in the paper). A method
     # without a temperature has None here already.
     values.setdefault("temperature", 4.0 if 1 - values["sparsity"] >= 0.7 else 1.0)
-    # By default, small datasets train for least_steps, and evaluations are at most as many as
-    # tens of steps begun.
+    # By default, small datasets train for least_steps, with at most one evaluation per 10 steps
+    # begun.
     values["least_steps"] = 0 if "epochs" in given else least_steps(values["sparsity"])
     values["least_steps_per_eval"] = 1 if "evals" in given else 10
     changed = {name: value for name, value in given.items() if value != usual.get(name)}
